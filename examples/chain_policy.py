@@ -19,6 +19,6 @@ def shape(settings):
     return EchoSettings(max_depth=K, beams=1, width=1, per_request=K + 1)
 
 
-@policy("chain", f"a chain of {K} tokens", shape, drafts_whole=True)
+@policy("chain", f"a chain of {K} tokens", shape)
 def chain(name, settings, make_goodput):
     return EchoPlanner(name, shape(settings))

@@ -23,9 +23,8 @@ from echo_trt.engine.drafters.markov import Markov, read_markov
 from echo_trt.engine.kv_pool import KVPool, kv_pool
 from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.errors import UserError
-from echo_trt.speculation.pack import LevelShape
 from echo_trt.speculation.planner import Planner
-from echo_trt.speculation.policies import POLICIES, reserve_for
+from echo_trt.speculation.policies import reserve_for
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,11 @@ class Networks:
     copier: LookupDrafter | None
     calibration: Calibration | None
     markov: Markov | None = None
+
+    def prepare(self, planner: Planner) -> None:
+        """Capture the drafts that ``planner`` will ask a device for as CUDA graphs, before requests wait for them."""
+        if isinstance(self.drafter, LevelsDrafter):
+            self.drafter.engine.capture_levels(planner.level_shapes)
 
     def loop(self, planner: Planner) -> EngineCore:
         """Make an engine core over these networks; one core at a time may have running requests."""
@@ -134,7 +138,6 @@ def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputB
         files = tuple(folder / file for file in facts.rank_files)
         return RankedEngine(partial(of_rank, files, open_file), len(files))
     opened: Engine = open_file(folder / facts.file)
-    opened.capture_levels(level_shapes(manifest))  # type: ignore[attr-defined]
     return opened
 
 
@@ -157,20 +160,6 @@ def _check_network(widths: dict[str, int], path: Path, manifest: Manifest, netwo
             raise UserError(
                 f"{path}: {network}.{field} is {size}, but the network's is {widths[name]}; build the bundle again."
             )
-
-
-def level_shapes(manifest: Manifest) -> list[LevelShape]:
-    """List the shapes of drafts that registered policies may ask a head on a device for."""
-    decoding = manifest.recipe.decoding.model_dump()
-    shapes: dict[LevelShape, None] = {}  # in order
-    for policy in POLICIES.values():
-        if policy.shape is None or not policy.captured:
-            continue
-        largest = policy.shape(decoding)
-        whole = largest.max_depth - 1
-        for levels in (whole,) if policy.drafts_whole else range(1, whole + 1):
-            shapes[LevelShape(levels, min(largest.beams, largest.width), largest.width)] = None
-    return [shape for shape in shapes if shape.levels]
 
 
 def drafter_with(

@@ -110,7 +110,9 @@ class Tuning:
             if settings["budget"] is None:
                 settings["budget"] = next_size(self.costs.sizes, self.costs.hinge.k_max)  # padded to it anyway
         part = networks or self._networks
-        return make_planner(name, settings, lambda name, numbers: self._goodput(name, numbers, part))
+        planner = make_planner(name, settings, lambda name, numbers: self._goodput(name, numbers, part))
+        part.prepare(planner)
+        return planner
 
     def _goodput(self, name: str, settings: GoodputSettings, networks: Networks) -> GoodputPlanner:
         calibration = networks.calibration

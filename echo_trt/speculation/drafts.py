@@ -28,11 +28,13 @@ class Draft:
         """Propose children of ``nodes`` int64 [F], all of one depth."""
         raise NotImplementedError
 
-    def look_ahead(self, levels: int, beams: int, width: int, maximum: int) -> None:
-        """Let ``expand_roots`` also draft ``levels`` below the roots' children, where the draft ``looks_ahead``.
+    def look_ahead(self, depth: int, beams: int, width: int, maximum: int) -> None:
+        """Let the next proposals draft trees down to ``depth``, where the draft ``looks_ahead``.
 
+        These are ``expand_roots``, or ``expand`` of nodes of the depth that was drafted before, whose requests go on.
         Each level expands a request's ``beams`` best nodes by the draft's path probability; a node has ``width``
-        children. ``expand`` then takes no pass: it proposes what is among the ``maximum`` best nodes of a request.
+        children. ``expand`` of the nodes above ``depth`` then takes no pass: it proposes the beams of a level, and what
+        else is among the ``maximum`` best nodes of a request. Beams and width stay the same in an iteration.
         """
         raise NotImplementedError
 
@@ -45,12 +47,14 @@ class Pass:
     context       cached tokens of the pass's requests
     seconds       wall-clock time
     node_context  cached tokens that tree nodes attend besides their roots, summed over the nodes
+    together      passes that were timed together, this one among them; their time is divided equally
     """
 
     tokens: int
     context: int
     seconds: float
     node_context: int = 0
+    together: int = 1
 
 
 class TimedDraft(Draft):
@@ -64,7 +68,7 @@ class TimedDraft(Draft):
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.passes: list[Pass] = []
         self.levels, self.seconds = 0, 0.0
-        self._clock, self._ran = clock, (0, 0, 0)
+        self._clock, self._ran = clock, list[tuple[int, int]]()
 
     def propose_roots(self, requests: np.ndarray) -> Proposals:
         """Do as ``expand_roots``."""
@@ -74,9 +78,9 @@ class TimedDraft(Draft):
         """Do as ``expand``."""
         raise NotImplementedError
 
-    def ran(self, entries: int, context: int, passes: int = 1) -> None:
-        """Note that proposing takes ``passes`` of ``entries`` tokens, of requests with ``context`` cached tokens."""
-        self._ran = entries, context, passes
+    def ran(self, entries: int, context: int) -> None:
+        """Note that proposing takes a pass of ``entries`` tokens, of requests with ``context`` cached tokens."""
+        self._ran.append((entries, context))
 
     def expand_roots(self, requests: np.ndarray) -> Proposals:
         return self._timed(lambda: self.propose_roots(requests))
@@ -85,11 +89,11 @@ class TimedDraft(Draft):
         return self._timed(lambda: self.propose(tree, nodes))
 
     def _timed(self, propose: Callable[[], Proposals]) -> Proposals:
-        self._ran, begin = (0, 0, 0), self._clock()
+        self._ran, begin = [], self._clock()
         proposals = propose()
-        seconds, (entries, context, passes) = self._clock() - begin, self._ran
+        seconds, passes = self._clock() - begin, len(self._ran)
         self.levels, self.seconds = self.levels + 1, self.seconds + seconds
-        self.passes += [Pass(entries, context, seconds / max(passes, 1))] * passes
+        self.passes += [Pass(*ran, seconds / passes, together=passes) for ran in self._ran]
         return proposals
 
 

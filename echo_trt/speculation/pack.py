@@ -13,7 +13,6 @@ import numpy as np
 from echo_trt.speculation.arrays import begins, ragged_arange
 
 BLOCK = 32  # tokens in a KV block
-ROOT = -1  # number of the root among nodes that are drafted on a device
 _CAUSAL = np.zeros(0, np.uint8), np.zeros(1, np.int64)  # no mask, of no request
 
 
@@ -37,14 +36,22 @@ class ForwardBatch(NamedTuple):
     padded_to: int = 0
 
 
-class LevelShape(NamedTuple):
-    """How far a draft looks ahead where it computes.
+#: Rows up to which a pass of a draft takes a GPU as long as one row, since reading the weights takes longer than
+#: computing: by their data sheets an H100 computes some 300 rows meanwhile, an RTX 4090 160. Larger: fewer waits at
+#: gates, and wider drafts of goodput; but beyond what the card computes meanwhile, levels take longer.
+WEIGHT_ROWS = 128
 
-    levels  below the roots' children
+
+class LevelShape(NamedTuple):
+    """Levels of a draft that run where it computes, without a return to the host.
+
+    first   number of the first one; level 1 expands children of the roots
+    levels  how many; 0: the roots' pass alone
     beams   nodes of a request that a level expands
     width   children of an expanded node, the best ones
     """
 
+    first: int
     levels: int
     beams: int
     width: int
@@ -161,11 +168,10 @@ def pack(
 
 
 def pack_levels(past: np.ndarray, block_table: np.ndarray, shape: LevelShape) -> ForwardBatch:
-    """Pack the last level's call of ``shape``, behind ``past`` int64 [A] cached entries of a request's draft.
+    """Pack what all levels of ``shape`` share, behind ``past`` int64 [A] cached entries of a request's draft.
 
-    A request has beams * levels rows: the level's rows, and the rows of all levels above. The device fills in tokens
-    and masks.
+    A request has KV rows for the beams of the last level and of all levels above. The device fills in the rest.
     """
-    rows = shape.beams * shape.levels
+    rows = shape.beams * (shape.first - 1 + shape.levels)
     none = np.zeros(0, np.int64)
     return pack(none, none, past, np.full(len(past), rows), block_table, none)

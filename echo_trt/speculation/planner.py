@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from echo_trt.speculation.drafts import Draft, Pass
+from echo_trt.speculation.pack import LevelShape
 from echo_trt.speculation.policy_names import PLAIN
 from echo_trt.speculation.super_tree import SuperTree
 
@@ -118,6 +119,12 @@ class Planner(Protocol):
 
     def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
         """Choose the super-tree to verify for ``roots`` int64 [B], the requests' pending tokens."""
+
+    def level_shapes(self, requests: int) -> Collection[LevelShape]:
+        """List what a device may be asked to draft in one go for ``requests``, so that it can prepare; by default
+        nothing.
+        """
+        return ()
 
     def observe(self, iteration: Iteration) -> None:
         """Learn from one finished iteration; by default nothing."""

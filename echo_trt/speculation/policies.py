@@ -35,8 +35,6 @@ class Policy:
     make           makes a planner, from the policy's name, a recipe's settings, and a function that makes a goodput
                    planner with this machine's costs and the draft's calibration
     shape          the largest trees that the policy drafts and verifies, from a recipe's settings; None: no drafts
-    drafts_whole   whether all levels are always drafted; else any number of them
-    captured       whether an engine on a device prepares CUDA graphs for drafts of this shape
     shares_budget  whether the batch shares K_max tokens per verification
     """
 
@@ -44,8 +42,6 @@ class Policy:
     summary: str
     make: MakePlanner
     shape: Callable[[Settings], EchoSettings] | None
-    drafts_whole: bool = False
-    captured: bool = True
     shares_budget: bool = False
 
 
@@ -163,7 +159,6 @@ def _plain(name: str, settings: Settings, make_goodput: MakeGoodput) -> Planner:
     "static",
     "EAGLE-3's tree: fixed depth, width and tokens for every request",
     partial(echo_settings, "static"),
-    drafts_whole=True,
 )
 def _paper(name: str, settings: Settings, make_goodput: MakeGoodput) -> Planner:
     return EchoPlanner(name, echo_settings(name, settings))
@@ -174,7 +169,6 @@ def _paper(name: str, settings: Settings, make_goodput: MakeGoodput) -> Planner:
     "goodput-exact",
     "the same with chains alone, which CPUs verify bit for bit as they decode",
     _elastic,
-    captured=False,
 )
 @policy(
     DEFAULT, "the default: over the whole batch, drafts a level and verifies a token if it is worth its time", _elastic

@@ -7,10 +7,13 @@
 | past_lens                       | int32 [B]                            | committed tokens of a request              |
 | seq_begins                      | int32 [B+1]                          | where a request's tokens begin in N        |
 | block_indices, block_begins     | int32 [sum of blocks], [B+1]         | the block table, ragged                    |
-| tree_mask, tree_mask_begins     | uint8 [sum n_i^2], int32 [B+1]       | row-major ancestor matrices of requests;   |
+| tree_mask, tree_mask_begins     | uint8 [sum n_i k_i], int32 [B+1]     | row-major ancestor matrices of requests;   |
 |                                 |                                      | an empty section means causal              |
 
-Token r of request i sees all past_lens[i] committed tokens, and the new tokens that its mask row allows.
+Token r of request i sees all past_lens[i] committed tokens, and the tree keys that its mask row allows. A section of
+n_i rows has k_i >= n_i columns, of which the last n_i are the request's new tokens. The first k_i - n_i are tokens of
+its tree that earlier calls computed: their KV rows are in the pool, behind the committed ones. The new rows are written
+behind them, at past_lens[i] + k_i - n_i and on. So a level of a draft computes its new nodes alone.
 """
 
 from super_tree_attention.reference import super_tree_attention

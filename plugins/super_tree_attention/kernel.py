@@ -150,10 +150,25 @@ def attention(
         peak, total, acc = _attend(q, k, v, seen[None, :], peak, total, acc, SCALE)
 
     if split == 0:
-        mask_begin = tl.maximum(tl.load(tree_mask_begins + request), 0)
-        has_tree = tl.load(tree_mask_begins + request + 1) > mask_begin
-        has_tree &= (mask_begin <= mask_bytes) & (count * count <= mask_bytes - mask_begin)
-        mask_row = mask_begin + token * count
+        section = _within(tl.load(tree_mask_begins + request), 0, mask_bytes)
+        per_row = (_within(tl.load(tree_mask_begins + request + 1), section, mask_bytes) - section) // count
+        has_tree = per_row >= count
+        # Tree keys of earlier calls are in the cache behind the past; the call's rows are written behind them.
+        earlier = tl.where(has_tree, tl.minimum(per_row - count, (num_entries - entry) * BLOCK - past - count), 0)
+        mask_row = section + token * per_row
+        for start in tl.range(0, earlier, NEW_KEYS):
+            other = start + tl.arange(0, NEW_KEYS)
+            there = other < earlier
+            block = tl.load(table + (past + other) // BLOCK, mask=there, other=0)
+            block = _within(block, 0, num_blocks - 1).to(tl.int64)
+            at = ((block * kv_heads + kv_head) * BLOCK + (past + other) % BLOCK) * HEAD_DIM
+            at = at[:, None] + dims[None, :]
+            k = tl.load(key_cache + at, mask=there[:, None], other=0.0)
+            v = tl.load(value_cache + at, mask=there[:, None], other=0.0)
+            in_mask = live[:, None] & there[None, :]
+            drawn = tl.load(tree_mask + (mask_row[:, None] + other[None, :]), mask=in_mask, other=0)
+            peak, total, acc = _attend(q, k, v, drawn != 0, peak, total, acc, SCALE)
+
         drawn_end = tl.where(has_tree, count, 0)
         causal = tl.where(has_tree, -1, token)[:, None]
         end = tl.where(has_tree, count, tl.minimum(first + TOKENS, count))
@@ -165,16 +180,17 @@ def attention(
             k = tl.load(key + at, mask=new[:, None], other=0.0)
             v = tl.load(value + at, mask=new[:, None], other=0.0)
             in_mask = live[:, None] & (other < drawn_end)[None, :]
-            drawn = tl.load(tree_mask + (mask_row[:, None] + other[None, :]), mask=in_mask, other=0)
+            drawn = tl.load(tree_mask + (mask_row[:, None] + earlier + other[None, :]), mask=in_mask, other=0)
             visible = new[None, :] & ((drawn != 0) | (other[None, :] <= causal))
             peak, total, acc = _attend(q, k, v, visible, peak, total, acc, SCALE)
 
         own = first + tl.arange(0, triton.next_power_of_2(TOKENS))
         mine = ((own < first + TOKENS) & (own < count))[:, None]
         source = (((begin + own).to(tl.int64) * kv_heads + kv_head) * HEAD_DIM)[:, None] + dims[None, :]
-        block = tl.load(table + (past + own) // BLOCK, mask=own < count, other=0)
+        row = past + earlier + own
+        block = tl.load(table + row // BLOCK, mask=own < count, other=0)
         block = _within(block, 0, num_blocks - 1).to(tl.int64)
-        at = (((block * kv_heads + kv_head) * BLOCK + (past + own) % BLOCK) * HEAD_DIM)[:, None] + dims[None, :]
+        at = (((block * kv_heads + kv_head) * BLOCK + row % BLOCK) * HEAD_DIM)[:, None] + dims[None, :]
         tl.store(key_cache + at, tl.load(key + source, mask=mine), mask=mine)
         tl.store(value_cache + at, tl.load(value + source, mask=mine), mask=mine)
 

@@ -21,23 +21,24 @@ def super_tree_attention(
         rows = slice(int(seq_begins[i]), int(seq_begins[i + 1]))
         count = rows.stop - rows.start
         blocks = block_indices[int(block_begins[i]) : int(block_begins[i + 1])].long()
-        new = torch.arange(past, past + count)
+        mask = _tree_mask(tree_mask, tree_mask_begins, i, count)  # [count, tree keys]
+        end = past + mask.shape[1]
+        new = torch.arange(end - count, end)
         for cache, packed in ((key_cache, key), (value_cache, value)):
             cache[blocks[new // block], :, new % block] = packed[rows].view(count, kv_heads, head_dim).to(cache.dtype)
-        seen = torch.arange(past + count)
+        seen = torch.arange(end)
         keys = key_cache[blocks[seen // block], :, seen % block].float().repeat_interleave(group, dim=1)  # [T, Hq, D]
         values = value_cache[blocks[seen // block], :, seen % block].float().repeat_interleave(group, dim=1)
         queries = query[rows].view(count, kv_heads * group, head_dim).float()
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * head_dim**-0.5
-        allowed = torch.ones(count, past + count, dtype=torch.bool)
-        allowed[:, past:] = _new_token_mask(tree_mask, tree_mask_begins, i, count)
+        allowed = torch.cat((torch.ones(count, past, dtype=torch.bool), mask), dim=1)
         weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
         output[rows] = torch.einsum("hqk,khd->qhd", weights, values).flatten(1).to(output.dtype)
     return output
 
 
-def _new_token_mask(tree_mask: Tensor, begins: Tensor, request: int, count: int) -> Tensor:
+def _tree_mask(tree_mask: Tensor, begins: Tensor, request: int, count: int) -> Tensor:
     section = tree_mask[int(begins[request]) : int(begins[request + 1])]
     if len(section):
-        return section.view(count, count).bool()
+        return section.view(count, -1).bool()
     return torch.ones(count, count, dtype=torch.bool).tril()

@@ -20,13 +20,12 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
 import echo_trt
 from echo_trt import LLM, Completion, SamplingParams  # these names alone: other commits have them, too
-from echo_trt.engine.options import run_alone
 
 PLAIN = "autoregressive"
 PAPER = "static,dense,fixed,echo,goodput"
@@ -38,7 +37,7 @@ Texts = dict[str, dict[str, str]]  # policy and batch -> prompt -> SHA-256 of to
 
 def main(
     bundle: Path,
-    prompts: Annotated[list[Path], Parameter(help="JSONL files")],
+    prompts: Annotated[list[Path], Parameter(help="JSONL files", consume_multiple=True)],
     batch: Annotated[str, Parameter(help="batch sizes")] = "1,8,32",
     policies: Annotated[str, Parameter(help="compared with plain decoding, by commas, or all")] = PAPER,
     max_tokens: int = 128,
@@ -151,4 +150,6 @@ def _show(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    run_alone(main)
+    app = App(default_parameter=Parameter(negative=(), allow_repeating=True))  # also with packages of earlier commits
+    app.default(main)
+    app()

@@ -333,6 +333,8 @@ def test_packed_profiles_are_next_to_each_other(networks, tmp_path):
         assert profile["seq_begins"][2][0] == profile["past_lens"][2][0] + 1
         assert profile["key_cache.0"] == ((1, 3, 32, 8), (1024, 3, 32, 8), (1024, 3, 32, 8))
         assert profile["features"][0][0] == profile["tree_mask"][0][0] == 0
+        # A level's rows see their request's whole tree: 64 bytes a row, of the smallest profile too.
+        assert 4 * profile["tree_mask"][2][0] >= profile["token_ids"][2][0] * 64
         usual = {name: shapes[1][0] for name, shapes in profile.items()}
         assert usual["features"] + usual["hidden"] == usual["token_ids"]  # or TensorRT refuses the profile
         # All requests may have the same long beginning, whose blocks each of them names.

@@ -191,9 +191,12 @@ def test_calls_wait_for_rows_that_are_written_to_banks(networks, tmp_path, monke
         "hidden": engine.feature_cache("hidden").read(rows[:0]),
     }
     engine.run(call, **inputs)
-    shape = LevelShape(1, 2, 3)
-    engine.run_levels(call, pack_levels(2 * one, np.arange(4)[None], shape), shape, 4, **inputs)
-    assert order == ["PyTorch's", "launch", "end", "PyTorch's", "launch", "launch", "end"]
+    shape = LevelShape(1, 1, 2, 3)
+    below = pack_levels(2 * one, np.arange(4)[None], shape)
+    engine.start_levels(call, below, shape, 4, **inputs)
+    engine.run_levels(below, 0 * one, shape, 4)
+    levels = ["PyTorch's", "launch", "launch", "end", "PyTorch's", "launch", "end"]
+    assert order == ["PyTorch's", "launch", "end", *levels]
 
 
 def test_a_head_keeps_the_states_of_the_trees_that_it_drafts(networks, tmp_path):

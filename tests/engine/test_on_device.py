@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,6 @@ from batches import REQUESTS, assert_same
 from driving import add, prompt_ids, run
 
 from echo_trt.backends.cuda.transfers import TRANSFERS
-from echo_trt.engine.assemble import level_shapes
 from echo_trt.engine.drafters.levels import LevelsDrafter
 from echo_trt.engine.params import SamplingParams
 from echo_trt.speculation.super_tree import SuperTree
@@ -24,26 +24,28 @@ def test_every_policy_writes_plain_decodings_text(policy, batch, requests, open_
     assert_same(llm.generate(prompts, params), plain("eagle3", requests))
 
 
-@pytest.mark.parametrize("policy", ["static", "echo"])
-def test_levels_have_a_graph_under_policies_of_the_paper(policy, open_llm, monkeypatch):
+@pytest.mark.parametrize("batch", [1, 2, 40])
+@pytest.mark.parametrize("policy", ["static", "echo", "dense", "goodput"])
+def test_every_draft_that_a_policy_asks_for_has_a_graph(policy, batch, open_llm, monkeypatch):
     """The shapes are captured at the start; a fixed tree without a graph would lose every comparison."""
-    llm = open_llm("eagle3", policy, 2, "resident")
-    engine, requested = llm.loop.drafter.engine, set()
-    run_levels = engine.run_levels
+    llm = open_llm("close", policy, batch, "resident")
+    levels, requested = llm.loop.drafter.engine._levels, set()
+    draft = levels._run
 
-    def noted(call, below, shape, *arguments, **inputs):
-        requested.add(shape)
-        return run_levels(call, below, shape, *arguments, **inputs)
+    def noted(below, rows, shape):
+        requested.add((len(rows), shape))
+        return draft(below, rows, shape)
 
-    monkeypatch.setattr(engine, "run_levels", noted)
-    llm.generate([[*range(20)]] * 2, SamplingParams(24, ignore_eos=True))
-    assert requested
-    assert requested <= {*level_shapes(llm.manifest)}
+    monkeypatch.setattr(levels, "_run", noted)
+    llm.generate([[*range(20)]] * batch, SamplingParams(24, ignore_eos=True))
+    assert requested or policy == "goodput"  # which may find that no draft pays
+    assert all(shape in llm.loop.planner.level_shapes(requests) for requests, shape in requested)
 
 
-def test_levels_on_the_device_are_those_that_the_host_would_expand(open_llm):
-    """The same beams, scores and trees as a draft that asks for each level."""
-    levels, beams, width, maximum = 3, 3, 4, 30
+@pytest.mark.parametrize(("ends", "stopped"), [([4], -1), ([1, 4], 1), ([2, 3, 4], 0), ([1, 2, 3, 4], 3)])
+def test_levels_on_the_device_are_those_that_the_host_would_expand(ends, stopped, open_llm):
+    """The same beams, scores and trees as a draft that asks for each level; also if a part of the requests goes on."""
+    levels, beams, width, maximum = 3, 3, 4, 15
     llm = open_llm("close", "autoregressive", 4, "resident")
     assert isinstance(llm.loop.drafter, LevelsDrafter)
     for i in range(4):
@@ -65,16 +67,20 @@ def test_levels_on_the_device_are_those_that_the_host_would_expand(open_llm):
             offered = host.expand(tree, frontier)
 
     device, seen = llm.loop.drafter.begin(slots), SuperTree.from_roots(roots)
-    device.look_ahead(levels, beams, width, maximum)
-    frontier, offered, waits = requests, device.expand_roots(requests), TRANSFERS.waits
-    for _ in range(levels + 1):
+    device.look_ahead(ends[0], beams, width, maximum)
+    waits = TRANSFERS.waits
+    frontier, offered = requests, device.expand_roots(requests)
+    for depth in range(1, levels + 2):
         log_q, tokens = offered
         parents = np.repeat(frontier, log_q.shape[1])
         there = log_q.reshape(-1) > -np.inf
         scores = seen.score[parents] + log_q.reshape(-1)
         frontier = seen.add(parents[there], tokens.reshape(-1)[there], scores[there])
+        if depth in ends[:-1]:
+            frontier = frontier[seen.request[frontier] != stopped]
+            device.look_ahead(ends[ends.index(depth) + 1], beams, width, maximum)
         offered = device.expand(seen, frontier)
-    assert TRANSFERS.waits == waits  # the levels came with the roots
+    assert TRANSFERS.waits == waits + len(ends)  # levels come with the roots, or with those above
 
     def paths(tree: SuperTree) -> dict[tuple, float]:
         found = {}
@@ -87,11 +93,16 @@ def test_levels_on_the_device_are_those_that_the_host_would_expand(open_llm):
         return found
 
     everything, reported = paths(tree), paths(seen)
+    begins = 1, *ends
     for request in requests.tolist():
-        own = sorted((score for path, score in everything.items() if path[0] == request), reverse=True)[:maximum]
-        got = sorted((score for path, score in reported.items() if path[0] == request), reverse=True)
-        np.testing.assert_allclose(got, own[: len(got)], atol=1e-3)
-        assert len(got) == maximum
+        for begin, end in itertools.pairwise(begins[:2] if request == stopped else begins):
+            own, got = (
+                sorted((s for path, s in trees.items() if path[0] == request and begin < len(path) - 2 <= end))[::-1]
+                for trees in (everything, reported)
+            )
+            assert len(got) == min(max(maximum, beams * (end - begin)), len(own))
+            best = max(len(got) - beams * (end - begin), 0)  # beside the beams of all levels
+            np.testing.assert_allclose(got[:best], own[:best], atol=1e-3)
     for path, score in reported.items():
         assert score == pytest.approx(everything[path], abs=1e-3)
 

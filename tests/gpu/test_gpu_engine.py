@@ -89,8 +89,8 @@ def test_a_drafts_prefill_computes_each_chunk_on_its_own_inputs(card, config, pa
 
 
 def test_draft_levels_in_one_graph_are_those_of_launches(card, config, all_captured):
-    """For fewer requests than the graph was captured for, too."""
-    shape, counts, blocks = LevelShape(3, 3, 4), np.array([4, 1, 6]), 16
+    """For fewer requests than the graph was captured for, too, and where a part of them goes on."""
+    shape, deeper, counts, blocks = LevelShape(1, 2, 3, 4), LevelShape(3, 2, 3, 4), np.array([4, 1, 6]), 16
     head = random_head(random_decoder(config, blocks * BLOCK, torch.float32, card.device), torch.float32)
     features = np.random.default_rng(4).standard_normal((int(counts.sum()), 3 * config.hidden_size), np.float32)
     table, rows, scores = np.arange(4 * 4).reshape(4, 4), np.arange(len(features)), []
@@ -99,15 +99,17 @@ def test_draft_levels_in_one_graph_are_those_of_launches(card, config, all_captu
         bounds = CallBounds(4, 4, 16) if graphs else None
         device = str(card.device)
         engine = TorchEngine(HeadModule(head, 4), blocks, device, card.operator, graphs, bounds=bounds, resident=True)
-        engine.capture_levels([shape])
+        engine.capture_levels(lambda requests: [shape, deeper])
         engine.feature_cache("features").write(rows, features, rows)
         call = pack(rows % config.vocab_size, positions, 0 * counts, counts, table[:3], np.cumsum(counts) - 1)
         inputs = {
             "features": engine.feature_cache("features").read(rows),
             "hidden": engine.feature_cache("hidden").read(rows[:0]),
         }
-        drafted = engine.run_levels(call, pack_levels(counts, table[:3], shape), shape, 20, **inputs)
-        scores.append(np.sort(np.ascontiguousarray(drafted[:, 3]).view(np.float32)))
+        _, drafted = engine.start_levels(call, pack_levels(counts, table[:3], shape), shape, 20, **inputs)
+        further = engine.run_levels(pack_levels(counts[1:], table[1:3], deeper), np.array([1, 2]), deeper, 20)
+        found = np.concatenate([part[:, 3].ravel() for part in (drafted, further)])
+        scores.append(np.sort(np.ascontiguousarray(found).view(np.float32)))
     assert apart(*scores) <= BOUND
 
 

@@ -127,17 +127,17 @@ def test_a_heads_levels_are_one_graph_and_the_same_as_launches(built):
     opened, _ = built.opened(HeadModule(head.requires_grad_(False), 4), "head")
     if not opened.drafts_levels:
         pytest.skip(f"a head of {built.engine} drafts no levels")
-    shape, ones, none = LevelShape(9, 3, 4), np.ones(BATCH, np.int64), np.zeros(0, np.int64)
+    shape, ones, none = LevelShape(1, 9, 3, 4), np.ones(BATCH, np.int64), np.zeros(0, np.int64)
     table = np.arange(BATCH * sizes.blocks).reshape(BATCH, sizes.blocks)
     call = pack(np.arange(BATCH), 0 * ones, 0 * ones, ones, table, np.arange(BATCH))
     inputs = {
         "features": opened.feature_cache("features").read(table[:, 0] * BLOCK),
         "hidden": opened.feature_cache("hidden").read(none),
     }
-    opened.capture_levels([shape, shape._replace(levels=2)])
+    opened.capture_levels(lambda requests: [shape, shape._replace(levels=2)])
     levels, drafted = opened._levels, []
     assert any(graph is not None for graph in levels._graphs._captured.values())
     for graphs in (levels._graphs, None):
         levels._graphs = graphs
-        drafted.append(opened.run_levels(call, pack_levels(ones, table, shape), shape, 16, **inputs))
+        drafted.append(opened.start_levels(call, pack_levels(ones, table, shape), shape, 16, **inputs)[1])
     assert np.array_equal(*(tree[:, :3] for tree in drafted))

@@ -18,17 +18,24 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 class Batch:
-    """Random arguments of a call: requests of (past, new tokens, whether they come with a mask).
+    """Random arguments of a call: requests of (past, new tokens, whether they come with a mask, earlier tree keys).
 
-    Blocks are scattered over the pool, and every row that the call may not read is NaN.
+    Without a fourth number a request has no earlier tree keys. Blocks are scattered over the pool, and every row that
+    the call may not read is NaN.
     """
 
     def __init__(self, requests, kv_heads=1, group=1, head_dim=64, dtype=torch.float32, seed=0):
         self.generator = torch.Generator().manual_seed(seed)
-        pasts, counts, masked = zip(*requests, strict=True)
-        used = [-(-(past + count) // BLOCK) for past, count in zip(pasts, counts, strict=True)]
+        pasts, counts, masked, *more = zip(*requests, strict=True)
+        earlier = more[0] if more else [0] * len(pasts)
+        earlier = [n if tree and count else 0 for n, tree, count in zip(earlier, masked, counts, strict=True)]
+        cached = [past + n for past, n in zip(pasts, earlier, strict=True)]
+        used = [-(-(past + count) // BLOCK) for past, count in zip(cached, counts, strict=True)]
         tables = 1 + torch.randperm(sum(used) + 3, generator=self.generator)[: sum(used)].int()  # block 0: all NaN
-        masks = [self._mask(count) if tree else torch.zeros(0) for count, tree in zip(counts, masked, strict=True)]
+        masks = [
+            self._mask(count, n) if tree else torch.zeros(0)
+            for count, n, tree in zip(counts, earlier, masked, strict=True)
+        ]
         self.metadata = (
             torch.tensor(pasts, dtype=torch.int32),
             _begins(counts),
@@ -37,7 +44,7 @@ class Batch:
             torch.cat(masks).to(torch.uint8),
             _begins([len(mask) for mask in masks]),
         )
-        self.caches = [self._cache(pasts, tables.split(used), kv_heads, head_dim, dtype) for _ in range(2)]
+        self.caches = [self._cache(cached, tables.split(used), kv_heads, head_dim, dtype) for _ in range(2)]
         widths = kv_heads * group * head_dim, kv_heads * head_dim, kv_heads * head_dim
         self.packed = [self._random(sum(counts), width).to(dtype) for width in widths]
 
@@ -68,10 +75,11 @@ class Batch:
             cache[table[position // BLOCK].long(), :, position % BLOCK] = rows
         return cache
 
-    def _mask(self, count: int) -> Tensor:
+    def _mask(self, count: int, earlier: int) -> Tensor:
         """Any matrix in which a token sees itself: the operator does not ask that it be a tree's."""
-        seen = torch.rand(count, count, generator=self.generator) < 0.4
-        return (seen | torch.eye(count, dtype=torch.bool)).flatten()
+        seen = torch.rand(count, earlier + count, generator=self.generator) < 0.4
+        seen[:, earlier:] |= torch.eye(count, dtype=torch.bool)
+        return seen.flatten()
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)

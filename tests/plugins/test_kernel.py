@@ -24,12 +24,13 @@ REQUEST = st.tuples(
     st.one_of(st.sampled_from([0, 1, 31, 32, 33, 64, 128, 129]), st.integers(0, 200)),
     st.one_of(st.sampled_from([0, 1, 32, 33]), st.integers(1, 20)),
     st.booleans(),
+    st.one_of(st.just(0), st.sampled_from([1, 31, 32, 33, 70]), st.integers(0, 70)),
 )
 
 
 @settings(max_examples=settings().max_examples // 2, derandomize=True)  # the interpreter is slow
 @given(
-    requests=st.lists(REQUEST, min_size=1, max_size=3).filter(lambda batch: any(count for _, count, _ in batch)),
+    requests=st.lists(REQUEST, min_size=1, max_size=3).filter(lambda batch: any(r[1] for r in batch)),
     heads=st.tuples(st.integers(1, 2), st.integers(1, 16)).filter(lambda pair: pair[0] * pair[1] <= 16),
     head_dim=st.sampled_from([64, 128]),
     dtype=st.sampled_from(list(TOLERANCE)),
@@ -37,9 +38,9 @@ REQUEST = st.tuples(
     rows=st.sampled_from([None, 16, 64, 128]),
     seed=st.integers(0, 2**16),
 )
-@example([(0, 1, False)], (1, 1), 64, torch.float32, None, None, 0)
-@example([(0, 7, True), (0, 0, False), (64, 1, False)], (2, 5), 64, torch.float32, 2, 64, 1)
-@example([(300, 33, True), (1, 1, True)], (1, 16), 128, torch.bfloat16, 7, 128, 2)
+@example([(0, 1, False, 0)], (1, 1), 64, torch.float32, None, None, 0)
+@example([(0, 7, True, 9), (0, 0, False, 0), (64, 1, False, 0)], (2, 5), 64, torch.float32, 2, 64, 1)
+@example([(300, 33, True, 0), (1, 1, True, 40)], (1, 16), 128, torch.bfloat16, 7, 128, 2)
 def test_any_batch_equals_the_reference(requests, heads, head_dim, dtype, num_splits, rows, seed):
     Batch(requests, *heads, head_dim, dtype, seed).check(num_splits=num_splits, rows=rows)
 
@@ -47,6 +48,36 @@ def test_any_batch_equals_the_reference(requests, heads, head_dim, dtype, num_sp
 @pytest.mark.parametrize("group", [1, 3, 5, 8, 16])
 def test_groups(group):
     Batch([(70, 3, True), (33, 1, False), (0, 6, False)], 2, group).check()
+
+
+def test_a_level_of_a_draft_computes_its_new_nodes_alone():
+    """Ten new nodes of a request see forty that four levels before have left behind its past."""
+    Batch([(70, 10, True, 40), (0, 10, True, 40), (31, 10, True, 0)], 2, 4).check()
+
+
+def test_levels_that_keep_their_rows_attend_as_one_call_over_all_of_them():
+    """Three calls of two new nodes write the cache, and give the last nodes the outputs, of a call of six."""
+    batch = Batch([(40, 6, True), (0, 6, True)], 2, 2)
+    below = [m.view(6, 6).tril() | torch.eye(6, dtype=torch.uint8) for m in batch.metadata[4].view(2, 36)]
+    mask = torch.stack(below)
+    pasts, begins, blocks, block_begins, _, mask_begins = batch.metadata
+    whole = [cache.clone() for cache in batch.caches]
+    expected = super_tree_attention(
+        *batch.packed, *whole, pasts, begins, blocks, block_begins, mask.flatten(), mask_begins
+    )
+    caches = [cache.to(DEVICE, copy=True) for cache in batch.caches]
+    order = torch.arange(3, dtype=torch.int32)
+    for level in (1, 2, 3):
+        rows = torch.cat([6 * i + torch.arange(2 * level - 2, 2 * level) for i in (0, 1)])
+        section = mask[:, 2 * level - 2 : 2 * level, : 2 * level].flatten()
+        new = [tensor[rows] for tensor in batch.packed]
+        metadata = pasts, 2 * order, blocks, block_begins, section, 4 * level * order
+        arguments = [t.to(DEVICE) for t in (*new, *caches, *metadata)]
+        arguments[3:5] = caches
+        output = super_tree_attention_triton(*arguments).cpu()
+        torch.testing.assert_close(output, expected[rows], atol=2e-6, rtol=2e-6)
+    for cache, written in zip(caches, whole, strict=True):
+        torch.testing.assert_close(cache.cpu(), written, atol=0, rtol=0, equal_nan=True)
 
 
 def test_a_prompt_chunk_a_single_token_and_a_tree_in_one_call():
@@ -154,7 +185,7 @@ def surrounded(tensor: Tensor, margin: int, fill: float) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_the_metadata_holds_nothing_outside_is_written(seed, largest):
     """A builder may time the kernels with made-up inputs. Small wrong numbers reach no further than the margins."""
-    batch = Batch([(40, 5, True), (70, 3, False), (0, 4, True)], 2, 2, seed=seed)
+    batch = Batch([(40, 5, True, 7), (70, 3, False, 0), (0, 4, True, 33)], 2, 2, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     low = -9 if largest == 9 else -(2**31)
     metadata = [

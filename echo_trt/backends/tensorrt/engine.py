@@ -5,7 +5,7 @@ TensorRT with the plugin takes packed calls over a paged pool; the native graph 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -216,22 +216,31 @@ class TensorRTEngine:
         return named["scores"], named["candidates"], named["state"]
 
     @torch.inference_mode()
-    def capture_levels(self, shapes: Iterable[LevelShape]) -> None:
-        """Capture drafts of several levels as CUDA graphs before requests wait, where this engine drafts them."""
-        if self.drafts_levels:
-            with self._own_stream():
-                self._levels.capture(shapes)
-            self._wait()
+    def capture_levels(self, shapes: Callable[[int], Collection[LevelShape]]) -> None:
+        """Capture drafts of several levels as CUDA graphs before requests wait; see ``Levels.capture``."""
+        with self._own_stream():
+            self._levels.capture(shapes)
+        self._wait()
+
+    def padded_requests(self, requests: int) -> int:
+        return self._levels.padded(requests)
 
     @torch.inference_mode()
-    def run_levels(
+    def start_levels(
         self, call: ForwardBatch, below: ForwardBatch, shape: LevelShape, max_nodes: int, **inputs: Any
-    ) -> np.ndarray:
-        """Run a head over the roots of ``call`` and the levels of ``below``; see ``Levels.run``."""
+    ) -> tuple[np.ndarray, np.ndarray]:
         with self._own_stream():
             whole = self._join(call, packed_pieces(call, numbered(inputs), self._limits, self._sizes, self._bounds))
-            states = whole["state"][self._on_device(call.logit_rows)]
-            drafted = self._levels.run(below, shape, max_nodes, (whole["scores"], whole["candidates"]), states)
+            self._levels.begin(whole["scores"], whole["candidates"], whole["state"][self._on_device(call.logit_rows)])
+            rows = np.arange(len(call.logit_rows))
+            drafted = self._levels.run(below, rows, shape, max_nodes, whole[PACKED])
+        self._wait()
+        return drafted
+
+    @torch.inference_mode()
+    def run_levels(self, below: ForwardBatch, rows: np.ndarray, shape: LevelShape, max_nodes: int) -> np.ndarray:
+        with self._own_stream():
+            _, drafted = self._levels.run(below, rows, shape, max_nodes)
         self._wait()
         return drafted
 

@@ -54,7 +54,8 @@ def packed_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
             # Also more than the pool's, since requests share the blocks of common beginnings.
             "blocks": (1, min(sizes.pool, requests * sizes.blocks), bucket(requests * sizes.blocks)),
             "pool": (1, sizes.pool, sizes.pool),
-            "mask": (0, largest * min(sizes.tree, 16) // 4, -(-largest * largest // 4)),
+            # A level of a draft has more columns, of its request's whole tree, than rows.
+            "mask": (0, largest * min(sizes.tree, 16) // 4, -(-largest * max(largest, sizes.tree) // 4)),
         }
         profiles.append(_of_inputs(graph, axes, PACKED_AXES))
     return profiles

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -183,20 +183,27 @@ class TorchEngine:
         return Levels(self._compute, states, self._role.top_k, self._bounds, graphs)
 
     @torch.inference_mode()
-    def capture_levels(self, shapes: Iterable[LevelShape]) -> None:
-        """Capture drafts of several levels as CUDA graphs before requests wait, where this is a head on a GPU."""
-        if self.drafts_levels:
-            self._levels.capture(shapes)
+    def capture_levels(self, shapes: Callable[[int], Collection[LevelShape]]) -> None:
+        """Capture drafts of several levels as CUDA graphs before requests wait; see ``Levels.capture``."""
+        self._levels.capture(shapes)
+
+    def padded_requests(self, requests: int) -> int:
+        return self._levels.padded(requests)
 
     @torch.inference_mode()
-    def run_levels(
+    def start_levels(
         self, call: ForwardBatch, below: ForwardBatch, shape: LevelShape, max_nodes: int, **inputs: Any
-    ) -> np.ndarray:
-        """Run a head over the roots of ``call`` and the levels of ``below``; see ``Levels.run``."""
+    ) -> tuple[np.ndarray, np.ndarray]:
         arrays = self._arrays_of(call, inputs)
-        scores, candidates, state, *_ = self._launch(arrays)
+        scores, candidates, state, packed = self._launch(arrays)
         rows = send(arrays["logit_rows"], self.device)
-        return self._levels.run(below, shape, max_nodes, (scores[: len(rows)], candidates[: len(rows)]), state[rows])
+        count = len(rows)
+        self._levels.begin(scores[:count], candidates[:count], state[rows])
+        return self._levels.run(below, np.arange(count), shape, max_nodes, packed[:count])
+
+    @torch.inference_mode()
+    def run_levels(self, below: ForwardBatch, rows: np.ndarray, shape: LevelShape, max_nodes: int) -> np.ndarray:
+        return self._levels.run(below, rows, shape, max_nodes)[1]
 
     def _on_device(self, arrays: Arrays) -> dict[str, np.ndarray | DeviceRows]:
         """Run on the device. One copy brings small results to the host; other outputs are copied as they are read."""

@@ -13,7 +13,7 @@ from echo_trt.speculation.super_tree import SuperTree
 def grow(
     roots: np.ndarray, draft: Draft, settings: EchoSettings, max_draft_len: np.ndarray
 ) -> tuple[SuperTree, np.ndarray]:
-    """Draft level by level. A request whose confidence is below a gate stops there.
+    """Draft level by level, or where the draft looks ahead gate by gate. A request below a gate stops there.
 
     Each request that goes on claims its best node of the level. Where the budget has fewer nodes left than there are
     claims, the most confident requests get them, and the others stop.
@@ -28,6 +28,7 @@ def grow(
     if spare == 0 or len(requests) == 0:
         return tree, claimed_node
     frontier = requests[:, None]  # int64 [A, w], nodes of a request to expand, -1 where there are fewer than w
+    reached = _look_ahead(draft, settings, 0, len(requests), spare, len(roots))
     log_q, tokens = draft.expand_roots(requests)
     for depth in range(1, settings.max_depth + 1):
         children, scores = _add_children(tree, frontier, log_q, tokens, settings.width)
@@ -41,12 +42,25 @@ def grow(
         deeper = claims & (max_draft_len[requests] > depth)
         if depth == settings.max_depth or spare == 0 or not deeper.any():
             break
+        if depth == reached and depth not in settings.gates:  # what is left of the budget buys width
+            break
         requests = requests[deeper]
         frontier = _best(children[deeper], scores[deeper], settings.beams)
+        if depth == reached:
+            reached = _look_ahead(draft, settings, depth, len(requests), spare, len(roots))
         expanded = frontier >= 0
         log_q, tokens = draft.expand(tree, frontier[expanded])
         log_q, tokens = _scatter(expanded, log_q, tokens)
     return tree, claimed_node
+
+
+def _look_ahead(draft: Draft, settings: EchoSettings, depth: int, requests: int, spare: int, batch: int) -> int:
+    """Have a device draft on for ``requests`` whose trees are ``depth`` deep. Returns the depth that it reaches."""
+    if not draft.looks_ahead or settings.max_depth == 1:
+        return settings.max_depth
+    end = settings.reach(depth, requests, spare)
+    draft.look_ahead(end, settings.beams, settings.width, settings.max_nodes(batch))
+    return end
 
 
 def _add_children(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from echo_trt.speculation.pack import WEIGHT_ROWS, LevelShape
+
 
 @dataclass(frozen=True, kw_only=True)
 class EchoSettings:
@@ -30,6 +32,45 @@ class EchoSettings:
         if self.budget is None:
             return requests * (self.per_request - 1)
         return max(self.budget - requests, 0)
+
+    def reach(self, depth: int, requests: int, spare: int) -> int:
+        """Return the depth down to which a device drafts in one go for ``requests`` whose trees are ``depth`` deep.
+
+        That is the next gate, where the host waits to hear which requests go on, or the depth at which their claims
+        have used up the ``spare`` budget. But several requests whose levels have WEIGHT_ROWS rows or fewer draft beyond
+        gates: a request that a gate stops would make no level shorter, so a wait would save nothing. The gate of a
+        single request ends the draft, which saves whole levels.
+        """
+        used_up = depth - (-spare // requests)
+        ends = [*(gate for gate in sorted(self.gates) if depth < gate < self.max_depth), self.max_depth]
+        if self._passes_gates(requests):
+            return next((end for end in ends if end >= used_up), self.max_depth)
+        return min(ends[0], used_up)
+
+    def _passes_gates(self, requests: int) -> bool:
+        return requests > 1 and requests * self.beams <= WEIGHT_ROWS
+
+    def level_shapes(self, requests: int) -> list[LevelShape]:
+        """List what a device is asked to draft in one go for ``requests``."""
+        gates = sorted(gate for gate in self.gates if gate < self.max_depth)
+        ends, shapes = [*gates, self.max_depth], dict[LevelShape, None]()  # in order
+        for depth in (0, *gates):
+            further = [end for end in ends if end > depth]
+            if self.budget is not None and not self._passes_gates(requests):
+                further = list(range(depth + 1, further[0] + 1))
+            elif not self._passes_gates(requests):
+                further = further[:1]
+            first = max(depth, 1)
+            shapes |= {LevelShape(first, end - first, min(self.beams, self.width), self.width): None for end in further}
+        return list(shapes)
+
+    def max_nodes(self, requests: int) -> int:
+        """Return how many of a request's nodes a device copies to the host in one go, beams among them.
+
+        They are enough to allocate the budget. Larger: the copy takes longer.
+        """
+        maximum = 4 * self.per_request
+        return min(maximum, max(32, 4 * self.budget // requests)) if self.budget else maximum
 
     @property
     def rows_per_request(self) -> int:

@@ -35,6 +35,7 @@ from echo_trt.speculation.goodput.optimiser.candidates import Candidates, Contin
 from echo_trt.speculation.goodput.optimiser.levels import LevelSearch
 from echo_trt.speculation.goodput.optimiser.nodes import paying_nodes, select
 from echo_trt.speculation.goodput.settings import GoodputSettings
+from echo_trt.speculation.pack import LevelShape
 from echo_trt.speculation.planner import Explanation, Iteration, Plan, StepContext
 from echo_trt.speculation.sources import NGRAM
 from echo_trt.speculation.super_tree import SuperTree
@@ -144,6 +145,11 @@ class GoodputPlanner:
 
         return chains
 
+    def level_shapes(self, requests: int) -> list[LevelShape]:
+        settings = self._alone if requests == 1 else self.settings
+        beams = min(settings.level_beams(requests), settings.width)
+        return [LevelShape(1, levels, beams, settings.width) for levels in range(1, settings.max_depth)]
+
     def observe(self, iteration: Iteration) -> None:
         tokens = self.learner.observe(iteration, self.settings)
         if tokens is not None:
@@ -187,11 +193,11 @@ class GoodputPlanner:
             return
         if levels:
             maximum = min(settings.per_request, max(16, 4 * len(search.verification) // len(requests)))
-            draft.look_ahead(levels, settings.beams, settings.width, maximum)
+            draft.look_ahead(1 + levels, settings.level_beams(len(requests)), settings.width, maximum)
         log_q, tokens = draft.expand_roots(requests)
         candidates.add(requests, log_q, tokens, settings.width)
         if model.block or levels:
-            self._read_levels(draft, search)
+            self._read_levels(draft, search, settings.level_beams(len(requests)))
         else:
             self._draft_levels(draft, search)
 
@@ -221,14 +227,17 @@ class GoodputPlanner:
             candidates.add(nodes, log_q, tokens, settings.width)
             expanded += count
 
-    def _read_levels(self, draft: Draft, search: LevelSearch) -> None:
-        """Grow trees from levels that were drafted at once; a node too unlikely to be verified is not expanded."""
+    def _read_levels(self, draft: Draft, search: LevelSearch, beams: int) -> None:
+        """Grow trees from levels that were drafted at once: a device's beams, or of a block what may be verified."""
         candidates, settings = search.candidates, search.model.settings
         for depth in range(1, settings.max_depth):
-            value = candidates.value[candidates.tree.num_requests :]
-            paying = paying_nodes(value, search.verification, search.time_price)
-            # Expand a few nodes more than pay now, because costs have steps.
-            nodes = candidates.promising(depth, min(int(1.25 * paying) + 1, len(search.verification) - 1))
+            if search.model.block:
+                value = candidates.value[candidates.tree.num_requests :]
+                paying = paying_nodes(value, search.verification, search.time_price)
+                # Expand a few nodes more than pay now, because costs have steps.
+                nodes = candidates.promising(depth, min(int(1.25 * paying) + 1, len(search.verification) - 1))
+            else:
+                nodes = np.sort(candidates.frontier(depth, beams))
             if len(nodes) == 0:
                 return
             log_q, tokens = draft.expand(candidates.tree, nodes)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
+from echo_trt.speculation.pack import WEIGHT_ROWS
+
 
 @dataclass(frozen=True, kw_only=True)
 class GoodputTuning:
@@ -76,6 +80,21 @@ class GoodputSettings:
     one_path: bool = False
     free_candidates: bool = True
     tuning: GoodputTuning = field(default_factory=GoodputTuning)
+
+    def level_beams(self, requests: int) -> int:
+        """Return how many nodes of a request a device expands per level: as many as take no longer than one does.
+
+        Beyond that many rows it is a power of two, so that few graphs serve all batches.
+        """
+        if requests * self.beams <= WEIGHT_ROWS:
+            return self.beams
+        return 1 << (max(WEIGHT_ROWS // requests, 1).bit_length() - 1)
+
+    def level_rows(self, requests: np.ndarray) -> np.ndarray:
+        """Return the rows of a device's level for int64 [F] numbers of ``requests``: int64 [F]."""
+        beams = [self.level_beams(count) for count in requests.tolist()]
+        rows: np.ndarray = requests * np.array(beams)
+        return rows
 
     def as_chain(self) -> GoodputSettings:
         """Return the same numbers for drafts that are chains."""

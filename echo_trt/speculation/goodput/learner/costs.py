@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -41,6 +42,21 @@ class CostLearner:
         changed, self._size = size != self._size, size
         if not prompts and not (changed and costs.change > 0):
             correct(costs.target, replace(done, tokens=size), self._tuning)
+
+    def observe_drafts(self, passes: Sequence[Pass]) -> None:
+        """Correct the draft's curve by an iteration's passes; those that were timed together share their seconds as the
+        curve says.
+        """
+        begin = 0
+        while begin < len(passes):
+            group = passes[begin : begin + passes[begin].together]
+            expected = [self._costs.draft(done.tokens, done.context) for done in group]
+            expected[0] += 0.0 if begin else self._costs.cold
+            scale = sum(done.seconds for done in group) / max(sum(expected), 1e-9)
+            for number, (done, seconds) in enumerate(zip(group, expected, strict=True)):
+                timed = done if len(group) == 1 else replace(done, seconds=scale * seconds)
+                self.observe_draft(timed, first=begin + number == 0)
+            begin += len(group)
 
     def observe_draft(self, done: Pass, first: bool) -> None:
         """Correct the draft's curve by a pass. ``first``: it was the first after a target's.

@@ -41,8 +41,7 @@ class Learner:
         Its accepted tokens are too few to count, so the worth is what was expected of its nodes.
         """
         plan, load, history, count = iteration.plan, iteration.load, self.history, len(iteration.load.slots)
-        for number, done in enumerate(iteration.drafts):
-            self._cost_learner.observe_draft(done, first=number == 0)
+        self._cost_learner.observe_drafts(iteration.drafts)
         history.decided(min(iteration.levels, 1) if self._block else iteration.levels, iteration.planning)
         self._cost_learner.observe_target(iteration.target, load.prompt_tokens)
         tree = plan.tree

@@ -78,7 +78,7 @@ class LevelSearch:
         forecast = self.model.forecast(settings.max_depth)
         passes, best = np.zeros(len(ends)), (0, 0.0, 0)
         for level in range(len(forecast.child_shares[0])):
-            rows = np.arange(1, len(frontier) + 1) * float(settings.beams * level)
+            rows = settings.level_rows(np.arange(1, len(frontier) + 1)).astype(np.float64)
             passes = passes + self.model.draft_passes(rows if level else entries, ends)
             levels = forecast.child_shares[0][: level + 1], forecast.added_tokens[0][: level + 1]
             count, net = self._best_expansion(frontier, 0, passes, levels, True)
