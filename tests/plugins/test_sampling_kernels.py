@@ -87,6 +87,19 @@ def test_usual_settings(limits, dtype):
     assert chosen(logits, np.arange(6), choice).tolist() == host.choose(logits.float().numpy(), choice).tolist()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="calls are counted in the interpreter")
+@pytest.mark.parametrize("limits", [{"top_k": 20, "top_p": 0.95}, {"top_k": 0, "top_p": 0.9}], ids=str)
+def test_a_row_is_read_a_few_times(limits, monkeypatch):
+    """Once for its best token, once for a race, and by ``_rank`` for the threshold and for a winner's rank."""
+    module, calls = interpreted(NAME), []
+    logits = np.random.default_rng(3).normal(0, 3, (8, 1300)).astype(np.float32)
+    rank = module._rank
+    monkeypatch.setattr(module, "_rank", lambda *facts: calls.append(1) or rank(*facts))
+    limits = {name: np.full(8, value) for name, value in limits.items()} | {"min_p": np.zeros(8)}
+    chosen(logits, np.arange(8), choice_of(3, 8, **limits, temperature=np.ones(8)))
+    assert len(calls) <= 4 * 8, len(calls)
+
+
 @pytest.mark.parametrize(("masked", "at_once"), [(False, 1 << 20), (True, 1 << 20), (False, 7 * 8 * 203)])
 def test_a_choice_is_the_hosts(masked, at_once, monkeypatch):
     """Everything at once, at some rows of many and in their order; what logits hold is not touched.

@@ -75,7 +75,7 @@ def _launch(kernels: Any, logits: Tensor, nodes: dict[str, np.ndarray], c: Sampl
             "inverse": np.where(drawn, 1 / np.maximum(c.temperature, GREEDY), 0.0),
             "heat": np.maximum(c.temperature, GREEDY).astype(np.float32),
             "gap": gap,
-            "top_k": np.where((c.top_k > 0) & (c.top_k < size), c.top_k, size),
+            "top_k": np.where((c.top_k > 0) & (c.top_k < size), c.top_k, size + 1),
             "history_generated": c.history_generated.astype(np.int32),
             "masks": _NO_MASK if c.masks is None else c.masks,
         }

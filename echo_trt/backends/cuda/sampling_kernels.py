@@ -206,7 +206,7 @@ def sample(
                      one was chosen at the parent, the node cannot be visited and is left out
     inverse          float64 [n], 1 / temperature; 0: the best token is chosen
     heat, gap        float32 [n]: the temperature, and how far below the best a logit may be by min-p, -inf: any
-    top_k            int64 [n], from 1 to ``size``, or more: all; top_p float64 [n]
+    top_k            int64 [n], from 1 to ``size``, or more: all, for which no threshold is searched; top_p float64 [n]
     seed, position   int64 [n]
     tokens           int64 [N], written; -1 where nothing is chosen yet, and -2 where a node is left out
     """
