@@ -52,10 +52,10 @@ def choose(
     none = np.full(len(rows), -1)
     parent, drafted = none if parent is None else parent, none if drafted is None else drafted
     tokens = torch.full((len(rows),), -1, dtype=torch.int64, device=logits.device)
-    changed = np.union1d(choice.history_row, choice.logit_bias_row).astype(np.int64)
-    unchanged = np.setdiff1d(np.arange(len(rows)), changed)
-    size = max(_AT_ONCE // (8 * logits.shape[1]), 1)
-    for part in (unchanged, *np.split(changed, range(size, len(changed), size))):
+    adjusted = np.zeros(len(rows), bool)
+    adjusted[choice.history_row] = adjusted[choice.logit_bias_row] = True
+    changed, size = adjusted.nonzero()[0], max(_AT_ONCE // (8 * logits.shape[1]), 1)
+    for part in ((~adjusted).nonzero()[0], *np.split(changed, range(size, len(changed), size))):
         if len(part):
             nodes = {"row": rows[part], "index": part, "parent": parent[part], "drafted": drafted[part]}
             _launch(kernels, logits, nodes, part_of(choice, part), tokens)

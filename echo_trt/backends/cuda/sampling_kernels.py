@@ -2,7 +2,7 @@
 
 A row's draw is a program's work, which reads the row a few times and keeps nothing of it in memory.
 
-1. The k-th largest logit is searched for from the k-th largest of the lanes' maxima, which at least k tokens reach.
+1. The k-th largest logit is searched for from the k-th largest of the lanes' maxima, which k or more tokens reach.
 2. Tokens from there on race. Arrivals are bounded from above in float32; the few that may win arrive in float64.
 3. A winner beyond top-k or the nucleus is shut out with all tokens that rank behind it, and the race is run again.
    The first one within the limits is who wins among the tokens within them, and no nucleus has to be found.
@@ -144,10 +144,13 @@ def _race(
             calls = (begin // 4 + tl.arange(0, LANES)).to(tl.uint32)
             w0, w1, w2, w3 = _noise(seed, position, calls, 0)
             number = _word(tl.arange(0, 4)[:, None], w0[None, :], w1[None, :], w2[None, :], w3[None, :])
-            v = number.to(tl.float32) * (1.0 / 4294967296.0)  # at most the token's number
+            v = number.to(tl.float32) * (1.0 / 4294967296.0)  # rounded down: the token's number
             rest = ((0xFFFFFFFF - number).to(tl.float32) + 1.0) * (1.0 / 4294967296.0)
-            least = tl.where(v < 0.01, v + v * v * (0.5 + v * (1.0 / 3.0)), -tl.log(rest))
-            bound = tl.where(least > 0, lead - tl.log(tl.where(least > 0, least, 1.0)), float("inf")) + _ROUNDING
+            exponential = tl.where(v < 0.01, v + v * v * (0.5 + v * (1.0 / 3.0)), -tl.log(rest))
+            bound = (
+                tl.where(exponential > 0, lead - tl.log(tl.where(exponential > 0, exponential, 1.0)), float("inf"))
+                + _ROUNDING
+            )
             bound = tl.where(runs, bound, float("-inf"))
             highest = _max(bound)
             while (highest >= first.to(tl.float32)) & (highest > float("-inf")):
@@ -167,7 +170,7 @@ def _threshold(
     logits, masks, size, peak, heat, minimum, maxima, top_k,
     MASKED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Return the key of the top_k-th largest logit, at least ``minimum`` int32, and the weight of so many tokens.
+    """Return the key of the top_k-th largest logit, or ``minimum`` int32 if larger, and the weight of so many tokens.
 
     maxima  int32 [4, LANES], keys of the lanes' largest logits
     """
@@ -211,22 +214,22 @@ def sample(
     tokens           int64 [N], written; -1 where nothing is chosen yet, and -2 where a node is left out
     """
     node = tl.program_id(0)
-    place, above = tl.load(index + node), tl.load(parent + node)
+    own, above = tl.load(index + node), tl.load(parent + node)
     # Programs of one launch begin in order, parents first, and none waits: a parent may have no token yet.
     chosen = tl.load(tokens + tl.maximum(above, 0), volatile=True)
     if (above >= 0) & (chosen != -1) & (chosen != tl.load(drafted + node)):
-        tl.store(tokens + place, tl.full([], -2, tl.int64))
+        tl.store(tokens + own, tl.full([], -2, tl.int64))
         return
     logits += tl.load(row + node) * size
     masks += node.to(tl.int64) * mask_size
-    most = tl.full([4, LANES], float("-inf"), tl.float32)
+    maxima = tl.full([4, LANES], float("-inf"), tl.float32)
     owner, x = _tile(logits, masks, 0, 0, False, LANES)
     for begin in range(0, size, 4 * LANES):
         token, x = _tile(logits, masks, begin, size, MASKED, LANES)
-        owner = tl.where(x > most, token, owner)
-        most = tl.maximum(most, x)
-    peak = _max(most)
-    best = _min(tl.where(most == peak, owner, _LAST))
+        owner = tl.where(x > maxima, token, owner)
+        maxima = tl.maximum(maxima, x)
+    peak = _max(maxima)
+    best = _min(tl.where(maxima == peak, owner, _LAST))
     winner = best
     scale, kept, share = tl.load(inverse + node), tl.load(top_k + node), tl.load(top_p + node)
     if (scale > 0) & (peak > float("-inf")):
@@ -234,7 +237,7 @@ def sample(
         floor = _key(peak + tl.load(gap + node))
         limited, total = (kept < size) | (share < 1), tl.full([], 0.0, tl.float64)
         if limited:
-            floor, total = _threshold(logits, masks, size, peak, warmth, floor, _key(most), kept, MASKED, LANES)
+            floor, total = _threshold(logits, masks, size, peak, warmth, floor, _key(maxima), kept, MASKED, LANES)
         at, last, inside = tl.full([], -0x80000000, tl.int32), tl.full([], 0x7FFFFFFF, tl.int32), scale < 0
         while not inside:
             winner, at = _race(
@@ -246,7 +249,7 @@ def sample(
                 mass += same.to(tl.float64) * _weight(at, peak, warmth)
                 inside = (ahead + same < kept) & ((share >= 1) | (mass < share * total))
             inside |= limited == 0
-    tl.store(tokens + place, winner.to(tl.int64))
+    tl.store(tokens + own, winner.to(tl.int64))
 
 
 _ENTRIES = ("count", "size")
@@ -272,10 +275,10 @@ def penalise(
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     own = tl.load(row + i, mask=inside, other=0)
-    said = tl.load(token + i, mask=inside, other=0)
-    value = tl.load(logits + tl.load(rows + own) * size + said, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
+    word = tl.load(token + i, mask=inside, other=0)
+    value = tl.load(logits + tl.load(rows + own) * size + word, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
     factor = tl.maximum(tl.load(repetition + own), 1e-6)
     value = tl.where(value > 0, value / factor, value * factor).to(tl.float32).to(tl.float64)  # x / 1 is x
-    count_of = tl.load(times + own * size + said, mask=inside, other=0).to(tl.float64)
+    count_of = tl.load(times + own * size + word, mask=inside, other=0).to(tl.float64)
     less = tl.where(count_of > 0, tl.load(presence + own) + tl.load(frequency + own) * count_of, 0.0)
-    tl.store(out + own * size + said, (value - less).to(tl.float32), mask=inside)
+    tl.store(out + own * size + word, (value - less).to(tl.float32), mask=inside)

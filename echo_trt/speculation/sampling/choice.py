@@ -43,13 +43,15 @@ class SamplingBatch:
 
 
 def part_of(choice: SamplingBatch, part: np.ndarray) -> SamplingBatch:
-    """Return the choice at rows ``part`` int64 [m], in ascending order."""
+    """Return the choice at rows ``part`` int64 [m], of which none is there twice."""
+    index_of = np.full(len(choice.seed), -1)
+    index_of[part] = np.arange(len(part))
     values = {field.name: getattr(choice, field.name) for field in fields(choice)}
     for kind in ("history", "logit_bias"):
-        row = values[f"{kind}_row"]
-        inside = np.isin(row, part)
+        row = index_of[values[f"{kind}_row"]]
+        inside = row >= 0
         values |= {name: value[inside] for name, value in values.items() if name.startswith(kind)}
-        values[f"{kind}_row"] = np.searchsorted(part, row[inside])
+        values[f"{kind}_row"] = row[inside]
     values |= {n: v[part] for n, v in values.items() if v is not None and not n.startswith(("history", "logit_bias"))}
     return SamplingBatch(**values)
 
