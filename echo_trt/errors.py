@@ -50,13 +50,25 @@ def shown(value: Any) -> str:
     """Write a value as a refusal names it: a long one is shortened."""
     try:
         text = repr(value)
-    except ValueError:  # a number of thousands of digits
-        return "a number too long to print"
+    except (ValueError, RecursionError):  # a number of thousands of digits, or a nest of lists
+        return "a value too long to print"
     return shortened(text)
 
 
 def shortened(text: str) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+def encodable(text: str, name: str) -> str:
+    """Return ``text``, or refuse one that UTF-8 cannot write: half a surrogate pair, from JSON or a command line."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} is {text[:40]!r}, which holds half a surrogate pair or a byte that is not UTF-8; "
+            "give whole characters."
+        ) from error
+    return text
 
 
 def first_mistake(error: ValidationError) -> str:

@@ -12,6 +12,7 @@ LAYERS = {
     "lab": "pure",
     "lab/benchmark": "engine",
     "lab/calibration": "engine",
+    "lab/sizing": "engine",
     "lab/test_device_counts.py": "engine",
     "lab/test_images.py": "engine",
     "lab/test_lossless_script.py": "engine",

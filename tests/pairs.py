@@ -26,7 +26,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.bundle.recipe import Recipe, parse_recipe
+from echo_trt.bundle.read_recipe import parse_recipe
+from echo_trt.bundle.recipe import Recipe
 from echo_trt.models.block_weights import load_block
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, Role, TargetModule

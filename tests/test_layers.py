@@ -1,4 +1,4 @@
-"""The layers of the tests: each test has one, and the pure one needs nothing heavy."""
+"""The layers of the tests: each test has one, and the pure one needs nothing heavy. The package stays small."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grimp
 from layers import HEAVY, LAYERS
 
 TESTS = Path(__file__).parent
@@ -27,3 +28,24 @@ def test_pure_folders_are_collected_without_a_heavy_import():
     done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "heavy: []"
+
+
+def lines(modules: set[str]) -> int:
+    paths = [TESTS.parent.joinpath(*each.split(".")) for each in modules]
+    files = [path / "__init__.py" if path.is_dir() else path.with_suffix(".py") for path in paths]
+    return sum(len(file.read_text("utf-8").splitlines()) for file in files)
+
+
+def test_the_package_and_its_parts_stay_small():
+    """Wanted: 24,500 lines, 12,500 that LLM imports, 4,500 on top for the server. Limits sink with what there is."""
+    graph = grimp.build_graph("echo_trt", cache_dir=None, exclude_type_checking_imports=True)
+
+    def imported(*modules: str) -> set[str]:
+        """Return what these import, lazily too, with the packages around it."""
+        found = set(modules).union(*map(graph.find_upstream_modules, modules))
+        return found.union(each.rsplit(".", depth)[0] for each in found for depth in range(1, each.count(".") + 1))
+
+    llm = imported("echo_trt", "echo_trt.engine.llm")
+    assert lines(graph.modules) <= 27_022
+    assert lines(llm) <= 13_907
+    assert lines(imported("echo_trt.engine.process.__main__", "echo_trt.server.__main__") - llm) <= 5_941

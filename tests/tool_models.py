@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from echo_trt.bundle.recipe import Recipe, parse_recipe
+from echo_trt.bundle.read_recipe import parse_recipe
+from echo_trt.bundle.recipe import Recipe
 
 QWEN3 = """
 {%- if tools %}

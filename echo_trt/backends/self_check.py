@@ -10,7 +10,7 @@ from echo_trt.backends.base import Engine
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.manifest import SelfCheck
 from echo_trt.errors import UserError
-from echo_trt.models.block_config import BlockConfig
+from echo_trt.models.config import BlockConfig
 from echo_trt.models.roles import BlockModule, HeadModule, Role
 from echo_trt.speculation.pack import BlockShape, ForwardBatch, pack, pack_blocks
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask

@@ -31,7 +31,6 @@ def write_config(folder: Path, eos_token_ids: Sequence[int], context: int, vocab
 
 
 def check_card(folder: Path) -> None:
-    """Refuse a bundle without the files of a card."""
     missing = next((name for name in FILES if not (folder / name).is_file()), None)
     if missing:
         raise UserError(f"bundle {folder} has no {missing}, which Dynamo's frontend reads; build the bundle again.")

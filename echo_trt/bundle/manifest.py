@@ -37,7 +37,7 @@ class _Facts(BaseModel):
 
 
 class BlockFacts(_Facts):
-    """States how a block drafter's pass looks, as ``models.block_config``; ``both_ways`` is that one's not causal."""
+    """States how a block drafter's pass looks, as ``models.config.BlockConfig``. ``both_ways``: not causal."""
 
     rows: Annotated[int, Field(ge=2, le=36)]
     mask_token: Annotated[int, Field(ge=0)]

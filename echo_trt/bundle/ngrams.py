@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from echo_trt.bundle.stored import write_whole
 from echo_trt.errors import DAMAGED, UserError
-from echo_trt.files.outputs import write_whole
 from echo_trt.speculation.goodput.model.ngrams import NGrams
 
 _STEPS = 255  # steps of a stored probability: more would not fit eight bits

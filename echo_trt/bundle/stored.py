@@ -1,7 +1,9 @@
-"""JSON files beside a bundle's manifest, which are checked as they are read."""
+"""JSON files beside a bundle's manifest, which are checked as they are read, and written whole."""
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -9,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from echo_trt.errors import UserError, first_mistake
 from echo_trt.files.inputs import read_text
-from echo_trt.files.outputs import write_whole
 
 CALIBRATION = "calibration.json"
 Count = Annotated[int, Field(ge=0)]
@@ -20,6 +21,22 @@ class _Stored(BaseModel):
 
 
 Model = TypeVar("Model", bound=_Stored)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all, also where two processes write it."""
+    partial = partial_name(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def partial_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")  # apart from other processes' files
 
 
 def write(folder: Path, name: str, stored: _Stored) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -11,10 +10,10 @@ from cyclopts import App
 
 from echo_trt import __version__
 from echo_trt.adapters.dynamo.options import WorkerOptions
-from echo_trt.cli.options import BuildOptions, GenerateOptions, InspectOptions
+from echo_trt.cli.extras import extra
+from echo_trt.cli.options import BuildOptions, GenerateOptions
 from echo_trt.cli.terminal import Screen, messages, run_app, screen_of
 from echo_trt.engine.options import DEFAULTS, command
-from echo_trt.errors import UserError
 from echo_trt.supervision.options import ServeOptions
 
 app = App(
@@ -54,6 +53,7 @@ def build(options: BuildOptions) -> None:
     from echo_trt.cli.progress import BuildProgress
     from echo_trt.cli.recipes import recipe_for, sized
 
+    table = extra("build", "table")  # if it is missing, then before the hours of compiling
     found, path = recipe_for(options.model, options.draft, options.engine)
     settings = found.built_as(options.engine, options.precision, list(options.compute_capabilities))
     settings = sized(
@@ -69,9 +69,7 @@ def build(options: BuildOptions) -> None:
         from echo_trt.cli.build import build as run
 
         manifest = run(settings, path, folder, progress.stage, progress.detail)
-    from echo_trt.cli.tables import manifest_table
-
-    Screen().print(manifest_table(manifest, folder))
+    Screen().print(table(manifest, folder))
 
 
 @app.command(sort_key=1)
@@ -94,8 +92,7 @@ def generate(options: GenerateOptions) -> None:
 def serve(options: ServeOptions) -> int:
     """Serve a bundle by OpenAI's API; with Triton Inference Server beside it, or with several workers of Dynamo.
 
-    Prints where it listens once a real answer has come back. What dies is started again. SIGTERM and Ctrl-C let open
-    answers finish.
+    Prints where it listens once a real answer has come. What dies starts again. SIGTERM lets open answers finish.
 
     Example: `echo-trt serve bundles/smollm2-135m`
     """
@@ -121,34 +118,6 @@ def worker(options: WorkerOptions) -> int:
     from echo_trt.adapters.dynamo.command import run
 
     return run(options)
-
-
-@app.command(sort_key=4)
-@command
-def inspect(options: InspectOptions) -> int:
-    """Show what a bundle holds, or what a recipe would build and need of each GPU.
-
-    A bundle's files are checked against their hashes. A recipe's checkpoints need not be there.
-
-    Example: `echo-trt inspect build/qwen3-32b.yaml --fit "H100-80GB x2"`
-    """
-    from echo_trt.cli.tables import manifest_table, print_recipe
-
-    path, cards = options.path, options.cards
-    if not os.path.exists(path):
-        raise UserError(f"{path} does not exist; name a bundle's folder, or a recipe's YAML file.")
-    if not path.is_dir():
-        from echo_trt.bundle.recipe import load_recipe
-
-        return 0 if print_recipe(load_recipe(path), path.parent, cards, Screen()) else 1
-    from echo_trt.bundle.manifest import read_manifest, verify_files
-
-    if cards is not None:
-        raise UserError(f"--fit is about a recipe, but {path} is a folder; name the recipe's YAML file.")
-    manifest = read_manifest(path)
-    verify_files(path, manifest)
-    Screen().print(manifest_table(manifest, path))
-    return 0
 
 
 for entry in entry_points(group="echo_trt.commands"):  # echo_trt_lab's

@@ -37,19 +37,18 @@ from echo_trt.bundle.sources import locate
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.errors import UserError, first_mistake
-from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.block_weights import check_block, load_block, markov_arrays
-from echo_trt.models.chat import read_template
 from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
-from echo_trt.models.config import DecoderConfig, decoder_config
+from echo_trt.models.config import BlockConfig, DecoderConfig
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.open_tokenizer import check_same_tokens, read_template, read_tokenizer
 from echo_trt.models.ranks import Shard
+from echo_trt.models.read_config import decoder_config
 from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, Role, TargetModule
-from echo_trt.models.tokenizer import check_same_tokens, read_tokenizer
 from echo_trt.models.weights import load_decoder, load_eagle3, release_weights
+from echo_trt.sizing.needs import check_space
 from echo_trt.sizing.networks import decoder_sizes
-from echo_trt.sizing.space import check_space
 from echo_trt.speculation.policies import reserve_for
 
 #: Of the engines that are not TensorRT's.
@@ -239,9 +238,7 @@ def _calibration(recipe: Recipe, recipe_folder: Path, digest: str, draft_digest:
 
 
 def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str, tokenizer, progress: Progress):
-    """Return the draft's role, if it has a network, the target layers whose inputs it wants as features, its weights'
-    hash.
-    """
+    """Return the draft's role, None without a network; the target's layers whose inputs it reads; its weights' hash."""
     draft = recipe.draft
     if draft.source is None:
         return None, (), ""
@@ -349,9 +346,7 @@ def block_facts(config: BlockConfig) -> BlockFacts:
 
 
 def _eos(checkpoint: Checkpoint, config: DecoderConfig, tokenizer) -> list[int]:
-    """Return the configuration's end tokens and the tokenizer's; instruction-tuned models often name two different
-    ones.
-    """
+    """Return the end tokens of the configuration and of the tokenizer, which may differ."""
     ids = [*config.eos_token_ids, tokenizer.eos_token_id]
     generation = checkpoint.path / "generation_config.json"  # where Qwen3 names its second end token
     if generation.exists():

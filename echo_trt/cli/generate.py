@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
 from typing import Any
 
 from rich.console import Console
@@ -13,15 +14,14 @@ from rich.progress import Progress
 
 from echo_trt.bundle.calibration import own_files
 from echo_trt.bundle.manifest import read_manifest
+from echo_trt.cli.extras import extra
 from echo_trt.cli.options import SAMPLED, GenerateOptions
-from echo_trt.cli.side import Side
+from echo_trt.cli.outputs import files_first, json_bytes, output_file
 from echo_trt.cli.sources import SourcedText, legend, wants_colour
-from echo_trt.cli.watch import TreeDisplay
-from echo_trt.engine.llm import LLM, check_lengths
-from echo_trt.engine.params import Delta, SamplingParams
-from echo_trt.errors import UserError
-from echo_trt.files.outputs import files_first, json_bytes, output_file
-from echo_trt.files.prompts import Prompt, encodable, read_prompts
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import Completion, Delta, SamplingParams
+from echo_trt.errors import UserError, encodable, shown
+from echo_trt.files.prompts import Prompt, read_prompts
 from echo_trt.speculation.policies import policy_named
 
 
@@ -61,10 +61,7 @@ def run(options: GenerateOptions, out: Console, messages: Console) -> dict[str, 
         first = llm.chat_ids(work.prompts[0].text)
         llm.generate([first], SamplingParams(max_tokens=8))  # the first calls are slow: not counted
         llm.loop.batch.forget_cached()
-        answer = _answer
-        if options.compare:
-            (comparison,) = entry_points(group="echo_trt.generate", name="compare")  # echo_trt_lab's
-            answer = comparison.load()
+        answer = extra("generate", "compare") if options.compare else _answer
         result = answer(work, llm, policy, out, messages)
         write(json_bytes(result))
     return result
@@ -76,6 +73,18 @@ def _prompts(options: GenerateOptions) -> list[Prompt]:
     if options.prompt == "":
         raise UserError("PROMPT is empty; give at least one character.")
     return read_prompts(options.prompts) if options.prompts else [Prompt("0", encodable(options.prompt, "PROMPT"))]
+
+
+def check_lengths(llm: LLM, prompts: Iterable[Prompt]) -> None:
+    """Refuse, before any is answered, a prompt that leaves no room for an answer in the bundle's context."""
+    context = llm.loop.batch.context
+    for prompt in prompts:
+        count = len(llm.chat_ids(prompt.text))
+        if count >= context:
+            raise UserError(
+                f"prompt {shown(prompt.id)} has {count} tokens, but the context is {context}; shorten it, or raise "
+                "limits.context in the recipe and build again."
+            )
 
 
 def sampling_params(options: GenerateOptions) -> SamplingParams:
@@ -98,11 +107,11 @@ def _check(job: GenerateOptions, policy: str, out: Console) -> None:
 
 
 def _answer(job: GenerateRun, llm: LLM, policy: str, out: Console, messages: Console) -> dict[str, Any]:
-    side, params = Side(policy), replace(job.params, token_sources=job.coloured or job.watch)
-    texts = [SourcedText() for _ in job.prompts]
+    params = replace(job.params, token_sources=job.coloured or job.watch)
+    texts, completions = [SourcedText() for _ in job.prompts], dict[str, Completion]()
     single, watch = len(job.prompts) == 1 and not job.watch, None
     if job.watch:
-        watch = TreeDisplay(out, llm.loop, lambda token: llm.tokenizer.decode([token]))
+        watch = extra("generate", "watch")(out, llm.loop, lambda token: llm.tokenizer.decode([token]))
     progress = Progress(console=messages, transient=True, disable=not messages.is_terminal or single or job.watch)
     task = progress.add_task(policy, total=len(job.prompts))
 
@@ -113,28 +122,58 @@ def _answer(job: GenerateRun, llm: LLM, policy: str, out: Console, messages: Con
         if single:
             out.print(text, end="", highlight=False, soft_wrap=True)
         if delta.completion:
+            completions[job.prompts[delta.index].id] = delta.completion
             progress.advance(task)
             if len(job.prompts) > 1 and not job.watch:
                 _print_answer(job.prompts[delta.index].id, texts[delta.index], out)
 
-    ids = [prompt.id for prompt in job.prompts]
+    before = llm.counters.copy()
     with watch or progress:
-        side.begin(llm, ids, [llm.chat_ids(p.text) for p in job.prompts], params)
-        side.run(math.inf, show)
+        seconds = _timed(llm.stream([llm.chat_ids(p.text) for p in job.prompts], params), show)
     if single:
         out.print()
     for prompt, text in zip(job.prompts, texts, strict=True):
         if job.watch:  # the picture is gone
             _print_answer(prompt.id if len(texts) > 1 else "", text, out)
     if job.coloured:
-        out.print(legend(side.counts), highlight=False, soft_wrap=True)
-    facts = side.summary()
+        counts = sum((text.counts for text in texts), Counter[str]())
+        out.print(legend(counts), highlight=False, soft_wrap=True)
+    verifications = llm.counters.verifications - before.verifications
+    emitted = llm.counters.emitted_tokens - before.emitted_tokens
+    facts = summary(policy, completions.values(), seconds, verifications, emitted)
     messages.print(
         f"{policy}: {facts['tokens']} tokens in {facts['seconds']:.2f} s, {facts['tokens_per_s']:.1f} tokens/s, "
         f"accepted length {facts['accepted_length']:.2f}",
         highlight=False,
     )
-    return {"results": results(job, side), "summary": facts}
+    return {"results": results(job, completions), "summary": facts}
+
+
+def _timed(deltas: Iterator[Delta], show: Callable[[Delta], None]) -> float:
+    """Show what comes; return the seconds that it took to come, without those of ``show``."""
+    seconds = 0.0
+    while True:
+        begin = time.perf_counter()
+        delta = next(deltas, None)
+        seconds += time.perf_counter() - begin
+        if delta is None:
+            return seconds
+        show(delta)
+
+
+def summary(
+    policy: str, completions: Iterable[Completion], seconds: float, verifications: int, emitted: int
+) -> dict[str, Any]:
+    """Return the figures of a policy's answers; it ``emitted`` so many tokens in so many ``verifications``."""
+    lengths = [len(completion.token_ids) for completion in completions]
+    return {
+        "policy": policy,
+        "requests": len(lengths),
+        "tokens": sum(lengths),
+        "seconds": round(seconds, 4),
+        "tokens_per_s": round(sum(lengths) / seconds, 2) if seconds else 0.0,
+        "accepted_length": round(emitted / verifications, 4) if verifications else 0.0,
+    }
 
 
 def _print_answer(name: str, text: SourcedText, out: Console) -> None:
@@ -143,10 +182,10 @@ def _print_answer(name: str, text: SourcedText, out: Console) -> None:
     out.print(text.styled(), highlight=False, soft_wrap=True)
 
 
-def results(job: GenerateRun, side: Side) -> list[dict[str, Any]]:
+def results(job: GenerateRun, completions: Mapping[str, Completion]) -> list[dict[str, Any]]:
     rows = []
     for prompt in job.prompts:
-        c = side.completions[prompt.id]
+        c = completions[prompt.id]
         row = {"id": prompt.id, "text": c.text, "token_ids": c.token_ids, "finish_reason": c.finish_reason}
         rows.append(row | {"accepted_length": round(c.accepted_length, 4)})
     return rows

@@ -1,4 +1,4 @@
-"""The options of ``build``, ``generate`` and ``inspect``."""
+"""The options of ``build`` and ``generate``."""
 
 from __future__ import annotations
 
@@ -89,15 +89,3 @@ class GenerateOptions(SamplingOptions, EngineOptions):
     ] = "auto"
     watch: Annotated[Flag, Parameter(help="Draw the draft tree beside the text, on a terminal.")] = False
     special_tokens_in_content: SpecialTokens = False
-
-
-@dataclass(frozen=True)
-class InspectOptions:
-    """What ``inspect`` is asked to do."""
-
-    path: Annotated[Path, Parameter(help="A bundle folder, or a recipe.", metavar="BUNDLE|RECIPE")]
-    _: KW_ONLY
-    cards: Annotated[
-        str | None,
-        Parameter("--fit", metavar="CARDS", help='Does a recipe fit these, "H100-80GB x8"? Exit code 1: no.'),
-    ] = None

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from echo_trt.bundle.hub import CONFIG, from_hub
-from echo_trt.bundle.recipe import HUB, Recipe, load_recipe, parse_recipe
+from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
+from echo_trt.bundle.recipe import HUB, Recipe
+from echo_trt.bundle.sources import CONFIG, from_hub
 from echo_trt.errors import UserError
 from echo_trt.sizing.limits import filling, limited, with_kv_cache
 
@@ -91,7 +92,7 @@ def _derived(target: dict[str, str], draft: str | None) -> Recipe:
 def _kind(source: dict[str, str], name: str) -> str:
     """Tell a draft's kind from its configuration."""
     from echo_trt.models.block_config import is_block
-    from echo_trt.models.config import is_eagle3
+    from echo_trt.models.read_config import is_eagle3
 
     raw = _config(source)
     if is_block(raw):

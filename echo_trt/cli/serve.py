@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from echo_trt.adapters.triton.server import TritonServer, find_server, own_prefix, remove_folders, remove_regions
-from echo_trt.engine.params import MAX_AT_ONCE
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.errors import UserError
 from echo_trt.server.keys import Keys
@@ -70,8 +69,6 @@ def _check(job: ServeOptions) -> None:
     for option, port in wanted.items():
         if trouble := port_trouble(option, job.host, port):
             raise UserError(f"{trouble}.")
-    if job.batch is not None and not 1 <= job.batch <= MAX_AT_ONCE:
-        raise UserError(f"--batch is {job.batch}; give a whole number from 1 to {MAX_AT_ONCE}.")
     if job.api_keys and not job.api_keys.is_file():
         raise UserError(f"--api-keys-file is {job.api_keys}, which is no file; name one with a key a line.")
     if job.api_keys:

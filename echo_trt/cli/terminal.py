@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from functools import partial
+from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 from rich.console import Console
@@ -37,25 +38,21 @@ def run_app(app: App) -> None:
     try:
         _run(app)
     except UserError as error:
-        _report(error)
-        sys.exit(2)
+        _refuse(error)
     except CycloptsError as error:
         error.verbose = False
-        _report(error)
-        sys.exit(2)
+        _refuse(error)
     except MemoryError as error:
         amount = f" ({error})" if str(error) else ""
         limits = "limits.kv_blocks (--kv-cache-memory), limits.context or --batch"
-        _report(f"there is not enough memory{amount}; lower {limits}.")
-        sys.exit(2)
+        _refuse(f"there is not enough memory{amount}; lower {limits}.")
     except OSError as error:
         # Nothing that is still to be printed is to fail again when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(141)
         path = error.filename or "standard output, or a file,"
-        _report(f"{path} cannot be read or written ({error.strerror or error}); make room, or name another place.")
-        sys.exit(2)
+        _refuse(f"{path} cannot be read or written ({error.strerror or error}); make room, or name another place.")
 
 
 def _run(app: App) -> None:
@@ -68,9 +65,10 @@ def _run(app: App) -> None:
         raise
 
 
-def _report(error: object) -> None:
+def _refuse(error: object) -> NoReturn:
     messages.print("error:", style="bold red", end=" ", soft_wrap=True)
     messages.print(" ".join(str(error).split()), soft_wrap=True, highlight=False)
+    sys.exit(2)
 
 
 def screen_of(color: str) -> Console:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from echo_trt.engine.params import (
 )
 from echo_trt.engine.request import Request
 from echo_trt.engine.tuning import Tuning
-from echo_trt.errors import UserError, shown
-from echo_trt.files.prompts import Prompt, encodable
+from echo_trt.errors import UserError, encodable
 from echo_trt.grammar.compiler import GrammarCompiler
 from echo_trt.grammar.state import ReasoningState, Vocabulary
 from echo_trt.models.chat import ChatEncoder
@@ -261,11 +260,9 @@ class LLM:
 
     def _reasoning(self, prompt: np.ndarray, params: SamplingParams) -> ReasoningState | None:
         """Return the thought that a prompt [n] leaves open, or that may begin behind it."""
-        return (
-            ReasoningState.following(prompt.tolist(), *self._marks, params.thinking_token_budget)
-            if self._marks
-            else None
-        )
+        if self._marks is None:
+            return None
+        return ReasoningState.following(prompt.tolist(), *self._marks, params.thinking_token_budget)
 
     def checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return token ids as the engine core takes them [n] int64; ids that the target does not have are refused."""
@@ -280,15 +277,3 @@ class LLM:
 def _completions(deltas: Iterator[Delta]) -> list[Completion]:
     finished = {delta.index: delta.completion for delta in deltas if delta.completion}
     return [finished[index] for index in range(len(finished))]
-
-
-def check_lengths(llm: LLM, prompts: Iterable[Prompt]) -> None:
-    """Refuse, before any is answered, a prompt that leaves no room for an answer in the bundle's context."""
-    context = llm.loop.batch.context
-    for prompt in prompts:
-        count = len(llm.chat_ids(prompt.text))
-        if count >= context:
-            raise UserError(
-                f"prompt {shown(prompt.id)} has {count} tokens, but the context is {context}; shorten it, or raise "
-                "limits.context in the recipe and build again."
-            )

@@ -15,7 +15,8 @@ from typing import Annotated, Any, get_type_hints
 
 from cyclopts import App, CycloptsError, Parameter, Token
 
-from echo_trt.errors import UserError, shown
+from echo_trt.engine.params import MAX_AT_ONCE
+from echo_trt.errors import UserError
 
 #: Of options: a flag has no opposite of its own, and where an option is repeated its last value counts.
 DEFAULTS = Parameter(negative=(), allow_repeating=True)
@@ -70,22 +71,6 @@ def _bytes(_: object, tokens: Sequence[Token]) -> int:
     return bytes_in(OPTION, tokens[0].value)
 
 
-def _words(_: object, tokens: Sequence[Token]) -> tuple[str, ...]:
-    return tuple(part.strip() for part in tokens[-1].value.split(",") if part.strip())
-
-
-def _numbers(_: object, tokens: Sequence[Token]) -> tuple[int, ...]:
-    option, text = tokens[-1].keyword, tokens[-1].value
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} is {shown(text)}; give whole numbers, separated by commas.") from None
-
-
-def _by_commas(values: Sequence[object]) -> str:
-    return ",".join(map(str, values))
-
-
 def _load_policies(_: object, tokens: Sequence[Token]) -> Path:
     """Register the policies of a file before any command looks for one. Raises UserError."""
     from echo_trt.speculation.policies import load_policies
@@ -96,14 +81,13 @@ def _load_policies(_: object, tokens: Sequence[Token]) -> Path:
 
 
 Bundle = Annotated[Path, Parameter(help="A folder that echo-trt build made.")]
-Batch = Annotated[int | None, Parameter(help="Requests running at once. Default: the recipe's.", validator=bounds(1))]
+Batch = Annotated[
+    int | None, Parameter(help="Requests running at once. Default: the recipe's.", validator=bounds(1, MAX_AT_ONCE))
+]
 Port = Annotated[int, Parameter(validator=bounds(1, 65535))]
 PolicyFile = Annotated[
     Path | None, Parameter(help="A Python file with policies of your own.", converter=_load_policies)
 ]
-#: Lists that are one text, separated by commas.
-WORDS = Parameter(converter=_words, metavar="NAMES", show_default=_by_commas)
-NUMBERS = Parameter(converter=_numbers, metavar="NUMBERS", show_default=_by_commas)
 KVCacheMemory = Annotated[
     int | None,
     Parameter(
@@ -113,16 +97,11 @@ KVCacheMemory = Annotated[
         "CPU up to half of the free memory.",
     ),
 ]
-PromptFiles = Annotated[
-    list[Path], Parameter("--prompts", help="JSONL: id and prompt, or turns, per line; may be given again.")
-]
 Flag = Annotated[bool, Parameter(show_default=False)]  # off where it is not given
 SpecialTokens = Annotated[
     Flag,
     Parameter(help="Take <|im_end|> and the like in a message for the control token. Default: for text."),
 ]
-JsonFile = Annotated[Path | None, Parameter("--json", help="Write all figures to this file.")]
-HtmlFile = Annotated[Path | None, Parameter("--html", help="Write a report with plots to this file.")]
 
 
 @dataclass(frozen=True)

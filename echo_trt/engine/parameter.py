@@ -27,8 +27,7 @@ class Parameter:
     recommended  whether a checkpoint may recommend a value (``bundle.manifest.Sampling``)
     option       whether ``echo-trt generate`` has it
     tensor       Triton's input, where it has another name
-    openai       what OpenAI's field has otherwise (default, low, high); None: no field of one value, see
-                 ``server.schemas``
+    openai       what OpenAI's field has otherwise (default, low, high); None: no field of one value
     """
 
     default: Any
@@ -93,9 +92,7 @@ class Parameter:
 
 
 def parameter(default: Any, doc: str, *, kind: type | None = None, **facts: Any) -> Any:
-    """Make a dataclass's field with a Parameter in its metadata; the default's type is the kind unless another is
-    given.
-    """
+    """Make a dataclass's field with a Parameter in its metadata. ``kind``: by default the default's type."""
     metadata = {"parameter": Parameter(default=default, kind=kind or type(default), doc=doc, **facts)}
     if kind is dict:
         return field(default=default, hash=False, metadata=metadata)

@@ -235,8 +235,7 @@ class TokenSource:
     """Who proposed an emitted token.
 
     source       one of ``TOKEN_SOURCES``
-    probability  the planner's estimate, before the verification, that the token is accepted behind its parent;
-                 None for the target's own
+    probability  the planner's estimate that the token is accepted behind its parent; None for the target's own
     """
 
     token: int

@@ -56,9 +56,7 @@ class TextStream:
         return self._begins[before : self._settled]
 
     def _before_own(self, piece: str) -> int:
-        """Return how much of ``piece`` belongs to tokens before the last: incomplete bytes, decoded when a new
-        character begins.
-        """
+        """Return how much of ``piece`` belongs to earlier tokens: bytes that were no whole character until now."""
         if self._begins[-2:-1] != self._begins[-1:]:  # none was waiting
             return 0
         own = self._tokenizer.decode(self._tokens[-1:], skip_special_tokens=True)

@@ -1,1 +1,1 @@
-"""Files that users name: prompts, inputs and outputs."""
+"""Files that users name, read within bounds: prompts and other inputs."""

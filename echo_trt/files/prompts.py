@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo_trt.errors import UserError, shown
+from echo_trt.errors import UserError, encodable, shown
 from echo_trt.files.inputs import read_lines
 
 MAX_LINES = 1_000_000  # of a file; larger: an endless pipe takes more memory before it is refused
@@ -70,15 +70,3 @@ def _parse(line: bytes, where: str) -> Prompt:
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise UserError(f"{where}: id is {shown(name)}; give a string or a whole number.")
     return Prompt(encodable(str(name), f"{where}: id"), encodable(text, f"{where}: prompt"))
-
-
-def encodable(text: str, name: str) -> str:
-    """Return ``text``, or refuse one that UTF-8 cannot write: half a surrogate pair, from JSON or a command line."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{name} is {text[:40]!r}, which holds half a surrogate pair or a byte that is not UTF-8; "
-            "give whole characters."
-        ) from error
-    return text

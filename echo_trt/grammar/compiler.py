@@ -57,9 +57,7 @@ class GrammarCompiler:
         self._always: dict[str, Compiled] = {}  # what no other grammar displaces
 
     def begin(self, structured: Mapping[str, Any] | None, reasoning: ReasoningState | None = None) -> State:
-        """Return the state of an empty text that must fit ``structured``. Raises UserError, naming what is wrong
-        where.
-        """
+        """Return the state of an empty text that must fit ``structured``. Raises UserError."""
         if structured is None:
             return State(self._tokens, None, reasoning=reasoning)
         if not self._tokens.ends:
@@ -170,9 +168,7 @@ class GrammarCompiler:
 
 
 def _requested(structured: Mapping[str, Any]) -> tuple[str, Any]:
-    """Return kind and value. ``json`` with {"type": "object"}, which Dynamo sends, becomes ``json_object``. Raises
-    UserError.
-    """
+    """Return kind and value; the schema {"type": "object"}, Dynamo's, becomes ``json_object``. Raises UserError."""
     kind, value = checked(structured)
     return ("json_object", True) if kind == "json" and value == {"type": "object"} else (kind, value)
 

@@ -72,9 +72,7 @@ class Position:
         return style
 
     def gap_before(self, byte: int, style: Style) -> bytes:
-        """Return the white space that the style puts before ``byte``; 0 stands for the first byte of any value or
-        key.
-        """
+        """Return the white space that the style puts before ``byte``; 0 stands for any value or key."""
         closes, opened, depth = byte in _CLOSE, self.last in _OPEN, len(self.open)
         if self.last == ord(":"):
             return style.colon

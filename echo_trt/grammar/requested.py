@@ -1,5 +1,4 @@
-"""What a request asks of its answer, checked before it is compiled: its form, its size, and what no bound of
-llguidance catches."""
+"""What a request asks of its answer, checked before it is compiled: its form, its size, what llguidance misses."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from echo_trt.errors import GrammarError
+from echo_trt.errors import GrammarError, shown
 
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 RULE = (
@@ -35,7 +34,7 @@ _DIVISOR = re.compile(r'"multipleOf"\s*:\s*([0-9]+(?:[.][0-9]+)?(?:[eE][+-]?[0-9
 def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
     """Kind and value of what a request asks of its answer. Raises UserError."""
     if not isinstance(structured, Mapping) or len(structured) != 1 or next(iter(structured)) not in KINDS:
-        raise GrammarError(f"structured is {_short(structured)}; give {RULE}.")
+        raise GrammarError(f"structured is {shown(structured)}; give {RULE}.")
     [(kind, value)] = structured.items()
     fits = {
         "json": lambda: isinstance(value, Mapping | bool),
@@ -43,7 +42,7 @@ def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
         "choice": lambda: isinstance(value, list | tuple) and value and all(map(_is_text, value)),
     }.get(kind, lambda: _is_text(value))
     if not fits():
-        raise GrammarError(f"structured.{kind} is {_short(value)}; give {RULE}.")
+        raise GrammarError(f"structured.{kind} is {shown(value)}; give {RULE}.")
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
@@ -65,8 +64,7 @@ def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a schema and close its objects: an object that lists ``properties`` and does not mention others allows no
-    others.
+    """Copy a schema and close its objects: where one lists ``properties`` alone, it allows no others.
 
     An object stays open where the schema says so (``additionalProperties``, ``patternProperties``), where it requires a
     property that it does not list, and where another part of the schema may add properties to it: through ``allOf``,
@@ -129,7 +127,7 @@ def _check_schema(schema: Any) -> None:
         divides = key == "multipleOf" and isinstance(value, int | float)
         if divides and not SMALLEST_DIVISOR <= abs(value) <= LARGEST_DIVISOR:
             raise GrammarError(
-                f"structured.json has multipleOf {_short(value)}; give {SMALLEST_DIVISOR} to {LARGEST_DIVISOR}."
+                f"structured.json has multipleOf {shown(value)}; give {SMALLEST_DIVISOR} to {LARGEST_DIVISOR}."
             )
         if key == "$ref" and isinstance(value, str):
             references.append(value)
@@ -171,8 +169,7 @@ def _ending(root: Mapping[str, Any], references: set[str]) -> set[str]:
 
 
 def _blocks(schema: Any, ending: set[str], whole: set[int]) -> set[str]:
-    """List references of which at least one must have a finite text before ``schema`` has one; empty: ``schema`` has a
-    finite text.
+    """List references of which one must have a finite text before ``schema`` has one; empty: it has one.
 
     ending  references that are known to have a finite text
     whole   ids of schemas that are known to have a finite text; new ones are added
@@ -219,11 +216,3 @@ def _list(value: Any) -> list[Any]:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and value != ""
-
-
-def _short(value: object) -> str:
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return "too large to print"
-    return text if len(text) <= 100 else f"{text[:100]}…"

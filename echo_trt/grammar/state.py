@@ -38,11 +38,9 @@ class ReasoningState:
 
     @classmethod
     def following(cls, prompt: Sequence[int], opens: int, closes: int, left: int | None) -> ReasoningState | None:
-        """Return the thought that a prompt leaves open, or that may begin behind it; None where it ends with a closed
-        one.
+        """Return the thought that a prompt leaves open, or that may begin behind it; None: its end has a closed one.
 
-        A template that asks for no thought ends with an empty thought. Marks that stand earlier in the prompt belong to
-        a message.
+        A template that asks for no thought ends with an empty thought. Earlier marks belong to a message.
         """
         mark = next((token for token in reversed(prompt[-AT_END:]) if token in (opens, closes)), None)
         return None if mark == closes else cls(opens, closes, mark == opens, left)
@@ -79,9 +77,7 @@ class Vocabulary:
     spell: Callable[[str], list[int]] | None = None
 
     def bits(self, tokens: Sequence[int]) -> np.ndarray:
-        """Return a mask that allows these tokens only: uint8 [ceil(vocab_size / 8)], the first token in the lowest
-        bit.
-        """
+        """Return a mask of these tokens alone: uint8 [ceil(vocab_size / 8)], the first token in the lowest bit."""
         bits = np.zeros(-(-self.vocab_size // 8), np.uint8)
         for token in tokens:
             bits[token >> 3] |= 1 << (token & 7)
@@ -161,8 +157,7 @@ class State:
     def forced(self, max_tokens: int) -> list[int]:
         """Return up to ``max_tokens`` tokens that the grammar forces, as a tokenizer writes them.
 
-        They are a likely draft and no certain one: other tokens may spell the same text, and free white space may allow
-        others.
+        They are a likely draft and no certain one: other tokens may spell the same text, or lay it out otherwise.
         """
         reasoning = self.reasoning
         if reasoning and reasoning.inside:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from echo_trt.models.block_config import BlockConfig
+from echo_trt.models.config import BlockConfig
 from echo_trt.models.decoder import DecoderLayer
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.layers import Attend, Linear, RMSNorm, Rotary, widened

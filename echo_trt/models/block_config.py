@@ -15,66 +15,17 @@ Sources: DFlash arXiv 2602.06036, and the repositories z-lab/dflash, DeepSpec, J
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from echo_trt.errors import UserError
-from echo_trt.models.config import (
-    LAYER_KEYS,
-    DecoderConfig,
-    Eagle3Config,
-    _count,
-    _feature_layers,
-    _head_shape,
-    check_fits,
-)
+from echo_trt.models.config import BlockConfig, DecoderConfig
+from echo_trt.models.read_config import LAYER_KEYS, _count, _feature_layers, _head_shape, check_fits
 
 MARKOV = ("vanilla", "gated", "rnn")
 SPECULATORS = {"dflash": "dflash", "dspark": "dspark", "jetspec": "jetspec", "peagle": "p-eagle"}
 ARCHITECTURES = {"DFlashDraftModel": "dflash", "Qwen3DSparkModel": "dspark", "Qwen3DFlashModel": "dspark"}
 P_EAGLE_ROWS = 8  # rows of a P-EAGLE pass where nothing states them; larger: deeper drafts, longer passes
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockConfig(Eagle3Config):
-    """A block drafter: layers over masked rows, which see the target's features of the committed tokens.
-
-    block_size             rows of one pass for each request, the root's included
-    mask_token             token id of the other rows
-    causal                 whether a row of the block sees only the rows before it
-    predicts_next          whether a row predicts the token behind its position, else the one at it
-    anchored               P-EAGLE: entries are EAGLE-3's, and the newest one is the block's first row
-    markov                 kind of the Markov head, one of ``MARKOV``, or "" without one
-    confidence             whether a confidence head says how likely a row's best token is accepted
-    confidence_sees_token  whether that head sees the Markov embedding of the previous token, too
-    """
-
-    family: str
-    num_layers: int
-    block_size: int
-    mask_token: int
-    causal: bool = False
-    predicts_next: bool = False
-    anchored: bool = False
-    qk_norm: bool = True
-    markov: str = ""
-    markov_rank: int = 0
-    confidence: bool = False
-    confidence_sees_token: bool = False
-
-    @property
-    def feature_size(self) -> int:
-        """Numbers of a token's features."""
-        return len(self.feature_layers) * self.target_hidden_size
-
-    @property
-    def hint_sizes(self) -> tuple[int, int]:
-        """Numbers that the Markov head and the confidence head take from a row's hidden state."""
-        mixed = {"gated": self.markov_rank, "rnn": 3 * self.markov_rank}.get(self.markov, 0)
-        return mixed, int(self.confidence)
-
-    def has_experts(self, layer: int) -> bool:
-        return False
 
 
 def block_config(raw: dict[str, Any], where: str, rows: int | None = None) -> BlockConfig:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from echo_trt.errors import UserError
 from echo_trt.models.block import BlockNetwork, block_network
-from echo_trt.models.block_config import BlockConfig, block_config, fitted
+from echo_trt.models.block_config import block_config, fitted
 from echo_trt.models.checkpoint import Checkpoint
-from echo_trt.models.config import DecoderConfig
+from echo_trt.models.config import BlockConfig, DecoderConfig
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.layers import Rotary
 from echo_trt.models.weights import (
@@ -133,7 +133,6 @@ def _names(config: BlockConfig, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _head_tensors(config: BlockConfig) -> list[str]:
-    """List the tensors of the heads that the configuration names."""
     names = [f"{MARKOV}markov_w1.weight", f"{MARKOV}markov_w2.weight"] if config.markov else []
     if config.markov in MIXING:
         names += [MIXING[config.markov] + "weight", MIXING[config.markov] + "bias"]

@@ -7,7 +7,6 @@ import re
 import secrets
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, meta, nodes
@@ -98,8 +97,7 @@ class ChatEncoder:
     def ids(self, messages: Messages, tools: Tools | None = None, kwargs: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a prompt, up to where the answer begins. Raises UserError.
 
-        ``tools`` are those of ``checked_tools``; ``kwargs`` set variables of the template. Strings in both are text, as
-        contents are.
+        ``tools`` are those of ``checked_tools``; ``kwargs`` set variables of the template. Strings in both are text.
         """
         self._check(kwargs or {})
         try:
@@ -216,16 +214,3 @@ class ChatEncoder:
             joined = encoded[: len(line_end)] != line_end  # the line's end is one token with the piece's beginning
             ids += backend.encode(piece, add_special_tokens=False).ids if joined else encoded[len(line_end) :]
         return ids
-
-
-def read_template(path: Path) -> str:
-    """Read a chat template (Jinja), and refuse one that does not compile."""
-    try:
-        source = path.read_text(encoding="utf-8")
-        _compile_jinja_template(source)
-    except (OSError, UnicodeDecodeError, TemplateError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0][:200].rstrip(".")
-        raise UserError(
-            f"chat_template {path} cannot be used ({reason}); give a file with a Jinja template."
-        ) from error
-    return source

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from echo_trt.models.block_config import BlockConfig
-from echo_trt.models.config import DecoderConfig
+from echo_trt.models.config import BlockConfig, DecoderConfig
 from echo_trt.models.layers import MLP, Attend, Attention, Experts, Linear, RMSNorm, Rotary, widened
 from echo_trt.models.ranks import all_gather
 

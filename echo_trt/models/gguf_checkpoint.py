@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Part
-from echo_trt.models.config import decoder_config
+from echo_trt.models.read_config import decoder_config
 from echo_trt.models.weights import decoder_sources
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}

@@ -122,8 +122,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend with x [N, input_size].
 
-        ``rows``, of a block drafter: for each packed row its row of x, int [N], and the packed rows of the output,
-        int [R].
+        rows  of a block drafter: for each packed row its row of x, int [N], and the output's packed rows, int [R]
         """
         projected = self.qkv(x) if rows is None else self.qkv(x)[rows[0]]
         output = attend(self.layer, *self._rotated(projected, cos, sin))
@@ -200,8 +199,7 @@ class Experts(nn.Module):
     def _routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Compute the ``chosen`` experts, int [N, k], for x [N, H] and add them by ``weights`` [N, k].
 
-        Rows are sorted by expert, and one grouped product takes all experts. No size depends on the routing, so a CUDA
-        graph can hold it.
+        Rows are sorted by expert, and one grouped product takes all. No size depends on the routing, as graphs need.
         """
         expert, order = chosen.flatten().sort(stable=True)
         experts = torch.arange(len(self.gate_up), device=x.device)

@@ -20,8 +20,7 @@ TOOL_RULE = 'give a list such as [{"type": "function", "function": {"name": "add
 def checked_messages(messages: object, name: str, rule: str) -> list[dict[str, Any]]:
     """Check a conversation and drop the keys that no template reads.
 
-    Content may be null beside ``tool_calls``; arguments of calls become objects. A refusal names ``name`` and ends with
-    ``rule``.
+    Content may be null beside ``tool_calls``; arguments become objects. A refusal names ``name``, and ends by ``rule``.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise UserError(f"{name} is no list of messages; {rule}")

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerFast
 
 from echo_trt.errors import UserError
 from echo_trt.files.model_type import MODEL_TYPE
-
-if TYPE_CHECKING:  # it imports PyTorch
-    from echo_trt.models.checkpoint import Checkpoint
 
 #: Around a reasoning model's thought, as Qwen3 and DeepSeek write it.
 REASONING = ("<think>", "</think>")
@@ -44,26 +40,3 @@ def _is_bundles(config: Path) -> bool:
         return bool(json.loads(config.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE)
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def read_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> PreTrainedTokenizerFast:
-    """Read the tokenizer of ``folder`` where one is named, else the checkpoint's."""
-    if folder is None and (own := getattr(checkpoint, "tokenizer", None)):  # GGUF's
-        return own()
-    index = folder or checkpoint.path
-    if not (index / "tokenizer.json").exists():
-        raise UserError(f"{index / 'tokenizer.json'} is missing; add it, or name its folder in the recipe's tokenizer.")
-    return load_tokenizer(index)
-
-
-def check_same_tokens(target: PreTrainedTokenizerFast, draft: PreTrainedTokenizerFast, where: str) -> None:
-    """Refuse a draft whose token ids, which it proposes, mean other tokens than the target's."""
-    wanted, actual = target.get_vocab(), draft.get_vocab()
-    if wanted == actual:
-        return
-    example = next((t for t, i in sorted(wanted.items(), key=lambda item: item[1]) if actual.get(t) != i), None)
-    detail = f"token {example!r} is {wanted[example]} there and {actual.get(example)} here" if example else ""
-    raise UserError(
-        f"{where}: tokenizer differs from the target's ({detail or 'it has more tokens'}); use a draft with the "
-        "target's tokenizer."
-    )

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint
-from echo_trt.models.config import DecoderConfig, Eagle3Config, check_fits, decoder_config, eagle3_config, rank_config
+from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.layers import Config, Rotary
 from echo_trt.models.ranks import Shard
+from echo_trt.models.read_config import check_fits, decoder_config, eagle3_config, rank_config
 
 #: our parameter -> the checkpoint's tensors, stacked along axis 0; a list of such lists where experts are stacked too.
 Sources = dict[str, list[str]]
@@ -134,7 +135,6 @@ def decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]:
 
 
 def _layer_sources(ours: str, theirs: str, qk_norm: bool) -> Sources:
-    """Return the sources of a layer's norms and attention."""
     return {
         ours + "attention_norm.weight": [theirs + "input_layernorm.weight"],
         ours + "mlp_norm.weight": [theirs + "post_attention_layernorm.weight"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -15,12 +15,12 @@ from starlette.types import Receive, Scope, Send
 from echo_trt.engine.process.wire import TextPiece
 from echo_trt.server.choices import ClientGone, PieceStream
 from echo_trt.server.errors import ApiError
-from echo_trt.server.logprobs import for_chat, for_completion
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.schemas import ChatRequest, CompletionRequest
 from echo_trt.server.turns import Delta, OutputParser
 
 Item = TypeVar("Item")
+Entry = dict[str, Any]  # of a token: token, logprob, bytes, top_logprobs (a list of such), text_offset
 
 
 class ApiAnswer:
@@ -92,7 +92,7 @@ class ApiAnswer:
         logprobs: dict[str, Any] | None = None
         entries, sources = turn.take_details()
         if self._requested.alternatives is not None:
-            logprobs = for_chat(entries) if self._chat else for_completion(entries)
+            logprobs = chat_logprobs(entries) if self._chat else _completion_logprobs(entries)
         return {"logprobs": logprobs, **({"token_sources": sources} if self._requested.token_sources else {})}
 
     def _usage(self) -> dict[str, Any]:
@@ -131,6 +131,27 @@ async def chained(first: Item, rest: AsyncGenerator[Item]) -> AsyncIterator[Item
         yield first
         async for item in rest:
             yield item
+
+
+def chat_logprobs(entries: Sequence[Entry]) -> dict[str, Any]:
+    content = [{key: value for key, value in entry.items() if key != "text_offset"} for entry in entries]
+    return {"content": content, "refusal": None}
+
+
+def _completion_logprobs(entries: Sequence[Entry]) -> dict[str, Any]:
+    return {
+        "tokens": [entry["token"] for entry in entries],
+        "token_logprobs": [entry["logprob"] for entry in entries],
+        "top_logprobs": [_by_token(entry) for entry in entries],
+        "text_offset": [entry["text_offset"] for entry in entries],
+    }
+
+
+def _by_token(entry: Entry) -> dict[str, float] | None:
+    """Return the best tokens' log-probabilities and the token's own, so there may be one more than asked for."""
+    if entry["logprob"] is None:  # a prompt's first token
+        return None
+    return {each["token"]: each["logprob"] for each in (*entry["top_logprobs"], entry)}
 
 
 def _counts(prompt: int, completion: int) -> dict[str, Any]:

@@ -26,8 +26,7 @@ from echo_trt.server.answers import ApiAnswer, EventStream
 from echo_trt.server.bodies import Bodies
 from echo_trt.server.chats import chat_for
 from echo_trt.server.choices import ClientGone, PieceStream, merged
-from echo_trt.server.cors import Cors
-from echo_trt.server.edge import OPEN, AuthMiddleware
+from echo_trt.server.edge import OPEN, AuthMiddleware, Cors
 from echo_trt.server.errors import ApiError, from_engine, log, shown
 from echo_trt.server.keys import Keys
 from echo_trt.server.live import Live, show_about, show_live
@@ -117,12 +116,10 @@ def create_app(
 
 
 async def chat(request: Request) -> Response:
-    """POST /v1/chat/completions."""
     return await _answer(request, await request.app.state.bodies.read(request, ChatRequest))
 
 
 async def completions(request: Request) -> Response:
-    """POST /v1/completions."""
     return await _answer(request, await request.app.state.bodies.read(request, CompletionRequest))
 
 
@@ -213,9 +210,7 @@ def _pieces(
 
 
 def _params(requested: ChatRequest | CompletionRequest, info: ModelInfo, seed: int) -> dict[str, Any]:
-    """Return sampling parameters as the engine's inputs. Those that a request leaves out and the model recommends stay
-    out.
-    """
+    """Return sampling parameters as the engine's inputs, but those that the engine takes from the model."""
     echoes = isinstance(requested, CompletionRequest) and requested.echo
     optional = {
         "return_log_probs": None if requested.alternatives is None else True,

@@ -57,12 +57,8 @@ class Calls:
 
 def chat_for(requested: ChatRequest, info: ModelInfo) -> Chat:
     """Translate a chat into the engine's inputs. Raises ApiError for what this model cannot do."""
-    messages, tools = (
-        [turn.for_engine() for turn in requested.messages],
-        [tool.for_engine() for tool in requested.tools],
-    )
-    if requested.tool_choice == "none":
-        tools = []
+    messages = [turn.for_engine() for turn in requested.messages]
+    tools = [] if requested.tool_choice == "none" else [tool.for_engine() for tool in requested.tools]
     if tools and info.takes_tools and not format_of(info.template, info.tokens):  # calls that cannot be read
         messages, tools = tools_as_text(messages, tools), []
     inputs: dict[str, Any] = {"chat_messages": _json(messages)}

@@ -1,9 +1,12 @@
-"""The outermost layer: keys, the size of bodies, and the count of what was answered."""
+"""The outermost layers: web pages of other origins (CORS), keys, the size of bodies, and the count of answers."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from echo_trt.server.errors import ApiError
@@ -28,7 +31,6 @@ class AuthMiddleware:
         metrics: ServerMetrics,
         without_key: Container[str] = OPEN,
     ):
-        """``without_key``: paths that are served without a key."""
         self._without_key = without_key
         self.app, self.keys, self.largest_body, self.metrics = app, keys, largest_body, metrics
 
@@ -91,6 +93,29 @@ class AuthMiddleware:
     def _too_large(self) -> ApiError:
         message = f"The body is larger than {self.largest_body} bytes; send a shorter prompt."
         return ApiError(413, message, code="request_too_large")
+
+
+class Cors(CORSMiddleware):
+    """The outermost layer: a browser's question before a request (preflight) has no key, and refusals are readable.
+
+    No cookies are read here, so an origin is let in without credentials.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]):
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=("Retry-After",),
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer a preflight request, and leave its body unread: its end may be unclear (``AuthMiddleware``)."""
+        response = super().preflight_response(request_headers)
+        if "content-length" in request_headers or "transfer-encoding" in request_headers:
+            response.headers["Connection"] = "close"
+        return response
 
 
 def _origin_form(target: str) -> str:

@@ -58,9 +58,7 @@ def at_most(maximum: int, things: str) -> BeforeValidator:
 
 
 def within(name: str, low: int | None = None, high: int | None = None) -> Any:
-    """Return the bounds of a sampling parameter, or of its entries; ``low`` and ``high`` are given where OpenAI's
-    differ.
-    """
+    """Return the bounds of a sampling parameter, or of its entries. ``low``, ``high``: OpenAI's, where they differ."""
     known = PARAMETERS[name]
     low, high = known.low if low is None else low, known.high if high is None else high
     if known.kind is str:

@@ -77,9 +77,7 @@ class Message(Strict):
     @model_validator(mode="before")
     @classmethod
     def _without_empty_fields(cls, raw: Any) -> Any:
-        """Drop empty fields: a client that sends an earlier answer back sends tool_calls, refusal and others as null or
-        empty.
-        """
+        """Drop empty fields: an answer that a client sends back has tool_calls, refusal and others null or empty."""
         if not isinstance(raw, dict):
             return raw
         kept = {name: value for name, value in raw.items() if name == "content" or value not in (None, [])}

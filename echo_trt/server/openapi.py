@@ -45,7 +45,6 @@ ERROR = {
 
 
 async def show_openapi(request: Request) -> Response:
-    """GET /openapi.json."""
     state = request.app.state
     if not hasattr(state, "openapi"):  # made once: it takes some 10 ms of the event loop
         state.openapi = document(request.app.routes)

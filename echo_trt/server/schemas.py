@@ -159,24 +159,16 @@ class Params(Sampled):
         if self.stream_options is not None and not self.stream:
             message = "stream_options is only allowed where stream is true."
             raise ApiError(400, message, param="stream_options")
-        return self
-
-    @model_validator(mode="after")
-    def _minimum_below_maximum(self) -> Params:
         if self.min_tokens > self.limit:
             message = f"min_tokens is {self.min_tokens}; give a whole number from 0 to the limit, {self.limit}."
             raise ApiError(400, message, param="min_tokens")
+        _ = self.structured
         return self
 
     @cached_property
     def structured(self) -> Structured | None:
         """What the answer must fit. Raises ApiError."""
         return structured_of({name: getattr(self, name) for name in STRUCTURED})
-
-    @model_validator(mode="after")
-    def _read_structured(self) -> Params:
-        _ = self.structured
-        return self
 
     @property
     def limit(self) -> int:
@@ -232,31 +224,23 @@ class ChatRequest(Params):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
     @model_validator(mode="after")
-    def _tools_agree(self) -> ChatRequest:
+    def _chat_agrees(self) -> ChatRequest:
         check(self.tools, self.tool_choice)
         if self.must_call and self.structured and not self.structured.field.startswith("response_format"):
             field = self.structured.field
             message = f"{field} cannot stand beside a tool_choice that asks for a call; leave one of them out."
             raise ApiError(400, message, param=field)
+        if self.top_logprobs and not self.logprobs:
+            message = f"top_logprobs is {self.top_logprobs}, which is only allowed where logprobs is true."
+            raise ApiError(400, message, param="top_logprobs")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            message = "max_tokens and max_completion_tokens are both given; give the latter."
+            raise ApiError(400, message, param="max_tokens")
         return self
 
     @property
     def must_call(self) -> bool:
         return self.tool_choice not in (None, "auto", "none")
-
-    @model_validator(mode="after")
-    def _top_of_something(self) -> ChatRequest:
-        if self.top_logprobs and not self.logprobs:
-            message = f"top_logprobs is {self.top_logprobs}, which is only allowed where logprobs is true."
-            raise ApiError(400, message, param="top_logprobs")
-        return self
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> ChatRequest:
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            message = "max_tokens and max_completion_tokens are both given; give the latter."
-            raise ApiError(400, message, param="max_tokens")
-        return self
 
     @property
     def limit(self) -> int:
@@ -310,7 +294,6 @@ class CompletionRequest(Params):
         return self.logprobs
 
     def inputs(self) -> list[dict[str, Any]]:
-        """Return the engine's inputs for the prompts."""
         grammar = {"structured": self.structured.for_engine()} if self.structured else {}
         return [{"text_input" if isinstance(p, str) else "input_ids": p, **grammar} for p in self.prompt]
 

@@ -91,7 +91,6 @@ class DetokenizeRequest(_Tokens):
 
 
 async def tokenize(request: Request) -> Response:
-    """POST /tokenize."""
     state = request.app.state
     requested = await state.bodies.read(request, TokenizeRequest)
     check_model(request, requested.model)
@@ -109,7 +108,6 @@ async def tokenize(request: Request) -> Response:
 
 
 async def detokenize(request: Request) -> Response:
-    """POST /detokenize."""
     state = request.app.state
     requested = await state.bodies.read(request, DetokenizeRequest)
     check_model(request, requested.model)

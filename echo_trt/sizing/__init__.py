@@ -1,1 +1,1 @@
-"""Sizes of a recipe's networks and their fit on a card, from published shapes: no weights are needed."""
+"""Sizes of a recipe's networks and the memory that they need, from published shapes: no weights are needed."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from echo_trt.bundle.recipe import Recipe, parse_recipe
+from echo_trt.bundle.read_recipe import parse_recipe
+from echo_trt.bundle.recipe import Recipe
 from echo_trt.engine.host_memory import OPTION, gigabytes
 from echo_trt.engine.kv_pool import block_bytes, check_memory
 from echo_trt.errors import UserError
-from echo_trt.sizing.fit import needs
+from echo_trt.sizing.needs import recipe_needs
 from echo_trt.sizing.shapes import shapes
 from echo_trt.speculation.pack import BLOCK
 
@@ -55,8 +56,7 @@ def filling(recipe: Recipe, folder: Path, total: int, utilization: float, name: 
 
     Raises UserError where one request of limits.context does not fit.
     """
-    target, draft = shapes(recipe, folder)
-    need = needs(recipe, target.sizes, draft and draft.sizes)
+    need = recipe_needs(recipe, folder)
     free_tokens = int(total * utilization) - need.fixed
     blocks = free_tokens // need.block
     if blocks < need.request_blocks:

@@ -1,12 +1,10 @@
-"""Counts of a network's parameters by place, and of the parameters that one GPU holds and reads."""
+"""Counts of a network's parameters by place, and of the parameters that one GPU holds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from echo_trt.models.block_config import BlockConfig
-from echo_trt.models.config import DecoderConfig, Eagle3Config
-from echo_trt.sizing.hardware import NetworkShare
+from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
 
 #: Bytes of a weight and of a KV value, by the recipe's precision. int8 concerns weights alone.
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 0.5625}
@@ -27,15 +25,15 @@ class Sizes:
     attention: int
     kv_matrices: int  # part of ``attention``
     mlp: int
-    router: int
     norms: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int  # columns of the logits
     hidden_size: int
     intermediate_size: int  # of the widest MLP, with all experts together
+    num_layers: int = 1
+    router: int = 0
     expert: int = 0
     experts: int = 0
     experts_per_token: int = 0
@@ -49,52 +47,25 @@ class Sizes:
         return matrices + self.expert * self.experts + self.router + self.norms
 
     @property
-    def active(self) -> int:
-        """Parameters that one token needs: of the experts, only the chosen ones."""
-        return self.total - self.expert * (self.experts - self.experts_per_token)
-
-    @property
-    def summary(self) -> str:
-        active = f", {_billions(self.active)} active" if self.experts else ""
-        layers = f"{self.num_layers} layer{'s' * (self.num_layers > 1)}"
-        return f"{_billions(self.total)} parameters{active}, {layers}, vocabulary {self.vocab_size:,}"
-
-    @property
     def stored(self) -> int:
         """Parameters that an engine holds on one GPU: a tied embedding twice, as table of rows and as matrix."""
         divided = (self.mlp + self.expert * self.experts) // self.gpus
-        return self.embedding + self.router + self.norms + self._attention_share + self._output_share + divided
+        return self.embedding + self.router + self.norms + self.attention_share + self.output_share + divided
 
     @property
-    def _attention_share(self) -> int:
+    def attention_share(self) -> int:
         """Attention's parameters on one GPU."""
         kv = self.kv_matrices // min(self.gpus, self.num_kv_heads)
         return (self.attention - self.kv_matrices) // self.gpus + kv
 
     @property
-    def _output_share(self) -> int:
+    def output_share(self) -> int:
         return (self.output or self.embedding) // (1 if self.vocab_size % self.gpus else self.gpus)
 
     @property
     def kv_values(self) -> int:
         """Values that one cached token takes on one GPU."""
         return 2 * self.num_layers * -(-self.num_kv_heads // self.gpus) * self.head_dim
-
-    def network(self, precision: str, routed: bool = True) -> NetworkShare:
-        """Return the simulator's network on one GPU. Without ``routed`` every expert computes every token."""
-        dense = self.router + self.norms + self._attention_share + self._output_share + self.mlp / self.gpus
-        expert = self.expert / self.gpus
-        if not routed:
-            dense, expert = dense + expert * self.experts, 0.0
-        return NetworkShare(
-            dense=dense,
-            parameter_bytes=WEIGHT_BYTES[precision],
-            active=dense + expert * self.experts_per_token,
-            kv_bytes=self.kv_values * KV_BYTES[precision],
-            expert=expert,
-            experts=self.experts if expert else 0,
-            experts_per_token=self.experts_per_token,
-        )
 
 
 def decoder_sizes(config: DecoderConfig, gpus: int = 1) -> Sizes:
@@ -110,11 +81,8 @@ def decoder_sizes(config: DecoderConfig, gpus: int = 1) -> Sizes:
         router=sparse * hidden * config.num_experts,
         norms=hidden + layers * (2 * hidden + (2 * config.head_dim if config.qk_norm else 0)),
         num_layers=layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
+        **_heads(config),
         vocab_size=config.vocab_size,
-        hidden_size=hidden,
         intermediate_size=config.num_experts * config.expert_size if sparse else config.intermediate_size,
         expert=sparse * 3 * hidden * config.expert_size,
         experts=config.num_experts,
@@ -132,14 +100,9 @@ def head_sizes(config: Eagle3Config) -> Sizes:
         attention=features * hidden + _attention(config, 2 * hidden),
         kv_matrices=_kv_matrices(config, 2 * hidden),
         mlp=3 * hidden * config.intermediate_size,
-        router=0,
         norms=4 * hidden + (features if config.fc_norm else 0),
-        num_layers=1,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
+        **_heads(config),
         vocab_size=config.draft_vocab_size,
-        hidden_size=hidden,
         intermediate_size=config.intermediate_size,
         feature_size=features,
     )
@@ -161,17 +124,17 @@ def block_sizes(config: BlockConfig) -> Sizes:
         attention=inputs + _attention(config, first) + (layers - 1) * _attention(config, hidden),
         kv_matrices=_kv_matrices(config, first) + (layers - 1) * _kv_matrices(config, hidden),
         mlp=layers * 3 * hidden * config.intermediate_size,
-        router=0,
         norms=norms + hidden_states,
         num_layers=layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
+        **_heads(config),
         vocab_size=config.draft_vocab_size,
-        hidden_size=hidden,
         intermediate_size=config.intermediate_size,
         feature_size=features,
     )
+
+
+def _heads(config: Config) -> dict[str, int]:
+    return {name: getattr(config, name) for name in ("num_heads", "num_kv_heads", "head_dim", "hidden_size")}
 
 
 def _kv_matrices(config: Config, inputs: int) -> int:
@@ -181,7 +144,3 @@ def _kv_matrices(config: Config, inputs: int) -> int:
 def _attention(config: Config, inputs: int) -> int:
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     return inputs * heads + config.num_heads * config.head_dim * config.hidden_size
-
-
-def _billions(count: int) -> str:
-    return f"{count / 1e9:,.2f} B" if count >= 1e9 else f"{count / 1e6:,.0f} M"

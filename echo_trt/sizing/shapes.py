@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from echo_trt.bundle.hub import CONFIG, from_hub
 from echo_trt.bundle.recipe import Recipe, Source
+from echo_trt.bundle.sources import CONFIG, from_hub
 from echo_trt.errors import UserError
 from echo_trt.models.block_config import block_config, fitted
-from echo_trt.models.config import check_division, decoder_config, eagle3_config
+from echo_trt.models.read_config import check_division, decoder_config, eagle3_config
 from echo_trt.sizing.networks import Sizes, block_sizes, decoder_sizes, head_sizes
 
 

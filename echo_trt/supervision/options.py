@@ -69,7 +69,6 @@ class ServeOptions(ApiOptions, EngineOptions):
 
     @property
     def openai_url(self) -> str:
-        """URL of the OpenAI API for clients on this machine."""
         return f"http://{self.reached_at}:{self.openai_port}"
 
     @property

@@ -19,9 +19,7 @@ class EngineProbe:
         self._path, self._seen = str(path), -1.0
 
     def answers(self, seconds: float = PROBE_SECONDS) -> bool:
-        """Return whether one token, or word of an iteration for other requests (``engine.service.service``), comes in
-        time.
-        """
+        """Return whether a token, or word of another request's iteration (``engine.service``), comes in time."""
         return isinstance(wire.ask(self._path, wire.Submit(1, PROBE), seconds), wire.TextPiece)
 
     def progresses(self) -> bool:

@@ -1,4 +1,4 @@
-"""The commands calibrate, bench and simulate, which ``echo-trt`` finds by their entry points."""
+"""The commands inspect, calibrate, bench and simulate, which ``echo-trt`` finds by their entry points."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from echo_trt.engine.options import command
 from echo_trt_lab.benchmark.options import BenchOptions
 from echo_trt_lab.calibration.options import CalibrateOptions
 from echo_trt_lab.simulation.options import SimulateOptions
+from echo_trt_lab.sizing.options import InspectOptions
 
 
 @command
@@ -44,3 +45,16 @@ def simulate(options: SimulateOptions) -> None:
     from echo_trt_lab.simulation.command import run
 
     run(options, Screen(), messages)
+
+
+@command
+def inspect(options: InspectOptions) -> int:
+    """Show what a bundle holds, or what a recipe would build and need of each GPU.
+
+    A bundle's files are checked against their hashes. A recipe's checkpoints need not be there.
+
+    Example: `echo-trt inspect build/qwen3-32b.yaml --fit "H100-80GB x2"`
+    """
+    from echo_trt_lab.sizing.command import run
+
+    return run(options, Screen())

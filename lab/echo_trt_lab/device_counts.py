@@ -21,7 +21,7 @@ from echo_trt.backends.cuda.calls import Staging, shapes_of
 from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, Capacity
 from echo_trt.backends.cuda.transfers import TRANSFERS
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.bundle.recipe import load_recipe
+from echo_trt.bundle.read_recipe import load_recipe
 from echo_trt.engine.batch import InputBatch, blocks_for
 from echo_trt.engine.core import Emitted, EngineCore
 from echo_trt.engine.drafters.levels import LevelsDraft, LevelsDrafter

@@ -15,12 +15,12 @@ from rich.text import Text
 
 from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.cli.generate import GenerateRun, results
-from echo_trt.cli.side import Side
 from echo_trt.engine.batch import blocks_for
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Delta, SamplingParams
 from echo_trt.speculation.policy_names import DEFAULT, PLAIN
 from echo_trt_lab.pictures.palette import BLUE, GREY
+from echo_trt_lab.side import Side
 from echo_trt_lab.side_by_side import gap, side_by_side
 
 SLICE = 0.2  # seconds of a turn; larger: a machine that changes its speed meanwhile favours one side more
@@ -183,7 +183,11 @@ def run(job: GenerateRun, llm: LLM, policy: str, out: Console, messages: Console
     if other["logit_gaps"]:
         out.print(rounding_note(other["logit_gaps"], computes_in(llm.manifest)), highlight=False)
     ratio = other["tokens_per_s"] / plain["tokens_per_s"]
-    return {"results": results(job, sides[1]), "summary": {**other, "ratio": round(ratio, 4)}, "plain": plain}
+    return {
+        "results": results(job, sides[1].completions),
+        "summary": {**other, "ratio": round(ratio, 4)},
+        "plain": plain,
+    }
 
 
 def compare(

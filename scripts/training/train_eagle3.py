@@ -31,10 +31,10 @@ from echo_trt.errors import UserError
 from echo_trt.files.prompts import read_prompts
 from echo_trt.models.block_weights import load_block
 from echo_trt.models.checkpoint import Checkpoint, weights_sha256
-from echo_trt.models.config import decoder_config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.read_config import decoder_config
 from echo_trt.models.weights import load_decoder, load_eagle3
 from echo_trt_lab.training.answers import record, write_answers
 from echo_trt_lab.training.corpus import Corpus, draft_vocabulary, features_path

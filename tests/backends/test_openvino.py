@@ -17,11 +17,11 @@ from echo_trt.backends.openvino import graph as compiler
 from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.backends.openvino.engine import OpenVINOEngine
 from echo_trt.cli.build import build
-from echo_trt.cli.tables import manifest_table
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.measure import machine
 from echo_trt.engine.params import SamplingParams
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
+from echo_trt_lab.sizing.tables import manifest_table
 
 BLOCKS, PER_REQUEST = 24, 4
 #: Numbers of bf16 differ by this much relatively; these networks round some 32 times from token to output.

@@ -14,7 +14,7 @@ from refusal import refused
 
 from echo_trt.bundle.calibration import read_calibration
 from echo_trt.bundle.manifest import MARKOV, read_manifest, sha256
-from echo_trt.bundle.recipe import parse_recipe
+from echo_trt.bundle.read_recipe import parse_recipe
 from echo_trt.cli import build as building
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM

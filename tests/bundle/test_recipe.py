@@ -8,7 +8,8 @@ import pytest
 import yaml
 from refusal import refused
 
-from echo_trt.bundle.recipe import NETWORKS, Recipe, load_recipe
+from echo_trt.bundle.read_recipe import load_recipe
+from echo_trt.bundle.recipe import NETWORKS, Recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "build").glob("*.yaml"))
 VALID: dict[str, Any] = {

@@ -15,13 +15,13 @@ from answering import answering
 from refusal import refused
 
 from echo_trt.bundle.manifest import read_manifest
-from echo_trt.bundle.recipe import load_recipe, parse_recipe
+from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
 from echo_trt.cli.recipes import RECIPES, recipe_for, sized
 from echo_trt.engine.kv_pool import kv_pool
-from echo_trt.sizing.cards import CARDS
-from echo_trt.sizing.fit import needs
 from echo_trt.sizing.limits import filling, limited
+from echo_trt.sizing.needs import needs
 from echo_trt.sizing.shapes import shapes
+from echo_trt_lab.sizing.cards import CARDS
 
 HEAD = "AngelSlim/Qwen3-8B_eagle3"
 

@@ -24,6 +24,14 @@ def test_every_policy_writes_plain_decodings_text(policy, batch, requests, open_
     assert_same(llm.generate(prompts, params), plain("eagle3", requests))
 
 
+@pytest.mark.parametrize("policy", ["echo", "dense", "fixed"])
+def test_texts_stay_where_the_host_waits_at_every_gate(policy, open_llm, plain, monkeypatch):
+    """As it does under load; so few requests would draft beyond gates."""
+    monkeypatch.setattr("echo_trt.speculation.echo.settings.WEIGHT_ROWS", 0)
+    prompts, params = REQUESTS["mixed"]()
+    assert_same(open_llm("eagle3", policy, 8, "resident").generate(prompts, params), plain("eagle3", "mixed"))
+
+
 @pytest.mark.parametrize("batch", [1, 2, 40])
 @pytest.mark.parametrize("policy", ["static", "echo", "dense", "goodput"])
 def test_every_draft_that_a_policy_asks_for_has_a_graph(policy, batch, open_llm, monkeypatch):
@@ -68,7 +76,7 @@ def test_levels_on_the_device_are_those_that_the_host_would_expand(ends, stopped
 
     device, seen = llm.loop.drafter.begin(slots), SuperTree.from_roots(roots)
     device.look_ahead(ends[0], beams, width, maximum)
-    waits = TRANSFERS.waits
+    waits, lag = TRANSFERS.waits, llm.loop.drafter.draft_lag(slots[requests]).sum()
     frontier, offered = requests, device.expand_roots(requests)
     for depth in range(1, levels + 2):
         log_q, tokens = offered
@@ -81,6 +89,8 @@ def test_levels_on_the_device_are_those_that_the_host_would_expand(ends, stopped
             device.look_ahead(ends[ends.index(depth) + 1], beams, width, maximum)
         offered = device.expand(seen, frontier)
     assert TRANSFERS.waits == waits + len(ends)  # levels come with the roots, or with those above
+    going = [3 if depth <= ends[0] or stopped < 0 else 2 for depth in range(2, levels + 2)]  # requests of a level
+    assert [done.tokens for done in device.passes] == [lag, *(beams * count for count in going)]
 
     def paths(tree: SuperTree) -> dict[tuple, float]:
         found = {}

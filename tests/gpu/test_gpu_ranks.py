@@ -17,10 +17,11 @@ from gpu.random_networks import SMALL, TINY, random_decoder
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.backends.parallel.ranked import RankedEngine
 from echo_trt.backends.torch.engine import TorchEngine, open_torch
-from echo_trt.models.config import DecoderConfig, rank_config
+from echo_trt.models.config import DecoderConfig
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.layers import Rotary
 from echo_trt.models.ranks import Shard
+from echo_trt.models.read_config import rank_config
 from echo_trt.models.roles import TargetModule
 from echo_trt.speculation.pack import pack
 

@@ -38,7 +38,7 @@ class Built:
     def __init__(self, engine: str, folder: Path):
         from echo_trt.backends.tensorrt.build import TensorRTBuild
         from echo_trt.bundle.call_sizes import CallSizes
-        from echo_trt.bundle.recipe import parse_recipe
+        from echo_trt.bundle.read_recipe import parse_recipe
 
         recipe = parse_recipe(RECIPE | {"engine": engine}, "the test")
         self.engine, self.sizes = engine, CallSizes.of(recipe)

@@ -8,11 +8,11 @@ from itertools import pairwise
 import pytest
 from rich.console import Console
 
-from echo_trt.cli.side import Side
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt_lab.demo import RACES, demo
 from echo_trt_lab.race import compare, race, sides_of
+from echo_trt_lab.side import Side
 
 PROMPTS = [[5, 6, 7] * 3, [8, 9] * 5, [4] * 10]
 IDS = ["a", "b", "c"]

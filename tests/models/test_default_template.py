@@ -10,11 +10,12 @@ import tool_models
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_trt.bundle.recipe import load_recipe
+from echo_trt.bundle.read_recipe import load_recipe
 from echo_trt.bundle.sources import locate
 from echo_trt.errors import UserError
-from echo_trt.models.chat import ChatEncoder, read_template
+from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.open_tokenizer import read_template
 
 RECIPE = Path(__file__).parents[2] / "build/smollm2-135m.yaml"
 ROLES = st.sampled_from(["system", "user", "assistant"])

@@ -11,10 +11,11 @@ from paged import PagedCache, Tree
 from refusal import refused
 from torch import Tensor
 
-from echo_trt.models.config import Eagle3Config, eagle3_config
+from echo_trt.models.config import Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.read_config import eagle3_config
 from echo_trt.models.weights import load_decoder, load_eagle3
 
 LAYERS = 8

@@ -11,7 +11,7 @@ from gguf_files import CHAT_TEMPLATE, CONTROL, USER_DEFINED, vocabulary, write_g
 from paged import assert_same_network, run_in_calls
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from echo_trt.bundle.recipe import load_recipe
+from echo_trt.bundle.read_recipe import load_recipe
 from echo_trt.bundle.sources import locate
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint

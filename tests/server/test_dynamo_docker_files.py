@@ -26,7 +26,7 @@ from server.docker_files import (
     requirements,
 )
 
-from echo_trt.adapters.dynamo.installed import VERSION
+from echo_trt.adapters.dynamo.environment import VERSION
 
 SCHEMA = json.loads((Path(__file__).parent / "dynamo_graph_deployment.schema.json").read_text())
 GRAPHS = ("dynamo", "dynamo-gpu")

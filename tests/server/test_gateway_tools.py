@@ -50,22 +50,16 @@ def bundle(tmp_path_factory) -> Callable[[str], Path]:
     return get
 
 
-@pytest.fixture(scope="module")
-def qwen(bundle) -> Iterator[openai.OpenAI]:
-    with asked_by_openai(bundle("qwen3")) as client:
-        yield client
+def client_of(kind: str) -> Any:
+    @pytest.fixture(scope="module")
+    def client(bundle) -> Iterator[openai.OpenAI]:
+        with asked_by_openai(bundle(kind)) as client:
+            yield client
+
+    return client
 
 
-@pytest.fixture(scope="module")
-def thinking(bundle) -> Iterator[openai.OpenAI]:
-    with asked_by_openai(bundle("thinking")) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def llama(bundle) -> Iterator[openai.OpenAI]:
-    with asked_by_openai(bundle("llama3")) as client:
-        yield client
+qwen, thinking, llama = map(client_of, ("qwen3", "thinking", "llama3"))
 
 
 def ask(client: openai.OpenAI, stream: bool = False, **changes: Any) -> Any:

@@ -8,14 +8,17 @@ import torch
 from refusal import refused
 from torch import nn
 
-from echo_trt.bundle.recipe import NETWORKS, load_recipe, parse_recipe
+from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
+from echo_trt.bundle.recipe import NETWORKS
 from echo_trt.models.block import block_network
-from echo_trt.models.block_config import BlockConfig, block_config
-from echo_trt.models.config import decoder_config, eagle3_config, rank_config
+from echo_trt.models.block_config import block_config
+from echo_trt.models.config import BlockConfig
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.models.read_config import decoder_config, eagle3_config, rank_config
 from echo_trt.sizing.networks import block_sizes, decoder_sizes, head_sizes
 from echo_trt.sizing.shapes import published, shapes
+from echo_trt_lab.sizing.hardware import active_parameters, share_of
 
 #: Parameters of the safetensors files, tied embeddings once, and what the model cards call active, in billions.
 TOTALS = {
@@ -43,8 +46,8 @@ def test_qwen3_has_the_published_number_of_parameters(name):
     sizes = decoder_sizes(decoder_config(published()[name], name))
     total, active = TOTALS[name]
     assert sizes.total == total
-    assert sizes.active / 1e9 == pytest.approx(active, rel=0.03)
-    assert (sizes.active < sizes.total) == ("A" in name.rsplit("-", 1)[-1])
+    assert active_parameters(sizes) / 1e9 == pytest.approx(active, rel=0.03)
+    assert (active_parameters(sizes) < sizes.total) == ("A" in name.rsplit("-", 1)[-1])
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -116,20 +119,20 @@ def test_one_gpus_share_is_the_network_that_is_built_for_it(name, gpus):
     assert part.stored == counted(rank)  # a rank has its part of the output matrix beside the table
     assert part.kv_values * gpus == whole.kv_values * max(1, gpus // config.num_kv_heads)
     assert part.total == whole.total
-    shared = part.network("bf16", routed=False)
+    shared = share_of(part, "bf16", routed=False)
     assert shared.dense == pytest.approx(counted(rank) - counted(rank.embed))
-    assert gpus * part.network("bf16").expert == pytest.approx(whole.network("bf16").expert)
+    assert gpus * share_of(part, "bf16").expert == pytest.approx(share_of(whole, "bf16").expert)
 
 
 def test_what_a_pass_reads_and_multiplies():
     sizes = decoder_sizes(decoder_config(published()["Qwen/Qwen3-235B-A22B"], "moe"))
-    routed, exported = sizes.network("bf16"), sizes.network("bf16", routed=False)
-    assert routed.active == pytest.approx(sizes.active - sizes.embedding)
+    routed, exported = share_of(sizes, "bf16"), share_of(sizes, "bf16", routed=False)
+    assert routed.active == pytest.approx(active_parameters(sizes) - sizes.embedding)
     assert exported.active == exported.dense == sizes.total - sizes.embedding
     assert routed.bytes_read(1) == pytest.approx(2 * routed.active)
     assert routed.bytes_read(1 << 20) == pytest.approx(exported.bytes_read(1))
-    assert sizes.network("fp32").kv_bytes == 2 * routed.kv_bytes == 2 * sizes.network("int8").kv_bytes
-    assert sizes.network("int8").bytes_read(1) == routed.bytes_read(1) / 2
+    assert share_of(sizes, "fp32").kv_bytes == 2 * routed.kv_bytes == 2 * share_of(sizes, "int8").kv_bytes
+    assert share_of(sizes, "int8").bytes_read(1) == routed.bytes_read(1) / 2
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)

@@ -9,12 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from echo_trt.adapters.dynamo.discovery import BACKEND, Lease, check_folder, check_name, folder_of
-from echo_trt.adapters.dynamo.environment import backend_of, grace_of, of_worker
-from echo_trt.adapters.dynamo.installed import check_installed
+from echo_trt.adapters.dynamo.environment import backend_of, check_installed, grace_of, of_worker
 from echo_trt.adapters.dynamo.options import WorkerOptions
 from echo_trt.bundle.card import check_card, has_template
 from echo_trt.bundle.manifest import read_manifest
-from echo_trt.engine.params import MAX_AT_ONCE
 from echo_trt.errors import UserError
 from echo_trt.speculation.policies import policy_named
 from echo_trt.supervision.supervised import port_trouble
@@ -72,8 +70,6 @@ def _check(job: WorkerOptions) -> WorkerOptions:
     check_card(job.bundle)
     if job.policy:
         policy_named(job.policy, "--policy")
-    if job.batch is not None and not 1 <= job.batch <= MAX_AT_ONCE:
-        raise UserError(f"--batch is {job.batch}; give a whole number from 1 to {MAX_AT_ONCE}.")
     _check_ports(job)
     job = replace(job, bundle=job.bundle.resolve(), name=job.name or manifest.name)
     if backend_of(os.environ) == "file":

@@ -69,8 +69,7 @@ def check_name(folder: Path, name: str, bundle: Path) -> None:
 class Lease:
     """Writes this process's entries anew where they were removed.
 
-    Dynamo itself removes them first when a worker is told to stop, so ``close`` must come within ``patience`` seconds
-    of that.
+    Dynamo removes them when a worker is told to stop; ``close`` must come within ``patience`` seconds of that.
     """
 
     def __init__(self, folder: Path, patience: float, lost: Callable[[int], None] = lambda number: None):

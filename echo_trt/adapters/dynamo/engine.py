@@ -27,9 +27,8 @@ from echo_trt.adapters.dynamo.options import WorkerOptions
 from echo_trt.adapters.dynamo.request import read
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.service.job import Overloaded
-from echo_trt.engine.service.metrics import EngineMetrics
+from echo_trt.engine.service.metrics import EngineMetrics, Statistics
 from echo_trt.engine.service.service import Service
-from echo_trt.engine.service.statistics import Statistics
 from echo_trt.errors import UserError
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import load_tokenizer

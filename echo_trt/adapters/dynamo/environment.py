@@ -1,13 +1,18 @@
-"""Dynamo's settings, which it reads from the environment, where the user has not set them."""
+"""What Dynamo needs to run: its packages, and the settings that it reads from the environment, by default ours."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from math import ceil
 
 from echo_trt.adapters.dynamo.discovery import BACKEND, FOLDER, folder_of
 from echo_trt.errors import UserError
 
+#: The version that this backend was tried with.
+VERSION = "1.6.1"
+PACKAGES = ("ai-dynamo", "ai-dynamo-runtime")
+REMEDY = f"pip install 'echo-trt[dynamo]' && pip install --no-deps ai-dynamo=={VERSION}"
 END_SECONDS = 15  # seconds for a worker's end after its answers; larger: a worker that hangs then is ended later
 PROBE_SECONDS = 20  # seconds for the answer to a probe; larger: a worker that hangs is noticed later
 BACKENDS = ("file", "etcd", "kubernetes", "mem")
@@ -15,6 +20,16 @@ BACKENDS = ("file", "etcd", "kubernetes", "mem")
 LOOPBACK = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST", "DYN_SYSTEM_HOST")
 GRACE_PERIOD = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS"
 GRACE = 0.5  # seconds between the end of a worker's entry and its drain; larger: fewer requests that move at once
+
+
+def check_installed() -> None:
+    for package in PACKAGES:
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            raise UserError(f"{package} is not installed; install it: {REMEDY}.") from None
+        if found != VERSION:
+            raise UserError(f"{package} is {found}, but this backend is for {VERSION}; install that: {REMEDY}.")
 
 
 def backend_of(environment: Mapping[str, str]) -> str:
@@ -56,8 +71,7 @@ def completed(environment: Mapping[str, str]) -> dict[str, str]:
 def of_worker(environment: Mapping[str, str], slots: int, system_port: int, drain_seconds: float) -> dict[str, str]:
     """Return the environment of a worker.
 
-    slots          requests that the worker takes; the frontend sends others to another worker at once, and refuses them
-                   where all are full (HTTP 529)
+    slots          requests that the worker takes; the frontend sends others elsewhere, or refuses them (HTTP 529)
     system_port    port of metrics and health; 0: the environment's, else none
     drain_seconds  seconds that open answers have; Dynamo would end the process after 30
     """

@@ -9,14 +9,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from echo_trt.adapters.dynamo.devices import divided, visible_devices
 from echo_trt.adapters.dynamo.discovery import FOLDER
-from echo_trt.adapters.dynamo.environment import completed
-from echo_trt.adapters.dynamo.installed import check_installed
+from echo_trt.adapters.dynamo.environment import check_installed, completed
 from echo_trt.bundle.card import check_card
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.engine.kv_pool import kv_pool, on_cpu
@@ -38,6 +36,7 @@ SETTINGS = {
 }
 PORTS = range(20_000, 32_000)  # of workers' metrics and health
 LOOPBACK = "127.0.0.1"
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 def run(job: ServeOptions) -> int:
@@ -166,6 +165,30 @@ def replicas(job: ServeOptions, environment: dict[str, str], stop: threading.Eve
     text = f"serving\nOpenAI   http://{job.host}:{job.openai_port}/v1, model {job.model_name}\nworkers  {len(workers)}"
     groups: list[Sequence[Supervised]] = [[frontend], workers]
     return Supervisor(groups, stop, log, job.drain_seconds, lambda: text if frontend.lists(job.model_name) else None)
+
+
+def visible_devices(engine: str, environment: Mapping[str, str]) -> list[str]:
+    """List the devices that ``engine`` may use, as VISIBLE_DEVICES names them."""
+    if engine == "openvino":
+        return []
+    if VISIBLE_DEVICES in environment:
+        return [name.strip() for name in environment[VISIBLE_DEVICES].split(",") if name.strip()]
+    from echo_trt.backends.cuda.device import device_count
+
+    return [str(device) for device in range(device_count())]
+
+
+def divided(devices: Sequence[str], workers: int, each: int) -> list[dict[str, str]]:
+    """Give every worker ``each`` of the devices; workers share devices where there are fewer.
+
+    Returns what a worker has in its environment beside the rest. It is nothing where there are not enough devices for
+    one worker: that worker says so by itself.
+    """
+    sets = len(devices) // each
+    if not sets:
+        return [{}] * workers
+    begins = [worker % sets * each for worker in range(workers)]
+    return [{VISIBLE_DEVICES: ",".join(devices[begin : begin + each])} for begin in begins]
 
 
 def free_ports(number: int, reserved: int) -> list[int]:

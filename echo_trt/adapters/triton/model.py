@@ -12,15 +12,18 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from echo_trt.adapters.triton.replies import FINAL, Replies, Reply, failed
-from echo_trt.adapters.triton.tensors import plain_values
 from echo_trt.engine.host_memory import bytes_in
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.process.host import Host
+from echo_trt.engine.process.inputs import INPUTS
 from echo_trt.engine.process.pending import refusal
 from echo_trt.engine.process.request import Reader
 from echo_trt.engine.service.metrics import EngineMetrics
@@ -31,6 +34,7 @@ from echo_trt.speculation.policies import load_policies
 log = logging.getLogger("engine")
 
 QUEUE = 256
+_MANY = {tensor.name for tensor in INPUTS if tensor.many}
 
 
 class TritonPythonModel:
@@ -105,6 +109,32 @@ def _check_id(request: pb_utils.InferenceRequest) -> None:
         request.request_id()
     except UnicodeDecodeError as error:
         raise UserError(f"id is not UTF-8 (byte {error.start}); send text in UTF-8.") from None
+
+
+def plain_values(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return inputs by name: numbers, bools and text, or lists of them. Raises UserError.
+
+    tensors  by name, each [1, n]
+    """
+    return {name: _plain(name, tensor) for name, tensor in tensors.items()}
+
+
+def _plain(name: str, tensor: np.ndarray) -> Any:
+    values = [_value(each, name) for each in tensor.reshape(-1)]
+    if name in _MANY:
+        return values
+    if len(values) != 1:
+        raise UserError(f"{name} has {len(values)} values; give one.")
+    return values[0]
+
+
+def _value(each: Any, name: str) -> Any:
+    if isinstance(each, np.floating):
+        return float(str(each))  # the number that was written: 0.7, not 0.699999988
+    try:
+        return each.decode("utf-8") if isinstance(each, bytes) else each.item()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 (byte {error.start}); send text in UTF-8.") from None
 
 
 def _wants_codes(request: pb_utils.InferenceRequest) -> bool:

@@ -13,8 +13,7 @@ from torch import nn
 
 from echo_trt.errors import UserError
 from echo_trt.models.block import block_network
-from echo_trt.models.block_config import BlockConfig
-from echo_trt.models.config import DecoderConfig, Eagle3Config
+from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.layers import Rotary

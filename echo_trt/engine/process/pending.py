@@ -6,8 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from echo_trt.engine.process.logprobs import Outgoing
-from echo_trt.engine.process.sources import OutgoingSources
+from echo_trt.engine.process.entries import OutgoingLogprobs, OutgoingSources
 from echo_trt.engine.request import Event
 from echo_trt.engine.service.job import Overloaded, ServiceRequest
 from echo_trt.engine.service.metrics import EngineMetrics
@@ -38,7 +37,7 @@ class Pending(ServiceRequest):
     in_thought: bool | None = None
     unsent_text: str = ""
     unsent_tokens: list[int] = field(default_factory=list)
-    unsent_logprobs: Outgoing | None = None
+    unsent_logprobs: OutgoingLogprobs | None = None
     unsent_sources: OutgoingSources | None = None
     last: float | None = None
 
@@ -46,7 +45,7 @@ class Pending(ServiceRequest):
         """Begin with ``echoed``, text that precedes the answer in the output; ``params`` are known."""
         self.unsent_text = echoed
         if self.params.logprobs is not None or self.params.prompt_logprobs is not None:
-            self.unsent_logprobs = Outgoing(texts, echoed)
+            self.unsent_logprobs = OutgoingLogprobs(texts, echoed)
         if self.params.token_sources:
             self.unsent_sources = OutgoingSources(texts)
 

@@ -34,9 +34,7 @@ class Reader:
         special_tokens_in_content: bool = False,
         sampling: Mapping[str, float] | None = None,
     ):
-        """Prepare to read requests. ``sampling``: parameters of requests that leave them out
-        (``Manifest.sampling``).
-        """
+        """Prepare to read requests. ``sampling``: parameters of requests that leave them out (``Manifest``)."""
         self._sampling = dict(sampling or {})
         self._tokenizer = load_tokenizer(bundle)
         self._chat = ChatEncoder(self._tokenizer, special_tokens_in_content)

@@ -17,45 +17,41 @@ LARGEST = 2**26  # bytes of a message; larger: one message can take more memory
 _LENGTH = struct.Struct(">I")
 
 
-class Submit(Struct, tag=True):
+class Numbered(Struct, tag=True):
+    """A message, with the number of the request that it asks or answers."""
+
+    id: int
+
+
+class Submit(Numbered):
     """A request. ``inputs``: plain values by their names in ``engine.process.inputs.INPUTS``."""
 
-    id: int
     inputs: dict[str, Any]
 
 
-class Cancel(Struct, tag=True):
+class Cancel(Numbered):
     """Cancels an earlier request whose reply is not complete."""
 
-    id: int
 
-
-class Describe(Struct, tag=True):
+class Describe(Numbered):
     """A question for what the model is, answered by ``ModelInfo``."""
 
-    id: int
 
-
-class Tokenize(Struct, tag=True):
+class Tokenize(Numbered):
     """A question for the tokens of a prompt, or for the text of ``input_ids``."""
 
-    id: int
     inputs: dict[str, Any]
 
 
-class WatchSnapshots(Struct, tag=True):
+class WatchSnapshots(Numbered):
     """A question for snapshots (``engine.service.snapshots``)."""
 
-    id: int
 
-
-class Scrape(Struct, tag=True):
+class Scrape(Numbered):
     """A question for the engine's metrics in Prometheus' text format."""
 
-    id: int
 
-
-class TextPiece(Struct, tag=True, omit_defaults=True):
+class TextPiece(Numbered, omit_defaults=True):
     """New text of an answer.
 
     logprobs, sources  JSON of entries of tokens whose text is in ``text``; empty where they are not asked for
@@ -63,7 +59,6 @@ class TextPiece(Struct, tag=True, omit_defaults=True):
     finish_reason      of the last piece
     """
 
-    id: int
     text: str = ""
     token_ids: list[int] = []
     logprobs: str = ""
@@ -75,31 +70,28 @@ class TextPiece(Struct, tag=True, omit_defaults=True):
     cached_tokens: int = 0
 
 
-class Failure(Struct, tag=True):
+class Failure(Numbered):
     """Why a question has no answer.
 
     code   a gRPC status by its name; of a prompt that is too long OUT_OF_RANGE
     field  the input that the message is about, where it is known
     """
 
-    id: int
     code: str
     message: str
     field: str | None = None
 
 
-class TokensReply(Struct, tag=True):
+class TokensReply(Numbered):
     """The answer to ``Tokenize``."""
 
-    id: int
     token_ids: list[int]
     text: str | None = None
 
 
-class TextReply(Struct, tag=True):
+class TextReply(Numbered):
     """The answer to ``Scrape``, or a snapshot."""
 
-    id: int
     text: str
 
 
@@ -111,7 +103,7 @@ class ThinkTokens(Struct):
     closing_token: int
 
 
-class ModelInfo(Struct, tag=True):
+class ModelInfo(Numbered):
     """What a client that reads answers must know of the model.
 
     template     the chat template's text
@@ -123,7 +115,6 @@ class ModelInfo(Struct, tag=True):
     sampling     parameters of requests that leave them out, where the model recommends any
     """
 
-    id: int
     template: str
     tokens: list[str]
     variables: list[str]

@@ -10,8 +10,7 @@ MAX_FAILURES = 2  # consecutive failures of a request that ran alone, after whic
 
 
 class FaultIsolation:
-    """Retries the requests that were running when the engine failed one by one. A request fails only if the engine
-    fails while it runs alone.
+    """Retries, one by one, the requests that were running when the engine failed; which it fails on alone is guilty.
 
     Every such request is a suspect. ``next_trial`` takes one to run by itself, while all others wait. A trial ends in
     one of two ways: the request emits a token (``cleared``), or the engine fails again (``engine_failed``). Only the

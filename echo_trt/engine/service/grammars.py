@@ -24,8 +24,7 @@ class GrammarQueue:
     """
 
     def __init__(self, llm: LLM, changed: threading.Condition, done: Callable[[ServiceRequest, str], None]):
-        """``done`` is called for every job with an empty string once it has its grammar, or with the reason why it has
-        none.
+        """``done`` is called for every job once it has its grammar, with "", or the reason why it has none.
 
         ``changed`` is the service's lock. It must be held for ``add`` and ``remove``, and is while ``done`` is told.
         """

@@ -1,9 +1,10 @@
-"""The engine's metrics, in a registry of prometheus_client's."""
+"""What a service says of itself, and the engine's metrics in a registry of prometheus_client's."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,8 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from echo_trt.engine.params import Counters
 from echo_trt.engine.request import Event
-from echo_trt.engine.service.statistics import Statistics
 from echo_trt.speculation.sources import SOURCES
 
 SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0]
@@ -52,6 +53,30 @@ LENGTH = "Tokens emitted per verification, since the last update in which there 
 GAIN = "Tokens per second over plain decoding's at the latest load, as the policy expects; 0: not known"
 DRAFTS = "Draft tokens that goodput verified: the sum of their probabilities, and those accepted"
 SILENT = "Minutes in which a source of drafts was tried and hardly any of its tokens accepted"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The service at about one moment; ``ended`` counts requests by reason."""
+
+    queued: int
+    running: int
+    blocks: int
+    blocks_used: int
+    blocks_cached: int
+    policy: str
+    budget: int
+    counters: Counters
+    drafts: dict[str, dict[str, float]]  # ``Planner.totals``
+    ended: dict[str, int] = field(default_factory=dict)
+    engine_failures: int = 0
+    queued_tokens: int = 0  # of the prompts that wait
+    gain: float | None = None  # tokens per second over plain decoding's at the latest load; None: not known
+
+    @property
+    def kv_usage(self) -> float:
+        """The share of the KV pool that requests hold."""
+        return self.blocks_used / self.blocks
 
 
 class EngineMetrics(Collector):

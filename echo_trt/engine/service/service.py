@@ -22,7 +22,7 @@ from echo_trt.engine.request import Event, Request
 from echo_trt.engine.service.fault_isolation import FaultIsolation
 from echo_trt.engine.service.grammars import GrammarQueue
 from echo_trt.engine.service.job import Overloaded, ServiceRequest
-from echo_trt.engine.service.statistics import Statistics
+from echo_trt.engine.service.metrics import Statistics
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +40,8 @@ class Service:
         self._open: dict[Request, ServiceRequest] = {}
         self._probes: dict[Request, ServiceRequest] = {}  # open jobs that only ask if the engine works
         self._pending: list[ServiceRequest] = []  # a heap
-        self._ending: list[
-            tuple[ServiceRequest, str, str]
-        ] = []  # jobs that end before the next iteration, reasons and messages
+        # Jobs that end before the next iteration, with reasons and messages.
+        self._ending: list[tuple[ServiceRequest, str, str]] = []
         self._draining = self._closed = self._dead = False
 
         # The engine thread's own.
@@ -71,8 +70,7 @@ class Service:
         A grammar is compiled while the job waits; one that cannot be used ends it with the reason invalid.
 
         A probe, of one token and the priority FIRST, is taken however long the queue is, and ends with the first
-        iteration that began after it came. Raises UserError for a prompt that cannot be answered, Overloaded while no
-        request is taken.
+        iteration that began after it came. Raises UserError for a wrong prompt, Overloaded while no request is taken.
         """
         job.id, job.submitted, params = next(self._epoch), time.monotonic(), job.params
         if params.prompt_logprobs is not None:
@@ -230,10 +228,8 @@ class Service:
 
         A stop string may end a request, which cannot be done during a pass, so tokens of such requests do not wait.
         """
-        now = time.monotonic()
-        waits = (
-            self._overlaps and self.loop.scheduler.busy and self._isolation.on_trial is None and len(emitted) >= MANY
-        )
+        now, many = time.monotonic(), len(emitted) >= MANY
+        waits = self._overlaps and self.loop.scheduler.busy and self._isolation.on_trial is None and many
         for request, tokens in emitted:
             if (job := self._open.get(request)) is None:
                 continue
@@ -312,9 +308,7 @@ class Service:
     # -- when the engine fails -------------------------------------------------------------------------------------
 
     def _recover(self, error: Exception) -> None:
-        """Empty the loop. What was running is tried again, one by one (``FaultIsolation``); what waited there waits
-        here.
-        """
+        """Empty the loop. What was running is tried one by one (``FaultIsolation``); what waited there waits here."""
         log.exception("the engine failed; requests that were running are tried one by one")
         self._engine_failures += 1
         with self._changed:  # others submit meanwhile

@@ -1,7 +1,6 @@
 """Snapshots of the engine's latest iterations, for the live page. Fields and units: docs/live-page.md.
 
-A snapshot holds shapes and figures, neither text nor tokens: a viewer of the page may be another person than the client
-whose answer is made.
+A snapshot holds shapes and figures, neither text nor tokens: a viewer need not be the client whose answer is made.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from echo_trt.engine.service.metrics import COUNTERS
+from echo_trt.engine.service.metrics import COUNTERS, Statistics
 from echo_trt.engine.service.protocol import SNAPSHOT_FORMAT
 from echo_trt.engine.service.service import Service
-from echo_trt.engine.service.statistics import Statistics
 from echo_trt.engine.trace import StepTrace
 from echo_trt.speculation.arrays import begins
 from echo_trt.speculation.super_tree import SuperTree

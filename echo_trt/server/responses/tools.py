@@ -12,7 +12,7 @@ from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.errors import ApiError, from_validation, shown
 from echo_trt.server.fields import Strict, at_most
 from echo_trt.server.messages import Name
-from echo_trt.server.tools import choice_of
+from echo_trt.server.tools import Function, choice_of
 
 #: Hosted tools that clients send unasked -> the setting by which a client stops sending the tool.
 HOSTED = {
@@ -22,14 +22,10 @@ HOSTED = {
 }
 
 
-class FlatTool(Strict):
+class FlatTool(Function):
     """A function, in one object where a chat has two."""
 
     type: Literal["function"]
-    name: Name
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
 
 class Namespace(Strict):

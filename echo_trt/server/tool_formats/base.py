@@ -86,9 +86,7 @@ def _call_schema(name: str, key: str, schema: Mapping[str, Any]) -> dict[str, An
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
-    """Return the right side of a Lark rule for JSON that fits a schema, whose objects are closed as in structured
-    answers.
-    """
+    """Return the right side of a Lark rule for JSON that fits a schema, closed as in structured answers."""
     return f"%json {json.dumps({**closed(schema), **LAYOUT}, ensure_ascii=False)}"
 
 
@@ -117,7 +115,6 @@ class Parser(ABC):
         return self._given_out()
 
     def _inside(self) -> bool:
-        """Read within a call's arguments."""
         if not self._arguments():
             return False
         self._state = self._behind

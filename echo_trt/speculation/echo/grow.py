@@ -11,9 +11,9 @@ from echo_trt.speculation.super_tree import SuperTree
 
 
 def grow(
-    roots: np.ndarray, draft: Draft, settings: EchoSettings, max_draft_len: np.ndarray
+    roots: np.ndarray, draft: Draft, settings: EchoSettings, max_draft_len: np.ndarray, gate_by_gate: bool = False
 ) -> tuple[SuperTree, np.ndarray]:
-    """Draft level by level, or where the draft looks ahead gate by gate. A request below a gate stops there.
+    """Draft level by level, or ``gate_by_gate`` where a draft looks ahead. A request below a gate stops there.
 
     Each request that goes on claims its best node of the level. Where the budget has fewer nodes left than there are
     claims, the most confident requests get them, and the others stop.
@@ -28,7 +28,7 @@ def grow(
     if spare == 0 or len(requests) == 0:
         return tree, claimed_node
     frontier = requests[:, None]  # int64 [A, w], nodes of a request to expand, -1 where there are fewer than w
-    reached = _look_ahead(draft, settings, 0, len(requests), spare, len(roots))
+    reached = _look_ahead(draft, settings, 0, len(requests), spare, len(roots)) if gate_by_gate else settings.max_depth
     log_q, tokens = draft.expand_roots(requests)
     for depth in range(1, settings.max_depth + 1):
         children, scores = _add_children(tree, frontier, log_q, tokens, settings.width)
@@ -40,9 +40,8 @@ def grow(
             spare -= int(claims.sum())
         claimed_node[requests[claims]] = children[row, best][claims]
         deeper = claims & (max_draft_len[requests] > depth)
-        if depth == settings.max_depth or spare == 0 or not deeper.any():
-            break
-        if depth == reached and depth not in settings.gates:  # what is left of the budget buys width
+        ended = depth == settings.max_depth or (depth == reached and depth not in settings.gates)
+        if ended or spare == 0 or not deeper.any():  # what is left of the budget buys width
             break
         requests = requests[deeper]
         frontier = _best(children[deeper], scores[deeper], settings.beams)
@@ -56,8 +55,6 @@ def grow(
 
 def _look_ahead(draft: Draft, settings: EchoSettings, depth: int, requests: int, spare: int, batch: int) -> int:
     """Have a device draft on for ``requests`` whose trees are ``depth`` deep. Returns the depth that it reaches."""
-    if not draft.looks_ahead or settings.max_depth == 1:
-        return settings.max_depth
     end = settings.reach(depth, requests, spare)
     draft.look_ahead(end, settings.beams, settings.width, settings.max_nodes(batch))
     return end

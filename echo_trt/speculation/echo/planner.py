@@ -26,7 +26,8 @@ class EchoPlanner(Planner):
 
     def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
         settings = self.settings
-        candidates, claimed_node = grow(roots, draft, settings, load.max_draft_len)
+        gate_by_gate = draft.looks_ahead and settings.max_depth > 1
+        candidates, claimed_node = grow(roots, draft, settings, load.max_draft_len, gate_by_gate)
         tree, nodes = candidates.sorted_by_request(allocate(candidates, claimed_node, settings))
         chances = np.exp(candidates.score.astype(np.float64))
         return Plan(tree, chances[nodes], Explanation(candidates, chances, nodes, gates=settings.gates))

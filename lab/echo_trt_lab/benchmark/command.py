@@ -13,13 +13,14 @@ from rich.progress import Progress
 
 from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.bundle.calibration import own_files
+from echo_trt.cli.generate import check_lengths
+from echo_trt.cli.outputs import files_first, json_bytes, output_file
 from echo_trt.engine.batch import blocks_for
 from echo_trt.engine.core import EngineCore
-from echo_trt.engine.llm import LLM, check_lengths
+from echo_trt.engine.llm import LLM
 from echo_trt.engine.measure import machine
 from echo_trt.engine.params import MAX_AT_ONCE
 from echo_trt.errors import UserError
-from echo_trt.files.outputs import files_first, json_bytes, output_file
 from echo_trt.files.prompts import Prompt, read_prompts
 from echo_trt.speculation.echo.settings import EchoSettings
 from echo_trt.speculation.policies import POLICIES, policy_named

@@ -8,7 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.engine.options import NUMBERS, WORDS, Bundle, Flag, HtmlFile, JsonFile, PolicyFile, PromptFiles, bounds
+from echo_trt.engine.options import Bundle, Flag, PolicyFile, bounds
+from echo_trt_lab.options import NUMBERS, WORDS, HtmlFile, JsonFile, PromptFiles
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from echo_trt.errors import UserError
-from echo_trt.models.config import Eagle3Config, decoder_config, eagle3_config
+from echo_trt.models.config import Eagle3Config
 from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.read_config import decoder_config, eagle3_config
 from echo_trt.models.weights import head_tensor_name
 
 

@@ -22,8 +22,8 @@ from transformers import (
 
 from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.bundle.manifest import Manifest
-from echo_trt.models.config import DECODERS
 from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.read_config import DECODERS
 from echo_trt_lab.benchmark.peer import Arrivals, PeerRun, measured
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

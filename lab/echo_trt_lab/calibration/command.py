@@ -14,11 +14,12 @@ from rich.table import Table
 from echo_trt.bundle.calibration import Calibration
 from echo_trt.bundle.costs import COSTS, CostTable
 from echo_trt.bundle.manifest import read_manifest
-from echo_trt.bundle.stored import CALIBRATION, write
-from echo_trt.engine.llm import LLM, check_lengths
+from echo_trt.bundle.stored import CALIBRATION, write, write_whole
+from echo_trt.cli.generate import check_lengths
+from echo_trt.cli.outputs import files_first
+from echo_trt.engine.llm import LLM
 from echo_trt.engine.measure import disturbance, measure
 from echo_trt.errors import UserError
-from echo_trt.files.outputs import files_first, write_whole
 from echo_trt.files.prompts import Prompt, read_prompts
 from echo_trt.speculation.echo.settings import EchoSettings
 from echo_trt_lab.calibration.fit import fit

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.engine.options import Bundle, PromptFiles, bounds
+from echo_trt.engine.options import Bundle, bounds
+from echo_trt_lab.options import PromptFiles
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from echo_trt.bundle.calibration import Calibration
 from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.recipe import Decoding
 from echo_trt.bundle.stored import read_stored
+from echo_trt.cli.outputs import files_first, json_bytes, output_file
 from echo_trt.engine.params import MAX_AT_ONCE
 from echo_trt.errors import UserError
-from echo_trt.files.outputs import files_first, json_bytes, output_file
 from echo_trt.speculation.echo.settings import EchoSettings
 from echo_trt.speculation.goodput.model.ngrams import NGrams
 from echo_trt.speculation.goodput.planner import GoodputPlanner

@@ -14,10 +14,10 @@ import numpy as np
 from echo_trt.bundle.costs import CostTable
 from echo_trt.bundle.stored import read_stored
 from echo_trt.errors import UserError
-from echo_trt.sizing.hardware import Chip, NetworkShare
 from echo_trt.speculation.arrays import next_size
 from echo_trt.speculation.echo.budget import fit_hinge
 from echo_trt.speculation.goodput.model.costs import Costs, Curve
+from echo_trt_lab.sizing.hardware import Chip, NetworkShare
 
 THIS = "this"
 # Seconds on the host: an iteration's packing, accepting and text, and a draft level's planning. Measured on 2 cores of

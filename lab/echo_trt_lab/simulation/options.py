@@ -8,7 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.engine.options import NUMBERS, WORDS, HtmlFile, JsonFile, PolicyFile, bounds
+from echo_trt.engine.options import PolicyFile, bounds
+from echo_trt_lab.options import NUMBERS, WORDS, HtmlFile, JsonFile
 
 
 @dataclass(frozen=True)

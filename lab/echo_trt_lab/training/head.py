@@ -12,8 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from echo_trt.models.block import ParallelEagle
-from echo_trt.models.block_config import BlockConfig
-from echo_trt.models.config import DecoderConfig, Eagle3Config
+from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.layers import MLP

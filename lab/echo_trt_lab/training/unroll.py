@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from echo_trt.models.block import ParallelEagle
-from echo_trt.models.block_config import BlockConfig
-from echo_trt.models.config import Eagle3Config
+from echo_trt.models.config import BlockConfig, Eagle3Config
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt_lab.training.corpus import Batch
 

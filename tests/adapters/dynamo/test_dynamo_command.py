@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from refusal import refused
 
-from echo_trt.adapters.dynamo import installed, replicas
+from echo_trt.adapters.dynamo import environment, replicas
 from echo_trt.adapters.dynamo.command import run
 from echo_trt.adapters.dynamo.options import WorkerOptions
 from echo_trt.cli.app import app
@@ -92,10 +92,10 @@ def test_dynamo_missing_or_of_another_version_is_said(bundle, monkeypatch):
     def missing(package: str) -> str:
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr(installed, "version", missing)
+    monkeypatch.setattr(environment, "version", missing)
     with refused("ai-dynamo is not installed", "--no-deps ai-dynamo==1.6.1"):
         run(WorkerOptions(bundle))
-    monkeypatch.setattr(installed, "version", lambda package: "1.7.0")
+    monkeypatch.setattr(environment, "version", lambda package: "1.7.0")
     with refused("ai-dynamo is 1.7.0", "1.6.1"):
         run(WorkerOptions(bundle))
     with refused("ai-dynamo is 1.7.0", "1.6.1"):

@@ -11,7 +11,7 @@ from answering import answering
 from engine.service.served import free_ports as others
 
 from echo_trt.adapters.dynamo import replicas
-from echo_trt.adapters.dynamo.devices import VARIABLE, divided, visible_devices
+from echo_trt.adapters.dynamo.replicas import VISIBLE_DEVICES, divided, visible_devices
 from echo_trt.supervision.options import ServeOptions
 from echo_trt.supervision.process import ProcessLog
 
@@ -53,7 +53,7 @@ def test_the_frontend_is_asked_without_a_proxy_and_may_say_anything(body, names,
     ],
 )
 def test_devices_are_divided(devices, workers, each, wanted):
-    assert [own[VARIABLE] for own in divided(list(devices), workers, each)] == wanted
+    assert [own[VISIBLE_DEVICES] for own in divided(list(devices), workers, each)] == wanted
 
 
 def test_a_worker_that_has_too_few_devices_says_so_by_itself():
@@ -65,6 +65,6 @@ def test_the_users_choice_of_devices_is_kept(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     assert visible_devices("torch", {}) == ["0", "1", "2"]
-    assert visible_devices("tensorrt", {VARIABLE: " GPU-8a1, 5"}) == ["GPU-8a1", "5"]
-    assert visible_devices("torch", {VARIABLE: ""}) == []
+    assert visible_devices("tensorrt", {VISIBLE_DEVICES: " GPU-8a1, 5"}) == ["GPU-8a1", "5"]
+    assert visible_devices("torch", {VISIBLE_DEVICES: ""}) == []
     assert visible_devices("openvino", {}) == []

@@ -5,8 +5,7 @@ from __future__ import annotations
 from prometheus_client import generate_latest
 
 from echo_trt.engine.params import Counters
-from echo_trt.engine.service.metrics import EngineMetrics
-from echo_trt.engine.service.statistics import Statistics
+from echo_trt.engine.service.metrics import EngineMetrics, Statistics
 
 
 def statistics(reached: dict[int, int] | None = None, **ended: int) -> Statistics:

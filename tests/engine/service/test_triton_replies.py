@@ -20,15 +20,14 @@ ASKED = {"text_input": "the theme of a thing, ", "max_tokens": 40, "ignore_eos":
 MODEL = """
 import time
 
-from echo_trt.engine.process.logprobs import Outgoing
+from echo_trt.engine.process.entries import OutgoingLogprobs, OutgoingSources
 from echo_trt.adapters.triton import replies
 from echo_trt.adapters.triton.model import TritonPythonModel
-from echo_trt.engine.process.sources import OutgoingSources
 
 def fail(*arguments):
     raise RuntimeError("a faulty part")
 
-begin, take = Outgoing.begin, Outgoing.take
+begin, take = OutgoingLogprobs.begin, OutgoingLogprobs.take
 
 def fail_at_some(self, logprobs, offsets):
     if logprobs:
@@ -39,8 +38,8 @@ def begin_slowly(*arguments):
     time.sleep(0.5)
     begin(*arguments)
 
-OutgoingSources.clear, Outgoing.take = fail, fail_at_some
-Outgoing.begin, replies.STUCK = begin_slowly, 2.0
+OutgoingSources.clear, OutgoingLogprobs.take = fail, fail_at_some
+OutgoingLogprobs.begin, replies.STUCK = begin_slowly, 2.0
 """
 
 

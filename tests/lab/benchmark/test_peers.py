@@ -12,7 +12,7 @@ from refusal import refused
 
 from echo_trt.backends.openvino import cpu
 from echo_trt.bundle.manifest import read_manifest
-from echo_trt.bundle.recipe import parse_recipe
+from echo_trt.bundle.read_recipe import parse_recipe
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams

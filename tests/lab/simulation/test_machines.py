@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from refusal import refused
 
-from echo_trt.sizing.hardware import distinct_experts
 from echo_trt.speculation.goodput.model.costs import Curve
 from echo_trt_lab.simulation.machines import (
     NAMES,
@@ -14,6 +13,7 @@ from echo_trt_lab.simulation.machines import (
     from_costs_file,
     machine_named,
 )
+from echo_trt_lab.sizing.hardware import distinct_experts
 
 COSTS = {
     "machine": "a test's",

@@ -32,7 +32,7 @@ def settings_of(name: str, budget: int = 16, **changes) -> EchoSettings:
 
 
 def grown(draft: PathDraft, limits: EchoSettings, max_draft_len: list[int]) -> tuple[SuperTree, np.ndarray]:
-    return grow(np.arange(len(max_draft_len)), draft, limits, np.array(max_draft_len))
+    return grow(np.arange(len(max_draft_len)), draft, limits, np.array(max_draft_len), draft.looks_ahead)
 
 
 def paths_by_request(tree: SuperTree) -> list[Paths]:
@@ -120,3 +120,61 @@ def test_probabilities_rounded_above_one_do_not_lift_a_child_over_its_parent():
     tree, _ = grown(draft, settings_of("echo"), [9])
     below = np.flatnonzero(tree.parent >= 0)
     assert (tree.score[below] <= tree.score[tree.parent[below]]).all()
+
+
+# -- on a device ---------------------------------------------------------------------------------------------------
+
+QWEN3_8B = {"max_depth": 8, "beams": 10, "width": 20, "gates": {1: 0.2, 2: 0.3, 4: 0.5}, "budget": 256}
+
+
+@pytest.mark.parametrize(
+    ("depth", "requests", "spare", "reached"),
+    [
+        (0, 64, 192, 1),  # the next gate
+        (2, 48, 96, 4),
+        (4, 32, 128, 8),
+        (4, 32, 33, 6),  # the budget is used up before
+        (0, 12, 244, 8),  # a level of 120 rows takes no longer than one of ten
+        (0, 12, 24, 2),
+        (1, 12, 24, 4),
+        (0, 1, 59, 1),  # one request's gate ends the draft
+    ],
+)
+def test_how_far_a_device_drafts_in_one_go(depth, requests, spare, reached):
+    settings = settings_of("echo", **QWEN3_8B)
+    assert settings.reach(depth, requests, spare) == reached
+    first = max(depth, 1)
+    drafts = [(shape.first, shape.levels) for shape in settings.level_shapes(requests)]
+    assert (first, reached - first) in drafts
+
+
+class GateByGate(SeededDraft):
+    """A seeded draft that looks ahead: what it is asked for beyond the depth that was announced is an error."""
+
+    looks_ahead, depth = True, 0
+
+    def look_ahead(self, depth, beams, width, maximum):
+        assert depth > self.depth
+        self.depth = depth
+
+    def expand(self, tree, nodes):
+        assert tree.depth[nodes].max() < self.depth
+        return super().expand(tree, nodes)
+
+
+@given(
+    name=st.sampled_from(PAPER),
+    max_draft_len=st.lists(st.integers(0, 7), min_size=1, max_size=6),
+    budget=st.integers(1, 30),
+    seed=st.integers(0, 99),
+)
+def test_gate_by_gate_the_claims_are_those_of_level_by_level(name, max_draft_len, budget, seed):
+    """But for requests whose texts end before the budget that was left for them, which buys width instead."""
+    settings = settings_of(name, budget)
+    seeds = [seed + i for i in range(len(max_draft_len))]
+    by_level = grown(SeededDraft(seeds), settings, max_draft_len)
+    by_gate = grown(GateByGate(seeds), settings, max_draft_len)
+    assert len(by_gate[0]) <= len(by_level[0])
+    if max(max_draft_len) == min(max_draft_len):
+        assert paths_by_request(by_gate[0]) == paths_by_request(by_level[0])
+        assert by_gate[1].tolist() == by_level[1].tolist()

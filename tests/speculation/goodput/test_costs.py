@@ -166,6 +166,16 @@ def test_a_pass_that_changed_its_size_says_nothing_of_others():
     assert costs.target(16) > 3.0
 
 
+@pytest.mark.parametrize("times", [1.0, 1.2])
+def test_passes_that_were_timed_together_share_their_time_as_the_curve_says(times):
+    """A catch-up of many tokens and levels of few, in one launch: a slower machine makes both slower alike."""
+    costs = Costs(Curve([1], [1.0]), Curve([8, 640], [0.1, 0.9]))
+    learner, seconds = CostLearner(costs, TUNING), times * (0.9 + 3 * 0.1)
+    for _ in range(100):
+        learner.observe_drafts([Pass(tokens, 0, seconds / 4, together=4) for tokens in (640, 8, 8, 8)])
+    assert costs.draft.seconds == pytest.approx(times * np.array([0.1, 0.9]), rel=0.05)
+
+
 def test_sizes_not_seen_do_not_drift_from_those_that_are():
     """Two sizes take turns on a machine that changes its speed: what a third would take goes with them."""
     sizes, seconds = [1, 8, 12, 16, 32], np.array([10.0, 11.0, 12.0, 13.0, 17.0])

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from refusal import refused
 
-from echo_trt.models.config import decoder_config
-from echo_trt.sizing.cards import CARDS, knee, parse_cards
-from echo_trt.sizing.hardware import NetworkShare
+from echo_trt.models.read_config import decoder_config
 from echo_trt.sizing.networks import decoder_sizes
 from echo_trt.sizing.shapes import published
 from echo_trt.speculation.echo.budget import fit_hinge
 from echo_trt_lab.simulation.machines import roofline
+from echo_trt_lab.sizing.cards import CARDS, knee, parse_cards
+from echo_trt_lab.sizing.hardware import NetworkShare, active_parameters, share_of
 
 
 def qwen3(name: str, gpus: int = 1):
@@ -62,18 +62,20 @@ def test_the_knee_is_where_arithmetic_takes_as_long_as_reading():
     # Dense bf16: 2 bytes read and 2 operations per token for each parameter, so the size of the network does not count.
     expected = chip.flops * chip.flops_share / (chip.bandwidth * chip.bandwidth_share)
     for name in ("0.6B", "8B", "32B"):
-        assert knee(qwen3(name).network("bf16"), chip) == int(np.ceil(expected)) == 222
-    assert knee(qwen3("8B").network("int8"), chip) == 111
-    assert knee(qwen3("32B", 4).network("bf16"), chip) == pytest.approx(222, abs=1)
+        assert knee(share_of(qwen3(name), "bf16"), chip) == int(np.ceil(expected)) == 222
+    assert knee(share_of(qwen3("8B"), "int8"), chip) == 111
+    assert knee(share_of(qwen3("32B", 4), "bf16"), chip) == pytest.approx(222, abs=1)
 
 
 def test_experts_make_it_later_if_they_are_routed():
     chip, sizes = CARDS["H100-80GB"].chip, qwen3("30B-A3B")
-    dense = knee(sizes.network("bf16", routed=False), chip)
-    routed = knee(sizes.network("bf16"), chip)
+    dense = knee(share_of(sizes, "bf16", routed=False), chip)
+    routed = knee(share_of(sizes, "bf16"), chip)
     assert dense == 222
-    assert routed == pytest.approx(222 * (sizes.total - sizes.embedding) / (sizes.active - sizes.embedding), rel=0.01)
-    assert knee(qwen3("235B-A22B").network("bf16"), chip) > 2000
+    assert routed == pytest.approx(
+        222 * (sizes.total - sizes.embedding) / (active_parameters(sizes) - sizes.embedding), rel=0.01
+    )
+    assert knee(share_of(qwen3("235B-A22B"), "bf16"), chip) > 2000
 
 
 def test_a_network_that_is_never_compute_bound_has_the_largest_knee():
@@ -82,7 +84,7 @@ def test_a_network_that_is_never_compute_bound_has_the_largest_knee():
 
 def test_the_hinge_that_is_fitted_to_the_same_roofline_agrees():
     """bench and simulate fit K_max to a curve; its corner is rounded, so they find it somewhat earlier."""
-    chip, network = CARDS["H100-80GB"].chip, qwen3("8B").network("bf16")
+    chip, network = CARDS["H100-80GB"].chip, share_of(qwen3("8B"), "bf16")
     sizes = np.arange(1, 1025, 8)
     fitted = fit_hinge(sizes, roofline(network, chip, sizes, 0.0)).k_max
     assert 0.6 * 222 < fitted <= 222

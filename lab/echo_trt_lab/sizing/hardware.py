@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -45,3 +47,25 @@ class NetworkShare:
 def distinct_experts(tokens: np.ndarray, experts: int, per_token: int) -> np.ndarray:
     """Estimate how many of a layer's experts ``tokens`` tokens touch, if a token picks ``per_token`` at random."""
     return experts * (1 - (1 - per_token / experts) ** np.asarray(tokens, np.float64))
+
+
+def share_of(sizes: Sizes, precision: str, routed: bool = True) -> NetworkShare:
+    """Return a network's share on one of ``sizes.gpus``. Without ``routed`` every expert computes every token."""
+    dense = sizes.router + sizes.norms + sizes.attention_share + sizes.output_share + sizes.mlp / sizes.gpus
+    expert = sizes.expert / sizes.gpus
+    if not routed:
+        dense, expert = dense + expert * sizes.experts, 0.0
+    return NetworkShare(
+        dense=dense,
+        parameter_bytes=WEIGHT_BYTES[precision],
+        active=dense + expert * sizes.experts_per_token,
+        kv_bytes=sizes.kv_values * KV_BYTES[precision],
+        expert=expert,
+        experts=sizes.experts if expert else 0,
+        experts_per_token=sizes.experts_per_token,
+    )
+
+
+def active_parameters(sizes: Sizes) -> int:
+    """Count the parameters that one token needs: of the experts, only the chosen ones."""
+    return sizes.total - sizes.expert * (sizes.experts - sizes.experts_per_token)

@@ -1,13 +1,15 @@
-"""Log-probabilities of an answer's tokens on their way out: as numbers, and as the entries of OpenAI's API in JSON."""
+"""Log-probabilities and sources of an answer's tokens on their way out: as entries of OpenAI's API in JSON."""
 
 from __future__ import annotations
 
 import codecs
+import json
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
-from echo_trt.engine.params import TokenLogprobs
+from echo_trt.engine.params import TokenLogprobs, TokenSource
 from echo_trt.models.token_texts import TokenTexts
 
 _LOWEST = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cannot write
@@ -16,7 +18,7 @@ _LOWEST = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cannot wri
 TOGETHER = 8
 
 
-class Outgoing:
+class OutgoingLogprobs:
     """``numbers`` are those of answers' tokens taken since the last ``clear``; ``total`` is the sum of all."""
 
     def __init__(self, texts: TokenTexts, echoed: str = ""):
@@ -42,7 +44,7 @@ class Outgoing:
                 self._add(token, None, (), offset)
 
     def take(self, logprobs: Sequence[TokenLogprobs], offsets: Sequence[int]) -> None:
-        """As an event brings them (``engine.output.OutputDelta``)."""
+        """As an event brings them (``engine.request.Event``)."""
         new = [each.logprob for each in logprobs]
         self.numbers += new
         self.total += sum(new)
@@ -66,6 +68,33 @@ class Outgoing:
         name, raw = self._texts.in_json(token)
         number = "null" if logprob is None else repr(round(max(_LOWEST, logprob), 6))
         return f'{{"token":{name},"logprob":{number},"bytes":{raw}'
+
+
+class OutgoingSources:
+    """Collects entries of tokens whose text has come: the bytes of all entries joined are the text.
+
+    Special tokens have no entry.
+    """
+
+    def __init__(self, texts: TokenTexts):
+        self._texts = texts
+        self._waiting: deque[TokenSource] = deque()  # of tokens whose text has not come
+        self._entries: list[dict[str, Any]] = []
+
+    def take(self, sources: Sequence[TokenSource], offsets: Sequence[int]) -> None:
+        """Take the sources of new tokens, and the offsets of tokens whose text has come (``engine.request.Event``)."""
+        self._waiting.extend(sources)
+        for _ in offsets:
+            each = self._waiting.popleft()
+            if not self._texts.is_special(each.token):
+                raw = self._texts.raw(each.token)
+                chance = None if each.probability is None else round(each.probability, 4)
+                text = raw.decode("utf-8", "backslashreplace")
+                self._entries.append({"token": text, "bytes": list(raw), "source": each.source, "probability": chance})
+
+    def clear(self) -> str:
+        entries, self._entries = self._entries, []
+        return json.dumps(entries, ensure_ascii=False, separators=(",", ":"))
 
 
 def prompt_offsets(prompt: Sequence[int], texts: TokenTexts, echoed: str) -> list[int]:

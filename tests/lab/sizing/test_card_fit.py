@@ -11,16 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_trt.bundle.call_sizes import CallSizes
-from echo_trt.bundle.recipe import Recipe, load_recipe, parse_recipe
+from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
+from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError
-from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, parse_cards
-from echo_trt.sizing.fit import CardFit, fit, needs, split_scratch
+from echo_trt.sizing.needs import needs, split_scratch
 from echo_trt.sizing.shapes import shapes
 from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.policies import reserve_for
+from echo_trt_lab.sizing.cards import CARDS, RTX_CAPABILITIES, parse_cards
+from echo_trt_lab.sizing.fit import CardFit, fit
 from super_tree_attention.kernel_plan import plan
 
-BUILD = Path(__file__).parents[2] / "build"
+BUILD = Path(__file__).parents[3] / "build"
 #: The cards that each recipe's comment names.
 MEANT = {
     "qwen3-0.6b": ("L4", "RTX-4090"),

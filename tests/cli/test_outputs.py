@@ -11,7 +11,7 @@ import pytest
 from refusal import refused
 from rich.console import Console
 
-from echo_trt.files.outputs import files_first, output_file
+from echo_trt.cli.outputs import files_first, output_file
 
 
 class Full(io.StringIO):

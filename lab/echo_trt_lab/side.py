@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from echo_trt.cli.generate import summary
 from echo_trt.cli.sources import SourcedText
 from echo_trt.engine.core import EngineCore
 from echo_trt.engine.llm import LLM
@@ -78,12 +79,4 @@ class Side:
         return sum((text.counts for texts in self._rounds for text in texts), Counter())
 
     def summary(self) -> dict[str, Any]:
-        tokens = sum(len(c.token_ids) for c in self.completions.values())
-        return {
-            "policy": self.policy,
-            "requests": len(self.completions),
-            "tokens": tokens,
-            "seconds": round(self.seconds, 4),
-            "tokens_per_s": round(tokens / self.seconds, 2) if self.seconds else 0.0,
-            "accepted_length": round(self.emitted / self.verifications, 4) if self.verifications else 0.0,
-        }
+        return summary(self.policy, self.completions.values(), self.seconds, self.verifications, self.emitted)

@@ -5,32 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
+from rich.console import Console
+
+from echo_trt.bundle.stored import partial_name, write_whole
 from echo_trt.errors import UserError
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 Writer = Callable[[bytes], None]
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all, also where two processes write it."""
-    partial = _partial(path)
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")  # apart from other processes' files
 
 
 @contextmanager
@@ -76,7 +60,7 @@ def _pipe_writer(option: str, path: Path) -> Iterator[Writer]:
 def _file_writer(option: str, path: Path) -> Writer:
     with _write_errors(option, path):  # a relative path may start in a folder that was deleted
         target_path = Path(os.path.realpath(path))  # a link stays, and the file behind it is replaced
-        partial = _partial(target_path)
+        partial = partial_name(target_path)
         partial.touch()
         partial.unlink()
 

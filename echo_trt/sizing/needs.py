@@ -1,8 +1,9 @@
-"""The memory that a recipe needs on every GPU, and its fit on a card."""
+"""The memory that a recipe needs on every GPU, and the disk that its build does."""
 
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from echo_trt.bundle.recipe import Recipe
 from echo_trt.engine.host_memory import gigabytes
 from echo_trt.engine.kv_pool import kept_features
 from echo_trt.errors import UserError
-from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
 from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
 from echo_trt.sizing.shapes import shapes
 from echo_trt.speculation.pack import BLOCK
@@ -74,9 +74,23 @@ class Needs:
         """Bytes of everything but the pool and the features of its tokens."""
         return self.target_weights + self.draft_weights + self.working + self.graphs
 
-    def max_blocks(self, card: Card) -> int:
-        """Return how many blocks fit on a card; negative where the memory beside the pool does not fit."""
-        return (card.usable - self.fixed) // self.block
+
+def recipe_needs(recipe: Recipe, folder: Path) -> Needs:
+    """Compute the needs of a recipe, of ``folder``. Raises UserError where a checkpoint's shape is not known."""
+    target, draft = shapes(recipe, folder)
+    return needs(recipe, target.sizes, draft and draft.sizes)
+
+
+def check_space(recipe: Recipe, recipe_folder: Path, folder: Path) -> None:
+    """Refuse a build whose files, the engines of all ranks and the graph of one, would fill the disk of ``folder``."""
+    need = recipe_needs(recipe, recipe_folder)
+    needed = need.target_weights * (recipe.tensor_parallel + 1) + need.draft_weights
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"the build writes about {gigabytes(needed)} into {folder.parent}, where {gigabytes(free)} are free; free "
+            f"{gigabytes(needed - free)} more there, or name a folder on another disk with -o."
+        )
 
 
 def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
@@ -150,90 +164,3 @@ def graph_bytes(engine: str, network: Sizes, calls: CallSizes) -> int:
     bounds = CallBounds(calls.batch, calls.blocks)
     buffers = sum(sum(capacity_of(size, bounds).values()) for size in sizes)
     return len(sizes) * nodes * NODE_BYTES + buffers
-
-
-@dataclass(frozen=True)
-class CardFit:
-    """The fit of a recipe on ``count`` cards; ``spare``: bytes left on one GPU, negative where bytes are missing."""
-
-    card: Card
-    count: int
-    spare: int
-    max_blocks: int
-    k_max: int
-    k_max_routed: int | None  # of a mixture whose tokens are computed by their chosen experts alone
-    fits: bool
-    sentence: str
-
-
-def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> CardFit:
-    """Fit a recipe, of ``folder``, on cards. UserError where a checkpoint's shape is not known."""
-    target, draft = shapes(recipe, folder)
-    need = needs(recipe, target.sizes, draft and draft.sizes)
-    sizes, precision, gpus = target.sizes, recipe.precision, recipe.tensor_parallel
-    spare = card.usable - need.fixed - need.pool - need.features
-    compiled = recipe.engine != "tensorrt-rtx" or card.capability in RTX_CAPABILITIES
-    if not compiled:
-        sentence = f"TensorRT-RTX builds nothing for compute capability {card.capability}; use engine tensorrt."
-    elif spare < 0:
-        missing = gigabytes(-spare)
-        sentence = f"does not fit: {missing} a GPU are missing; {_remedy(recipe, folder, need, card, count)}."
-    elif count < gpus:
-        sentence = f"does not fit: tensor_parallel is {gpus}, but there are {count} cards; take {gpus}."
-    else:
-        sentence = f"fits: {gigabytes(spare)} a GPU are left, {_room(need, card)}."
-    return CardFit(
-        card=card,
-        count=count,
-        spare=spare,
-        max_blocks=need.max_blocks(card),
-        k_max=knee(sizes.network(precision, routed=False), card.chip),
-        k_max_routed=knee(sizes.network(precision), card.chip) if sizes.experts else None,
-        fits=compiled and spare >= 0 and count >= gpus,
-        sentence=sentence,
-    )
-
-
-def _room(need: Needs, card: Card) -> str:
-    maximum = need.max_blocks(card)
-    return (
-        f"room for limits.batch {maximum // need.request_blocks:,}"
-        if need.contiguous
-        else f"room for {maximum:,} KV blocks"
-    )
-
-
-def _remedy(recipe: Recipe, folder: Path, need: Needs, card: Card, count: int) -> str:
-    """Name the limit to lower, or another remedy where no limit helps."""
-    limits, maximum = recipe.limits, need.max_blocks(card)
-    if maximum >= need.request_blocks:
-        if need.contiguous:
-            return f"lower limits.batch from {limits.batch} to {maximum // need.request_blocks}"
-        now = f"from {limits.kv_blocks:,}" if limits.kv_blocks else f"({need.blocks:,}, as many as the batch needs)"
-        return f"lower limits.kv_blocks {now} to {maximum:,}"
-    context = maximum * BLOCK - (need.request_blocks * BLOCK - limits.context)
-    if context >= limits.prefill_chunk:
-        pool = "limits.batch to 1" if need.contiguous else f"limits.kv_blocks to {maximum:,}"
-        return f"lower limits.context from {limits.context:,} to {context:,} and {pool}"
-    return f"weights and working memory take {gigabytes(need.fixed)} of {gigabytes(card.usable)}; " + _more_cards(
-        recipe, folder, card, count
-    )
-
-
-def _more_cards(recipe: Recipe, folder: Path, card: Card, count: int) -> str:
-    for gpus in (2, 4, 8):
-        split = recipe.model_copy(update={"tensor_parallel": gpus})
-        if _runs(split, folder, card):
-            return f"set tensor_parallel to {gpus}" + ("" if gpus <= count else f" and take {gpus} cards")
-    others = ", ".join(other.name for other in CARDS.values() if _runs(recipe, folder, other))
-    return f"take a larger card ({others})" if others else "no card in the table holds it, so take a smaller model"
-
-
-def _runs(recipe: Recipe, folder: Path, card: Card) -> bool:
-    """Return whether one request has room; no, where this number of GPUs cannot share the network."""
-    try:
-        target, draft = shapes(recipe, folder)
-    except UserError:
-        return False
-    need = needs(recipe, target.sizes, draft and draft.sizes)
-    return need.max_blocks(card) >= need.request_blocks

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from echo_trt.errors import UserError
-from echo_trt.sizing.hardware import Chip, NetworkShare
+from echo_trt_lab.sizing.hardware import Chip, NetworkShare
 
 USABLE = 0.9  # share of a card's memory; larger: less is left for driver, runtime and fragmentation
 

@@ -9,7 +9,7 @@ import pytest
 
 from echo_trt.cli.app import main
 
-BUILD = Path(__file__).parents[2] / "build"
+BUILD = Path(__file__).parents[3] / "build"
 
 
 @pytest.fixture

@@ -1,23 +1,23 @@
-"""Tables for a terminal: a bundle, a recipe, a comparison of policies."""
+"""The tables of a bundle, a recipe, and cards, for a terminal."""
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.bundle.manifest import NGRAMS, Manifest, NetworkFacts
 from echo_trt.bundle.recipe import Recipe
+from echo_trt.engine.host_memory import gigabytes
+from echo_trt.engine.kv_pool import kv_pool
 from echo_trt.errors import UserError
+from echo_trt.sizing.needs import needs
+from echo_trt.sizing.networks import Sizes
+from echo_trt.sizing.shapes import Shape, shapes
 from echo_trt.speculation.pack import BLOCK
-
-if TYPE_CHECKING:
-    from echo_trt.sizing.fit import CardFit
-    from echo_trt.sizing.shapes import Shape
+from echo_trt_lab.sizing.fit import CardFit
+from echo_trt_lab.sizing.hardware import active_parameters
 
 
 def manifest_table(manifest: Manifest, folder: Path) -> Table:
@@ -55,31 +55,41 @@ def manifest_table(manifest: Manifest, folder: Path) -> Table:
     return table
 
 
-def print_recipe(recipe: Recipe, folder: Path, cards: str | None, console: Console) -> bool:
-    """Print a recipe on ``cards``, or on all known cards. Returns whether it fits ``cards``."""
-    from echo_trt.sizing.cards import CARDS, parse_cards
-    from echo_trt.sizing.fit import fit
+def _pool_here(manifest: Manifest, folder: Path) -> str:
+    """Tell the KV pool that the bundle has on this machine, or why it does not open."""
+    try:
+        pool = kv_pool(folder, manifest)
+    except UserError as error:
+        return f"none: {error}"
+    return f"{pool.sentence.removeprefix('KV pool: ')}{'; ' * bool(pool.warning)}{pool.warning}"
 
-    gpu = recipe.engine != "openvino"
-    if cards is not None and not gpu:
-        raise UserError("--fit is about GPUs, but the recipe's engine is openvino; use a recipe for tensorrt.")
-    requested = parse_cards(cards) if cards is not None else None
-    verdict = fit(recipe, folder, *requested) if requested else None
-    console.print(recipe_table(recipe, folder))
-    if verdict:
-        console.print(cards_table([verdict]))
-        console.print(f"{recipe.name} on {verdict.count} {verdict.card.name}: {verdict.sentence}", soft_wrap=True)
-        return verdict.fits
-    if gpu:
-        with contextlib.suppress(UserError):  # the recipe's table has said what is not known
-            console.print(cards_table([fit(recipe, folder, card, recipe.tensor_parallel) for card in CARDS.values()]))
-    return True
+
+def _facts(title: str) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    return table
+
+
+def _network(facts: NetworkFacts) -> str:
+    return f"{facts.parameters / 1e6:,.1f} M parameters, {facts.num_layers} layers, vocabulary {facts.vocab_size:,}"
+
+
+def _add_recipe_rows(table: Table, recipe: Recipe) -> None:
+    limits, decoding = recipe.limits, recipe.decoding
+    needed = "as many as the batch needs" + " and memory holds" * (recipe.engine == "openvino")
+    blocks = limits.kv_blocks or needed
+    table.add_row("limits", f"batch {limits.batch}, context {limits.context:,} tokens, {blocks} KV blocks of 32 tokens")
+    gates = ", ".join(f"{depth} at {tau:g}" for depth, tau in sorted((decoding.gates or {}).items()))
+    table.add_row(
+        "policy",
+        f"{decoding.policy}: depth {decoding.max_depth}, beams {decoding.beams}, width {decoding.width}, "
+        f"budget {decoding.budget or 'calibrated'}, gates {gates or 'calibrated'}",
+    )
 
 
 def recipe_table(recipe: Recipe, folder: Path) -> Table:
     """Return what a recipe would build and need of each GPU; ``folder``: the recipe's. No weights are read."""
-    from echo_trt.sizing.shapes import shapes
-
     table = _facts(f"recipe {recipe.name}")
     try:
         networks = dict(zip(("target", "draft"), shapes(recipe, folder), strict=True))
@@ -89,7 +99,7 @@ def recipe_table(recipe: Recipe, folder: Path) -> Table:
         where = source and (source.hub or source.path or f"{source.wheel}, {source.file}")
         shape = networks.get(role)
         kind = recipe.draft.kind if role == "draft" else ""
-        known = f"({shape.sizes.summary}; {shape.origin})" if shape else ""
+        known = f"({_summary(shape.sizes)}; {shape.origin})" if shape else ""
         table.add_row(role, " ".join(filter(None, (kind, where, known))))
     table.add_row("engine", f"{recipe.engine}, {recipe.precision}")
     _add_recipe_rows(table, recipe)
@@ -101,8 +111,6 @@ def recipe_table(recipe: Recipe, folder: Path) -> Table:
 
 
 def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None) -> None:
-    from echo_trt.sizing.fit import gigabytes, needs
-
     need = needs(recipe, target.sizes, draft and draft.sizes)
     if recipe.tensor_parallel > 1:
         table.add_row(
@@ -145,36 +153,11 @@ def cards_table(fits: list[CardFit]) -> Table:
     return table
 
 
-def _pool_here(manifest: Manifest, folder: Path) -> str:
-    """Tell the KV pool that the bundle has on this machine, or why it does not open."""
-    from echo_trt.engine.kv_pool import kv_pool
-
-    try:
-        pool = kv_pool(folder, manifest)
-    except UserError as error:
-        return f"none: {error}"
-    return f"{pool.sentence.removeprefix('KV pool: ')}{'; ' * bool(pool.warning)}{pool.warning}"
+def _summary(sizes: Sizes) -> str:
+    active = f", {_billions(active_parameters(sizes))} active" if sizes.experts else ""
+    layers = f"{sizes.num_layers} layer{'s' * (sizes.num_layers > 1)}"
+    return f"{_billions(sizes.total)} parameters{active}, {layers}, vocabulary {sizes.vocab_size:,}"
 
 
-def _facts(title: str) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    return table
-
-
-def _network(facts: NetworkFacts) -> str:
-    return f"{facts.parameters / 1e6:,.1f} M parameters, {facts.num_layers} layers, vocabulary {facts.vocab_size:,}"
-
-
-def _add_recipe_rows(table: Table, recipe: Recipe) -> None:
-    limits, decoding = recipe.limits, recipe.decoding
-    needed = "as many as the batch needs" + " and memory holds" * (recipe.engine == "openvino")
-    blocks = limits.kv_blocks or needed
-    table.add_row("limits", f"batch {limits.batch}, context {limits.context:,} tokens, {blocks} KV blocks of 32 tokens")
-    gates = ", ".join(f"{depth} at {tau:g}" for depth, tau in sorted((decoding.gates or {}).items()))
-    table.add_row(
-        "policy",
-        f"{decoding.policy}: depth {decoding.max_depth}, beams {decoding.beams}, width {decoding.width}, "
-        f"budget {decoding.budget or 'calibrated'}, gates {gates or 'calibrated'}",
-    )
+def _billions(count: int) -> str:
+    return f"{count / 1e9:,.2f} B" if count >= 1e9 else f"{count / 1e6:,.0f} M"

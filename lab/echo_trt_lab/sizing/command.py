@@ -1,0 +1,51 @@
+"""``echo-trt inspect``: a bundle's facts, or a recipe's needs and its fit on cards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from echo_trt.bundle.manifest import read_manifest, verify_files
+from echo_trt.bundle.read_recipe import load_recipe
+from echo_trt.bundle.recipe import Recipe
+from echo_trt.errors import UserError
+from echo_trt_lab.sizing.cards import CARDS, parse_cards
+from echo_trt_lab.sizing.fit import fit
+from echo_trt_lab.sizing.options import InspectOptions
+from echo_trt_lab.sizing.tables import cards_table, manifest_table, recipe_table
+
+
+def run(options: InspectOptions, console: Console) -> int:
+    """Print the tables; returns the exit code, 1 where a recipe does not fit."""
+    path, cards = options.path, options.cards
+    if not os.path.exists(path):
+        raise UserError(f"{path} does not exist; name a bundle's folder, or a recipe's YAML file.")
+    if not path.is_dir():
+        return 0 if print_recipe(load_recipe(path), path.parent, cards, console) else 1
+    if cards is not None:
+        raise UserError(f"--fit is about a recipe, but {path} is a folder; name the recipe's YAML file.")
+    manifest = read_manifest(path)
+    verify_files(path, manifest)
+    console.print(manifest_table(manifest, path))
+    return 0
+
+
+def print_recipe(recipe: Recipe, folder: Path, cards: str | None, console: Console) -> bool:
+    """Print a recipe on ``cards``, or on all known cards. Returns whether it fits ``cards``."""
+    gpu = recipe.engine != "openvino"
+    if cards is not None and not gpu:
+        raise UserError("--fit is about GPUs, but the recipe's engine is openvino; use a recipe for tensorrt.")
+    requested = parse_cards(cards) if cards is not None else None
+    verdict = fit(recipe, folder, *requested) if requested else None
+    console.print(recipe_table(recipe, folder))
+    if verdict:
+        console.print(cards_table([verdict]))
+        console.print(f"{recipe.name} on {verdict.count} {verdict.card.name}: {verdict.sentence}", soft_wrap=True)
+        return verdict.fits
+    if gpu:
+        with contextlib.suppress(UserError):  # the recipe's table has said what is not known
+            console.print(cards_table([fit(recipe, folder, card, recipe.tensor_parallel) for card in CARDS.values()]))
+    return True
