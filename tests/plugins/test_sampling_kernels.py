@@ -19,7 +19,7 @@ from echo_trt.speculation.sampling import choice as host
 from echo_trt.speculation.sampling.choice import SamplingBatch
 from echo_trt.speculation.super_tree import SuperTree
 
-NAME = "echo_trt.backends.cuda.sampling_kernels"
+NAME = "super_tree_attention.sampling_kernels"
 
 
 def chosen(logits: np.ndarray | torch.Tensor, rows: np.ndarray, choice: SamplingBatch, *lineage: np.ndarray):
@@ -195,7 +195,7 @@ def test_they_compile_for_cards(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from echo_trt.backends.cuda import sampling_kernels
+    from super_tree_attention import sampling_kernels
     from super_tree_attention.ahead_of_time import _resources
 
     names = sampling_kernels.sample.arg_names

@@ -48,7 +48,7 @@ def choose(
     if kernels is None:
         if logits.device.type == "cpu":
             return host.choose(logits[torch.from_numpy(rows)].float().numpy(), choice)
-        from echo_trt.backends.cuda import sampling_kernels as kernels
+        from super_tree_attention import sampling_kernels as kernels
     none = np.full(len(rows), -1)
     parent, drafted = none if parent is None else parent, none if drafted is None else drafted
     tokens = torch.full((len(rows),), -1, dtype=torch.int64, device=logits.device)

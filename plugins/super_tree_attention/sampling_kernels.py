@@ -1,4 +1,4 @@
-"""``speculation.sampling`` as Triton kernels: penalties, and one kernel for limits and the exponential race.
+"""Sampling (``echo_trt.speculation.sampling``) as Triton kernels: penalties; limits and the race in one kernel.
 
 A row's draw is a program's work, which reads the row a few times and keeps nothing of it in memory.
 
