@@ -1,11 +1,9 @@
-"""The operator for TensorRT: two plugins in Python, and the exported graph prepared for TensorRT's parser.
+"""The operator for TensorRT: a plugin in Python, and the exported graph prepared for TensorRT's parser.
 
-A plugin is one kernel, so that TensorRT may compile it into the engine (ahead of time, the default) or call Python to
-launch it (just in time). ``echo::SuperTreeAttention`` leaves the results of several splits to
-``echo::SuperTreeCombine``, which merges them in place, in memory that TensorRT owns.
+TensorRT calls Python to launch the plugin (just in time, in its words), so a call gets the kernel and the tile that the
+PyTorch engine takes for it. Calls are replayed as CUDA graphs, for which Python runs once, at the capture.
 
-The parser finds a plugin by its node's operator, ``plugin_version`` and ``plugin_namespace``; the node's ``aot``
-chooses between the two ways.
+The parser finds a plugin by its node's operator, ``plugin_version`` and ``plugin_namespace``.
 """
 
 from __future__ import annotations
@@ -14,25 +12,24 @@ from pathlib import Path
 
 import numpy as np
 
-from super_tree_attention.tensorrt_names import ATTENTION, COMBINE, NAMESPACE, VERSION, WRITTEN
+NAMESPACE, OPERATOR, VERSION = "echo", "SuperTreeAttention", "1"
+WRITTEN = ".written"  # suffix of a cache's output, which is bound to the memory of the cache
 
 
 def register() -> None:
-    """Register both plugins, before a graph is parsed and before an engine that launches them just in time is loaded.
+    """Register the plugin, before a graph is parsed and before an engine that has it is loaded.
 
-    Raises ModuleNotFoundError without TensorRT.
+    Raises ModuleNotFoundError without TensorRT or Triton.
     """
-    from super_tree_attention import tensorrt_definitions  # noqa: F401  its import registers them
+    from super_tree_attention import tensorrt_definitions  # noqa: F401  its import registers it
 
 
-def prepare_graph(source: Path, target: Path, ahead_of_time: bool = True, alias_caches: bool = False) -> None:
+def prepare_graph(source: Path, target: Path) -> None:
     """Write the exported graph ``source`` for TensorRT's parser to ``target``, in the same folder: they share weights.
 
     - ``tree_mask`` becomes int32 with four bytes per number (``words``), since plugins take no uint8.
-    - Every cache gets an output, named as the cache and WRITTEN, which must be bound to the cache's memory.
-      ``alias_caches`` also declares the two as aliases. TensorRT may then copy every cache, so NVIDIA's plugins do
-      without (TensorRT-Edge-LLM's AttentionPlugin). The merge's result is always declared an alias, which takes
-      PreviewFeature.ALIASED_PLUGIN_IO_10_03.
+    - Every cache gets an output, named as the cache and WRITTEN, which must be bound to the cache's memory. The two are
+      not declared as aliases: TensorRT may then copy every cache.
     """
     import onnx
     from onnx import TensorProto, helper
@@ -41,36 +38,20 @@ def prepare_graph(source: Path, target: Path, ahead_of_time: bool = True, alias_
     graph = model.graph
     inputs = {i.name: i for i in graph.input}
     inputs["tree_mask"].type.tensor_type.elem_type = TensorProto.INT32
-    nodes = []
+    fields = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION, "aot": 0}
     for node in graph.node:
-        nodes.append(node)
-        if (node.domain, node.op_type) != (NAMESPACE, ATTENTION):
+        if (node.domain, node.op_type) != (NAMESPACE, OPERATOR):
             continue
-        result = node.output[0]
-        caches = node.input[3:5]
-        scratch = [f"{result}.{part}" for part in ("attended", "partial", "partial_lse")]
-        node.output[:] = [*scratch, *(cache + WRITTEN for cache in caches)]
-        _add_attributes(node, ahead_of_time, alias_caches=int(alias_caches))
-        merged = [*node.input[5:9], *scratch[1:], scratch[0]]
-        nodes.append(helper.make_node(COMBINE, merged, [result], domain=NAMESPACE))
-        nodes[-1].attribute.extend(a for a in node.attribute if a.name in ("num_kv_heads", "head_dim"))
-        _add_attributes(nodes[-1], ahead_of_time)
-        for cache in caches:
+        del node.attribute[:]  # the plugin refuses what it does not know
+        node.attribute.extend(helper.make_attribute(name, value) for name, value in fields.items())
+        for cache in node.input[3:5]:
+            node.output.append(cache + WRITTEN)
             output = graph.output.add()
             output.CopyFrom(inputs[cache])
             output.name = cache + WRITTEN
-    del graph.node[:]
-    graph.node.extend(nodes)
     onnx.save(model, target)
 
 
 def words(tree_mask: np.ndarray) -> np.ndarray:
     """Convert a tree mask, uint8 [n], for the prepared graph: int32 [ceil(n / 4)], with zeros after its bytes."""
     return np.pad(tree_mask, (0, -len(tree_mask) % 4)).view(np.int32)
-
-
-def _add_attributes(node, ahead_of_time: bool, **more: int) -> None:
-    from onnx import helper
-
-    fields = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION, "aot": int(ahead_of_time), **more}
-    node.attribute.extend(helper.make_attribute(name, value) for name, value in fields.items())

@@ -14,21 +14,24 @@ from torch import Tensor
 from super_tree_attention import kernel
 from super_tree_attention.kernel_plan import MAX_SPLITS, plan, registers_of, steps_for, warps_of
 
+#: An option of the compiler that changes results by rounding, and whose default changes with Triton 3.10.
+ROUNDING = {"enable_fp_fusion": True}
+
 
 def super_tree_attention_triton(
     query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, past_lens: Tensor,
     seq_begins: Tensor, block_indices: Tensor, block_begins: Tensor, tree_mask: Tensor, tree_mask_begins: Tensor,
-    *, num_splits: int | None = None, rows: int | None = None,
+    *, out: Tensor | None = None, num_splits: int | None = None, rows: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute the reference's result from its arguments, and write the new rows into the caches, in place.
 
-    Types are float16, bfloat16 or float32. Rows without a request (from seq_begins[B] on) are left unwritten.
-    ``num_splits`` and ``rows`` override the launch plan's choice.
+    Types are float16, bfloat16 or float32. Rows without a request (from seq_begins[B] on) are left unwritten. The
+    result is written to ``out``, where it is given. ``num_splits`` and ``rows`` override the launch plan's choice.
     """
     _, kv_heads, block, head_dim = key_cache.shape
     num_tokens, width = query.shape
     if not num_tokens:
-        return torch.empty_like(query)
+        return torch.empty_like(query) if out is None else out
     group = width // (kv_heads * head_dim)
     processors, compute_capability = _card(query.device)
     launch = plan(
@@ -36,7 +39,7 @@ def super_tree_attention_triton(
         compute_capability=compute_capability, num_splits=num_splits, rows=rows,
     )  # fmt: skip
     splits, steps = launch.num_splits, steps_for(launch.rows, compute_capability, query.element_size())
-    output = torch.empty_like(query)
+    output = torch.empty_like(query) if out is None else out
     scratch = (num_tokens * kv_heads * group, splits) if splits > 1 else (0, 0)
     partial = query.new_empty((*scratch, head_dim), dtype=torch.float32)
     partial_lse = query.new_empty(scratch, dtype=torch.float32)
@@ -47,13 +50,13 @@ def super_tree_attention_triton(
         len(past_lens), launch.wanted_splits, num_tokens, len(key_cache), len(block_indices), len(tree_mask),
         output, partial, partial_lse,
         HEAD_DIM=head_dim, GROUP=group, BLOCK=block, ROWS=launch.rows, KEYS=steps.keys, NEW_KEYS=steps.new_keys,
-        num_warps=warps_of(launch.rows), maxnreg=registers_of(launch.rows), num_stages=steps.stages,
+        num_warps=warps_of(launch.rows), maxnreg=registers_of(launch.rows), num_stages=steps.stages, **ROUNDING,
     )  # fmt: skip
     if splits > 1:
         kernels.combine[launch.combine_grid](
             past_lens, seq_begins, block_begins, partial, partial_lse,
             len(past_lens), launch.wanted_splits, len(block_indices), splits, output,
-            HEAD_DIM=head_dim, BLOCK=block, MAX_SPLITS=triton.next_power_of_2(max(splits, MAX_SPLITS)),
+            HEAD_DIM=head_dim, BLOCK=block, MAX_SPLITS=triton.next_power_of_2(max(splits, MAX_SPLITS)), **ROUNDING,
         )  # fmt: skip
     return output
 

@@ -12,8 +12,7 @@ from echo_trt.backends.tensorrt.profiles import native_profiles, packed_profiles
 from echo_trt.backends.tensorrt.session import profile_for
 from echo_trt.bundle.call_sizes import CallSizes
 from super_tree_attention import super_tree_attention
-from super_tree_attention.tensorrt_names import WRITTEN
-from super_tree_attention.tensorrt_plugin import prepare_graph
+from super_tree_attention.tensorrt_plugin import WRITTEN, prepare_graph
 
 SLOTS = 4
 
@@ -49,10 +48,6 @@ class OnnxSession:
 
     def width(self, output):
         return next(o.shape[-1] for o in self._session.get_outputs() if o.name == output)
-
-    def capturable(self, shapes):
-        assert list(shapes) == self.inputs
-        return False
 
     def launch(self, tensors, aliases, recurs=True):
         self._check(tensors, recurs)

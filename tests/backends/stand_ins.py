@@ -1,4 +1,4 @@
-"""Standard operators in the places of the two plugin nodes, so that TensorRT-RTX's builder reads TensorRT's graphs."""
+"""Standard operators in the places of the plugin nodes, so that TensorRT-RTX's builder reads TensorRT's graphs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
-from super_tree_attention.tensorrt_names import ATTENTION, COMBINE, NAMESPACE, WRITTEN
+from super_tree_attention.tensorrt_plugin import NAMESPACE, OPERATOR, WRITTEN
 
 
 def with_stand_ins(source: Path, target: Path) -> None:
@@ -16,7 +16,7 @@ def with_stand_ins(source: Path, target: Path) -> None:
     model = onnx.load(source, load_external_data=False)
     nodes = []
     for node in model.graph.node:
-        if (node.domain, node.op_type) == (NAMESPACE, ATTENTION):
+        if (node.domain, node.op_type) == (NAMESPACE, OPERATOR):
             query, key, value, *caches = node.input[:5]
             total, mean = f"{node.output[0]}.total", f"{node.output[0]}.mean"
             nodes += [
@@ -25,8 +25,6 @@ def with_stand_ins(source: Path, target: Path) -> None:
                 helper.make_node("Add", [query, mean], [node.output[0]]),
                 *(helper.make_node("Identity", [cache], [cache + WRITTEN]) for cache in caches),
             ]
-        elif (node.domain, node.op_type) == (NAMESPACE, COMBINE):
-            nodes.append(helper.make_node("Identity", [node.input[-1]], [node.output[0]]))
         else:
             nodes.append(node)
     model.graph.initializer.append(helper.make_tensor("stand_in_axis", onnx.TensorProto.INT64, [1], [1]))

@@ -7,7 +7,6 @@ import multiprocessing
 import signal
 import sys
 import threading
-import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +19,6 @@ from stand_ins import built, with_stand_ins
 
 from echo_trt.backends.native_export import export_native, in_precision
 from echo_trt.backends.onnx_export import export
-from echo_trt.backends.tensorrt import build as tensorrt_build
 from echo_trt.backends.tensorrt import compiler as tensorrt
 from echo_trt.backends.tensorrt.compiler import (
     CompileJob,
@@ -29,11 +27,9 @@ from echo_trt.backends.tensorrt.compiler import (
     first_sentence,
     known_capabilities,
 )
-from echo_trt.backends.tensorrt.engine import TensorRTEngine
 from echo_trt.backends.tensorrt.graph import check_graph
 from echo_trt.backends.tensorrt.library import PLUGINS
 from echo_trt.backends.tensorrt.profiles import native_profiles, packed_profiles
-from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.manifest import read_manifest, verify_files
 from echo_trt.cli.build import build
@@ -354,44 +350,3 @@ def test_every_packed_profile_is_taken_by_the_compiler(network, role_of, tmp_pat
     for profile in packed_profiles(graph, SIZES):
         logger.forget()
         assert built(stand_ins, profile, api, logger), logger.errors()
-
-
-def test_a_build_registers_the_plugins_whoever_calls_it(networks, tmp_path, monkeypatch):
-    """The parser finds a plugin only where it was registered before."""
-
-    class Registered(Exception):
-        pass
-
-    def register():
-        raise Registered
-
-    monkeypatch.setattr(tensorrt_build, "register", register)
-    recipe = recipe_of("lookup", networks, engine="tensorrt", precision="fp16")
-    build = tensorrt_build.TensorRTBuild(recipe, tmp_path, tmp_path / "timings", lambda share, phase: None)
-    with pytest.raises(Registered):
-        build.compile(roles_of("lookup", networks)["target"], "target", "fp16")
-
-
-def test_a_checked_engine_is_gone_before_the_next_network_is_built(networks, tmp_path, monkeypatch):
-    """Its weights and its pool may be most of the card's memory."""
-    role, gone = roles_of("lookup", networks)["target"], []
-
-    def opened(*_):
-        engine = TorchEngine(role, 4)
-        weakref.finalize(engine, gone.append, True)
-        return engine
-
-    monkeypatch.setattr(TensorRTEngine, "open", opened)
-    monkeypatch.setattr(tensorrt_build.TensorRTBuild, "facts", lambda self: None)
-    recipe = recipe_of("lookup", networks, engine="tensorrt", precision="fp16")
-    build = tensorrt_build.TensorRTBuild(recipe, tmp_path, tmp_path / "timings", lambda share, phase: None)
-    build._check_engine(role, tmp_path / "target.engine", "fp16", CallSizes.of(recipe))
-    assert gone
-
-
-def test_cards_that_have_kernels_and_cards_that_have_none():
-    for capability in ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1"):
-        tensorrt_build.check_kernels(capability)
-    for capability in ("7.5", "13.0"):
-        with refused(f"compute capability {capability}", "only for 8.0, 8.9, 9.0, 10.0, 10.3", "--engine torch"):
-            tensorrt_build.check_kernels(capability)

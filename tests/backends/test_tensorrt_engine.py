@@ -1,6 +1,8 @@
 """The TensorRT engine without a GPU: every launch it makes is run by ONNX Runtime, and every refusal is a sentence."""
 
+import dataclasses
 import importlib.util
+from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -12,8 +14,9 @@ from pairs import LIMITS, SIZES, recipe_of, roles_of
 from random_calls import Script, inputs_for
 from refusal import refused
 
-from echo_trt.backends.cuda import choose
+from echo_trt.backends.cuda import choose, transfers
 from echo_trt.backends.cuda import sizes as cuda_sizes
+from echo_trt.backends.cuda.calls import Staging
 from echo_trt.backends.cuda.device import missing
 from echo_trt.backends.cuda.sizes import CallBounds, graph_sizes
 from echo_trt.backends.native_export import export_native
@@ -137,7 +140,7 @@ def test_of_large_calls_no_two_of_which_are_alike_no_context_is_kept(networks, t
 @pytest.mark.parametrize("network", ["target", "draft"])
 def test_every_size_that_is_captured_at_the_start_is_in_a_profile(network, networks, tmp_path):
     _, engine, session = packed(network, networks, tmp_path)
-    engine._graphs = SimpleNamespace(sealed=False)
+    engine._graphs = SimpleNamespace(sealed=False, run=lambda *call: None)
     engine.capture_all()
     assert engine._graphs.sealed
     assert len(session.launched) == len(engine._sizes) * (2 if network == "draft" else 1)
@@ -176,13 +179,14 @@ def test_runs_wait_for_the_pool_to_be_zeroed(networks, tmp_path, monkeypatch):
     assert waits == ["PyTorch's"]
 
 
-def test_calls_wait_for_rows_that_are_written_to_banks(networks, tmp_path, monkeypatch):
-    """Banks are written on the current stream, and calls run on the engine's own one, which does not wait by itself."""
+def test_streams_wait_for_each_other_and_the_host_for_results_alone(networks, tmp_path, monkeypatch):
+    """Banks are written and outputs are read on the current stream, and calls run on the engine's own one."""
     _, engine, session = packed("draft", networks, tmp_path)
     order, launch = [], session.launch
     session.launch = lambda *words, **named: order.append("launch") or launch(*words, **named)
-    engine._stream = SimpleNamespace(wait_stream=order.append, synchronize=lambda: order.append("end"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "PyTorch's")
+    own, current = (SimpleNamespace(wait_stream=lambda other, n=n: order.append(n)) for n in ("engine", "PyTorch"))
+    engine._stream = own  # neither can be synchronised
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     one, rows = np.ones(1, np.int64), np.arange(2)
     call = pack(rows, rows, 0 * one, 2 * one, np.arange(4)[None], rows[1:])
@@ -195,8 +199,48 @@ def test_calls_wait_for_rows_that_are_written_to_banks(networks, tmp_path, monke
     below = pack_levels(2 * one, np.arange(4)[None], shape)
     engine.start_levels(call, below, shape, 4, **inputs)
     engine.run_levels(below, 0 * one, shape, 4)
-    levels = ["PyTorch's", "launch", "launch", "end", "PyTorch's", "launch", "end"]
-    assert order == ["PyTorch's", "launch", "end", *levels]
+    levels = ["engine", "launch", "launch", "PyTorch", "engine", "launch", "PyTorch"]
+    assert order == ["engine", "launch", "PyTorch", *levels]
+
+
+@pytest.fixture
+def around(monkeypatch):
+    """Count uploads and waits of calls."""
+    counts, upload, send = Counter(), Staging.upload, tensorrt.send
+    monkeypatch.setattr(Staging, "upload", lambda *words: counts.update(uploads=1) or upload(*words))
+    monkeypatch.setattr(tensorrt, "send", lambda *words: counts.update(uploads=1) or send(*words))
+    fetch = transfers.fetch
+    monkeypatch.setattr(transfers, "fetch", lambda tensor: counts.update(waits=1) or fetch(tensor))
+    return counts
+
+
+def test_a_packed_call_is_one_upload_one_launch_and_one_wait(networks, tmp_path, around):
+    """Its outputs are the launch's own memory, without the padding."""
+    _, engine, session = packed("target", networks, tmp_path)
+    launched, launch = [], session.launch
+    session.launch = lambda *words, **named: launched.append(launch(*words, **named)) or launched[-1]
+    got = engine.run(packed_call([3, 5, 1]))
+    assert around == {"uploads": 1, "waits": 1}
+    (outputs,) = launched
+    assert {got[name]._rows.data_ptr() for name in got} == {outputs[name].data_ptr() for name in got}
+    assert [len(got[name]) for name in ("logits", "features")] == [5, 9]
+    assert len(outputs["features"]) > 9
+    around.clear()
+    engine._limits = dataclasses.replace(engine._limits, tokens=6)
+    engine.run(packed_call([3, 5, 1]))  # two launches
+    assert (len(launched), around) == (3, {"uploads": 2, "waits": 1})
+
+
+def test_a_padded_call_is_two_uploads(opened, around):
+    _, engine, session = opened("target")
+    script = Steps(0, engine.num_blocks // SLOTS)
+    counts = np.array([2, 1, 2])
+    call = pack(np.arange(5), np.array([0, 1, 0, 0, 1]), 0 * counts, counts, script.table[:3], np.arange(5))
+    session.launched.clear()
+    around.clear()
+    engine.run(call)
+    assert (len(session.launched), around["waits"]) == (1, 1)
+    assert around["uploads"] == 3  # the slots to clear, the call, and where its rows go
 
 
 def test_a_head_keeps_the_states_of_the_trees_that_it_drafts(networks, tmp_path):

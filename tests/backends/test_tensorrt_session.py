@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from echo_trt.backends.tensorrt import session as session_module
 from echo_trt.backends.tensorrt.session import Session
 
 
@@ -42,14 +43,22 @@ class Context:
         return True
 
 
-def test_contexts_are_one_a_size_that_recurs_and_one_a_profile_for_others(monkeypatch):
+@pytest.fixture
+def session(monkeypatch):
+    """Return a session of two profiles, whose contexts compute nothing."""
     stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     session = Session.__new__(Session)
-    session.device, session._communicator, session._contexts = torch.device("cpu"), None, {}
+    session.device, session._communicator = torch.device("cpu"), None
+    session._contexts, session._in_graphs = {}, {}
     session._profiles = [{"a": ((1,), (16,))}, {"a": ((17,), (900,))}]
     session._scratch, session._settings = torch.empty(1), None
     session._engine = SimpleNamespace(create_execution_context=lambda settings: Context())
+    return session
+
+
+def test_contexts_are_one_a_size_that_recurs_and_one_a_profile_for_others(session):
     small = [session._context({"a": (n,)}) for n in (4, 8, 4)]
     assert small[0] is small[2] is not small[1]
     assert [context.shapes for context in small] == [{"a": (4,)}, {"a": (8,)}, {"a": (4,)}]
@@ -58,3 +67,23 @@ def test_contexts_are_one_a_size_that_recurs_and_one_a_profile_for_others(monkey
         assert large.shapes == {"a": (n,)}
         assert large.profiles == [1]
     assert len(session._contexts) == 3
+
+
+def test_a_context_in_a_graph_is_that_graphs_alone(session, monkeypatch):
+    """A graph may launch a size several times; of two levels' graphs, each has contexts of its own."""
+    used = []
+    for _ in range(2):
+        warm = session._context({"a": (4,)})
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert [session._context({"a": (4,)}) for _ in range(2)] == [warm] * 2
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        used.append(warm)
+    launched = session._context({"a": (4,)})
+    assert launched is session._context({"a": (4,)})
+    assert len({id(context) for context in (*used, launched)}) == 3
+
+
+def test_a_known_size_is_found_without_a_search_in_the_profiles(session, monkeypatch):
+    first = session._context({"a": (4,)})
+    monkeypatch.setattr(session_module, "profile_for", None)
+    assert session._context({"a": (4,)}) is first

@@ -1,5 +1,7 @@
 """The PyTorch engine's way to a GPU, walked on a CPU as far as it goes: padding, staging, rows that are read late."""
 
+import random
+import shutil
 import sys
 import weakref
 from functools import partial
@@ -189,6 +191,22 @@ def test_a_gpu_without_its_kernel_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "super_tree_attention.triton_attention", None)
     with refused("pip install -e '.[cuda]'", "echo-trt build the bundle with --engine openvino"):
         _operator_for(torch.device("cuda"), SimpleNamespace(num_heads=32, num_kv_heads=8, head_dim=128))
+
+
+def test_a_machine_without_a_c_compiler_is_told_what_to_install(monkeypatch):
+    """Triton compiles a launcher in C at the first launch of a kernel."""
+    build = pytest.importorskip("triton.runtime.build")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    getattr(build, "_find_compiler", SimpleNamespace(cache_clear=lambda: None)).cache_clear()
+
+    def launch(*_, **__):
+        build.compile_module_from_src(src=f"// {random.random()}", name="launcher")
+
+    monkeypatch.setattr(files, "load_role", lambda *_: None)
+    monkeypatch.setattr(torch_engine, "TorchEngine", launch)
+    with refused("Triton finds no C compiler", "install gcc and python3-dev", "a compiler in CC"):
+        open_torch(None, BLOCKS)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 100), (64, 2, 128)])

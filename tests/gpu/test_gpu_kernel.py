@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
 from plugins.attention_calls import BLOCK, TOLERANCE, Batch
 
-from super_tree_attention import super_tree_attention
-from super_tree_attention.kernel_plan import ROWS, plan
-
 pytestmark = pytest.mark.gpu
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def skip_without_shared_memory(dtype: torch.dtype, error: Exception) -> None:
@@ -43,58 +37,6 @@ def test_calls_of_every_kind_are_the_references(card, dtype, head_dim):
 @pytest.mark.parametrize("requests", [[(32_000, 64, True)], [(0, 700, False), (70, 300, False)]])
 def test_calls_of_qwen3_8b_are_the_references(card, requests):
     Batch(card.pick(requests, [(40, 5, True)]), *card.pick((8, 4, 128), (1, 4, 64)), torch.bfloat16).check()
-
-
-@pytest.mark.parametrize("modest", [True, False], ids=["48 KB of shared memory", "any shared memory"])
-@pytest.mark.parametrize("dtype", NAMES, ids=str)
-def test_cubins_of_the_plugin_are_the_reference(card, dtype, modest, figures):
-    """Compiled ahead of time and launched by the CUDA driver, with the plugins' own grids, splits and arguments."""
-    if card.device.type != "cuda" or importlib.util.find_spec("cuda") is None:
-        pytest.skip("the CUDA driver's launches need a card and cuda-python")
-    rng, worst = np.random.default_rng(), 0.0
-    for _ in range(3):
-        past, counts = rng.integers(0, 4000, 5), rng.integers(1, 20, 5)
-        requests = [(int(p), int(n), i < 3) for i, (p, n) in enumerate(zip(past, counts, strict=True))]
-        batch = Batch(requests, 8, 4, 128, dtype, int(rng.integers(2**31)))
-        worst = max(worst, launched_error(batch, dtype, modest))
-    figures(error=worst)
-    assert worst <= TOLERANCE[dtype]
-
-
-def launched_error(batch: Batch, dtype: torch.dtype, modest: bool) -> float:
-    """Return the largest error over the largest value; ``modest``: by the kernels that TensorRT launches itself."""
-    from super_tree_attention.ahead_of_time import compile_kernel
-    from super_tree_attention.launch import device_facts, launch, load
-
-    capability, processors = device_facts()
-    name, heads, kv_heads, head_dim = NAMES[dtype], 32, 8, 128
-    wanted = super_tree_attention(*batch.packed, *[cache.clone() for cache in batch.caches], *batch.metadata).float()
-    call = [tensor.to("cuda") for tensor in (*batch.packed, *batch.caches, *batch.metadata)]
-    past, begins, blocks, block_begins, mask, _ = call[5:]
-    sizes = len(call[0]), len(past), len(blocks)
-    chosen = plan(
-        *sizes, kv_heads, heads // kv_heads, block=BLOCK, processors=processors, compute_capability=capability,
-        max_rows=ROWS[1] if modest else ROWS[-1],
-    )  # fmt: skip
-    splits = chosen.num_splits
-    output = torch.full((sizes[0], heads * head_dim), float("nan"), dtype=dtype, device="cuda")
-    partial = torch.full((sizes[0] * heads, splits, head_dim), float("nan"), device="cuda")
-    partial_lse = torch.full((sizes[0] * heads, splits), float("nan"), device="cuda")
-    attention = compile_kernel("attention", capability, name, head_dim, heads // kv_heads, chosen.rows, modest=modest)
-    combine = compile_kernel("combine", capability, name, head_dim)
-    for kernel, grid, given, integers, results in (
-        (attention, chosen.grid, call, [sizes[1], chosen.wanted_splits, sizes[0], len(call[3]), sizes[2], len(mask)],
-         [output, partial, partial_lse]),
-        (combine, (*chosen.combine_grid, 1), [past, begins, block_begins, partial, partial_lse],
-         [sizes[1], chosen.wanted_splits, sizes[2], splits], [output]),
-    ):  # fmt: skip
-        function = load(kernel.cubin, kernel.name, kernel.shared)
-        pointers, left = ([tensor.data_ptr() for tensor in tensors] for tensors in (given, results))
-        stream = torch.cuda.current_stream().cuda_stream
-        launch(function, grid, kernel.threads, kernel.shared, stream, pointers, integers, [*left, 0, 0])
-    torch.cuda.synchronize()
-    assert output.isfinite().all()
-    return float((output.float().cpu() - wanted).abs().max() / wanted.abs().max())
 
 
 def test_rows_that_move_onto_each_other_move_at_once(card):

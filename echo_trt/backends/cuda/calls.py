@@ -23,18 +23,8 @@ MAX_GRAPHS = 160  # graphs of an engine; larger: more memory, and more seconds t
 _ALIGNMENT = 256  # bytes, which TensorRT asks of every tensor; smaller: kernels cannot load vectors
 
 
-def dummy_inputs(like: Arrays) -> Arrays:
-    """Return a call of the shapes of ``like`` in which no request has tokens: it reads and writes no KV rows."""
-    return {name: np.zeros_like(array) for name, array in like.items()}
-
-
 def shapes_of(arrays: Arrays, capacity: Capacity) -> tuple[tuple[int, ...], ...]:
     return tuple((capacity.get(name, len(array)), *array.shape[1:]) for name, array in arrays.items())
-
-
-def event_on(device: torch.device) -> Any:
-    """Return an event of the device's stream; None on a CPU, which copies at once."""
-    return torch.cuda.Event() if device.type == "cuda" else None
 
 
 class Staging:
@@ -62,7 +52,8 @@ class Staging:
         pinned = device.type == "cuda"
         hosts = [torch.empty(ends[-1], dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
         self._device = torch.empty_like(hosts[0], device=device)
-        self._turns = [(host, {n: t.numpy() for n, t in views(host).items()}, event_on(device)) for host in hosts]
+        event = torch.cuda.Event if pinned else lambda: None  # a CPU copies at once
+        self._turns = [(host, {n: t.numpy() for n, t in views(host).items()}, event()) for host in hosts]
         self._turn, self.tensors = 0, views(self._device)
 
     def upload(self, arrays: Arrays) -> dict[str, Tensor]:
@@ -170,7 +161,8 @@ class Graphs:
     def _capture(self, arrays: Arrays, capacity: Capacity, arguments: tuple[int, ...]) -> Captured | None:
         """Capture a size; None, with a warning, where that fails."""
         staging = Staging(arrays, self._device, capacity)
-        inputs = staging.upload(dummy_inputs(arrays))
+        # In a call of zeros no request has tokens: it reads and writes no KV rows.
+        inputs = staging.upload({name: np.zeros_like(array) for name, array in arrays.items()})
         # A run before the capture compiles kernels and starts libraries.
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from echo_trt.errors import UserError
 
 GIB = 2**30
+#: Of the attention kernel, whose tiles are powers of two, of 16 rows or more.
+HEAD_DIMS, MAX_GROUP = (16, 32, 64, 128), 16
 
 
 def cuda_device() -> torch.device:
@@ -33,6 +38,27 @@ def device_count() -> int:
 def device_name() -> str:
     """Return the name of the current CUDA device; empty without one."""
     return torch.cuda.get_device_name() if has_cuda() else ""
+
+
+def check_heads(head_dim: int, group: int) -> None:
+    """Refuse a network whose heads, or ``group`` query heads per KV head, the attention kernel is not for."""
+    if head_dim not in HEAD_DIMS or group > MAX_GROUP:
+        raise UserError(
+            f"the network has heads of {head_dim} and {group} query heads a KV head, but the kernel for GPUs is for "
+            f"heads of {', '.join(map(str, HEAD_DIMS))} and up to {MAX_GROUP}; build it with --engine openvino."
+        )
+
+
+@contextmanager
+def launching_kernels() -> Iterator[None]:
+    """Say what to install where Triton cannot compile what launches its kernels, as it does at first launches."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "C compiler" not in str(error):
+            raise
+        remedy = "install gcc and python3-dev, or name a compiler in CC"
+        raise UserError(f"Triton finds no C compiler, by which it launches kernels; {remedy}.") from error
 
 
 def compute_capability(device: torch.device) -> str:

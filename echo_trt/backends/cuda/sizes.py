@@ -19,8 +19,9 @@ Capacity = dict[str, int]  # rows of device memory for an array of which a call 
 LARGEST = 1024
 _PROMPT_ROWS = 16  # rows of logits of one request's prompt chunk, which ends or not; larger: more rows of padding
 _MASK_ROWS = 512  # tokens of one tree that a captured call has room for; larger: more memory
-#: Arrays whose rows behind a call's own are never read, since others say where a request's part begins.
-RAGGED = ("tree_mask", "block_indices")
+#: Arrays whose rows behind a call's own are never read, since others say where a request's part begins. The first one
+#: is sent in one copy with the arrays of a fixed length.
+RAGGED = ("block_indices", "tree_mask")
 
 
 def bucket(count: int) -> int:

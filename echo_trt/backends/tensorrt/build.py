@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from echo_trt.backends.cuda.device import compute_capability, cuda_device, has_cuda
+from echo_trt.backends.cuda.device import check_heads, compute_capability, cuda_device, has_cuda
 from echo_trt.backends.native_export import export_native, in_precision
 from echo_trt.backends.onnx_export import export
 from echo_trt.backends.self_check import LINEAR_TABLE, check_engine
@@ -29,10 +29,10 @@ from echo_trt.bundle.manifest import SelfCheck, TensorRTFacts
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError
 from echo_trt.models.roles import Role
-from super_tree_attention.tensorrt_plugin import prepare_graph, register
+from super_tree_attention.tensorrt_plugin import prepare_graph
 
 LOG = "tensorrt.log"
-AMPERE = 8.0  # least compute capability of an engine for all cards; larger: fewer cards run it
+AMPERE = 8.0  # least compute capability of our kernels, and of an engine for all cards; larger: fewer cards run it
 
 
 def check_settings(recipe: Recipe) -> None:
@@ -44,27 +44,15 @@ def check_settings(recipe: Recipe) -> None:
         check_precision(engine, "draft.precision", recipe.draft.precision)
     check_capabilities(engine, recipe.compute_capability)
     if not COMPILERS[engine].builds_anywhere:
-        _register_plugins()
-        check_kernels(compute_capability(cuda_device()))
+        check_card(compute_capability(cuda_device()))
 
 
-def check_kernels(capability: str) -> None:
-    """Refuse a card that no attention kernel is compiled for, or that this Triton's assembler is too old for."""
-    from super_tree_attention.ahead_of_time import card_architecture, ptx_version
-
-    try:
-        ptx_version(card_architecture(capability))
-    except ValueError as error:
-        raise UserError(f"compute capability {capability}: {error}; or use --engine torch or tensorrt-rtx.") from error
-
-
-def _register_plugins() -> None:
-    try:
-        register()
-    except ImportError as error:
+def check_card(capability: str) -> None:
+    """Refuse a card of a compute capability that the attention kernel does not compile for."""
+    if float(capability) < AMPERE:
         raise UserError(
-            f"the plugin for TensorRT cannot be loaded ({error}); run pip install -e '.[tensorrt]' in the repository."
-        ) from error
+            f"compute capability {capability}: the attention kernel needs {AMPERE} or more; use --engine tensorrt-rtx."
+        )
 
 
 @dataclass(frozen=True)
@@ -89,13 +77,12 @@ class TensorRTBuild:
     def compile(self, role: Role, name: str, precision: str) -> tuple[str, SelfCheck | None]:
         """Write ``name``.engine, and check it where a card can run it, else its graph where a CPU can."""
         recipe, sizes = self.recipe, CallSizes.of(self.recipe)
-        if COMPILERS[recipe.engine].plugins:
-            _register_plugins()
         graph, engine = self.folder / f"{name}.onnx", self.folder / f"{name}.engine"
         native = recipe.engine == "tensorrt-rtx"
         if native:
             export_native(role, graph, precision, sizes.cache_rows)
         else:
+            check_heads(role.network.config.head_dim, role.network.config.num_heads // role.network.config.num_kv_heads)
             export(in_precision(role, precision), graph)
             prepare_graph(graph, graph)
         ranks = role.network.config.ranks

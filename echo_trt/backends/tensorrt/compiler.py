@@ -93,8 +93,8 @@ def compile_engine(job: CompileJob, out: Path, detail: Detail = lambda share, ph
         config = builder.create_builder_config()
         if hasattr(api.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # without it TensorRT-RTX's launches cannot be captured
             config.set_flag(api.BuilderFlag.REQUIRE_USER_ALLOCATION)
-        if compiler.plugins:  # which write into the caches, their inputs
-            config.set_preview_feature(api.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+        if compiler.plugins:  # an engine then tells of its layers whether one copies a cache
+            config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
         if job.capabilities:  # else TensorRT-RTX builds for all cards from Ampere on, and TensorRT for this one
             config.num_compute_capabilities = len(job.capabilities)
         for i, capability in enumerate(job.capabilities):

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echo_trt.backends.cuda.calls import Graphs, Staging, shapes_of
-from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device
+from echo_trt.backends.cuda.calls import Graphs, Staging
+from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device, launching_kernels
 from echo_trt.backends.cuda.device_rows import (
     DeviceFeatureCache,
     DeviceLogits,
@@ -36,22 +36,7 @@ from echo_trt.backends.tensorrt.session import Session
 from echo_trt.bundle.manifest import TensorRTFacts
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, LevelShape
-from super_tree_attention.tensorrt_names import WRITTEN
-
-
-def mover_for(pool: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """Return the function that moves rows of ``pool``: compiled kernels where there are any."""
-    if pool.device.type == "cuda":
-        try:
-            from super_tree_attention import launch
-        except ImportError:  # cuda-python is missing
-            pass
-        else:
-            if launch.can_move(pool):
-                return launch.move_rows
-    from super_tree_attention.triton_attention import move_rows
-
-    return move_rows
+from super_tree_attention.tensorrt_plugin import WRITTEN
 
 
 def check_version(engine: str, facts: TensorRTFacts) -> None:
@@ -133,7 +118,8 @@ class TensorRTEngine:
         opened = cls(session, slots, blocks, num_blocks, tree=tree)
         if group:
             group.loaded()
-        opened.capture_all()
+        with launching_kernels():
+            opened.capture_all()
         return opened
 
     @torch.inference_mode()
@@ -152,7 +138,6 @@ class TensorRTEngine:
             for size in reversed(self._sizes):
                 for arrays, capacity in empty_calls(size, self._bounds, self._session.inputs):
                     self._launch(MicroBatch(*in_words(arrays, capacity), none, none, none, padded=True))
-        self._wait()
         self._graphs.sealed = True
 
     def _compile_rest(self) -> None:
@@ -182,9 +167,7 @@ class TensorRTEngine:
                 pieces = packed_pieces(call, inputs, self._limits, self._sizes, self._bounds)
             whole = self._join(call, pieces)
             self._meanwhile()
-            outputs = self._read(whole)
-        self._wait()
-        return outputs
+            return self._read(whole)
 
     def overlap(self, work: Callable[[], None]) -> bool:
         self._meanwhile = work
@@ -220,7 +203,6 @@ class TensorRTEngine:
         """Capture drafts of several levels as CUDA graphs before requests wait; see ``Levels.capture``."""
         with self._own_stream():
             self._levels.capture(shapes)
-        self._wait()
 
     def padded_requests(self, requests: int) -> int:
         return self._levels.padded(requests)
@@ -231,64 +213,67 @@ class TensorRTEngine:
     ) -> tuple[np.ndarray, np.ndarray]:
         with self._own_stream():
             whole = self._join(call, packed_pieces(call, numbered(inputs), self._limits, self._sizes, self._bounds))
-            self._levels.begin(whole["scores"], whole["candidates"], whole["state"][self._on_device(call.logit_rows)])
+            states = whole["state"][send(call.logit_rows, self._device)]
+            self._levels.begin(whole["scores"], whole["candidates"], states)
             rows = np.arange(len(call.logit_rows))
-            drafted = self._levels.run(below, rows, shape, max_nodes, whole[PACKED])
-        self._wait()
-        return drafted
+            return self._levels.run(below, rows, shape, max_nodes, whole[PACKED])
 
     @torch.inference_mode()
     def run_levels(self, below: ForwardBatch, rows: np.ndarray, shape: LevelShape, max_nodes: int) -> np.ndarray:
         with self._own_stream():
-            _, drafted = self._levels.run(below, rows, shape, max_nodes)
-        self._wait()
-        return drafted
+            return self._levels.run(below, rows, shape, max_nodes)[1]
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
-        """Launch on this engine's stream, behind what was launched on the current one: a bank's rows are written there.
+        """Launch on this engine's stream, behind what the current one has and before what it gets afterwards.
 
-        The engine's stream does not wait for PyTorch's by itself.
+        There banks are written and outputs are read, and neither stream waits for the other by itself.
         """
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        current = torch.cuda.current_stream(self._device) if self._stream is not None else None
+        if current is not None:
+            self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             yield
-
-    def _wait(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
+        if current is not None:
+            current.wait_stream(self._stream)
 
     def _clear(self, call: ForwardBatch) -> None:
         """Zero the slots of new requests: masked rows must be finite, and previous requests may have left others."""
         starting = np.flatnonzero(call.past_lens == 0)
         if len(starting):
-            self._pool[:, self._on_device(self._layout.slots_of(call)[starting])] = 0
-
-    def _on_device(self, array: np.ndarray) -> Tensor:
-        return send(array, self._device)
+            self._pool[:, send(self._layout.slots_of(call)[starting], self._device)] = 0
 
     def _join(self, call: ForwardBatch, pieces: Iterable[MicroBatch]) -> dict[str, Tensor]:
-        """Launch the pieces and put the packed call's outputs together, on the device."""
+        """Launch the pieces and put the packed call's outputs together, on the device.
+
+        The outputs of a single piece whose rows are in place are its own, without a copy.
+        """
         whole: dict[str, Tensor] = {}
         for piece in pieces:
-            if whole:
-                self._wait()  # the previous piece may use the same staging memory
-            rows, padded_rows, requested = map(self._on_device, (piece.rows, piece.padded_rows, piece.requested))
-            for name, output in self._launch(piece).items():
-                total = len(call.token_ids if name in ROW_OUTPUTS else call.logit_rows)  # packed results have R, too
+            outputs = self._launch(piece)
+            rows, padded_rows, requested = self._indices(piece)
+            for name, output in outputs.items():
+                per_row = name in ROW_OUTPUTS
+                total = len(call.token_ids if per_row else call.logit_rows)  # packed results have R, too
+                target, source = (rows, padded_rows) if per_row else (requested, slice(len(piece.requested)))
+                if isinstance(target, slice) and target == slice(0, total):
+                    whole[name] = output[source]
+                    continue
                 if name not in whole:
                     whole[name] = output.new_empty((total, *output.shape[1:]))
-                if name in ROW_OUTPUTS:
-                    whole[name][rows] = output[padded_rows]
-                else:
-                    whole[name][requested] = output[: len(requested)]
+                whole[name][target] = output[source]
         return whole
 
+    def _indices(self, piece: MicroBatch) -> list[slice | Tensor]:
+        """Return a piece's ``rows``, ``padded_rows`` and ``requested``: slices, or else all of them in one upload."""
+        arrays = piece.rows, piece.padded_rows, piece.requested
+        if all((np.diff(array) == 1).all() for array in arrays):
+            return [slice(int(array[0]), int(array[-1]) + 1) if len(array) else slice(0, 0) for array in arrays]
+        return list(send(np.concatenate(arrays), self._device).split([len(array) for array in arrays]))
+
     def _launch(self, piece: MicroBatch) -> dict[str, Tensor]:
-        small = piece.padded and piece.tokens <= LARGEST
         outputs = None
-        if self._graphs and small and self._session.capturable(self._shapes(piece)):
+        if self._graphs and piece.padded and piece.tokens <= LARGEST:
             outputs = self._graphs.run(piece.arrays, piece.capacity, piece.first)
         if outputs is None:
             inputs = Staging(piece.arrays, self._device, piece.capacity).upload(piece.arrays)
@@ -307,13 +292,6 @@ class TensorRTEngine:
         part = slice(first, first + batch) if self._layout else slice(None)
         return {name: cache[part] for name, cache in zip(self._caches, self._pool, strict=True)}
 
-    def _shapes(self, piece: MicroBatch) -> dict[str, tuple[int, ...]]:
-        # Every call comes here, and a large network has over a hundred caches: shapes need no views.
-        cache = (len(piece.arrays["past_lens"]) if self._layout else self._pool.shape[1], *self._pool.shape[2:])
-        shapes = dict(zip(piece.arrays, shapes_of(piece.arrays, piece.capacity), strict=True))
-        shapes |= {name: (*shapes[name][:1], width) for name, width in self._widths.items()}
-        return {name: shapes.get(name, cache) for name in self._session.inputs}
-
     def _output_names(self) -> Iterator[str]:
         return iter([*(name for name in self._session.outputs if name not in self._aliases), PACKED])
 
@@ -326,8 +304,11 @@ class TensorRTEngine:
 
     @torch.inference_mode()
     def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
+        from super_tree_attention.triton_attention import move_rows
+
+        rows = np.stack([self._pool_rows(rows) for rows in (source, target)])
         with self._own_stream():
-            mover_for(self._pool)(self._pool, *(self._on_device(self._pool_rows(rows)) for rows in (source, target)))
+            move_rows(self._pool, *send(rows, self._device))
 
     def _pool_rows(self, rows: np.ndarray) -> np.ndarray:
         """Convert pool rows to the rows of move_rows, whose block is a slot's cache here."""

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from echo_trt.errors import UserError
+from super_tree_attention.tensorrt_plugin import NAMESPACE, OPERATOR, register
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Compiler:
 
 
 #: Our operators, (domain, name), that are plugins; TensorRT-RTX takes none.
-PLUGINS = frozenset({("echo", "SuperTreeAttention"), ("echo", "SuperTreeCombine")})
+PLUGINS = frozenset({(NAMESPACE, OPERATOR)})
 
 COMPILERS = {
     "tensorrt": Compiler("TensorRT", "tensorrt", 11, "tensorrt", False, PLUGINS),
@@ -35,7 +36,7 @@ COMPILERS = {
 
 
 def load_compiler(engine: str) -> ModuleType:
-    """Import the Python module of ``engine``; a missing one or another version is refused."""
+    """Import the Python module of ``engine`` and register our plugins; a missing one or another version is refused."""
     compiler = COMPILERS[engine]
     run = f"run pip install -e '.[{compiler.extra}]' in the repository"
     remedy = f"{run}, or echo-trt build the bundle with --engine openvino."
@@ -46,6 +47,11 @@ def load_compiler(engine: str) -> ModuleType:
         raise UserError(f"{compiler.title} is not installed ({error}); {remedy}") from error
     if version.split(".")[0] != str(compiler.major):
         raise UserError(f"{compiler.title} is version {version}, and echo-trt needs version {compiler.major}; {remedy}")
+    try:
+        if compiler.plugins:
+            register()
+    except ImportError as error:
+        raise UserError(f"the plugin for {compiler.title} cannot be loaded ({error}); {run}.") from error
     return module
 
 

@@ -63,20 +63,17 @@ class Session:
         kinds = self._api.DataType
         types = {getattr(kinds, name): dtype for name, dtype in TYPES.items()}
         self.types = {name: types[self._engine.get_tensor_dtype(name)] for name in names}
-        self._profiles = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
+        self.num_profiles, shapes = self._engine.num_optimization_profiles, self._engine.get_tensor_profile_shape
+        self._profiles = [
+            {name: (tuple(shapes(name, i)[0]), tuple(shapes(name, i)[2])) for name in self.inputs}
+            for i in range(self.num_profiles)
+        ]
         scratch = self._engine.device_memory_size_v2
         check_room(device, scratch, f"the scratch memory of {file.name}", "lower limits.batch or limits.prefill_chunk")
         self._scratch = torch.empty(max(scratch, 1), dtype=torch.uint8, device=device)
         self._settings = self._runtime_settings()
-        self._contexts: dict[tuple, Any] = {}
-
-    def _profile(self, index: int) -> dict[str, tuple[Shape, Shape]]:
-        shapes = {name: self._engine.get_tensor_profile_shape(name, index) for name in self.inputs}
-        return {name: (tuple(minimum), tuple(maximum)) for name, (minimum, _, maximum) in shapes.items()}
-
-    @property
-    def num_profiles(self) -> int:
-        return len(self._profiles)
+        self._contexts: dict[Any, Any] = {}
+        self._in_graphs: dict[int, Any] = {}  # contexts of captured graphs, by their identity
 
     def largest(self, name: str, axis: int, profile: int = 0) -> int:
         return self._profiles[profile][name][1][axis]
@@ -118,22 +115,23 @@ class Session:
         self._must(context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream), "the launch")
         return outputs
 
-    def capturable(self, shapes: Mapping[str, Shape]) -> bool:
-        """Return whether a launch of these sizes can be captured as a CUDA graph."""
-        context = self._context({name: shapes[name] for name in self.inputs})
-        check = getattr(context, "is_stream_capturable", None)  # only TensorRT-RTX has it
-        return check is None or check(torch.cuda.current_stream(self.device).cuda_stream)
-
     def _context(self, shapes: dict[str, Shape], recurs: bool = True) -> Any:
-        """Return a context of these shapes. A size that ``recurs`` has one, which captured graphs need unchanged.
+        """Return a context of these shapes: of a size that ``recurs`` one that no CUDA graph was captured with before.
 
-        Other calls share one context a profile, whose shapes are set at every call.
+        TensorRT does not promise that a context serves two graphs, or a graph and launches. Calls that do not recur
+        share one context a profile, whose shapes are set each time.
         """
+        key: Any = tuple(shapes.values())
+        if recurs and key in self._contexts:
+            context = self._contexts[key]
+            capturing = torch.cuda.is_current_stream_capturing()
+            if capturing:
+                self._in_graphs[id(context)] = context
+            if capturing or id(context) not in self._in_graphs:
+                return context
         profile = profile_for(self._profiles, shapes)
-        key = tuple(shapes.values()) if recurs else profile
-        context = self._contexts.get(key)
-        if context and recurs:
-            return context
+        key = key if recurs else profile
+        context = None if recurs else self._contexts.get(key)
         new = context is None
         context = self._new_context(profile) if new else context
         for name, shape in shapes.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from echo_trt.backends.base import METADATA
 from echo_trt.backends.cuda.calls import Graphs, Staging
-from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda
+from echo_trt.backends.cuda.device import check_heads, check_room, cuda_device, has_cuda, launching_kernels
 from echo_trt.backends.cuda.device_rows import (
     DeviceFeatureCache,
     DeviceLogits,
@@ -44,7 +44,6 @@ from echo_trt.models.roles import Role
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, LevelShape
 from super_tree_attention import super_tree_attention
 
-HEAD_DIMS, MAX_GROUP = (16, 32, 64, 128), 16  # of the kernel: its tiles are powers of two, of 16 rows at least
 MAX_REQUESTS = 256  # in one call of an engine that is not told its largest calls
 
 
@@ -245,12 +244,7 @@ def _as_array(tensor: Tensor) -> np.ndarray:
 def _operator_for(device: torch.device, config: Config) -> Callable[..., Tensor]:
     if device.type == "cpu":
         return super_tree_attention
-    group = config.num_heads // config.num_kv_heads
-    if config.head_dim not in HEAD_DIMS or group > MAX_GROUP:
-        raise UserError(
-            f"the network has heads of {config.head_dim} and {group} query heads a KV head, but the kernel for GPUs is "
-            f"for heads of {', '.join(map(str, HEAD_DIMS))} and up to {MAX_GROUP}; build it with --engine openvino."
-        )
+    check_heads(config.head_dim, config.num_heads // config.num_kv_heads)
     try:
         from super_tree_attention.triton_attention import super_tree_attention_triton
     except ImportError as error:
@@ -272,4 +266,5 @@ def open_torch(
     role = load_role(file, str(cuda_device()) if device == "cuda" else device)
     if group:
         group.loaded()
-    return TorchEngine(role, num_blocks, device, collectives=group and group.collectives, bounds=bounds)
+    with launching_kernels():
+        return TorchEngine(role, num_blocks, device, collectives=group and group.collectives, bounds=bounds)

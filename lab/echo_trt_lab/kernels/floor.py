@@ -1,4 +1,4 @@
-"""The floor of a call's cost, beside the compiled kernel's: ``python -m super_tree_attention.kernel_floor``.
+"""The floor of a call's cost, beside the compiled kernel's: ``python -m echo_trt_lab.kernels.floor``.
 
 The floor reads all keys, values and queries once, and writes all outputs and new rows once. The kernel's traffic is
 counted in its PTX: the bytes that one step of the loop over the past copies from global memory.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from super_tree_attention.ahead_of_time import CompiledKernel, compile_kernel
+from echo_trt_lab.kernels.compiled import CompiledKernel, compiled
 from super_tree_attention.kernel_plan import MIN_SPLIT_KEYS, STEPS, KernelPlan, plan
 
 BANDWIDTH, FLOPS = 3.35e12, 989e12  # an H100's, bytes/s of its memory and bf16 FLOP/s
@@ -81,7 +81,7 @@ def table() -> list[str]:
 
 def _line(shape: KernelShape) -> str:
     made = shape.plan
-    kernel = compile_kernel("attention", 90, "bf16", HEAD_DIM, GROUP, made.rows, BLOCK)
+    kernel = compiled(f"attention_{made.rows}", 90, "bf16", HEAD_DIM, GROUP)
     tiles = -(-(shape.tokens // shape.requests) // (made.rows // GROUP))
     past_steps = -(-shape.context // STEPS.keys)
     splits = made.wanted_splits if shape.context > MIN_SPLIT_KEYS else 1

@@ -1,0 +1,1 @@
+"""The Triton kernels as compiled for cards, and what they move."""

@@ -1,0 +1,64 @@
+"""A build for TensorRT without its libraries: what it registers, refuses and leaves on the card."""
+
+import importlib
+import sys
+import weakref
+
+from pairs import recipe_of, roles_of
+from refusal import refused
+
+from echo_trt.backends.cuda import device
+from echo_trt.backends.tensorrt import build as tensorrt_build
+from echo_trt.backends.tensorrt import library
+from echo_trt.backends.tensorrt.engine import TensorRTEngine
+from echo_trt.backends.torch.engine import TorchEngine
+from echo_trt.bundle.call_sizes import CallSizes
+
+
+def test_who_loads_tensorrt_has_the_plugin_registered(monkeypatch):
+    """The parser of a build asks for it, and so does TensorRT when it loads an engine."""
+    registered = []
+    for compiler in library.COMPILERS.values():
+        module = type(sys)(compiler.module)
+        module.__version__ = f"{compiler.major}.4.0"
+        monkeypatch.setitem(sys.modules, compiler.module, module)
+    monkeypatch.setattr(library, "register", lambda: registered.append(True))
+    for engine, wanted in (("tensorrt-rtx", []), ("tensorrt", [True])):
+        library.load_compiler(engine)
+        assert registered == wanted
+    monkeypatch.setattr(library, "register", lambda: importlib.import_module("what_is_not_there"))
+    with refused("the plugin for TensorRT cannot be loaded (No module named 'what", "pip install -e '.[tensorrt]'"):
+        library.load_compiler("tensorrt")
+
+
+def test_heads_that_the_kernel_does_not_have_are_refused_before_the_export(networks, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "HEAD_DIMS", (64, 128))
+    recipe = recipe_of("lookup", networks, engine="tensorrt", precision="fp16")
+    build = tensorrt_build.TensorRTBuild(recipe, tmp_path, tmp_path / "timings", lambda share, phase: None)
+    with refused("the network has heads of", "64, 128 and up to 16", "--engine openvino"):
+        build.compile(roles_of("lookup", networks)["target"], "target", "fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checked_engine_is_gone_before_the_next_network_is_built(networks, tmp_path, monkeypatch):
+    """Its weights and its pool may be most of the card's memory."""
+    role, gone = roles_of("lookup", networks)["target"], []
+
+    def opened(*_):
+        engine = TorchEngine(role, 4)
+        weakref.finalize(engine, gone.append, True)
+        return engine
+
+    monkeypatch.setattr(TensorRTEngine, "open", opened)
+    monkeypatch.setattr(tensorrt_build.TensorRTBuild, "facts", lambda self: None)
+    recipe = recipe_of("lookup", networks, engine="tensorrt", precision="fp16")
+    build = tensorrt_build.TensorRTBuild(recipe, tmp_path, tmp_path / "timings", lambda share, phase: None)
+    build._check_engine(role, tmp_path / "target.engine", "fp16", CallSizes.of(recipe))
+    assert gone
+
+
+def test_a_card_that_has_no_kernel():
+    for capability in ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1"):
+        tensorrt_build.check_card(capability)
+    with refused("compute capability 7.5", "needs 8.0 or more", "--engine tensorrt-rtx"):
+        tensorrt_build.check_card("7.5")
