@@ -75,8 +75,9 @@ def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     total, normed, size = torch.empty_like(x), torch.empty_like(x), x.shape[1]
     block = triton.next_power_of_2(size)
     add_norm_kernel[len(x),](
-        x, delta, weight, total, normed, size, eps, BLOCK=block, num_warps=8 if block > 2048 else 4
-    )
+        x, delta, weight, total, normed, size, eps,
+        BLOCK=block, num_warps=8 if block > 2048 else 4, enable_fp_fusion=True,
+    )  # fmt: skip
     return total, normed
 
 
@@ -84,7 +85,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up of ``gate_up`` [N, 2 * I], gates first: [N, I]."""
     size = gate_up.shape[1] // 2
     out = gate_up.new_empty(len(gate_up), size)
-    silu_mul_kernel[len(gate_up), triton.cdiv(size, _COLUMNS)](gate_up, out, size, BLOCK=_COLUMNS)
+    silu_mul_kernel[len(gate_up), triton.cdiv(size, _COLUMNS)](
+        gate_up, out, size, BLOCK=_COLUMNS, enable_fp_fusion=True
+    )
     return out
 
 
@@ -101,6 +104,6 @@ def rotated(
     weights, eps = (norms[:2], norms[2]) if norms else ((projected, projected), 0.0)
     rotated_kernel[count, heads + 2 * kv_heads](
         projected, *weights, cos, sin, query, key, value, heads, kv_heads, eps,
-        DIM=size, NORM=norms is not None, num_warps=1,
+        DIM=size, NORM=norms is not None, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return query, key, value

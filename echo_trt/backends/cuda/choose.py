@@ -87,7 +87,7 @@ def _launch(kernels: Any, logits: Tensor, nodes: dict[str, np.ndarray], c: Sampl
         sent["row"] = sent["own"]
     names = "row", "index", "parent", "drafted", "inverse", "heat", "gap", "top_k", "top_p", "seed", "position"
     facts = [sent[name] for name in names]
-    shape = {"MASKED": c.masks is not None, "LANES": _LANES, "num_warps": 8}
+    shape = {"MASKED": c.masks is not None, "LANES": _LANES, "num_warps": 8, "enable_fp_fusion": True}
     kernels.sample[len(drawn),](logits, sent["masks"], *facts, tokens, size, arrays["masks"].shape[1], **shape)
 
 
