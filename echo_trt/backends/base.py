@@ -56,8 +56,9 @@ def feature_cache_of(engine: Engine, name: str, count: int, width: int) -> Featu
 class Engine(Protocol):
     """A compiled network with its paged KV pool.
 
-    An engine on a device may also have ``feature_cache`` (``feature_cache_of``), ``overlap`` and, of an EAGLE-3 head,
-    ``run_levels`` (``engine.drafters.levels.LevelsEngine``). An engine whose verified chains have the bits of plain
+    An engine on a device may also have ``feature_cache`` (``feature_cache_of``), ``overlap``, ``prefill_alone`` (prompt
+    tokens of a call without other work, if more than a chunk) and, of an EAGLE-3 head, ``run_levels``
+    (``engine.drafters.levels.LevelsEngine``). An engine whose verified chains have the bits of plain
     decoding, and whose trees do not, sets ``rounds_trees``.
 
     num_blocks  KV blocks of the pool

@@ -104,7 +104,7 @@ class Limits(_Section):
     context        tokens of one request
     kv_blocks      blocks of 32 tokens in the KV pool; None: a context for each request of the batch, on a CPU as far
                    as the memory of the machine that opens the bundle has room for it
-    prefill_chunk  prompt tokens of one iteration
+    prefill_chunk  prompt tokens of one iteration; on a GPU up to 1,024 where no request decodes
     prefix_cache   whether texts that begin alike share KV blocks, which are kept while there is room
     """
 

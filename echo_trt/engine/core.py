@@ -66,8 +66,9 @@ class EngineCore:
     ):
         """Begin without requests. ``planner`` may be replaced between iterations; texts stay the same.
 
-        eos: token ids that end a text. chunk: prompt tokens computed in one iteration at most. synthetic: the text that
-        takes the place of the target's and of the draft's choices; None: theirs.
+        eos: token ids that end a text. chunk: prompt tokens computed in one iteration at most; where no request
+        decodes, an engine may compute more. synthetic: the text that takes the place of the target's and of the
+        draft's choices; None: theirs.
         """
         self.target, self.batch, self.planner, self.chunk, self.synthetic = target, batch, planner, chunk, synthetic
         self.counters = Counters()
@@ -96,7 +97,7 @@ class EngineCore:
         """Run one iteration; return requests with their new tokens. The finished have a finish_reason."""
         self.scheduler.admit()
         slots = self._hold_for_decoding()
-        chunks = self._plan_chunks()
+        chunks = self._plan_chunks(alone=len(slots) == 0)
         if len(slots) + len(chunks.slots) == 0:
             return []
         begin = time.perf_counter()
@@ -140,15 +141,19 @@ class EngineCore:
                 return slots
             self.scheduler.preempt_least_urgent()
 
-    def _plan_chunks(self) -> Chunks:
-        """Divide this iteration's prompt budget among prefilling slots, oldest first."""
+    def _plan_chunks(self, alone: bool) -> Chunks:
+        """Divide this iteration's prompt budget among prefilling slots, oldest first.
+
+        ``alone``: no request decodes, whose next tokens would wait for a longer call.
+        """
         batch, slots = self.batch, self.batch.prefilling()
+        chunk = max(self.chunk, getattr(self.target, "prefill_alone", 0)) if alone else self.chunk
         if len(slots) == 0:
             return Chunks(slots, slots, slots, slots)
-        self.counters.cached_tokens += batch.skip(slots, self.chunk)
+        self.counters.cached_tokens += batch.skip(slots, chunk)
         missing = batch.length[slots] - batch.committed[slots]
-        counts = np.clip(self.chunk - begins(missing)[:-1], 0, missing)
-        if self.chunk > 2:
+        counts = np.clip(chunk - begins(missing)[:-1], 0, missing)
+        if chunk > 2:
             # Never prefill exactly one token: the attention kernel rounds a single token differently, and the text
             # would depend on batching.
             counts = np.where(missing - counts == 1, counts - 1, counts)

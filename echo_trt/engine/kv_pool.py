@@ -129,13 +129,20 @@ def on_cpu(engine: str) -> bool:
 def block_bytes(engine: str, networks: Iterable[tuple[Any, str]]) -> int:
     """Return the bytes of a block in the pools of ``networks``, with precisions, and of its tokens' features.
 
-    A network states its ``kv_values`` of a cached token, on one GPU where it is divided, and its ``feature_size``.
+    A network states its ``kv_values`` of a cached token, on one GPU where it is divided, ``feature_size`` and
+    ``hidden_size``.
     """
-    total = 0
+    total, host = 0, on_cpu(engine)
     for network, precision in networks:
         value = _value_bytes(engine, precision)
-        total += network.kv_values * value + network.feature_size * (4 if on_cpu(engine) else value)
+        total += network.kv_values * value + kept_features(engine, network, host) * (4 if host else value)
     return BLOCK * total
+
+
+def kept_features(engine: str, network: Any, on_host: bool = False) -> int:
+    """Return the values that a draft keeps of a token's features: on a GPU PyTorch keeps its projection of them."""
+    size: int = network.feature_size
+    return network.hidden_size if size and engine == "torch" and not on_host else size
 
 
 def _value_bytes(engine: str, precision: str) -> int:

@@ -60,13 +60,21 @@ class TargetOutput:
 
     @cached_property
     def _all_tokens(self) -> np.ndarray:
-        """The next tokens at all nodes, where logits are on a device: int64 [n]. Greedy requests' are the best ones."""
-        logits = self.outputs["logits"]
-        tokens: np.ndarray = logits.argmax(axis=1)[: len(self.tree)]
+        """The next tokens at all nodes, where logits are on a device: int64 [n]. Greedy requests' are the best ones.
+
+        Of the others' nodes those that the walk cannot visit may have none. Where a grammar may correct a token, the
+        walk is not known before.
+        """
+        logits, tree = self.outputs["logits"], self.tree
+        tokens: np.ndarray = logits.argmax(axis=1)[: len(tree)]
         if not self._greedy:
-            slots = self._slots_of(np.arange(len(self.tree)))
-            nodes = np.flatnonzero(self.batch.adjusted[slots] | (self.batch.sampling["temperature"][slots] > 0))
-            tokens[nodes] = logits.choose(nodes, self._choice(nodes))
+            slots = self._slots_of(np.arange(len(tree)))
+            sampled = self.batch.adjusted[slots] | (self.batch.sampling["temperature"][slots] > 0)
+            nodes = np.argsort(np.where(sampled, tree.depth, len(tree)), kind="stable")[: sampled.sum()]
+            order = np.full(len(tree) + 1, -1)  # parent -1 is the last one
+            order[nodes] = np.arange(len(nodes))
+            parent = np.where(self.batch.grammar[slots[nodes]].astype(bool), -1, order[tree.parent[nodes]])
+            tokens[nodes] = logits.choose(nodes, self._choice(nodes), parent, tree.token[nodes])
         return tokens
 
     def wait(self) -> None:

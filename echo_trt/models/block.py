@@ -46,6 +46,7 @@ class DFlash(nn.Module):
         state_rows: Tensor,
         logit_rows: Tensor,
         attend: Attend,
+        combined: bool = False,
     ) -> Tensor:
         """Compute the block's rows: [R, H], normed.
 
@@ -54,15 +55,20 @@ class DFlash(nn.Module):
         positions   int [N]
         state_rows  int [N], a packed row's state: R of the block's rows, then M of features
         logit_rows  int [R], packed rows that look at the others, one for each of the block's rows
+        combined    whether ``features`` are what ``combine`` has made of them
         """
-        context = self.hidden_norm(self.fc(features))
+        context = features if combined else self.combine(features)
         x = widened(self.embed(token_ids[logit_rows]), self.norm.weight)
         cos, sin = self.rotary(positions)
         for layer in self.layers:
             states = torch.cat((layer.attention_norm(x), context), dim=0)
-            x = x + layer.attention(states, cos, sin, attend, (state_rows, logit_rows))
-            x = x + layer.mlp(layer.mlp_norm(x))
+            x, normed = layer.mlp_norm.add(x, layer.attention(states, cos, sin, attend, (state_rows, logit_rows)))
+            x = x + layer.mlp(normed)
         return self.norm(x)
+
+    def combine(self, features: Tensor) -> Tensor:
+        """Compute the context [M, H] of a layer from the target's ``features`` [M, L * H_target]."""
+        return self.hidden_norm(self.fc(features))
 
 
 class ParallelEagle(Eagle3Head):
@@ -83,10 +89,11 @@ class ParallelEagle(Eagle3Head):
         state_rows: Tensor,
         logit_rows: Tensor,
         attend: Attend,
+        combined: bool = False,
     ) -> Tensor:
         """Compute the block's rows, as ``DFlash.forward``; the tokens of all rows count."""
         masks = self.mask_state.expand(logit_rows.shape[0], -1)
-        state = torch.cat((masks, self.combine(features)), dim=0)[state_rows]
+        state = torch.cat((masks, features if combined else self.combine(features)), dim=0)[state_rows]
         cos, sin = self.rotary(positions)
         state = self.advance(token_ids, state, cos, sin, attend)
         for layer in self.layers:

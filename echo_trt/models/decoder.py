@@ -22,8 +22,19 @@ class DecoderLayer(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size, config.ranks)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
-        return x + self.mlp(self.mlp_norm(x))
+        x, delta = self.advance(x, None, cos, sin, attend)
+        return x + delta
+
+    def advance(
+        self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """Return the layer's output in two parts whose sum it is; its input comes in two as well, or in one.
+
+        So that a sum and the norm behind it are one step on a GPU.
+        """
+        x, normed = self.attention_norm.add(x, delta)
+        x, normed = self.mlp_norm.add(x, self.attention(normed, cos, sin, attend))
+        return x, self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -55,12 +66,13 @@ class Decoder(nn.Module):
         """
         x = widened(self.embed(token_ids), self.norm.weight)
         cos, sin = self.rotary(positions)
-        features = {}
+        features, delta = {}, None
         for i, layer in enumerate(self.layers):
             if i in feature_layers:
+                x, delta = x if delta is None else x + delta, None
                 features[i] = x
-            x = layer(x, cos, sin, attend)
-        rows = self.norm(x[logit_rows])
+            x, delta = layer.advance(x, delta, cos, sin, attend)
+        rows = self.norm((x if delta is None else x + delta)[logit_rows])
         head = widened(self.embed.weight if self.lm_head is None else self.lm_head.weight, rows)
         if len(head) < self.config.vocab_size:
             logits = all_gather(torch.nn.functional.linear(head, rows), self.config.ranks).t()

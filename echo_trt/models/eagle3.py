@@ -42,6 +42,7 @@ class Eagle3Head(nn.Module):
         positions: Tensor,
         attend: Attend,
         state_rows: Tensor | None = None,
+        combined: bool = False,
     ) -> Tensor:
         """Compute the outputs of N = M + P entries: [N, H], read by ``logits`` and by children as their ``hidden``.
 
@@ -50,8 +51,12 @@ class Eagle3Head(nn.Module):
         hidden      float [P, H], this head's outputs for the parents of the other P entries
         positions   int [N]
         state_rows  int [N], an entry's row of features and hidden end to end, where entries come in another order
+        combined    whether ``features`` are what ``combine`` has made of them, which no exported graph reads
         """
-        state = torch.cat((self.combine(features), hidden), dim=0)
+        if combined and not (len(features) and len(hidden)):
+            state = features if len(features) else hidden
+        else:
+            state = torch.cat((features if combined else self.combine(features), hidden), dim=0)
         if state_rows is not None:
             state = state[state_rows]
         state = self.advance(token_ids, state, *self.rotary(positions), attend)
@@ -68,8 +73,9 @@ class Eagle3Head(nn.Module):
         """Run the head's layer over entries of ``token_ids`` int [N] and hidden ``state`` [N, H]."""
         normed = self.hidden_norm(state)
         x = torch.cat((self.embed_norm(widened(self.embed(token_ids), self.norm.weight)), normed), dim=-1)
-        state = (normed if self.config.norm_before_residual else state) + self.attention(x, cos, sin, attend)
-        return state + self.mlp(self.mlp_norm(state))
+        state = normed if self.config.norm_before_residual else state
+        state, normed = self.mlp_norm.add(state, self.attention(x, cos, sin, attend))
+        return state + self.mlp(normed)
 
     def logits(self, state: Tensor) -> Tensor:
         """Compute scores over the draft vocabulary [R, draft_vocab_size] from outputs [R, H]."""

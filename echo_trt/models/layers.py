@@ -7,6 +7,7 @@ packed query, key and value to the caller's ``attend``, which knows how keys and
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,15 @@ def widened(weight: Tensor, x: Tensor) -> Tensor:
     return weight if weight.dtype == x.dtype else weight.to(x.dtype)
 
 
+def fused(x: Tensor) -> ModuleType | None:
+    """Return Triton kernels of a layer's small steps, where ``x`` is on a GPU and nothing is trained or exported."""
+    if x.device.type != "cuda" or not torch.is_inference_mode_enabled():
+        return None
+    from super_tree_attention import layer_kernels
+
+    return layer_kernels
+
+
 class Linear(nn.Linear):
     """A matrix product without bias, in the type of its input; its matrix may be stored in a narrower one."""
 
@@ -48,6 +58,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm; ``delta`` may be missing."""
+        if delta is not None and (kernels := fused(x)):
+            return kernels.add_norm(x, delta, self.weight, self.eps)
+        x = x if delta is None else x + delta
+        return x, self(x)
 
 
 class Rotary(nn.Module):
@@ -107,16 +124,24 @@ class Attention(nn.Module):
 
         rows  of a block drafter: for each packed row its row of x, int [N], and the output's packed rows, int [R]
         """
-        heads = self.heads, self.kv_heads
         projected = self.qkv(x) if rows is None else self.qkv(x)[rows[0]]
+        output = attend(self.layer, *self._rotated(projected, cos, sin))
+        return sum_ranks(self.out(output if rows is None else output[rows[1]]), self.ranks)
+
+    def _rotated(self, projected: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Divide ``projected`` into query, key and value, with the first two normed and rotated."""
+        heads, norms = (self.heads, self.kv_heads), None
+        if self.query_norm is not None:
+            norms = self.query_norm.weight, self.key_norm.weight, self.query_norm.eps
+        if kernels := fused(projected):
+            return kernels.rotated(projected, cos, sin, *heads, norms)
         both, value = projected.split((sum(heads) * self.head_dim, self.kv_heads * self.head_dim), dim=-1)
         both = both.unflatten(-1, (sum(heads), 1, self.head_dim))
-        if self.query_norm is not None:
+        if norms:
             query, key = both.split(heads, dim=1)
             both = torch.cat((self.query_norm(query), self.key_norm(key)), dim=1)
         query, key = rotate(both, cos, sin).flatten(1).split([h * self.head_dim for h in heads], dim=-1)
-        output = attend(self.layer, query, key, value)
-        return sum_ranks(self.out(output if rows is None else output[rows[1]]), self.ranks)
+        return query, key, value
 
 
 class MLP(nn.Module):
@@ -129,7 +154,10 @@ class MLP(nn.Module):
         self.down = Linear(intermediate, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate_up = self.gate_up(x)
+        if kernels := fused(x):
+            return sum_ranks(self.down(kernels.silu_mul(gate_up)), self.ranks)
+        gate, up = gate_up.chunk(2, dim=-1)
         return sum_ranks(self.down(F.silu(gate) * up), self.ranks)
 
 
@@ -177,8 +205,10 @@ class Experts(nn.Module):
         experts = torch.arange(len(self.gate_up), device=x.device)
         ends = torch.searchsorted(expert, experts, right=True, out_int32=True)  # int32 [E], each expert's last row + 1
         gate_up, down = (widened(weight, x).transpose(1, 2) for weight in (self.gate_up, self.down))
-        gate, up = F.grouped_mm(x[order // self.top_k], gate_up, offs=ends).chunk(2, dim=-1)  # [N k, size]
-        outputs = F.grouped_mm(F.silu(gate) * up, down, offs=ends)[order.argsort()]  # [N k, H], by token again
+        pairs, kernels = F.grouped_mm(x[order // self.top_k], gate_up, offs=ends), fused(x)  # [N k, 2 * size]
+        gate, up = pairs.chunk(2, dim=-1)
+        active = kernels.silu_mul(pairs) if kernels else F.silu(gate) * up
+        outputs = F.grouped_mm(active, down, offs=ends)[order.argsort()]  # [N k, H], by token again
         return (outputs.unflatten(0, chosen.shape) * weights.unsqueeze(-1)).sum(dim=1)
 
 

@@ -31,6 +31,12 @@ class TargetModule(nn.Module):
         return (logits,) if features is None else (logits, features)
 
 
+def _features(inputs: dict[str, Tensor]) -> tuple[Tensor, bool]:
+    """Return a draft's features, and whether they are combined: an engine may have done that where they arose."""
+    combined = "combined" in inputs
+    return inputs["combined" if combined else "features"], combined
+
+
 class DraftModule(nn.Module):
     """A draft: log-probabilities [R, k] and token ids [R, k] of the ``top_k`` best next tokens of every wanted row."""
 
@@ -60,7 +66,8 @@ class HeadModule(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
         tokens, positions, rows = inputs["token_ids"], inputs["positions"], inputs.get("state_rows")
-        state = self.network(tokens, inputs["features"], inputs["hidden"], positions, attend, rows)
+        features, combined = _features(inputs)
+        state = self.network(tokens, features, inputs["hidden"], positions, attend, rows, combined)
         scores, index = top_candidates(self.network.logits(state[logit_rows]), self.top_k)
         return scores, self.network.target_ids[index], state
 
@@ -78,7 +85,8 @@ class BlockModule(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
         tokens, positions, states = inputs["token_ids"], inputs["positions"], inputs["state_rows"]
-        rows = self.network(tokens, inputs["features"], positions, states, logit_rows, attend)
+        features, combined = _features(inputs)
+        rows = self.network(tokens, features, positions, states, logit_rows, attend, combined)
         scores, index = top_candidates(self.network.lm_head(rows), self.top_k)
         hints = () if self.network.hint is None else (self.network.hint(rows),)
         return scores, self.network.target_ids[index], *hints

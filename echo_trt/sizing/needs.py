@@ -11,6 +11,7 @@ from echo_trt.backends.cuda.sizes import LARGEST
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.engine.host_memory import gigabytes
+from echo_trt.engine.kv_pool import kept_features
 from echo_trt.errors import UserError
 from echo_trt.sizing.graphs import Reserved, reserved
 from echo_trt.sizing.networks import KV_BYTES, Sizes
@@ -98,7 +99,7 @@ def computed_on(recipe: Recipe, capability: str) -> Recipe:
 
 def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
     """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus)."""
-    calls, contiguous = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx"
+    calls, contiguous, on_card = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx", recipe.engine != "openvino"
     draft_precision = recipe.draft_precision
     slot_blocks = calls.cache_rows / BLOCK if contiguous else calls.blocks
     # Linear: the padded trees of all slots. Paged: all rows of logits, and a chunk beside them.
@@ -110,7 +111,7 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
         draft_weights=int(draft.weight_bytes(draft_precision)) if draft else 0,
         target_kv_token=target.kv_values * KV_BYTES[recipe.precision],
         draft_kv_token=draft.kv_values * KV_BYTES[draft_precision] if draft else 0,
-        features_token=draft.feature_size * KV_BYTES[draft_precision] if draft and recipe.engine != "openvino" else 0,
+        features_token=kept_features(recipe.engine, draft) * KV_BYTES[draft_precision] if draft and on_card else 0,
         calls=calls,
         tokens=tokens,
         working=_working(recipe, target, tokens, rows) + scratch + _drafting(recipe, draft),

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from echo_trt.backends.cuda.calls import Staging, shapes_of
 from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, Capacity
-from echo_trt.backends.cuda.transfers import TRANSFERS, pack_results
+from echo_trt.backends.cuda.transfers import TRANSFERS
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.read_recipe import load_recipe
 from echo_trt.engine.batch import InputBatch, blocks_for
@@ -137,24 +137,30 @@ class FreeEngine(TorchEngine):
             self._levels._graphs = FreeGraphs(self._levels._draft, device)
         self._graphs = FreeGraphs(self._forward, device)
 
-    def _forward(self, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        tokens, requested, counts = tensors["token_ids"], tensors["logit_rows"], self._counts
-        kind = (tokens[requested] // KIND).clamp(max=len(CHILDREN) - 1)
+    def _compute(self, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        tokens, kind, counts = tensors["token_ids"], self._kind(tensors), self._counts
         counts.passes += 1
+        if len(tensors["features"]):
+            counts.draft_prefill += len(tokens)
+        else:
+            counts.draft_tokens += len(tokens)
+        candidates = kind[:, None] * KIND + torch.arange(TOP_K)
+        return torch.from_numpy(CHILDREN)[kind], candidates, torch.zeros(1, 16).expand(len(tokens), -1)
+
+    def _forward(self, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         if isinstance(self._role, HeadModule):
-            if len(tensors["features"]):
-                counts.draft_prefill += len(tokens)
-            else:
-                counts.draft_tokens += len(tokens)
-            scores = torch.from_numpy(CHILDREN)[kind]
-            candidates = kind[:, None] * KIND + torch.arange(TOP_K)
-            outputs = scores, candidates, torch.zeros(1, 16).expand(len(tokens), -1)
-            return *outputs, pack_results(dict(zip(self._role.outputs, outputs, strict=True)))
+            return super()._forward(tensors)
+        tokens, requested, kind = tensors["token_ids"], tensors["logit_rows"], self._kind(tensors)
+        self._counts.passes += 1
         bound = torch.from_numpy(RIGHT.cumsum(axis=1))[kind]
         child = (7 * tensors["positions"][requested][:, None] % 10 >= bound).sum(dim=1)
         best = kind * KIND + torch.where(child < 2, child, TOP_K)
         logits, features = torch.zeros(1, VOCABULARY).expand(len(kind), -1), torch.zeros(1, 48).expand(len(tokens), -1)
         return logits, features, best[:, None].to(torch.int32)
+
+    def _kind(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the kind of text of the rows whose logits are wanted."""
+        return (tensors["token_ids"][tensors["logit_rows"]] // KIND).clamp(max=len(CHILDREN) - 1)
 
 
 class CountedDraft(LevelsDraft):

@@ -64,20 +64,24 @@ def test_every_call_of_up_to_the_largest_has_a_captured_size(requests, maximum, 
     rows = int(requested * tokens) if requests > 1 or tokens <= tree else 1
     arrays = {"token_ids": np.zeros(tokens), "logit_rows": np.zeros(rows), "past_lens": np.zeros(requests)}
     sizes = cuda_sizes.graph_sizes(maximum, tree)
-    assert cuda_sizes.size_for(arrays, sizes).tokens == bucket(tokens)
+    found = cuda_sizes.size_for(arrays, sizes)
+    assert found.tokens == bucket(tokens)
+    assert requests > 1 or rows > 1 or found.rows <= max(16, bucket(tokens) * (tokens < 64))
     assert 2 * len(sizes) <= MAX_GRAPHS  # a head has entries of two kinds
 
 
 class Sized:
     """An engine that notes the captured sizes of its calls, and computes nothing."""
 
-    sizes = cuda_sizes.SIZES
+    sizes, prefill_alone = cuda_sizes.SIZES, LARGEST
 
     def __init__(self, num_blocks, outputs, listed):
-        self.num_blocks, self._outputs, self._listed, self.used = num_blocks, outputs, listed, []
+        self.num_blocks, self._outputs, self._listed = num_blocks, outputs, listed
+        self.used, self.prompt_tokens = [], []
 
     def run(self, call, **inputs):
         self.used.append(cuda_sizes.size_for(arrays_of(call), self._listed))
+        self.prompt_tokens.append(len(call.token_ids) if len(call.logit_rows) <= 1 else 0)
         return {name: make(len(call.logit_rows)) for name, make in self._outputs.items()}
 
     def compact_kv(self, source, target):
@@ -104,6 +108,22 @@ def test_a_server_under_load_has_a_graph_for_every_pass():
         assert len(engine.used) > 50
         assert None not in engine.used
         assert len(set(engine.used)) <= len(listed) < 64
+
+
+def test_a_prompt_takes_fewer_calls_where_no_request_decodes():
+    """In calls that still have a graph; beside a request that decodes, whose next token would wait, in chunks."""
+    batch = InputBatch(2, 2700, 64, 2 * 90)
+    target = Sized(180, {"logits": lambda rows: np.ones((rows, 50), np.float32)}, cuda_sizes.graph_sizes(2, 64))
+    loop = EngineCore(target, None, batch, make_planner("autoregressive", {}, None), (), 512)
+    add = lambda i, length: loop.scheduler.add(Request(i, np.ones(length, int), SamplingParams(9, ignore_eos=True)))  # noqa: E731
+    add(0, 2500)
+    for _ in range(4):
+        loop.step()
+    assert target.prompt_tokens == [1024, 1024, 452, 1]  # and the first token after the prompt's
+    add(1, 1200)
+    loop.step()
+    assert len(target.used) == 5
+    assert target.used[-1].tokens == cuda_sizes.bucket(513)
 
 
 # -- graphs --------------------------------------------------------------------------------------------------------

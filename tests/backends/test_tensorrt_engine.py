@@ -160,10 +160,10 @@ def test_the_move_and_a_draw_are_compiled_before_requests_wait(network, networks
     _, engine, _ = packed(network, networks, tmp_path)
     compiled = []
     monkeypatch.setattr(engine, "compact_kv", lambda source, target: compiled.append("compact_kv"))
-    monkeypatch.setattr(choose, "draw", lambda *_, **limits: compiled.append(limits) or torch.zeros(1).long())
+    monkeypatch.setattr(choose, "choose", lambda *_: compiled.append("choose") or torch.zeros(1).long())
     engine._graphs, engine._sizes = SimpleNamespace(sealed=False), ()
     engine.capture_all()
-    assert compiled == ["compact_kv", {"limits": True, "max_top_k": 2}][: 2 if network == "target" else 1]
+    assert compiled == ["compact_kv", "choose", "choose"][: 3 if network == "target" else 1]  # with masks, and without
 
 
 def test_runs_wait_for_the_pool_to_be_zeroed(networks, tmp_path, monkeypatch):

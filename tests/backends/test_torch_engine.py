@@ -13,7 +13,7 @@ import torch
 from pairs import SIZES, block_inputs, recipe_of, roles_of
 from random_calls import Script
 from refusal import refused
-from stand_in_graphs import StandInGraph, as_on_a_gpu, uncollected, with_graphs
+from stand_in_graphs import StandInGraph, as_on_a_gpu, in_banks, uncollected, with_graphs
 
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.calls import Graphs
@@ -93,6 +93,18 @@ def test_states_of_drafted_nodes_have_room_where_the_pool_is_small(networks):
     assert len(engine._feature_caches["hidden"].rows) >= 32 * 16 > 8 * BLOCK
     unbounded = as_on_a_gpu(TorchEngine(roles_of("eagle3", networks)["draft"], 8))
     assert len(unbounded._feature_caches["hidden"].rows) == 8 * BLOCK
+
+
+@pytest.mark.parametrize("network", ["head", "block"])
+def test_features_are_kept_as_the_state_that_the_draft_makes_of_them(network, networks):
+    """A token's three hidden states take three times the memory, and are read by one projection alone."""
+    pair, name, features = NETWORKS[network]
+    plain, engine = (TorchEngine(roles_of(pair, networks)[name], BLOCKS) for _ in range(2))
+    as_on_a_gpu(engine)
+    assert engine.feature_cache("features").rows.shape == (BLOCKS * BLOCK, SIZES["hidden_size"])
+    for seed, call in enumerate(calls(1)):
+        inputs = inputs_for(call, features, 1 - seed)
+        assert_same(plain.run(call, **inputs), engine.run(call, **in_banks(engine, inputs)), 1e-5)
 
 
 def test_calls_that_no_graph_is_for_are_not_padded():

@@ -23,7 +23,13 @@ VARIANTS = {
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_all_kernels_compile_without_spills(architecture):
     made = kernels(architecture, *VARIANTS[architecture])
-    assert {f"attention_{rows}" for rows in ROWS} | {"combine", "gather_rows", "scatter_rows", "race"} <= made.keys()
+    assert {f"attention_{rows}" for rows in ROWS} | {
+        "combine",
+        "gather_rows",
+        "scatter_rows",
+        "sample",
+        "add_norm",
+    } <= made.keys()
     for kernel in made.values():
         assert kernel.cubin.startswith(b"\x7fELF")
         assert f".target sm_{architecture}" in kernel.ptx
@@ -58,8 +64,8 @@ def test_the_keys_and_values_of_the_past_are_loaded_16_bytes_at_a_time_and_ahead
 def test_the_table_is_printed_and_the_files_are_written(tmp_path, capsys):
     main(["--arch", "90", "--groups", "4", "--out", str(tmp_path)])
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 2 + 4 * 7
-    assert len(list(tmp_path.glob("*.cubin"))) == len(list(tmp_path.glob("*.ptx"))) == 4 * 7
+    assert len(table) == 2 + 4 * 12
+    assert len(list(tmp_path.glob("*.cubin"))) == len(list(tmp_path.glob("*.ptx"))) == 4 * 12
 
 
 def test_an_unknown_card_ends_the_command_with_one_sentence(capsys):

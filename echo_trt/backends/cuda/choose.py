@@ -1,36 +1,110 @@
-"""The target's choice where its logits are: ``speculation.sampling`` in PyTorch, on a GPU or a CPU.
+"""The target's choice where its logits are: ``speculation.sampling`` by Triton kernels on a GPU.
 
-Penalties, noise and limits are computed as in ``speculation.sampling`` and in the same order, so a seed gives the same
-text on host and device. Nothing here waits for the device: sizes depend on shapes alone.
+A seed gives the same text on host and device. Nothing here waits for the device but the copy of the tokens.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from echo_trt.speculation.sampling.draw import BLOCK, CALLS, GREEDY, sample
+from echo_trt.backends.cuda.calls import Staging
+from echo_trt.backends.cuda.transfers import fetch
+from echo_trt.speculation.sampling import choice as host
+from echo_trt.speculation.sampling.choice import SamplingBatch, part_of
+from echo_trt.speculation.sampling.draw import GREEDY
 
 _LOW = 0xFFFFFFFF
-_PARTS = 32  # of a row, which a program each goes over; larger: few rows use more of a card
-_DIGITS = (21, 11), (10, 11), (0, 10)  # shift and bits of a 32-bit key's digits, highest first
+#: Bytes of logits in float32, and of counts beside them, that penalties and biases change at once. Larger: fewer
+#: launches, and more memory that the KV pool must leave free.
+_AT_ONCE = 256 << 20
+_ENTRIES = 1024  # of penalties and biases that a program writes
+_LANES = 512  # of a sampling program, for four tokens each; larger: more registers
+_NO_MASK = np.zeros((0, 0), np.uint8)
 
 
-def choose(logits: Tensor, choice: dict[str, Tensor], limits: bool = True, max_top_k: int | None = None) -> Tensor:
-    """Choose a token per row of ``logits`` float [n, V], by the arrays of a ``Choice``; masks may be missing.
+def choose(
+    logits: Tensor,
+    rows: np.ndarray,
+    choice: SamplingBatch,
+    parent: np.ndarray | None = None,
+    drafted: np.ndarray | None = None,
+    kernels: Any = None,
+) -> np.ndarray:
+    """Choose a token at ``rows`` int64 [n] of ``logits`` float [m, V], by ``choice``: int64 [n].
 
-    Without ``limits``, which only top-k 1 may break, no row is searched for tokens to shut out. ``max_top_k`` is
-    ``Choice.largest_top_k``: without one, rows are searched as if some had a top-k and others had none.
+    parent   int64 [n], where rows are nodes of trees: an index of an earlier row, or -1
+    drafted  int64 [n], the nodes' own tokens. Where another one is chosen at the parent, the walk cannot visit the
+             node, which may get -2 in place of a token
+    kernels  the module of the kernels, or an interpreted copy; by default the kernels on a GPU, and on a CPU the host's
+             choice
     """
-    logits = penalise(logits.to(torch.float32, copy=True), choice)
-    logits.index_put_((choice["logit_bias_row"], choice["logit_bias_token"]), choice["logit_bias"], accumulate=True)
-    if "masks" in choice:
-        bits = (choice["masks"][:, :, None] >> torch.arange(8, device=logits.device)) & 1
-        logits = torch.where(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf, logits)
-    return draw(logits, choice, limits=limits, max_top_k=max_top_k)
+    if len(rows) == 0:
+        return np.zeros(0, np.int64)
+    if kernels is None:
+        if logits.device.type == "cpu":
+            return host.choose(logits[torch.from_numpy(rows)].float().numpy(), choice)
+        from super_tree_attention import sampling_kernels as kernels
+    none = np.full(len(rows), -1)
+    parent, drafted = none if parent is None else parent, none if drafted is None else drafted
+    tokens = torch.full((len(rows),), -1, dtype=torch.int64, device=logits.device)
+    adjusted = np.zeros(len(rows), bool)
+    adjusted[choice.history_row] = adjusted[choice.logit_bias_row] = True
+    changed, size = adjusted.nonzero()[0], max(_AT_ONCE // (8 * logits.shape[1]), 1)
+    for part in ((~adjusted).nonzero()[0], *np.split(changed, range(size, len(changed), size))):
+        if len(part):
+            nodes = {"row": rows[part], "index": part, "parent": parent[part], "drafted": drafted[part]}
+            _launch(kernels, logits, nodes, part_of(choice, part), tokens)
+    return fetch(tokens)
+
+
+def _launch(kernels: Any, logits: Tensor, nodes: dict[str, np.ndarray], c: SamplingBatch, tokens: Tensor) -> None:
+    """Choose at ``nodes``, by arrays [n] as of the kernel ``sample``, which writes to ``tokens``."""
+    size = logits.shape[1]
+    drawn = (c.temperature > GREEDY) & (c.top_k != 1)
+    gap = np.where(c.min_p > 0, c.temperature * np.log(np.maximum(c.min_p, 1e-300)), -np.inf).astype(np.float32)
+    arrays = (
+        {field.name: getattr(c, field.name) for field in fields(c)}
+        | nodes
+        | {
+            "own": np.arange(len(drawn)),
+            "inverse": np.where(drawn, 1 / np.maximum(c.temperature, GREEDY), 0.0),
+            "heat": np.maximum(c.temperature, GREEDY).astype(np.float32),
+            "gap": gap,
+            "top_k": np.where((c.top_k > 0) & (c.top_k < size), c.top_k, size + 1),
+            "history_generated": c.history_generated.astype(np.int32),
+            "masks": _NO_MASK if c.masks is None else c.masks,
+        }
+    )
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    sent = Staging(arrays, logits.device).upload(arrays)
+    if len(c.history_row) or len(c.logit_bias_row):
+        logits = _changed(kernels, logits, sent)
+        sent["row"] = sent["own"]
+    names = "row", "index", "parent", "drafted", "inverse", "heat", "gap", "top_k", "top_p", "seed", "position"
+    facts = [sent[name] for name in names]
+    shape = {"MASKED": c.masks is not None, "LANES": _LANES, "num_warps": 8, "enable_fp_fusion": True}
+    kernels.sample[len(drawn),](logits, sent["masks"], *facts, tokens, size, arrays["masks"].shape[1], **shape)
+
+
+def _changed(kernels: Any, logits: Tensor, sent: dict[str, Tensor]) -> Tensor:
+    """Return rows of logits, float32 [n, V], with penalties and biases."""
+    rows, size = sent["row"], logits.shape[1]
+    out = logits[rows].float() if logits.dtype != torch.float32 else logits[rows]
+    if count := len(sent["history_row"]):
+        grid, entries = (-(-count // _ENTRIES),), (sent["history_row"], sent["history_token"])
+        times = torch.zeros(out.shape, dtype=torch.int32, device=out.device)
+        kernels.add_at[grid](times, *entries, sent["history_generated"], count, size, BLOCK=_ENTRIES)
+        factors = sent["repetition"], sent["presence"], sent["frequency"]
+        kernels.penalise[grid](logits, rows, out, *entries, times, *factors, count, size, BLOCK=_ENTRIES)
+    if count := len(sent["logit_bias_row"]):
+        grid, entries = (-(-count // _ENTRIES),), (sent["logit_bias_row"], sent["logit_bias_token"])
+        kernels.add_at[grid](out, *entries, sent["logit_bias"], count, size, BLOCK=_ENTRIES)
+    return out
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, max_top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,140 +120,13 @@ def log_probabilities(logits: Tensor, tokens: Tensor, max_top_k: int) -> tuple[T
     return own, logits.gather(1, best) - normaliser, best
 
 
-def draw(logits: Tensor, choice: dict[str, Tensor], limits: bool = True, max_top_k: int | None = None) -> Tensor:
-    """Choose a token per row of ``logits`` float32 [n, V], as ``speculation.sampling.draw.sample`` does: int64 [n].
-
-    choice     temperature, top_p and min_p float64 [n]; top_k, seed and place int64 [n], a seed's 64 bits
-    limits     whether top-k, but for 1, top-p or min-p shuts tokens out anywhere
-    max_top_k  as of ``choose``
-    """
-    temperature, top_k, seed, position = (choice[name] for name in ("temperature", "top_k", "seed", "position"))
-    best = logits.argmax(dim=1)
-    running = logits
-    if limits:
-        running = limited(logits, temperature, top_k, choice["top_p"], choice["min_p"], max_top_k)
-    if running.device.type == "cpu":
-        rows, heats, seeds, positions = (tensor.numpy() for tensor in (running, temperature, seed, position))
-        off = np.zeros(len(seeds), np.int64)
-        drawn = torch.from_numpy(sample(rows, heats, off, off + 1.0, seeds, positions))
-    else:
-        from echo_trt.backends.cuda import race_kernel
-
-        inverse = 1 / temperature.clamp(min=GREEDY)
-        drawn = race_by(race_kernel.race, running, logits.amax(dim=1), inverse, seed, position)
-    return torch.where((temperature > GREEDY) & (top_k != 1), drawn, best)
-
-
-def limited(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, max_top_k: int | None = None
-) -> Tensor:
-    """Shut tokens out by min-p, top-k and top-p, as ``speculation.sampling.draw.limited``: float32 [n, V].
-
-    max_top_k  every drawn row's top-k is from 1 to ``max_top_k``, and only the ``max_top_k`` best tokens of a row are
-               searched for
-          top-p; 0: no row has a top-k; None: some may have one
-    """
-    size, peak = logits.shape[1], logits.amax(dim=1, keepdim=True)
-    minimum = peak + (temperature * min_p.log()).float()[:, None]  # log 0 keeps all
-    kept = torch.where(logits < minimum, -torch.inf, logits)
-    if max_top_k and max_top_k < size:
-        return _limited_among(kept, peak, temperature, top_k, top_p, max_top_k)
-    if max_top_k != 0:
-        shortened = (top_k > 0) & (top_k < size)
-        count = torch.where(shortened, top_k, size).double()
-        kept = torch.where(_fewest(_ordered(kept), torch.ones_like(kept).double(), count), kept, -torch.inf)
-    # What is shut out weighs nothing; a temperature of 0 is greedy, and its row is not used.
-    weights = ((kept - peak) / temperature.clamp(min=GREEDY).float()[:, None]).exp()
-    mass = weights.double()
-    nucleus = _fewest(weights.view(torch.int32).long(), mass, top_p * mass.sum(dim=1))
-    return torch.where(nucleus | (top_p >= 1)[:, None], kept, -torch.inf)
-
-
-def _limited_among(
-    logits: Tensor, peak: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, max_top_k: int
-) -> Tensor:
-    """Shut tokens out by top-k, up to ``max_top_k``, and top-p. ``peak`` float32 [n, 1]: a row's largest logit."""
-    tokens = _largest(logits, max_top_k)
-    values = logits.gather(1, tokens)
-    values = torch.where(torch.arange(max_top_k, device=logits.device) < top_k[:, None], values, -torch.inf)
-    mass = ((values - peak) / temperature.clamp(min=GREEDY).float()[:, None]).exp().double()
-    enough = (top_p * mass.sum(dim=1)).clamp(min=torch.finfo(torch.float64).tiny)[:, None]
-    nucleus = (mass.cumsum(dim=1) - mass < enough) | (top_p >= 1)[:, None]
-    return torch.full_like(logits, -torch.inf).scatter_(1, tokens, torch.where(nucleus, values, -torch.inf))
-
-
 def _largest(logits: Tensor, max_top_k: int) -> Tensor:
     """Return the tokens of a row's ``max_top_k`` largest logits, in order, of equal ones the lowest first: [n,
     most].
     """
     size = logits.shape[1]
+    bits = (logits + 0.0).view(torch.int32).long()  # + 0.0: of -0.0 and 0.0 none is larger
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     # A token's logit, and below it its index from the end: no two are equal, and of equal logits the first is larger.
-    keys = (_ordered(logits) - (1 << 31) << 32) | torch.arange(size - 1, -1, -1, device=logits.device)
+    keys = (ordered << 32) | torch.arange(size - 1, -1, -1, device=logits.device)
     return size - 1 - (keys.topk(max_top_k, dim=1).values & _LOW)
-
-
-def _ordered(values: Tensor) -> Tensor:
-    """Map float32 to int64 keys of 32 bits in the same order."""
-    bits = (values + 0.0).view(torch.int32).long()  # + 0.0: of -0.0 and 0.0 none is larger
-    return torch.where(bits < 0, -1 - bits, bits + (1 << 31)) & _LOW
-
-
-def _fewest(keys: Tensor, amounts: Tensor, enough: Tensor) -> Tensor:
-    """Mark the fewest items of the largest keys whose amounts reach ``enough``, at least one: bool [n, V].
-
-    keys     int64 [n, V] of 32 bits
-    amounts  float64 [n, V]
-    enough   float64 [n]
-
-    Of equal keys the first items are taken. A histogram a digit finds the last key, so nothing is sorted.
-    """
-    enough = enough.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
-    above = torch.zeros_like(enough)
-    inside = torch.ones_like(keys, dtype=torch.bool)  # keys that begin with the digits of the last one
-    threshold = torch.zeros_like(keys[:, :1])
-    for shift, bits in _DIGITS:
-        digit = (keys >> shift) & ((1 << bits) - 1)
-        mass = amounts.new_zeros(len(keys), 1 << bits).scatter_add_(1, digit, torch.where(inside, amounts, 0.0))
-        upward = mass.flip(1).cumsum(1).flip(1)  # of a digit and those above it
-        edge = ((above + upward >= enough).sum(dim=1, keepdim=True) - 1).clamp(min=0)
-        above = above + (upward - mass).gather(1, edge)
-        inside &= digit == edge
-        threshold = threshold | (edge << shift)
-    equal = torch.where(inside, amounts, 0.0)
-    return (keys > threshold) | (inside & (above + equal.cumsum(dim=1) - equal < enough))
-
-
-def race_by(kernel: Any, running: Tensor, top: Tensor, inverse: Tensor, seed: Tensor, position: Tensor) -> Tensor:
-    """Find who arrives first, as ``speculation.sampling.draw``, by a Triton ``kernel`` (race_kernel): int64 [n].
-
-    running         float32 [n, V], -inf for tokens that are out
-    top             float32 [n], the largest logit
-    inverse         float64 [n], 1 / temperature
-    seed, position  int64 [n]
-    """
-    count, size = running.shape
-    parts = min(-(-size // BLOCK), _PARTS)
-    span = -(-size // (parts * BLOCK)) * BLOCK
-    arrivals = top.new_empty((count, parts * CALLS), dtype=torch.float64)
-    tokens = seed.new_empty((count, parts * CALLS))
-    facts = running.contiguous(), top.double(), inverse, seed, position
-    kernel[count, parts](*facts, arrivals, tokens, size, span, CALLS=CALLS)
-    return tokens.gather(1, arrivals.argmax(dim=1, keepdim=True))[:, 0]
-
-
-def penalise(logits: Tensor, choice: dict[str, Tensor]) -> Tensor:
-    """Apply penalties in place, as ``speculation.sampling.penalties.penalise``; returns ``logits`` float32 [n, V].
-
-    choice  said_row and said_token int64 [k]: a token said before that row; said_generated bool [k]: else it is the
-            prompt's; repetition, presence and frequency float64 [n]
-    """
-    row, token = choice["history_row"], choice["history_token"]
-    repeats = choice["repetition"][row]
-    value, factor = logits[row, token].double(), repeats.clamp(min=1e-6)
-    logits[row, token] = torch.where(value > 0, value / factor, value * factor).float()  # x / 1 is x
-    times = torch.zeros_like(logits, dtype=torch.int32)
-    times.index_put_((row, token), choice["history_generated"].to(torch.int32), accumulate=True)
-    times = times[row, token].double()
-    less = torch.where(times > 0, choice["presence"][row] + choice["frequency"][row] * times, 0.0)
-    logits[row, token] = (logits[row, token].double() - less).float()
-    return logits

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from echo_trt.backends.cuda import choose
 from echo_trt.backends.cuda.calls import Staging
 from echo_trt.backends.cuda.device import check_room
 from echo_trt.backends.cuda.transfers import fetch, send
-from echo_trt.speculation.sampling.choice import SamplingBatch, part_of
+from echo_trt.speculation.sampling.choice import SamplingBatch
 
-#: Bytes of float32 logits from which tokens are chosen at once; a choice takes about 15 times as much memory. Larger:
+#: Bytes of float32 logits whose best tokens are searched for at once; that takes several times as much memory. Larger:
 #: fewer launches, and more memory that the KV pool must leave free.
 _AT_ONCE = 32 << 20
 
@@ -70,17 +71,9 @@ class DeviceRows:
 class DeviceLogits(DeviceRows):
     """The target's logits float [n, V]: what is chosen from them is computed where they are."""
 
-    def choose(self, rows: np.ndarray, choice: SamplingBatch) -> np.ndarray:
-        """Choose a token at each of ``rows`` int64 [m], as ``speculation.sampling.choice.choose``: int64 [m]."""
-        chosen = [self._choose(rows[part], part_of(choice, part)) for part in self._parts(len(rows))]
-        return fetch(torch.cat(chosen)) if chosen else np.zeros(0, np.int64)
-
-    def _choose(self, rows: np.ndarray, choice: SamplingBatch) -> Tensor:
-        arrays = {field.name: getattr(choice, field.name) for field in fields(choice)}
-        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
-        sent = self._send(arrays | {"rows": rows})
-        limits, max_top_k = choice.limits, choice.largest_top_k
-        return choose.choose(self.tensor[sent.pop("rows")], sent, limits=limits, max_top_k=max_top_k)
+    def choose(self, rows: np.ndarray, choice: SamplingBatch, *lineage: np.ndarray) -> np.ndarray:
+        """Choose a token at each of ``rows`` int64 [m]; see ``backends.cuda.choose``, also for ``lineage``."""
+        return choose.choose(self.tensor, rows, choice, *lineage)
 
     def log_probabilities(
         self, rows: np.ndarray, tokens: np.ndarray, max_top_k: int
@@ -95,7 +88,8 @@ class DeviceLogits(DeviceRows):
         )
 
     def _log_probabilities(self, rows: np.ndarray, tokens: np.ndarray, max_top_k: int) -> Tensor:
-        sent = self._send({"rows": rows, "tokens": tokens})
+        arrays = {"rows": rows, "tokens": tokens}
+        sent = Staging(arrays, self._rows.device).upload(arrays)
         found = choose.log_probabilities(self.tensor[sent["rows"]], sent["tokens"], max_top_k)
         return torch.cat([part.reshape(len(rows), -1).double() for part in found], dim=1)
 
@@ -103,30 +97,44 @@ class DeviceLogits(DeviceRows):
         size = max(_AT_ONCE // (4 * self.shape[1]), 1)
         return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
-    def _send(self, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
-        return Staging(arrays, self._rows.device).upload(arrays)
-
 
 def compile_choice(vocab: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Choose at a row of zeros: what draws is compiled at its first launch, which takes a second or more."""
-    none, row, one = np.zeros(0, np.int64), np.zeros(1, np.int64), np.ones(1)
-    limits = {"temperature": one, "top_k": row + 2, "top_p": one / 2, "min_p": one / 2}
-    penalties = {"repetition": one, "presence": one - 1, "frequency": one - 1}
-    history = {"history_row": none, "history_token": none, "history_generated": np.zeros(0, bool)}
-    logit_bias = {"logit_bias_row": none, "logit_bias_token": none, "logit_bias": none.astype(np.float32)}
-    logits = DeviceLogits(torch.zeros(1, vocab, dtype=dtype, device=device))
-    logits.choose(row, SamplingBatch(**limits, **penalties, **history, **logit_bias, seed=row, position=row))
+    """Choose at rows of zeros: what draws is compiled at its first launch, which takes a second or more.
+
+    One row is penalised and biased, the other is not; with and without a grammar's mask.
+    """
+    rows, no, one = np.arange(2), np.zeros(2), np.zeros(1, np.int64)
+    limits = {"temperature": no + 1, "top_k": rows + 2, "top_p": no + 0.5, "min_p": no + 0.5}
+    penalties = {"repetition": no + 1, "presence": no, "frequency": no}
+    history = {"history_row": one, "history_token": one, "history_generated": one.astype(bool)}
+    logit_bias = {"logit_bias_row": one, "logit_bias_token": one, "logit_bias": one.astype(np.float32)}
+    logits = DeviceLogits(torch.zeros(2, vocab, dtype=dtype, device=device))
+    for masks in (None, np.full((2, -(-vocab // 8)), 255, np.uint8)):
+        choice = SamplingBatch(**limits, **penalties, **history, **logit_bias, seed=rows, position=rows, masks=masks)
+        logits.choose(rows, choice)
 
 
 class DeviceFeatureCache:
-    """Rows [count, width] on a device. ``read`` sends their numbers alone; the call gathers them."""
+    """Rows [count, width] on a device. ``read`` sends their numbers alone; the call gathers them.
 
-    def __init__(self, count: int, width: int, dtype: torch.dtype, device: torch.device):
+    project  makes the rows of what is written; by default they are kept as they are
+    """
+
+    def __init__(
+        self,
+        count: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        project: Callable[[Tensor], Tensor] = lambda rows: rows,
+    ):
         if device.type == "cuda":
             needed = count * width * dtype.itemsize
             check_room(device, needed, f"the draft's memory of {count:,} rows", "lower limits.kv_blocks")
         self.rows = torch.zeros(count, width, dtype=dtype, device=device)
+        self._project = project
 
+    @torch.inference_mode()
     def write(self, handles: np.ndarray, outputs: Any, rows: np.ndarray) -> None:
         """Keep ``outputs[rows]``, rows int64 [m], at ``handles`` int64 [m]. ``outputs`` may be on the device."""
         if len(handles) == 0:
@@ -134,10 +142,10 @@ class DeviceFeatureCache:
         device = self.rows.device
         if isinstance(outputs, DeviceRows):
             both = send(np.stack((handles, rows)).astype(np.int64), device)
-            self.rows[both[0]] = outputs.tensor[both[1]].to(self.rows.dtype)
+            self.rows[both[0]] = self._project(outputs.tensor[both[1]].to(self.rows.dtype))
         else:
             values = send(np.asarray(outputs[rows], np.float32), device)
-            self.rows[send(handles.astype(np.int64), device)] = values.to(self.rows.dtype)
+            self.rows[send(handles.astype(np.int64), device)] = self._project(values.to(self.rows.dtype))
 
     def read(self, handles: np.ndarray) -> FeatureHandles:
         """Return rows ``handles`` int64 [m] as an input of the engine that has this bank."""

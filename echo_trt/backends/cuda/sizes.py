@@ -17,6 +17,7 @@ Capacity = dict[str, int]  # rows of device memory for an array of which a call 
 #: Tokens of a call that is padded and captured: a chunk of 512 beside the trees of all requests. Larger: more graphs,
 #: whose launches arithmetic hides.
 LARGEST = 1024
+_PROMPT_ROWS = 16  # rows of logits of one request's prompt chunk, which ends or not; larger: more rows of padding
 _MASK_ROWS = 512  # tokens of one tree that a captured call has room for; larger: more memory
 #: Arrays whose rows behind a call's own are never read, since others say where a request's part begins. The first one
 #: is sent in one copy with the arrays of a fixed length.
@@ -70,7 +71,7 @@ def graph_sizes(requests: int, tree: int = LARGEST) -> tuple[Size, ...]:
             if tokens < 64 or count > 1 or tokens <= bucket(tree):
                 sizes.add(Size(tokens, tokens, count))
             if tokens >= 64:
-                sizes.add(Size(tokens, tokens // 4, count))
+                sizes.add(Size(tokens, _PROMPT_ROWS if count == 1 else tokens // 4, count))
     return tuple(sorted(sizes))
 
 

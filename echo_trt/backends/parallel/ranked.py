@@ -57,6 +57,7 @@ class RankedEngine:
             self._end()
             raise
         self.num_blocks, self.sizes = engines[0].num_blocks, engines[0].sizes
+        self.prefill_alone: int = getattr(engines[0], "prefill_alone", 0)
 
     def overlap(self, work: Callable[[], None]) -> bool:
         return overlap(self._engines[0], work)

@@ -83,6 +83,7 @@ class TensorRTEngine:
                 f"batch is {slots}, but {session.name} was built for {self._limits.batch} running requests; lower it, "
                 "or raise limits.batch in the recipe and build again."
             )
+        self.prefill_alone = 0 if contiguous else min(LARGEST, self._limits.tokens)
         self._pool = self._allocate((len(self._caches), slots if contiguous else num_blocks, heads, rows, head_dim))
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         if self._stream is not None:  # the pool is zeroed on PyTorch's current stream

@@ -23,11 +23,21 @@ from echo_trt.backends.cuda.device_rows import (
     numbered,
 )
 from echo_trt.backends.cuda.levels import Levels
-from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, capacity_of, empty_calls, graph_sizes, pad, size_for
+from echo_trt.backends.cuda.sizes import (
+    LARGEST,
+    SIZES,
+    Arrays,
+    CallBounds,
+    capacity_of,
+    empty_calls,
+    graph_sizes,
+    pad,
+    size_for,
+)
 from echo_trt.backends.cuda.transfers import pack_results, read_results, send
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.errors import UserError
-from echo_trt.models.config import BlockConfig, DecoderConfig
+from echo_trt.models.config import DecoderConfig
 from echo_trt.models.layers import Config
 from echo_trt.models.ranks import Alone, Collectives, among
 from echo_trt.models.roles import Role
@@ -60,6 +70,7 @@ class TorchEngine:
         resident: bool | None = None,
     ):
         self.num_blocks, self.sizes = num_blocks, SIZES if device == "cuda" else ()
+        self.prefill_alone = LARGEST if self.sizes else 0  # more run without a graph
         self.device = cuda_device() if device == "cuda" else torch.device(device)
         config = role.network.config
         self._role = role.to(self.device)
@@ -81,17 +92,24 @@ class TorchEngine:
             self._capture_all()
 
     def _make_banks(self) -> dict[str, DeviceFeatureCache]:
-        """Make the banks of a head: features by pool row, and states of nodes that are drafted in one iteration."""
-        config, inputs = self._role.network.config, self._role.inputs
+        """Make the banks of a head: features by pool row, and states of nodes that are drafted in one iteration.
+
+        Of features their projection to a hidden state is kept, which has a third of their size or less.
+        """
+        network, inputs = self._role.network, self._role.inputs
+        config, banks = network.config, {}
         if isinstance(config, DecoderConfig):
             return {}
-        features = config.feature_size if isinstance(config, BlockConfig) else 3 * config.target_hidden_size
-        sizes = {"features": (self.num_blocks * BLOCK, features)}
+        kind = self._dtype, self.device
+        if "features" in inputs:
+            size = self.num_blocks * BLOCK, config.hidden_size
+            banks["features"] = DeviceFeatureCache(*size, *kind, network.combine)
         nodes = self._bounds.requests * (self._bounds.tree + 1)
         if self._bounds.table:  # each node has a KV row; padded requests have nodes without one
             nodes = min(nodes, self._bounds.table * BLOCK)
-        sizes["hidden"] = nodes, config.hidden_size
-        return {n: DeviceFeatureCache(*size, self._dtype, self.device) for n, size in sizes.items() if n in inputs}
+        if "hidden" in inputs:
+            banks["hidden"] = DeviceFeatureCache(nodes, config.hidden_size, *kind)
+        return banks
 
     def overlap(self, work: Callable[[], None]) -> bool:
         if self._resident:
@@ -132,7 +150,15 @@ class TorchEngine:
 
     def _forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Compute the role's outputs; if they stay on the device, the packed results follow."""
+        outputs = self._compute(tensors)
+        if self._resident:
+            return *outputs, pack_results(dict(zip(self._role.outputs, outputs, strict=True)))
+        return outputs
+
+    def _compute(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         named = {name: gathered(name, tensors[name], self._feature_caches) for name in self._role.inputs}
+        if "features" in self._feature_caches and tensors["features"].ndim == 1:
+            named["combined"] = named.pop("features")
         named = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in named.items()}
         metadata = [tensors[name] for name in METADATA]
 
@@ -142,9 +168,7 @@ class TorchEngine:
             return self._operator(query, key, value, self._pool[2 * layer], self._pool[2 * layer + 1], *metadata)
 
         with among(self._collectives):
-            outputs = self._role(named, tensors["logit_rows"], attend)
-        if self._resident:
-            return *outputs, pack_results(dict(zip(self._role.outputs, outputs, strict=True)))
+            outputs: tuple[Tensor, ...] = self._role(named, tensors["logit_rows"], attend)
         return outputs
 
     @property
@@ -155,7 +179,7 @@ class TorchEngine:
     @cached_property
     def _levels(self) -> Levels:
         states, graphs = self._feature_caches["hidden"].rows, self._graphs is not None
-        return Levels(self._forward, states, self._role.top_k, self._bounds, graphs)
+        return Levels(self._compute, states, self._role.top_k, self._bounds, graphs)
 
     @torch.inference_mode()
     def capture_levels(self, shapes: Callable[[int], Collection[LevelShape]], text: Any = None) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from echo_trt.speculation.sampling.draw import GREEDY, sample
+from echo_trt.speculation.sampling.draw import sample
 from echo_trt.speculation.sampling.penalties import penalise
 
 
@@ -41,27 +41,17 @@ class SamplingBatch:
     logit_bias: np.ndarray
     masks: np.ndarray | None = None
 
-    @property
-    def limits(self) -> bool:
-        """Whether top-k, top-p or min-p shuts tokens out anywhere."""
-        return bool((self.top_k > 1).any() or (self.top_p < 1).any() or (self.min_p > 0).any())
 
-    @property
-    def largest_top_k(self) -> int | None:
-        """The largest top-k of drawn rows; 0 where none has one, None where some have one and others have not."""
-        top_k = self.top_k[(self.temperature > GREEDY) & (self.top_k != 1)]
-        max_top_k = int(top_k.max(initial=0))
-        return max_top_k if max_top_k == 0 or top_k.min() > 0 else None
-
-
-def part_of(choice: SamplingBatch, part: slice) -> SamplingBatch:
-    """Return the choice at rows ``part``, a slice from one row to another."""
+def part_of(choice: SamplingBatch, part: np.ndarray) -> SamplingBatch:
+    """Return the choice at rows ``part`` int64 [m], of which none is there twice."""
+    index_of = np.full(len(choice.seed), -1)
+    index_of[part] = np.arange(len(part))
     values = {field.name: getattr(choice, field.name) for field in fields(choice)}
     for kind in ("history", "logit_bias"):
-        row = values[f"{kind}_row"]
-        inside = (part.start <= row) & (row < part.stop)
+        row = index_of[values[f"{kind}_row"]]
+        inside = row >= 0
         values |= {name: value[inside] for name, value in values.items() if name.startswith(kind)}
-        values[f"{kind}_row"] = row[inside] - part.start
+        values[f"{kind}_row"] = row[inside]
     values |= {n: v[part] for n, v in values.items() if v is not None and not n.startswith(("history", "logit_bias"))}
     return SamplingBatch(**values)
 

@@ -19,9 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from echo_trt.backends.cuda import race_kernel
-from echo_trt.speculation.sampling.draw import CALLS
-from super_tree_attention import kernel
+from super_tree_attention import kernel, layer_kernels, sampling_kernels
 from super_tree_attention.kernel_plan import MAX_SPLITS, ROWS, registers_of, steps_for, warps_of
 from super_tree_attention.triton_attention import ROUNDING
 
@@ -39,11 +37,17 @@ _TYPES = (
     | dict.fromkeys(("mask_bytes", "num_splits", "kv_heads"), "i32")
     | {"tree_mask": "*u8"}
 )
-_RACE = (
-    dict.fromkeys(("top", "inverse", "arrivals"), "*fp64")
-    | dict.fromkeys(("seed", "position", "tokens"), "*i64")
-    | {"logits": "*fp32", "size": "i32", "span": "i32"}
+_SAMPLED = (
+    dict.fromkeys(("row", "index", "parent", "drafted", "top_k", "seed", "position", "tokens"), "*i64")
+    | {"masks": "*u8", "inverse": "*fp64", "heat": "*fp32", "gap": "*fp32", "top_p": "*fp64"}
+    | dict.fromkeys(("size", "mask_size"), "i32")
 )
+_PENALISED = (
+    dict.fromkeys(("rows", "row", "token"), "*i64")
+    | dict.fromkeys(("repetition", "presence", "frequency"), "*fp64")
+    | {"out": "*fp32", "times": "*i32", "count": "i32", "size": "i32"}
+)
+_LAYER = dict.fromkeys(("size", "heads", "kv_heads"), "i32") | {"eps": "fp32", "cos": "*fp32", "sin": "*fp32"}
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,14 @@ def _sources(dtype: str, head_dim: int, group: int, architecture: int) -> dict[s
     made["combine"] = KernelSource(kernel.combine, sizes | {"MAX_SPLITS": MAX_SPLITS}, {}, {})
     for name in ("gather_rows", "scatter_rows"):
         made[name] = KernelSource(kernel.copy_rows, sizes | {"GATHER": name == "gather_rows"}, {}, {})
-    made["race"] = KernelSource(race_kernel.race, {"CALLS": CALLS}, {}, _RACE)
+    for name, masked in (("sample", False), ("sample_masked", True)):
+        constants = {"MASKED": masked, "LANES": 512}
+        made[name] = KernelSource(sampling_kernels.sample, constants, {"num_warps": 8}, _SAMPLED)
+    made["penalise"] = KernelSource(sampling_kernels.penalise, {"BLOCK": 1024}, {}, _PENALISED)
+    made["add_norm"] = KernelSource(layer_kernels.add_norm_kernel, {"BLOCK": 4096}, {"num_warps": 8}, _LAYER)
+    made["silu_mul"] = KernelSource(layer_kernels.silu_mul_kernel, {"BLOCK": 1024}, {}, _LAYER)
+    constants = {"DIM": head_dim, "NORM": True}
+    made["rotated"] = KernelSource(layer_kernels.rotated_kernel, constants, {"num_warps": 1}, _LAYER)
     return made
 
 

@@ -106,6 +106,8 @@ def test_what_an_8b_model_needs():
     target, draft = (shape.sizes for shape in shapes(recipe(), BUILD))
     need = needs(recipe(), target, draft)
     assert needs(recipe(engine="openvino"), target, draft).features == 0
+    kept = [needs(recipe(engine=engine), target, draft).features_token for engine in ("tensorrt", "torch")]
+    assert kept == [2 * draft.feature_size, 2 * draft.hidden_size]  # PyTorch keeps what the head makes of them
     assert need.fixed == need.target_weights + need.draft_weights + need.working + need.reserved.total
     assert needs(recipe(engine="openvino"), target, draft).reserved == Reserved()
     assert needs(recipe(precision="int8"), target, draft).target_weights == 8_190_735_360
