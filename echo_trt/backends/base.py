@@ -58,8 +58,8 @@ class Engine(Protocol):
 
     An engine on a device may also have ``feature_cache`` (``feature_cache_of``), ``overlap``, ``prefill_alone`` (prompt
     tokens of a call without other work, if more than a chunk) and, of an EAGLE-3 head, ``run_levels``
-    (``engine.drafters.levels.LevelsEngine``). An engine whose verified chains have the bits of plain
-    decoding, and whose trees do not, sets ``rounds_trees``.
+    (``backends.cuda.engine.DeviceEngine``). An engine whose verified chains have the bits of plain decoding, and whose
+    trees do not, sets ``rounds_trees``.
 
     num_blocks  KV blocks of the pool
     sizes       [m], tokens, ascending: a verification is padded to the next size and any pass to the first. Larger

@@ -15,6 +15,7 @@ from random_calls import Script
 from refusal import refused
 from stand_in_graphs import StandInGraph, as_on_a_gpu, in_banks, uncollected, with_graphs
 
+from echo_trt.backends.cuda import engine as device_engine
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.calls import Graphs
 from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, graph_sizes, size_for
@@ -233,9 +234,9 @@ def test_a_ranks_weights_are_loaded_onto_its_own_card(monkeypatch, tmp_path):
 
 def test_host_work_is_called_between_a_launch_and_its_results(networks, monkeypatch):
     order = []
-    launch, read = TorchEngine._launch, torch_engine.read_results
+    launch, read = TorchEngine._launch, device_engine.read_results
     monkeypatch.setattr(TorchEngine, "_launch", lambda *a: (order.append("launch"), launch(*a))[1])
-    monkeypatch.setattr(torch_engine, "read_results", lambda *a: (order.append("read"), read(*a))[1])
+    monkeypatch.setattr(device_engine, "read_results", lambda *a: (order.append("read"), read(*a))[1])
     target = roles_of("lookup", networks)["target"]
     on_host, on_device = (TorchEngine(target, BLOCKS, resident=resident) for resident in (False, True))
     assert not on_host.overlap(lambda: order.append("work"))

@@ -5,11 +5,9 @@ TensorRT with the plugin takes packed calls over a paged pool; the native graph 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,17 +15,11 @@ from torch import Tensor
 
 from echo_trt.backends.cuda.calls import Graphs, Staging
 from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device, launching_kernels
-from echo_trt.backends.cuda.device_rows import (
-    DeviceFeatureCache,
-    DeviceLogits,
-    DeviceRows,
-    compile_choice,
-    gathered,
-    numbered,
-)
-from echo_trt.backends.cuda.levels import Levels, parts_of_level
+from echo_trt.backends.cuda.device_rows import DeviceFeatureCache, compile_choice, gathered
+from echo_trt.backends.cuda.engine import DeviceEngine
+from echo_trt.backends.cuda.levels import parts_of_level
 from echo_trt.backends.cuda.sizes import LARGEST, SIZES, CallBounds, empty_calls, graph_sizes
-from echo_trt.backends.cuda.transfers import PACKED, pack_results, read_results, send
+from echo_trt.backends.cuda.transfers import PACKED, pack_results, send
 from echo_trt.backends.padded import ROW_OUTPUTS, SlotLayout
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.backends.tensorrt.calls import CallLimits, MicroBatch, in_words, linear_pieces, packed_pieces
@@ -35,7 +27,7 @@ from echo_trt.backends.tensorrt.library import COMPILERS, load_compiler
 from echo_trt.backends.tensorrt.session import Session
 from echo_trt.bundle.manifest import TensorRTFacts
 from echo_trt.errors import UserError
-from echo_trt.speculation.pack import BLOCK, ForwardBatch, LevelShape
+from echo_trt.speculation.pack import BLOCK, ForwardBatch
 from super_tree_attention.tensorrt_plugin import WRITTEN
 
 
@@ -59,7 +51,7 @@ def check_card(engine: str, facts: TensorRTFacts, capability: str, name: str) ->
         )
 
 
-class TensorRTEngine:
+class TensorRTEngine(DeviceEngine):
     """A compiled network on the session's device, and its KV cache.
 
     It has room for ``slots`` requests of ``blocks`` KV blocks, or for ``num_blocks`` of all in a paged pool.
@@ -70,7 +62,7 @@ class TensorRTEngine:
     def __init__(
         self, session: Session, slots: int, blocks: int, num_blocks: int, graphs: bool = True, tree: int | None = None
     ):
-        self._session, self._device = session, session.device
+        self._session, self.device = session, session.device
         self._caches = [name for name in session.inputs if "_cache." in name]
         contiguous = f"new_{self._caches[0]}" in session.outputs
         self._aliases = {f"new_{name}" if contiguous else name + WRITTEN: name for name in self._caches}
@@ -85,9 +77,9 @@ class TensorRTEngine:
             )
         self.prefill_alone = 0 if contiguous else min(LARGEST, self._limits.tokens)
         self._pool = self._allocate((len(self._caches), slots if contiguous else num_blocks, heads, rows, head_dim))
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         if self._stream is not None:  # the pool is zeroed on PyTorch's current stream
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
         self._bounds = CallBounds(self._limits.batch, blocks)
         self._sizes = tuple(
             size for size in graph_sizes(self._limits.batch) if size.tokens <= self._limits.tokens and not contiguous
@@ -96,11 +88,10 @@ class TensorRTEngine:
         sizes = {"features": self.num_blocks * BLOCK, "hidden": nodes}
         self._widths = {name: session.largest(name, 1) for name in sizes if name in session.inputs}
         self._feature_caches = {
-            name: DeviceFeatureCache(sizes[name], width, session.types[name], self._device)
+            name: DeviceFeatureCache(sizes[name], width, session.types[name], self.device)
             for name, width in self._widths.items()
         }
-        self._graphs = Graphs(self._forward, self._device) if graphs and self._stream else None
-        self._meanwhile: Callable[[], None] = lambda: None
+        self._graphs = Graphs(self._forward, self.device) if graphs and self._stream else None
 
     @classmethod
     def open(
@@ -135,7 +126,7 @@ class TensorRTEngine:
         if self._layout:
             return
         none = np.zeros(0, np.int64)
-        with self._own_stream():
+        with self._on_stream():
             for size in reversed(self._sizes):
                 for arrays, capacity in empty_calls(size, self._bounds, self._session.inputs):
                     self._launch(MicroBatch(*in_words(arrays, capacity), none, none, none, padded=True))
@@ -146,46 +137,30 @@ class TensorRTEngine:
         row = np.zeros(1, np.int64)
         self.compact_kv(row, row)
         if "logits" in self._session.outputs:
-            compile_choice(self._session.width("logits"), self._session.types["logits"], self._device)
+            compile_choice(self._session.width("logits"), self._session.types["logits"], self.device)
 
     def _allocate(self, shape: tuple[int, ...]) -> Tensor:
         dtype = self._session.types[self._caches[0]]
         needed = int(np.prod(shape)) * dtype.itemsize
         lower = "limits.batch or limits.context" if self._layout else "limits.kv_blocks"
-        if self._device.type == "cuda":
-            check_room(self._device, needed, f"the KV cache of {self.num_blocks} blocks", f"lower {lower}")
-        return torch.zeros(shape, dtype=dtype, device=self._device)
+        if self.device.type == "cuda":
+            check_room(self.device, needed, f"the KV cache of {self.num_blocks} blocks", f"lower {lower}")
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    @torch.inference_mode()
-    def run(self, call: ForwardBatch, **inputs: Any) -> dict[str, np.ndarray]:
-        """See ``backends.base.Engine``; large outputs are ``DeviceRows``, which read like arrays."""
-        inputs = numbered(inputs)
-        with self._own_stream():
-            if self._layout:
-                self._clear(call)
-                pieces = linear_pieces(call, inputs, self._layout, self._limits)
-            else:
-                pieces = packed_pieces(call, inputs, self._limits, self._sizes, self._bounds)
-            whole = self._join(call, pieces)
-            self._meanwhile()
-            return self._read(whole)
-
-    def overlap(self, work: Callable[[], None]) -> bool:
-        self._meanwhile = work
-        return True
-
-    def feature_cache(self, name: str) -> DeviceFeatureCache | None:
-        return self._feature_caches.get(name)
+    def _outputs(self, call: ForwardBatch, inputs: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        if self._layout:
+            self._clear(call)
+            return self._join(call, linear_pieces(call, inputs, self._layout, self._limits))
+        return self._join(call, packed_pieces(call, inputs, self._limits, self._sizes, self._bounds))
 
     @property
     def drafts_levels(self) -> bool:
         """Whether this is a head over a paged pool, which can draft several levels on the device."""
-        return self._layout is None and "hidden" in self._feature_caches
+        return self._layout is None and super().drafts_levels
 
-    @cached_property
-    def _levels(self) -> Levels:
-        states, top_k = self._feature_caches["hidden"].rows, self._session.width("scores")
-        return Levels(self._level, states, top_k, self._bounds, self._graphs is not None)
+    @property
+    def _top_k(self) -> int:
+        return self._session.width("scores")
 
     def _level(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Launch one level, in parts that the profiles hold; returns scores, candidates and states."""
@@ -199,44 +174,13 @@ class TensorRTEngine:
         named = dict(zip(self._output_names(), outputs, strict=True))
         return named["scores"], named["candidates"], named["state"]
 
-    @torch.inference_mode()
-    def capture_levels(self, shapes: Callable[[int], Collection[LevelShape]], text: Any = None) -> None:
-        """Capture drafts of several levels as CUDA graphs before requests wait; see ``Levels.capture``."""
-        with self._own_stream():
-            self._levels.capture(shapes, text)
-
-    def padded_requests(self, requests: int) -> int:
-        return self._levels.padded(requests)
-
-    @torch.inference_mode()
-    def start_levels(
-        self,
-        call: ForwardBatch,
-        below: ForwardBatch,
-        shape: LevelShape,
-        max_nodes: int,
-        keys: np.ndarray | None = None,
-        **inputs: Any,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        with self._own_stream():
-            whole = self._join(call, packed_pieces(call, numbered(inputs), self._limits, self._sizes, self._bounds))
-            roots = self._levels.proposals(call, keys, whole["scores"], whole["candidates"], whole[PACKED])
-            self._levels.begin(*roots[:2], whole["state"][send(call.logit_rows, self._device)])
-            rows = np.arange(len(call.logit_rows))
-            return self._levels.run(below, rows, shape, max_nodes, roots[2])
-
-    @torch.inference_mode()
-    def run_levels(self, below: ForwardBatch, rows: np.ndarray, shape: LevelShape, max_nodes: int) -> np.ndarray:
-        with self._own_stream():
-            return self._levels.run(below, rows, shape, max_nodes)[1]
-
     @contextmanager
-    def _own_stream(self) -> Iterator[None]:
+    def _on_stream(self) -> Iterator[None]:
         """Launch on this engine's stream, behind what the current one has and before what it gets afterwards.
 
         There banks are written and outputs are read, and neither stream waits for the other by itself.
         """
-        current = torch.cuda.current_stream(self._device) if self._stream is not None else None
+        current = torch.cuda.current_stream(self.device) if self._stream is not None else None
         if current is not None:
             self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -248,7 +192,7 @@ class TensorRTEngine:
         """Zero the slots of new requests: masked rows must be finite, and previous requests may have left others."""
         starting = np.flatnonzero(call.past_lens == 0)
         if len(starting):
-            self._pool[:, send(self._layout.slots_of(call)[starting], self._device)] = 0
+            self._pool[:, send(self._layout.slots_of(call)[starting], self.device)] = 0
 
     def _join(self, call: ForwardBatch, pieces: Iterable[MicroBatch]) -> dict[str, Tensor]:
         """Launch the pieces and put the packed call's outputs together, on the device.
@@ -276,14 +220,14 @@ class TensorRTEngine:
         arrays = piece.rows, piece.padded_rows, piece.requested
         if all((np.diff(array) == 1).all() for array in arrays):
             return [slice(int(array[0]), int(array[-1]) + 1) if len(array) else slice(0, 0) for array in arrays]
-        return list(send(np.concatenate(arrays), self._device).split([len(array) for array in arrays]))
+        return list(send(np.concatenate(arrays), self.device).split([len(array) for array in arrays]))
 
     def _launch(self, piece: MicroBatch) -> dict[str, Tensor]:
         outputs = None
         if self._graphs and piece.padded and piece.tokens <= LARGEST:
             outputs = self._graphs.run(piece.arrays, piece.capacity, piece.first)
         if outputs is None:
-            inputs = Staging(piece.arrays, self._device, piece.capacity).upload(piece.arrays)
+            inputs = Staging(piece.arrays, self.device, piece.capacity).upload(piece.arrays)
             outputs = self._forward(inputs, piece.first, recurs=piece.padded)
         return dict(zip(self._output_names(), outputs, strict=True))
 
@@ -302,20 +246,13 @@ class TensorRTEngine:
     def _output_names(self) -> Iterator[str]:
         return iter([*(name for name in self._session.outputs if name not in self._aliases), PACKED])
 
-    def _read(self, whole: dict[str, Tensor]) -> dict[str, np.ndarray | DeviceRows]:
-        """Copy small outputs at once; logits, features and states are copied as they are read."""
-        packed = whole.pop(PACKED)
-        read, best = read_results(packed, whole)
-        late = {n: DeviceLogits(t, best) if n == "logits" else DeviceRows(t) for n, t in whole.items() if n not in read}
-        return {name: (read | late)[name] for name in whole}
-
     @torch.inference_mode()
     def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
         from super_tree_attention.triton_attention import move_rows
 
         rows = np.stack([self._pool_rows(rows) for rows in (source, target)])
-        with self._own_stream():
-            move_rows(self._pool, *send(rows, self._device))
+        with self._on_stream():
+            move_rows(self._pool, *send(rows, self.device))
 
     def _pool_rows(self, rows: np.ndarray) -> np.ndarray:
         """Convert pool rows to the rows of move_rows, whose block is a slot's cache here."""

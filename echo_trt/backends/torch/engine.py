@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,8 @@ from torch import Tensor
 from echo_trt.backends.base import METADATA
 from echo_trt.backends.cuda.calls import Graphs, Staging
 from echo_trt.backends.cuda.device import check_heads, check_room, cuda_device, has_cuda, launching_kernels
-from echo_trt.backends.cuda.device_rows import (
-    DeviceFeatureCache,
-    DeviceLogits,
-    DeviceRows,
-    compile_choice,
-    gathered,
-    numbered,
-)
-from echo_trt.backends.cuda.levels import Levels
+from echo_trt.backends.cuda.device_rows import DeviceFeatureCache, compile_choice, gathered
+from echo_trt.backends.cuda.engine import DeviceEngine
 from echo_trt.backends.cuda.sizes import (
     LARGEST,
     SIZES,
@@ -34,20 +26,21 @@ from echo_trt.backends.cuda.sizes import (
     pad,
     size_for,
 )
-from echo_trt.backends.cuda.transfers import pack_results, read_results, send
+from echo_trt.backends.cuda.transfers import PACKED, pack_results, send
+from echo_trt.backends.padded import ROW_OUTPUTS
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.errors import UserError
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.layers import Config
 from echo_trt.models.ranks import Alone, Collectives, among
 from echo_trt.models.roles import Role
-from echo_trt.speculation.pack import BLOCK, ForwardBatch, LevelShape
+from echo_trt.speculation.pack import BLOCK, ForwardBatch
 from super_tree_attention import super_tree_attention
 
 MAX_REQUESTS = 256  # in one call of an engine that is not told its largest calls
 
 
-class TorchEngine:
+class TorchEngine(DeviceEngine):
     """A network in eager PyTorch and a KV pool of ``num_blocks`` blocks.
 
     role         its network is moved to ``device``
@@ -83,7 +76,6 @@ class TorchEngine:
             check_room(self.device, needed, f"the KV cache of {num_blocks} blocks", "lower limits.kv_blocks")
         self._pool = torch.zeros(shape, dtype=self._dtype, device=self.device)
         self._resident = self.device.type != "cpu" if resident is None else resident
-        self._meanwhile: Callable[[], None] = lambda: None
         self._bounds = bounds or CallBounds(MAX_REQUESTS, num_blocks, table=num_blocks)
         self._feature_caches = self._make_banks() if self._resident else {}
         self._graph_sizes = graph_sizes(self._bounds.requests, self._bounds.tree)
@@ -111,14 +103,6 @@ class TorchEngine:
             banks["hidden"] = DeviceFeatureCache(nodes, config.hidden_size, *kind)
         return banks
 
-    def overlap(self, work: Callable[[], None]) -> bool:
-        if self._resident:
-            self._meanwhile = work
-        return self._resident
-
-    def feature_cache(self, name: str) -> DeviceFeatureCache | None:
-        return self._feature_caches.get(name)
-
     @torch.inference_mode()
     def _capture_all(self) -> None:
         """Capture every size, of entries of each kind, so that no graph is captured while requests wait."""
@@ -135,16 +119,19 @@ class TorchEngine:
         if "logits" in self._role.outputs:
             compile_choice(self._role.network.config.vocab_size, self._dtype, self.device)
 
+    def overlap(self, work: Callable[[], None]) -> bool:
+        return self._resident and super().overlap(work)
+
     @torch.inference_mode()
-    def run(self, call: ForwardBatch, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        arrays = self._arrays_of(call, inputs)
+    def run(self, call: ForwardBatch, **inputs: Any) -> dict[str, np.ndarray]:
         if self._resident:
-            return self._on_device(arrays)
+            return super().run(call, **inputs)
+        arrays = self._arrays_of(call, inputs)
         outputs = self._forward({name: torch.from_numpy(array) for name, array in arrays.items()})
         return {name: _as_array(o) for name, o in zip(self._role.outputs, outputs, strict=True)}
 
     def _arrays_of(self, call: ForwardBatch, inputs: dict[str, np.ndarray]) -> Arrays:
-        arrays = numbered({"token_ids": call.token_ids, "positions": call.positions, **inputs})
+        arrays = {"token_ids": call.token_ids, "positions": call.positions, **inputs}
         arrays = {name: arrays[name] for name in self._role.inputs}
         return arrays | {name: getattr(call, name) for name in (*METADATA, "logit_rows")}
 
@@ -171,57 +158,17 @@ class TorchEngine:
             outputs: tuple[Tensor, ...] = self._role(named, tensors["logit_rows"], attend)
         return outputs
 
+    def _level(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return self._compute(tensors)
+
     @property
-    def drafts_levels(self) -> bool:
-        """Whether this is a head whose states stay on the device, which can draft several levels there."""
-        return "hidden" in self._feature_caches
+    def _top_k(self) -> int:
+        return self._role.top_k
 
-    @cached_property
-    def _levels(self) -> Levels:
-        states, graphs = self._feature_caches["hidden"].rows, self._graphs is not None
-        return Levels(self._compute, states, self._role.top_k, self._bounds, graphs)
-
-    @torch.inference_mode()
-    def capture_levels(self, shapes: Callable[[int], Collection[LevelShape]], text: Any = None) -> None:
-        """Capture drafts of several levels as CUDA graphs before requests wait; see ``Levels.capture``."""
-        self._levels.capture(shapes, text)
-
-    def padded_requests(self, requests: int) -> int:
-        return self._levels.padded(requests)
-
-    @torch.inference_mode()
-    def start_levels(
-        self,
-        call: ForwardBatch,
-        below: ForwardBatch,
-        shape: LevelShape,
-        max_nodes: int,
-        keys: np.ndarray | None = None,
-        **inputs: Any,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        arrays = self._arrays_of(call, inputs)
-        scores, candidates, state, packed = self._launch(arrays)
-        rows = send(arrays["logit_rows"], self.device)
-        count = len(rows)
-        roots = self._levels.proposals(call, keys, scores[:count], candidates[:count], packed[:count])
-        self._levels.begin(*roots[:2], state[rows])
-        return self._levels.run(below, np.arange(count), shape, max_nodes, roots[2])
-
-    @torch.inference_mode()
-    def run_levels(self, below: ForwardBatch, rows: np.ndarray, shape: LevelShape, max_nodes: int) -> np.ndarray:
-        return self._levels.run(below, rows, shape, max_nodes)[1]
-
-    def _on_device(self, arrays: Arrays) -> dict[str, np.ndarray | DeviceRows]:
-        """Run on the device. One copy brings small results to the host; other outputs are copied as they are read."""
-        outputs = self._launch(arrays)
-        self._meanwhile()
-        requested, tokens = len(arrays["logit_rows"]), len(arrays["token_ids"])
-        named = dict(zip(self._role.outputs, outputs, strict=False))
-        read, best = read_results(outputs[-1][:requested], named)
-        for name, output in named.items():
-            if name not in read:
-                read[name] = DeviceLogits(output[:requested], best) if name == "logits" else DeviceRows(output[:tokens])
-        return {name: read[name] for name in self._role.outputs}
+    def _outputs(self, call: ForwardBatch, inputs: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        outputs = dict(zip((*self._role.outputs, PACKED), self._launch(self._arrays_of(call, inputs)), strict=True))
+        requested, tokens = len(call.logit_rows), len(call.token_ids)
+        return {name: output[: tokens if name in ROW_OUTPUTS else requested] for name, output in outputs.items()}
 
     def _launch(self, arrays: Arrays) -> tuple[Tensor, ...]:
         """Replay a graph, or launch; rows of padding follow those of the call."""

@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from echo_trt.backends.base import Engine
 from echo_trt.engine.drafters.eagle3 import Eagle3Drafter, EngineDraft
-from echo_trt.engine.synthetic import SyntheticText
 from echo_trt.speculation.arrays import next_size
 from echo_trt.speculation.drafts import KnownTrees, Proposals
 from echo_trt.speculation.pack import ForwardBatch, LevelShape, pack_levels
 from echo_trt.speculation.super_tree import SuperTree
 
-
-class LevelsEngine(Engine, Protocol):
-    """An engine of a head that also drafts levels where it computes; ``backends.cuda.levels`` has the arrays."""
-
-    def capture_levels(
-        self, shapes: Callable[[int], Collection[LevelShape]], text: SyntheticText | None = None
-    ) -> None:
-        """Prepare the drafts that are asked for, by their number of requests, of a synthetic ``text`` or the head's."""
-
-    def padded_requests(self, requests: int) -> int:
-        """Return the number of requests to which a level of ``requests`` is padded."""
-
-    def start_levels(
-        self,
-        call: ForwardBatch,
-        below: ForwardBatch,
-        shape: LevelShape,
-        max_nodes: int,
-        keys: np.ndarray | None = None,
-        **inputs: Any,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Run ``call``, whose logit rows are the roots', and the first levels, ``below``; ``keys`` of synthetic texts.
-
-        Returns int32 [A, 2k], the bits of the roots' scores and their children, and what ``run_levels`` returns.
-        """
-
-    def run_levels(self, below: ForwardBatch, rows: np.ndarray, shape: LevelShape, max_nodes: int) -> np.ndarray:
-        """Run further levels of the requests in ``rows`` of the call before: int32 [A, 4, M], see ``Levels.run``."""
+if TYPE_CHECKING:
+    from echo_trt.backends.cuda.engine import DeviceEngine
 
 
 class Ahead(NamedTuple):
@@ -80,7 +52,7 @@ def device_work(
 class LevelsDrafter(Eagle3Drafter):
     """An EAGLE-3 head whose engine drafts several levels without a return to the host."""
 
-    engine: LevelsEngine
+    engine: DeviceEngine
 
     def begin(self, slots: np.ndarray) -> LevelsDraft:
         return LevelsDraft(self, slots)
@@ -88,7 +60,7 @@ class LevelsDrafter(Eagle3Drafter):
     def start_levels(
         self, slots: np.ndarray, below: ForwardBatch, shape: LevelShape, max_nodes: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Catch up and draft the levels of ``below``; see ``LevelsEngine.start_levels``."""
+        """Catch up and draft the levels of ``below``; see ``DeviceEngine.start_levels``."""
 
         def run(slots: np.ndarray, start: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
             call, inputs = self._packed(slots, start, counts, np.cumsum(counts) - 1)
