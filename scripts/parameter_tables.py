@@ -56,7 +56,7 @@ def triton_table() -> str:
 
 
 def openai_table() -> str:
-    """Return the fields of both endpoints that are sampling parameters: their bounds as the gateway checks them."""
+    """Return the fields of both endpoints that are sampling parameters: their bounds as the API server checks them."""
     kinds = [CompletionRequest, ChatRequest]
     completion, chat = (kind.model_json_schema()["properties"] for kind in kinds)
     spelt = {

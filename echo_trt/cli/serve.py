@@ -1,4 +1,4 @@
-"""``echo-trt serve``: an engine, by itself or in Triton, and the gateway beside it, supervised and drained as one."""
+"""``echo-trt serve``: an engine, by itself or in Triton, and the API server, supervised and drained as one service."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _check(job: ServeOptions) -> None:
     if job.api_keys and not job.api_keys.is_file():
         raise UserError(f"--api-keys-file is {job.api_keys}, which is no file; name one with a key a line.")
     if job.api_keys:
-        Keys(job.api_keys)  # refuses what the gateway would, before Triton starts
+        Keys(job.api_keys)  # refuses what the API server would, before Triton starts
     checked_origins(job.allowed_origins)
 
 
@@ -180,7 +180,7 @@ class Triton(EngineProcess):
         return None
 
     def drain(self) -> None:
-        """Let the model refuse new requests and finish open ones: Triton does not count the gateway's."""
+        """Let the model refuse new requests and finish open ones: Triton does not count the API server's."""
         (self._signals / "drain").touch()
 
     @property
@@ -195,10 +195,10 @@ class Triton(EngineProcess):
             self.process.wait(STOP_SECONDS)
 
 
-class Gateway(Supervised):
-    """The gateway's process, which serves once it answers by itself, without an engine."""
+class ApiServer(Supervised):
+    """The API server's process, which serves once it answers by itself, without an engine."""
 
-    name = "the gateway"
+    name = "the API server"
 
     def __init__(self, job: ServeOptions, log: ProcessLog, engine: Path):
         """``engine``: the socket that the engine's host listens on."""
@@ -210,15 +210,15 @@ class Gateway(Supervised):
         job = self._job
         words = ["--engine-socket", str(self._engine), "--port", str(job.openai_port), *job.api_words]
         words += ["--drain-seconds", str(job.drain_seconds)]
-        return Process("gateway", [sys.executable, "-m", "echo_trt.server", *words], dict(os.environ), self._log)
+        return Process("server", [sys.executable, "-m", "echo_trt.server", *words], dict(os.environ), self._log)
 
 
 def service(
     job: ServeOptions, server: TritonServer | None, work: Path, stop: threading.Event, log: ProcessLog
 ) -> Supervisor:
-    """Return an engine, in ``server`` if there is one, and the gateway as one service."""
+    """Return an engine, in ``server`` if there is one, and the API server as one service."""
     engine = Triton(job, server, work, log) if server else EngineProcess(job, work, log)
-    processes = [engine, Gateway(job, log, engine.socket)] if job.openai_port else [engine]
+    processes = [engine, ApiServer(job, log, engine.socket)] if job.openai_port else [engine]
     return Supervisor([processes], stop, log, job.drain_seconds, lambda: _urls(job))
 
 

@@ -19,8 +19,8 @@ MAX_STOP_TOKENS = 8
 #: Best tokens at most whose log-probabilities are told beside the emitted one's.
 MAX_LOGPROBS = 20
 #: Log-probabilities at most of one request's echoed prompts: their tokens, times n, times the alternatives and one.
-#: Larger: one short request takes more memory of the gateway, some 450 bytes each, and holds up other streams longer,
-#: by about 10 microseconds each. 8,192 tokens may have 11 alternatives.
+#: Larger: one short request takes more memory of the API server, some 450 bytes each, and holds up other streams
+#: longer, by about 10 microseconds each. 8,192 tokens may have 11 alternatives.
 MAX_PROMPT_LOGPROBS = 100_000
 #: Tokens at most whose logits one request may bias.
 MAX_BIASED = 300

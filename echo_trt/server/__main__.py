@@ -1,4 +1,4 @@
-"""``python -m echo_trt.server``: the gateway as a process of its own, as the images run it."""
+"""``python -m echo_trt.server``: the API server as a process of its own, as the images run it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from echo_trt.server.options import ApiOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewayOptions(ApiOptions):
-    """What the gateway's process is asked to do."""
+class ServerOptions(ApiOptions):
+    """What the API server's process is asked to do."""
 
     engine_socket: Annotated[Path, Parameter(help="The socket of the engine's host.")]
     port: Annotated[Port, Parameter(help="Port to listen on.")] = 9000
@@ -33,7 +33,7 @@ class GatewayOptions(ApiOptions):
 
 
 @command
-def run(options: GatewayOptions) -> int:
+def run(options: ServerOptions) -> int:
     """Serve OpenAI's API for an engine."""
     names, origins = list(options.served_model_names) or [MODEL], list(options.allowed_origins)
     app = create_app(options.engine_socket, options.api_keys, options.largest_body, names, origins, options.page)

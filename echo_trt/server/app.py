@@ -152,7 +152,7 @@ async def version(request: Request) -> Response:
 
 
 async def show_metrics(request: Request) -> PlainTextResponse:
-    """GET /metrics, for Prometheus: the gateway's and the engine's."""
+    """GET /metrics, for Prometheus: the API server's and the engine's."""
     metrics, theirs = request.app.state.metrics, await request.app.state.client.metrics()
     metrics.engine_up.set(theirs is not None)
     return PlainTextResponse(metrics.text() + (theirs or ""), media_type=CONTENT_TYPE_LATEST)
@@ -249,4 +249,4 @@ async def _hung_up(request: Request, error: Exception) -> Response:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     log.error("unexpected %s", type(error).__name__)  # the traceback follows, from the server that runs us
-    return ApiError(500, "The gateway failed at this request; its log says why.", "server_error").response()
+    return ApiError(500, "The API server failed at this request; its log says why.", "server_error").response()

@@ -1,4 +1,4 @@
-"""What the gateway itself counts, for Prometheus."""
+"""What the API server itself counts, for Prometheus."""
 
 from __future__ import annotations
 

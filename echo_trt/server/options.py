@@ -1,4 +1,4 @@
-"""Options of the gateway that ``echo-trt serve`` has too, so that it refuses what the gateway would."""
+"""Options of the API server that ``echo-trt serve`` has too, so that it refuses what the API server would."""
 
 from __future__ import annotations
 

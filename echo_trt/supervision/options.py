@@ -17,7 +17,7 @@ TRITON_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(ApiOptions, EngineOptions):
-    """What ``serve`` is asked to do. ``openai_port`` 0: no gateway."""
+    """What ``serve`` is asked to do. ``openai_port`` 0: no API server."""
 
     http_port: Annotated[Port | None, Parameter(help="Triton's HTTP endpoint, with --triton. Default: 8000.")] = None
     grpc_port: Annotated[Port | None, Parameter(help="Triton's gRPC endpoint, with --triton. Default: 8001.")] = None

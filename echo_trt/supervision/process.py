@@ -144,7 +144,7 @@ def lives(pid: int) -> bool:
 
 
 def raise_open_files() -> None:
-    """Raise the limit of open files, also of children, to the system's: a connection takes two in the gateway."""
+    """Raise the limit of open files, also of children, to the system's: a connection takes two in the API server."""
     _, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
 

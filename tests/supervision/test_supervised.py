@@ -23,7 +23,7 @@ from waiting import wait_until
 
 from echo_trt.adapters.triton import server as triton_server
 from echo_trt.cli import serve as launcher
-from echo_trt.cli.serve import Gateway
+from echo_trt.cli.serve import ApiServer
 from echo_trt.errors import UserError
 from echo_trt.supervision import supervised
 from echo_trt.supervision.options import ServeOptions
@@ -245,7 +245,7 @@ def test_a_gateway_that_hangs_is_replaced(monkeypatch):
         pytest.importorskip(package, reason="needs the gateway")
     monkeypatch.setattr(supervised, "PROBE_EVERY", 0.2)
     monkeypatch.setattr(launcher, "ANSWER_SECONDS", 5)  # within which a busy machine answers
-    gateway = Gateway(ServeOptions(Path("none"), openai_port=free_ports(1)[0]), LogLine(), Path("none"))
+    gateway = ApiServer(ServeOptions(Path("none"), openai_port=free_ports(1)[0]), LogLine(), Path("none"))
 
     try:
         wait_until(lambda: gateway.serving or gateway.step())
@@ -254,7 +254,7 @@ def test_a_gateway_that_hangs_is_replaced(monkeypatch):
         wait_until(lambda: not gateway.serving or gateway.step())
         wait_until(lambda: gateway.serving or gateway.step())
         assert not hung.alive
-        assert gateway._log.lines[0] == "the gateway does not answer; starting it again"
+        assert gateway._log.lines[0] == "the API server does not answer; starting it again"
         assert gateway._log.lines[-1].startswith("serving again after")
     finally:
         gateway.stop()

@@ -162,7 +162,7 @@ def replicas(job: ServeOptions, environment: dict[str, str], stop: threading.Eve
         for number, (port, own) in enumerate(zip(ports, devices, strict=True), 1)
     ]
     frontend = Frontend(job, environment, log, workers)
-    url = f"http://{job.host}:{job.openai_port}/v1"
+    url = f"http://{job.shown_host}:{job.openai_port}/v1"
     text = f"{job.serving}\nOpenAI   {url}, model {job.model_name}\nworkers  {len(workers)}"
     groups: list[Sequence[Supervised]] = [[frontend], workers]
     return Supervisor(groups, stop, log, job.drain_seconds, lambda: text if frontend.lists(job.model_name) else None)

@@ -1,4 +1,4 @@
-"""What the engine's hosts, the launcher and the gateway agree on."""
+"""What the engine's hosts, the launcher and the API server agree on."""
 
 from __future__ import annotations
 

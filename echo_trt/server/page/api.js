@@ -1,4 +1,4 @@
-// Requests to the gateway that this page came from: the key, streams of events, and errors as sentences.
+// Requests to the API server that this page came from: the key, streams of events, and errors as sentences.
 
 const KEY = "echo-trt.key";
 export const LONGEST_EVENT = 4 << 20; // characters; an event that is longer ends its stream

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import urllib.request
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def test_the_frontend_is_asked_without_a_proxy_and_may_say_anything(body, names,
     with answering(body) as port:
         frontend = replicas.Frontend(ServeOptions(Path("bundle"), replicas=1, openai_port=port), {}, log, [])
         assert [name for name in ("echo", "another") if frontend.lists(name)] == names
+    log.close()
+
+
+def test_the_address_that_is_printed_can_be_opened(bundle_of, monkeypatch):
+    log, stop = ProcessLog(os.open(os.devnull, os.O_WRONLY)), threading.Event()
+    monkeypatch.setattr(replicas.Frontend, "lists", lambda self, model: True)
+    job = ServeOptions(bundle_of("lookup"), replicas=1, host="::1", openai_port=9000)
+    supervisor = replicas.replicas(job, {}, stop, log)
+    assert "http://[::1]:9000/v1" in supervisor._announcement()
     log.close()
 
 
