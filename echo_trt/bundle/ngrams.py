@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 
-from echo_trt.bundle.stored import write_whole
 from echo_trt.errors import DAMAGED, UserError
 from echo_trt.speculation.goodput.model.ngrams import NGrams
 
-_STEPS = 255  # steps of a stored probability: more would not fit eight bits
+STEPS = 255  # steps of a stored probability: more would not fit eight bits
 _REMEDY = "make it with scripts/training/train_eagle3.py ngrams, or leave draft.ngrams out of the recipe"
 _COLUMNS = {"keys": "u4", "tokens": "u4", "chances": "u1"}
-
-
-def write_ngrams(ngrams: NGrams, path: Path, target_sha256: str) -> None:
-    """Write n-grams; ``path`` appears whole or not at all. ``target_sha256`` names the target that wrote the text."""
-    stream = io.BytesIO()
-    columns = {
-        "keys": ngrams.keys,
-        "tokens": ngrams.tokens.astype(np.uint32),
-        "chances": np.round(ngrams.chances * _STEPS).astype(np.uint8),
-    }
-    np.savez_compressed(stream, **columns, longest=ngrams.longest, target_sha256=target_sha256)
-    write_whole(path, stream.getvalue())
 
 
 def read_ngrams(path: Path, target_sha256: str, vocab_size: int, remedy: str = _REMEDY) -> NGrams:
@@ -47,4 +33,4 @@ def read_ngrams(path: Path, target_sha256: str, vocab_size: int, remedy: str = _
         raise UserError(f"{path} holds no n-grams (its columns do not fit together); {remedy}.")
     if (keys[1:] <= keys[:-1]).any() or (tokens >= vocab_size).any():
         raise UserError(f"{path} holds no n-grams (keys do not ascend, or a token is beyond {vocab_size}); {remedy}.")
-    return NGrams(keys, tokens, stored["chances"] / _STEPS, int(longest))
+    return NGrams(keys, tokens, stored["chances"] / STEPS, int(longest))

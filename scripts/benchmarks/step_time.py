@@ -20,13 +20,14 @@ from echo_trt.speculation.drafts import Draft
 from echo_trt.speculation.echo.planner import EchoPlanner
 from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt.speculation.goodput.model.costs import Costs, Curve
-from echo_trt.speculation.goodput.model.ngrams import NGrams, context_keys
+from echo_trt.speculation.goodput.model.ngrams import NGrams
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt.speculation.pack import BLOCK, pack
 from echo_trt.speculation.planner import RECENT, StepContext
 from echo_trt.speculation.policies import make_planner
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
+from echo_trt_lab.ngram_tables import context_keys
 
 LOADS = ((1, 60), (32, 256), (256, 512))  # requests, K_max
 GROWTH = (64, 128, 256, 512)  # requests, with K_max two tokens each

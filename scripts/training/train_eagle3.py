@@ -24,7 +24,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from echo_trt.bundle.ngrams import read_ngrams, write_ngrams
+from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.options import DEFAULTS, bounds, run_alone
 from echo_trt.errors import UserError
@@ -36,6 +36,7 @@ from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.read_config import decoder_config
 from echo_trt.models.weights import load_decoder, load_eagle3
+from echo_trt_lab.ngram_tables import over, write_ngrams
 from echo_trt_lab.training.answers import record, write_answers
 from echo_trt_lab.training.corpus import Corpus, draft_vocabulary, features_path
 from echo_trt_lab.training.features import missing_features, write_features
@@ -151,8 +152,8 @@ def ngrams(
     texts = read_texts(data, vocab_size)
     _make_folder(out.parent)
     counted, others = held_out(texts)
-    reported, thought = right(count(counted).over(earlier), others)
-    table = count(texts).over(earlier)
+    reported, thought = right(over(count(counted), earlier), others)
+    table = over(count(texts), earlier)
     write_ngrams(table, out, sha256)
     size = f"{len(table):,} n-grams of {sum(len(tokens) - prompt for tokens, prompt in texts):,} tokens"
     share = f"of held-out answers' tokens it names {reported:.1%}, and thinks {thought:.1%}"

@@ -13,14 +13,15 @@ from pairs import recipe_of
 from refusal import refused
 
 from echo_trt.bundle.manifest import NGRAMS, read_manifest
-from echo_trt.bundle.ngrams import read_ngrams, write_ngrams
+from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.speculation.goodput.model.costs import Costs, Curve
-from echo_trt.speculation.goodput.model.ngrams import SUREST, NGrams, context_keys
+from echo_trt.speculation.goodput.model.ngrams import SUREST, NGrams
+from echo_trt_lab.ngram_tables import context_keys, write_ngrams
 
 LONGEST, TARGET = 4, "7" * 64
 

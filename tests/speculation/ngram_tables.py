@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from echo_trt.speculation.goodput.model.ngrams import NGrams, context_keys
+from echo_trt.speculation.goodput.model.ngrams import NGrams
+from echo_trt_lab.ngram_tables import context_keys
 
 #: context -> what follows, and how probably
 Known = dict[tuple[int, ...], tuple[int, float]]

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from echo_trt.speculation.goodput.model.costs import Costs
-from echo_trt.speculation.goodput.model.ngrams import NGrams, context_keys
+from echo_trt.speculation.goodput.model.ngrams import NGrams
 from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt_lab.calibration.trees import Trees
+from echo_trt_lab.ngram_tables import context_keys, look_up
 from echo_trt_lab.simulation.machines import Machine
 from echo_trt_lab.simulation.replay import Step, Tally
 from echo_trt_lab.simulation.walk import Recording, Walk
@@ -46,7 +47,7 @@ def _named_run(trees: Trees, ngrams: NGrams) -> np.ndarray:
     right = np.zeros(len(trees.answers) + 1, bool)
     for begin, end in zip(trees.answer_begins[:-1], trees.answer_begins[1:], strict=True):
         answer = trees.answers[begin:end].astype(np.int64)
-        right[begin:end] = ngrams.look_up(context_keys(answer, ngrams.longest)[:-1])[0] == answer
+        right[begin:end] = look_up(ngrams, context_keys(answer, ngrams.longest)[:-1])[0] == answer
     indices = np.arange(len(right))
     wrong = np.where(right, len(right), indices)
     return np.minimum.accumulate(wrong[::-1])[::-1] - indices

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from echo_trt.errors import UserError
-from echo_trt.speculation.goodput.model.ngrams import NGrams, context_keys
+from echo_trt.speculation.goodput.model.ngrams import NGrams
+from echo_trt_lab.ngram_tables import context_keys, look_up
 from echo_trt_lab.training.corpus import HELD_OUT_EVERY, shard_paths
 
 LONGEST = 6  # tokens of a context
@@ -75,7 +76,7 @@ def count(texts: list[Text], longest: int = LONGEST) -> NGrams:
 def right(ngrams: NGrams, texts: list[Text]) -> tuple[float, float]:
     """Of the answers' tokens: the share that the table names, and the share that it thinks it does."""
     keys, follows, _ = _occurrences(texts, ngrams.longest)
-    best, chance = ngrams.look_up(keys)
+    best, chance = look_up(ngrams, keys)
     count = max(len(follows), 1)
     return float((best == follows).sum() / count), float(chance.sum() / count)
 

@@ -9,9 +9,9 @@ from refusal import refused
 from rich.console import Console
 from synthetic import recorded
 
-from echo_trt.bundle.ngrams import write_ngrams
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt_lab.calibration.fit import fit
+from echo_trt_lab.ngram_tables import write_ngrams
 from echo_trt_lab.simulation.command import POLICIES, run
 from echo_trt_lab.simulation.options import SimulateOptions
 

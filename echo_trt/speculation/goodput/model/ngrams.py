@@ -18,13 +18,13 @@ from echo_trt.speculation.super_tree import SuperTree
 LEAVES = 256  # of a batch that are continued, the best; larger: more continuations of large batches, and more time
 SUREST = 0.995  # probability of a next token at most, since a shift moves no certainty
 _EMPTY = np.uint64(0)  # content of a free cell: a key of 0 is no context's
-_SEED = 0xD1B54A32D192ED03  # a state unlike any token, or two contexts could meet
+SEED = 0xD1B54A32D192ED03  # a state unlike any token, or two contexts could meet
 
 
 class NGrams:
     """A table from a context (the last 1 to ``longest`` tokens) to its likeliest next token.
 
-    keys uint32 [n], ascending (``context_keys``). tokens int64 [n]. chances float64 [n]: P(next token).
+    keys uint32 [n], ascending (``key_of``). tokens int64 [n]. chances float64 [n]: P(next token).
     """
 
     def __init__(self, keys: np.ndarray, tokens: np.ndarray, chances: np.ndarray, longest: int):
@@ -36,27 +36,6 @@ class NGrams:
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    def over(self, earlier: NGrams | None) -> NGrams:
-        """Return a table of both: of a context that both know, this one's entry."""
-        if earlier is None:
-            return self
-        keys, first = np.unique(np.concatenate((self.keys, earlier.keys)), return_index=True)
-        tokens = np.concatenate((self.tokens, earlier.tokens))[first]
-        chances = np.concatenate((self.chances, earlier.chances))[first]
-        return NGrams(keys, tokens, chances, max(self.longest, earlier.longest))
-
-    def look_up(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the next tokens int64 [n] of contexts, -1 where none is known, and their chances float64 [n].
-
-        keys uint32 [n, ``longest``]: a context's, the shortest first, 0 none. The longest known context decides.
-        """
-        found = _longest(self._cells, self._shift, np.ascontiguousarray(keys, np.uint32))
-        known = found >= 0
-        entry = found[known]
-        token, chance = np.full(len(keys), -1), np.zeros(len(keys))
-        token[known], chance[known] = self.tokens[entry], self.chances[entry]
-        return token, chance
 
     def chains(
         self,
@@ -87,29 +66,15 @@ class NGrams:
 
 
 @compiled("u8(u8, i8)")
-def _mix(state: np.uint64, token: int) -> np.uint64:
+def longer_by(state: np.uint64, token: int) -> np.uint64:
     """Return the state of a context that is one token longer, towards its beginning."""
     state = (state ^ np.uint64(token)) * np.uint64(0x9E3779B97F4A7C15)
     return state ^ (state >> np.uint64(29))
 
 
 @compiled("u4(u8)")
-def _key(state: np.uint64) -> np.uint32:
+def key_of(state: np.uint64) -> np.uint32:
     return np.uint32(state >> np.uint64(32))
-
-
-@compiled("u4[:, ::1](i8[::1], i8)")
-def context_keys(text: np.ndarray, longest: int) -> np.ndarray:
-    """Return keys uint32 [L + 1, longest] of the last 1, 2, ... tokens before a position of ``text`` int64 [L]; 0
-    none.
-    """
-    keys = np.zeros((len(text) + 1, longest), np.uint32)
-    for end in range(1, len(text) + 1):
-        state = np.uint64(_SEED)
-        for size in range(min(longest, end)):
-            state = _mix(state, text[end - 1 - size])
-            keys[end, size] = _key(state)
-    return keys
 
 
 @compiled("i8[::1](i8[::1], f8[::1], f8)")
@@ -152,17 +117,6 @@ def _find(cells: np.ndarray, shift: int, key: np.uint32) -> np.int64:
     return np.int64(-1)
 
 
-@compiled("i8[::1](u8[::1], i8, u4[:, ::1])")
-def _longest(cells: np.ndarray, shift: int, keys: np.ndarray) -> np.ndarray:
-    """Return the index of the longest known of a context's ``keys`` [n, longest], 0 none: int64 [n], -1 none."""
-    found = np.full(len(keys), -1)
-    for row in range(len(keys)):
-        for key in keys[row]:
-            index = _find(cells, shift, key) if key else np.int64(-1)
-            found[row] = index if index >= 0 else found[row]
-    return found
-
-
 _TABLE = "Tuple((u8[::1], i8, i8[::1], f8[::1], i8, f8))"
 _TREE = "Tuple((i8[::1], i8[::1], i8[::1], i8[::1], f8[::1]))"
 
@@ -185,13 +139,13 @@ def _path_text(leaf: int, token: np.ndarray, parent: np.ndarray, recent: np.ndar
 @compiled()
 def _find_longest(cells: np.ndarray, shift: int, text: np.ndarray) -> np.int64:
     """Return the index of the longest known context that ends ``text`` int64 [longest], -1 none. -1 in it: no token."""
-    found, state = np.int64(-1), np.uint64(_SEED)
+    found, state = np.int64(-1), np.uint64(SEED)
     for back in range(len(text)):
         token = text[len(text) - 1 - back]
         if token < 0:
             break
-        state = _mix(state, token)
-        index = _find(cells, shift, _key(state))
+        state = longer_by(state, token)
+        index = _find(cells, shift, key_of(state))
         found = index if index >= 0 else found
     return found
 
