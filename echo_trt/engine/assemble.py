@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ class Networks:
     """A bundle's engines over one KV pool.
 
     pool       the size of the KV pool; of a part, the whole pool's
-    copier     finds continuations in a request's own text; None: the recipe leaves them out
     markov     corrects a block drafter's proposals; None: it has neither a Markov nor a confidence head
     synthetic  the text that takes the place of the networks' choices
     """
@@ -44,11 +43,26 @@ class Networks:
     batch: InputBatch
     target: Engine
     draft: Engine | None
-    drafter: Drafter | None
-    copier: LookupDrafter | None
     calibration: Calibration | None
     markov: Markov | None = None
     synthetic: SyntheticText | None = None
+
+    @cached_property
+    def _lookup(self) -> LookupDrafter:
+        draft, known = self.manifest.recipe.draft, self.calibration
+        return LookupDrafter(self.batch, draft.min_match, known.lookup if known else draft.acceptance)
+
+    @cached_property
+    def drafter(self) -> Drafter | None:
+        """The draft; None: there is none."""
+        if self.manifest.recipe.draft.kind == "lookup":
+            return self._lookup
+        return drafter_with(self.manifest, self.batch, self.draft, self.markov)
+
+    @property
+    def copier(self) -> LookupDrafter | None:
+        """What finds continuations in a request's own text; None: the recipe leaves them out."""
+        return self._lookup if self.manifest.recipe.draft.copy_text else None
 
     def prepare(self, planner: Planner) -> None:
         """Capture the drafts that ``planner`` will ask a device for as CUDA graphs, before requests wait for them."""
@@ -63,9 +77,7 @@ class Networks:
 
     def over(self, batch: InputBatch) -> Networks:
         """Return the same networks over other slots, such as a part of the KV pool; these must rest meanwhile."""
-        return _networks(
-            self.manifest, self.pool, batch, self.target, self.draft, self.calibration, self.markov, self.synthetic
-        )
+        return replace(self, batch=batch)
 
 
 def load_networks(
@@ -103,24 +115,7 @@ def load_networks(
         known = read_calibration(path, manifest.target_sha256, manifest.draft_sha256)
     heads = bool(manifest.draft and manifest.draft.block and manifest.draft.block.heads)
     markov = read_markov(folder, manifest) if heads else None
-    return _networks(manifest, pool, input_batch, target, draft, known, markov, text)
-
-
-def _networks(
-    manifest: Manifest,
-    pool: KVPool,
-    batch: InputBatch,
-    target: Engine,
-    draft: Engine | None,
-    calibration: Calibration | None,
-    markov: Markov | None,
-    synthetic: SyntheticText | None,
-) -> Networks:
-    settings = manifest.recipe.draft
-    copier = LookupDrafter(batch, settings.min_match, calibration.lookup if calibration else settings.acceptance)
-    drafter = copier if settings.kind == "lookup" else drafter_with(manifest, batch, draft, markov)
-    copying = copier if settings.copy_text else None
-    return Networks(manifest, pool, batch, target, draft, drafter, copying, calibration, markov, synthetic)
+    return Networks(manifest, pool, input_batch, target, draft, known, markov, text)
 
 
 def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputBatch, blocks: int) -> Engine:

@@ -91,7 +91,7 @@ class Tuning:
 
         name      a policy; None: the recipe's
         budget    replaces K_max where one is shared
-        networks  a part of the bundle's (``Networks.divided``) for which it is to plan; None: all of them
+        networks  a part of the bundle's (``Networks.over``) for which it is to plan; None: all of them
         """
         decoding, calibration = self._manifest.recipe.decoding, self._networks.calibration
         name, settings = name or decoding.policy, decoding.model_dump()

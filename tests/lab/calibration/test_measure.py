@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from engine.driving import assert_all_free
-from pairs import LIMITS, NATIVE_ROWS, roles_of
+from pairs import NATIVE_ROWS, roles_of
 
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
@@ -15,7 +15,6 @@ from echo_trt.bundle.costs import CostTable
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.engine.assemble import Networks
 from echo_trt.engine.batch import InputBatch, blocks_for
-from echo_trt.engine.drafters.eagle3 import EngineDrafter
 from echo_trt.engine.measure import (
     SIZES,
     SIZES_LIMIT,
@@ -77,8 +76,7 @@ def test_where_each_slot_has_its_own_blocks_a_request_brings_more_tokens(slots, 
     for name, role in roles_of("model", networks).items():
         export_native(role, tmp_path / f"{name}.onnx", "fp32", NATIVE_ROWS)
         engines[name] = OnnxRuntimeEngine(tmp_path / f"{name}.onnx", slots, blocks, threads=1)
-    drafter = EngineDrafter(engines["draft"], batch, LIMITS["prefill_chunk"])
-    networks = replace(llm.networks, batch=batch, **engines, drafter=drafter)
+    networks = replace(llm.networks, batch=batch, **engines)
     check(measure(networks, seconds=0.05), (list(sizes), []))
     assert_all_free(networks.loop(PlainPlanner()))
 
@@ -109,7 +107,7 @@ def measured(bundle_of) -> Callable[..., CostTable]:
     manifest = read_manifest(bundle_of("lookup"))
 
     def get(target: Clocked, *slots: int) -> CostTable:
-        return measure(Networks(manifest, None, InputBatch(*slots, 8192), target, None, None, None, None))
+        return measure(Networks(manifest, None, InputBatch(*slots, 8192), target, None, None))
 
     return get
 
