@@ -16,7 +16,7 @@ from echo_trt.bundle.calibration import own_files
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.cli.options import SAMPLED, GenerateOptions
 from echo_trt.cli.outputs import files_first, json_bytes, output_file
-from echo_trt.cli.sources import SourcedText, legend, wants_colour
+from echo_trt.cli.terminal import wants_colour
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Completion, Delta, SamplingParams
 from echo_trt.errors import UserError, encodable, shown
@@ -111,7 +111,8 @@ def _check(job: GenerateOptions, policy: str, out: Console) -> None:
 
 def _answer(job: GenerateRun, llm: LLM, policy: str, out: Console, messages: Console) -> dict[str, Any]:
     params = replace(job.params, token_sources=job.coloured or job.watch)
-    texts, completions = [SourcedText() for _ in job.prompts], dict[str, Completion]()
+    new_text, completions = extra("generate", "text"), dict[str, Completion]()
+    texts = [new_text() for _ in job.prompts]
     single, watch = len(job.prompts) == 1 and not job.watch, None
     if job.watch:
         watch = extra("generate", "watch")(out, llm.loop, lambda token: llm.tokenizer.decode([token]))
@@ -140,7 +141,7 @@ def _answer(job: GenerateRun, llm: LLM, policy: str, out: Console, messages: Con
             _print_answer(prompt.id if len(texts) > 1 else "", text, out)
     if job.coloured:
         counts = sum((text.counts for text in texts), Counter[str]())
-        out.print(legend(counts), highlight=False, soft_wrap=True)
+        out.print(extra("generate", "legend")(counts), highlight=False, soft_wrap=True)
     verifications = llm.counters.verifications - before.verifications
     emitted = llm.counters.emitted_tokens - before.emitted_tokens
     facts = summary(policy, completions.values(), seconds, verifications, emitted)
@@ -179,7 +180,7 @@ def summary(
     }
 
 
-def _print_answer(name: str, text: SourcedText, out: Console) -> None:
+def _print_answer(name: str, text: Any, out: Console) -> None:
     if name:
         out.print(name, style="bold", highlight=False)
     out.print(text.styled(), highlight=False, soft_wrap=True)

@@ -78,3 +78,10 @@ def screen_of(color: str) -> Console:
     if color == "always":
         return Screen(force_terminal=True, no_color=False, color_system=Screen().color_system or "256")
     return Screen()
+
+
+def wants_colour(console: Console, choice: str) -> bool:
+    """Return whether ``--color`` auto, always or never colours what ``console`` prints; NO_COLOR matters to auto."""
+    if choice == "auto":
+        return console.is_terminal and console.color_system is not None and not console.no_color
+    return choice == "always"

@@ -23,7 +23,6 @@ from echo_trt.engine.request import Request
 from echo_trt.engine.sampler import TargetOutput, token_logprobs
 from echo_trt.engine.scheduler import Scheduler
 from echo_trt.engine.synthetic import SyntheticText
-from echo_trt.engine.trace import StepTrace
 from echo_trt.speculation.accept import accept
 from echo_trt.speculation.arrays import begins, ragged_arange
 from echo_trt.speculation.drafts import Draft, Pass, TimedDraft
@@ -49,6 +48,23 @@ class Chunks:
     counts: np.ndarray
     owner: np.ndarray
     position: np.ndarray
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One step, as the step callback gets it.
+
+    requests  ids of the B decoding requests, in the order of the plan's trees
+    drafting  seconds of the draft's passes
+    emitted   tokens that were appended to texts
+    time      time.time() at the iteration's end
+    """
+
+    iteration: Iteration
+    requests: list[int]
+    drafting: float
+    emitted: int
+    time: float
 
 
 class EngineCore:

@@ -21,12 +21,13 @@ from rich.table import Table
 
 from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.cli.generate import GenerateRun
-from echo_trt.cli.sources import legend, wants_colour
+from echo_trt.cli.terminal import wants_colour
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.options import bounds, run_alone
 from echo_trt.engine.params import SamplingParams
 from echo_trt.files.prompts import read_prompts
 from echo_trt_lab.race import compare, meaning, rounding_note
+from echo_trt_lab.sourced_text import legend
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ROOT / "scripts" / "demo_prompts.jsonl"

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from echo_trt.cli.generate import summary
-from echo_trt.cli.sources import SourcedText
 from echo_trt.engine.core import EngineCore
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Completion, Delta, SamplingParams
+from echo_trt_lab.sourced_text import SourcedText
 
 
 @dataclass

@@ -13,11 +13,10 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from echo_trt.cli.sources import HARMLESS, STYLES, SourcedText
-from echo_trt.engine.core import EngineCore
+from echo_trt.engine.core import EngineCore, StepTrace
 from echo_trt.engine.drafters.lookup import LookupDrafter
 from echo_trt.engine.params import TOKEN_SOURCES, Delta
-from echo_trt.engine.trace import StepTrace
+from echo_trt_lab.sourced_text import HARMLESS, STYLES, SourcedText
 
 FRAMES = 10  # pictures a second at most; larger: a livelier picture, more time taken from decoding
 HEIGHT = 22  # lines of the picture at most

@@ -21,10 +21,10 @@ from rich.text import Text
 
 from echo_trt.cli.generate import run
 from echo_trt.cli.options import GenerateOptions
-from echo_trt.cli.sources import NAMES, STYLES, SourcedText, legend, wants_colour
-from echo_trt.cli.terminal import Screen
+from echo_trt.cli.terminal import Screen, wants_colour
+from echo_trt.engine.core import StepTrace
 from echo_trt.engine.params import TOKEN_SOURCES, Delta, SamplingParams, TokenSource
-from echo_trt.engine.trace import StepTrace
+from echo_trt_lab.sourced_text import NAMES, STYLES, SourcedText, legend
 from echo_trt_lab.watch import cut, tree_lines
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -13,9 +13,9 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.terminal_theme import DIMMED_MONOKAI
 
-from echo_trt.cli.sources import HARMLESS
 from echo_trt_lab.demo import demo
 from echo_trt_lab.pictures.palette import THEMES
+from echo_trt_lab.sourced_text import HARMLESS
 
 ROOT = Path(__file__).parents[3]
 COLUMNS, MAX_TOKENS = 104, 96

@@ -6,7 +6,7 @@ that a picture needs no second version. Text is in ``ink`` or ``soft`` of the pa
 
 from __future__ import annotations
 
-from echo_trt.cli.sources import COLOURS
+from echo_trt_lab.sourced_text import COLOURS
 
 #: Who proposed a token -> colour. The target's own have none: they are in ``ink``.
 SOURCES = COLOURS

@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from steered import submit
 
+from echo_trt.engine.core import StepTrace
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.service.protocol import SNAPSHOT_FORMAT
 from echo_trt.engine.service.service import Service
@@ -29,7 +30,6 @@ from echo_trt.engine.service.snapshots import (
     kept_nodes,
     tree_of,
 )
-from echo_trt.engine.trace import StepTrace
 from echo_trt.server.live import LARGEST
 from echo_trt.speculation.drafts import Pass
 from echo_trt.speculation.planner import Explanation, Iteration, Plan, StepContext

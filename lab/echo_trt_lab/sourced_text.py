@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 
-from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
@@ -20,7 +19,7 @@ NAMES = {
     "ngram": "n-grams",
     "grammar": "grammar",
 }
-#: Source -> colour. The target's own have none.
+#: Source -> colour, in ``pictures.palette`` too. The target's own have none.
 COLOURS = {"head": "#2f7de1", "lookup": "#1a9a6c", "both": "#8b6fd6", "ngram": "#c2760c", "grammar": "#d1568f"}
 #: Nothing is told by colour alone.
 MARKS = {
@@ -35,13 +34,6 @@ STYLES = {"target": Style()} | {name: MARKS[name] + Style(color=colour) for name
 #: Characters that would move a terminal's cursor, change its state or hide -> their pictures; lines stay lines.
 HARMLESS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 HARMLESS |= dict.fromkeys((*range(128, 160), *range(8234, 8239), *range(8294, 8298), 65534, 65535), 65533)
-
-
-def wants_colour(console: Console, choice: str) -> bool:
-    """Return whether ``--color`` auto, always or never colours what ``console`` prints; NO_COLOR matters to auto."""
-    if choice == "auto":
-        return console.is_terminal and console.color_system is not None and not console.no_color
-    return choice == "always"
 
 
 class SourcedText:
