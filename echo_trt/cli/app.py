@@ -58,14 +58,7 @@ def build(options: BuildOptions) -> None:
     if options.random_weights:
         found = extra("build", "random_weights")(found)
     settings = found.built_as(options.engine, options.precision, list(options.compute_capabilities))
-    settings = sized(
-        settings,
-        path,
-        options.max_model_len,
-        options.max_num_seqs,
-        options.gpu_memory_utilization,
-        options.kv_cache_memory,
-    )
+    settings = sized(settings, path, options)
     folder = options.output or Path("bundles") / settings.name
     with BuildProgress(messages) as progress:
         from echo_trt.cli.build import build as run

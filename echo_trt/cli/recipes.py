@@ -9,6 +9,7 @@ from typing import Any
 from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
 from echo_trt.bundle.recipe import HUB, Recipe
 from echo_trt.bundle.sources import CONFIG, from_hub
+from echo_trt.cli.options import BuildOptions
 from echo_trt.errors import UserError
 from echo_trt.sizing.limits import filling, limited, with_kv_cache
 
@@ -132,20 +133,14 @@ def _has_gpu() -> bool:
     return has_cuda()
 
 
-def sized(
-    recipe: Recipe,
-    folder: Path,
-    max_model_len: int | None,
-    max_num_seqs: int | None,
-    utilization: float | None,
-    kv_cache_memory: int | None = None,
-) -> Recipe:
-    """Return the recipe with limits that were given on the command line, of which ``None`` are not."""
-    recipe = limited(recipe, max_model_len, max_num_seqs)
-    if kv_cache_memory is not None:
+def sized(recipe: Recipe, folder: Path, options: BuildOptions) -> Recipe:
+    """Return the recipe with the limits that are on the command line. ``folder``: that its paths are relative to."""
+    memory, utilization = options.kv_cache_memory, options.gpu_memory_utilization
+    recipe = limited(recipe, options.max_model_len, options.max_num_seqs)
+    if memory is not None:
         if utilization is not None:
             raise UserError("--gpu-memory-utilization and --kv-cache-memory both size the KV pool; give one of them.")
-        return with_kv_cache(recipe, folder, kv_cache_memory)
+        return with_kv_cache(recipe, folder, memory)
     if utilization is None:
         return recipe
     if recipe.engine == "openvino":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ from echo_trt.errors import UserError
 from echo_trt.server.keys import Keys
 from echo_trt.server.options import checked_names, checked_origins
 from echo_trt.supervision.options import SYNTHETIC, ServeOptions
-from echo_trt.supervision.probe import EngineProbe, responds
+from echo_trt.supervision.probe import engine_works, responds
 from echo_trt.supervision.process import Process, ProcessLog, lives
 from echo_trt.supervision.supervised import ANSWER_SECONDS, Supervised, Supervisor, port_trouble, supervise
 
@@ -99,7 +100,7 @@ class EngineProcess(Supervised):
     def __init__(self, job: ServeOptions, work: Path, log: ProcessLog):
         super().__init__(log, job.host, {}, job.start_seconds)
         self.socket = work / "engine"
-        self._job, self._probe = job, EngineProbe(self.socket)
+        self._job = job
 
     def _spawn(self) -> Process:
         job = self._job
@@ -110,10 +111,10 @@ class EngineProcess(Supervised):
         return Process("engine", [sys.executable, "-m", "echo_trt.engine.process", *words], environment, self._log)
 
     def _ready(self) -> bool:
-        return self.socket.exists() and self._probe.answers()
+        return self.socket.exists() and asyncio.run(engine_works(self.socket))
 
     def _lives(self) -> bool:
-        return self._probe.lives()
+        return asyncio.run(engine_works(self.socket, patient=True))
 
     @property
     def drained(self) -> bool:
@@ -145,16 +146,12 @@ class Triton(EngineProcess):
         given = {
             "BUNDLE": job.bundle.resolve(),
             "QUEUE": job.queue,
-            "POLICY": job.policy,
-            "POLICY_FILE": job.policy_file and job.policy_file.resolve(),
-            "BATCH": job.batch,
-            "KV_CACHE_MEMORY": job.kv_cache_memory and f"{job.kv_cache_memory}B",
-            "SYNTHETIC_TEXT": job.synthetic_rates,
+            **{name.replace("-", "_").upper(): value for name, value in job.given.items()},
             "SPECIAL_TOKENS_IN_CONTENT": str(job.special_tokens_in_content).lower(),
             "SIGNALS": self._signals,
             "SOCKET": self.socket,
         }
-        settings = {f"ECHO_TRT_{name}": str(value) for name, value in given.items() if value is not None}
+        settings = {f"ECHO_TRT_{name}": str(value) for name, value in given.items()}
         command = self._server.command(job.host, self._ports, self._signals)
         return Process("triton", command, self._server.environment(settings), self._log)
 

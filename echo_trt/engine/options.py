@@ -131,15 +131,19 @@ class EngineOptions:
     synthetic_text: SyntheticText = None
 
     @property
-    def words(self) -> list[str]:
-        """The options but ``bundle``, as the command line of another process has them."""
-        memory = None if self.kv_cache_memory is None else f"{self.kv_cache_memory}B"
-        file = self.policy_file and self.policy_file.resolve()
-        given = {"policy": self.policy, "policy-file": file, "batch": self.batch, "kv-cache-memory": memory}
-        given["synthetic-text"] = self.synthetic_rates
-        return [f"--{name}={value}" for name, value in given.items() if value is not None]
+    def given(self) -> dict[str, str]:
+        """The options but ``bundle``, as text for another process; rates in a file are written out."""
+        rates = extra("synthetic_text", "rates")(self.synthetic_text).words if self.synthetic_text else None
+        options = {
+            "policy": self.policy,
+            "policy-file": self.policy_file and self.policy_file.resolve(),
+            "batch": self.batch,
+            "kv-cache-memory": None if self.kv_cache_memory is None else f"{self.kv_cache_memory}B",
+            "synthetic-text": rates,
+        }
+        return {name: str(value) for name, value in options.items() if value is not None}
 
     @property
-    def synthetic_rates(self) -> str | None:
-        """The rates of synthetic text, a file's whole content included."""
-        return extra("synthetic_text", "rates")(self.synthetic_text).words if self.synthetic_text else None
+    def words(self) -> list[str]:
+        """The options but ``bundle``, as the command line of another process has them."""
+        return [f"--{name}={value}" for name, value in self.given.items()]

@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import re
 import urllib.request
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
-from echo_trt.engine.process import wire
-from echo_trt.engine.service.protocol import PROBE
+from echo_trt.engine.process.client import Client, EngineError
 
 PROBE_SECONDS, METRICS_SECONDS = 20.0, 2.0  # for an answer, and for metrics; larger: a hang is noticed later
 open_directly = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # without http_proxy
 
 
-class EngineProbe:
-    def __init__(self, path: Path):
-        self._path, self._seen = str(path), -1.0
+async def engine_works(path: Path, seconds: float = PROBE_SECONDS, patient: bool = False) -> bool:
+    """Return whether the engine whose host listens at ``path`` answers a probe in time (``Client.check``).
 
-    def answers(self, seconds: float = PROBE_SECONDS) -> bool:
-        """Return whether a token, or word of another request's iteration (``engine.service``), comes in time."""
-        return isinstance(wire.ask(self._path, wire.Submit(1, PROBE), seconds), wire.TextPiece)
-
-    def progresses(self) -> bool:
-        """Return whether the engine has iterated since the previous call: long iterations answer a probe late."""
-        answer = wire.ask(self._path, wire.Scrape(1), METRICS_SECONDS)
-        before, self._seen = self._seen, iterations(answer.text if isinstance(answer, wire.TextReply) else "")
-        return self._seen > before
-
-    def lives(self) -> bool:
-        """Return whether the engine answers, or still iterates."""
-        self.progresses()
-        return self.answers() or self.progresses()
+    patient  whether it is enough that the engine has iterated meanwhile: long iterations answer a probe late
+    """
+    client = Client(path)
+    try:
+        before = iterations(await client.metrics() or "") if patient else 0.0
+        with suppress(EngineError):
+            await client.check(seconds)
+            return True
+        return patient and iterations(await client.metrics() or "") > before
+    finally:
+        await client.close()
 
 
 def iterations(metrics: str) -> float:

@@ -18,6 +18,7 @@ from refusal import refused
 from echo_trt.backends.self_check import BOUNDS
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
+from echo_trt.cli.options import BuildOptions
 from echo_trt.cli.recipes import RECIPES, recipe_for, sized
 from echo_trt.engine.kv_pool import kv_pool
 from echo_trt.sizing.limits import filling, limited
@@ -131,16 +132,16 @@ def test_a_context_keeps_the_recipe_s_kv_blocks_if_one_request_fits():
 
 def test_a_chosen_pool_becomes_kv_blocks():
     recipe, folder = recipe_for("Qwen/Qwen3-8B", engine="torch")
-    chosen = sized(recipe, folder, None, None, None, 40 * 2**30)
+    chosen = sized(recipe, folder, BuildOptions("", kv_cache_memory=40 * 2**30))
     target, draft = shapes(chosen, folder)
     need = needs(chosen, target.sizes, draft.sizes)
     assert need.blocks * need.block <= 40 * 2**30 < (need.blocks + 1) * need.block
     with refused("--kv-cache-memory is 1.1 GB", "limits.context 8,192", "raise it"):
-        sized(recipe, folder, None, None, None, 2**30)
+        sized(recipe, folder, BuildOptions("", kv_cache_memory=2**30))
     with refused("--gpu-memory-utilization and --kv-cache-memory", "give one of them"):
-        sized(recipe, folder, None, None, 0.9, 2**30)
+        sized(recipe, folder, BuildOptions("", gpu_memory_utilization=0.9, kv_cache_memory=2**30))
     with refused("--kv-cache-memory is given, but tensorrt-rtx", "--max-num-seqs"):
-        sized(recipe.built_as("tensorrt-rtx", None, []), folder, None, None, None, 2**30)
+        sized(recipe.built_as("tensorrt-rtx", None, []), folder, BuildOptions("", kv_cache_memory=2**30))
 
 
 def test_another_draft_keeps_the_recipe_and_tells_its_kind_by_its_configuration(tmp_path):
@@ -184,7 +185,7 @@ def test_memory_is_filled_as_far_as_was_said():
 def test_memory_of_a_gpu_is_nothing_to_a_cpu():
     recipe = parse_recipe({"name": "a", "target": {"hub": "a/b"}}, "a.yaml")
     with refused("--gpu-memory-utilization is for a GPU, but the engine is openvino"):
-        sized(recipe, Path(), None, None, 0.9)
+        sized(recipe, Path(), BuildOptions("", gpu_memory_utilization=0.9))
 
 
 @pytest.mark.parametrize("name", ["docs/quickstart-gpu.md", "docs/migrating-from-tensorrt-llm.md"])

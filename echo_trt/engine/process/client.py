@@ -88,8 +88,8 @@ class Client:
                 self._last_piece = time.monotonic()
                 yield piece
 
-    async def check(self) -> None:
-        """Return where the engine works: text has just come, or it does so now. Raises EngineError.
+    async def check(self, seconds: float | None = None) -> None:
+        """Return where the engine works: text has just come, or it does so in ``seconds`` (WAIT_S). Raises EngineError.
 
         No queue is too full for a probe, and none has to wait for a slot (``engine.service.service``).
         """
@@ -97,7 +97,7 @@ class Client:
             if time.monotonic() - self._last_piece < FRESH_S:
                 return
             try:
-                async with asyncio.timeout(WAIT_S):
+                async with asyncio.timeout(seconds or WAIT_S):
                     async for _ in self.submit(PROBE):
                         pass
             except TimeoutError:

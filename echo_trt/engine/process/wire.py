@@ -7,7 +7,6 @@ one with a finish reason, or by a failure, and ``WatchSnapshots`` by snapshots u
 from __future__ import annotations
 
 import asyncio
-import socket
 import struct
 from typing import Any
 
@@ -154,20 +153,3 @@ async def _body(reader: asyncio.StreamReader) -> bytes | None:
         return await reader.readexactly(length) if length <= LARGEST else None
     except (asyncio.IncompleteReadError, OSError):
         return None
-
-
-def ask(path: str, question: ToEngine, seconds: float) -> FromEngine | None:
-    """Ask one question and return the last message of its answer; None where it does not come in time."""
-    try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(seconds)
-            connection.connect(path)
-            connection.sendall(framed(question))
-            with connection.makefile("rb") as answers:
-                while head := answers.read(_LENGTH.size):
-                    answer = _decode_answer(answers.read(_LENGTH.unpack(head)[0]))
-                    if not isinstance(answer, TextPiece) or answer.finish_reason:
-                        return answer
-    except (OSError, struct.error):
-        pass
-    return None

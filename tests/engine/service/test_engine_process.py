@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -15,12 +16,13 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from asking import ask
 from engine.service.served import Served
 from waiting import wait_until
 
 from echo_trt import LLM, SamplingParams
 from echo_trt.engine.process import wire
-from echo_trt.supervision.probe import EngineProbe
+from echo_trt.supervision.probe import engine_works
 
 
 def body(**more: object) -> dict[str, object]:
@@ -41,11 +43,11 @@ def test_answers_are_the_engine_s_own(server, roomy_bundle):
 def test_the_socket_is_its_user_s_alone_and_takes_probes(server):
     [path] = [Path(word) for word in engine_of(server).cmdline() if word.endswith("/engine")]
     assert path.stat().st_mode & 0o077 == 0
-    probe = EngineProbe(path)
-    assert probe.answers(10)
-    assert probe.progresses()
-    assert isinstance(wire.ask(str(path), wire.Submit(1, {"input_ids": [10**6]}), 10), wire.Failure)
-    assert wire.ask(str(path.with_name("nobody")), wire.Scrape(1), 1) is None
+    assert asyncio.run(engine_works(path, 10))
+    assert asyncio.run(engine_works(path, 10, patient=True))
+    assert not asyncio.run(engine_works(path.with_name("nobody"), 1, patient=True))
+    assert isinstance(ask(str(path), wire.Submit(1, {"input_ids": [10**6]}), 10), wire.Failure)
+    assert ask(str(path.with_name("nobody")), wire.Scrape(1), 1) is None
 
 
 TEXTS = ("the theme", "a thing", "what is the name", "so")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from asking import ask
 from pairs import ASSISTANT, END, USER
 from served import grpc_input, joined, joined_lists, needs_triton, triton
 
@@ -100,7 +101,7 @@ def test_the_model_answers_on_the_engine_s_socket_too(server):
     (path,) = Path(tempfile.gettempdir()).glob(f"{PREFIX}{server.process.pid}-*/engine")
     assert path.stat().st_mode & 0o077 == 0
     before = server.rest()["echo_request_seconds_count"]
-    answer = wire.ask(str(path), wire.Submit(1, GREEDY), 60)
+    answer = ask(str(path), wire.Submit(1, GREEDY), 60)
     assert isinstance(answer, wire.TextPiece)
     assert answer.text == server.generate(**GREEDY)["text_output"]
     assert server.rest()["echo_request_seconds_count"] == before + 2  # of both ways

@@ -1,0 +1,28 @@
+"""One question to an engine's host, from a thread without an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+
+from echo_trt.engine.process import wire
+
+
+def ask(path: str, question: wire.ToEngine, seconds: float) -> wire.FromEngine | None:
+    """Ask one question and return the last message of its answer; None where it does not come in time."""
+    try:
+        return asyncio.run(_asked(path, question, seconds))
+    except (OSError, TimeoutError):
+        return None
+
+
+async def _asked(path: str, question: wire.ToEngine, seconds: float) -> wire.FromEngine | None:
+    async with asyncio.timeout(seconds):
+        reader, writer = await asyncio.open_unix_connection(path)
+        try:
+            writer.write(wire.framed(question))
+            answer = await wire.read_answer(reader)
+            while isinstance(answer, wire.TextPiece) and not answer.finish_reason:
+                answer = await wire.read_answer(reader)
+            return answer
+        finally:
+            writer.close()
