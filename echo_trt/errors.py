@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-LONGEST_SHOWN = 200  # characters of a value in a refusal
+LONGEST_SHOWN = 200  # characters of a value, or of an error, in a refusal
 #: What numpy and zipfile raise for a file of arrays that is none of theirs, or was changed.
 DAMAGED = (
     ValueError,
@@ -57,6 +57,11 @@ def shown(value: Any) -> str:
 
 def shortened(text: str) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+def described(error: Exception) -> str:
+    """Describe an error in a clause: its type and its message, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_SHOWN].rstrip(".: ")
 
 
 def encodable(text: str, name: str) -> str:

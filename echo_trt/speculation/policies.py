@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from echo_trt.errors import UserError, shown
+from echo_trt.errors import UserError, described, shown
 from echo_trt.speculation.echo import gates as gating
 from echo_trt.speculation.echo.planner import EchoPlanner
 from echo_trt.speculation.echo.settings import EchoSettings
@@ -79,8 +79,7 @@ def load_policies(file: Path) -> None:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file raises
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"--policy-file is {file}, which fails ({type(error).__name__}: {reason}); mend it.") from error
+        raise UserError(f"--policy-file is {file}, which fails ({described(error)}); mend it.") from error
     if len(POLICIES) == known:
         raise UserError(f"--policy-file is {file}, which registers no policy; decorate a function with @policy(...).")
     _LOADED.add(path)
@@ -155,21 +154,13 @@ def _plain(name: str, settings: Settings, make_goodput: MakeGoodput) -> Planner:
 )
 @policy("fixed", "the paper's ablation: one threshold for all of ECHO's gates", _elastic, shares_budget=True)
 @policy("dense", "the paper's ablation: a gate at every depth", _elastic, shares_budget=True)
-@policy(
-    "static",
-    "EAGLE-3's tree: fixed depth, width and tokens for every request",
-    partial(echo_settings, "static"),
-)
+@policy("static", "EAGLE-3's tree: fixed depth, width and tokens for every request", partial(echo_settings, "static"))
 def _paper(name: str, settings: Settings, make_goodput: MakeGoodput) -> Planner:
     return EchoPlanner(name, echo_settings(name, settings))
 
 
 @policy("goodput-head", "the same without prompt lookup and n-grams", _elastic)
-@policy(
-    "goodput-exact",
-    "the same with chains alone, which CPUs verify bit for bit as they decode",
-    _elastic,
-)
+@policy("goodput-exact", "the same with chains alone, which CPUs verify bit for bit as they decode", _elastic)
 @policy(
     DEFAULT, "the default: over the whole batch, drafts a level and verifies a token if it is worth its time", _elastic
 )

@@ -13,7 +13,7 @@ from echo_trt.adapters.dynamo.environment import backend_of, check_installed, gr
 from echo_trt.adapters.dynamo.options import WorkerOptions
 from echo_trt.bundle.card import check_card, has_template
 from echo_trt.bundle.manifest import read_manifest
-from echo_trt.errors import UserError
+from echo_trt.errors import UserError, described
 from echo_trt.speculation.policies import policy_named
 from echo_trt.supervision.options import SYNTHETIC
 from echo_trt.supervision.supervised import port_trouble
@@ -61,7 +61,7 @@ def run(job: WorkerOptions) -> int:
         if engine.failure:
             raise engine.failure from None
         log.exception("Dynamo's worker ended")
-        raise UserError(f"Dynamo's worker could not serve ({_clause(error)}); see its lines above.") from error
+        raise UserError(f"Dynamo's worker could not serve ({described(error)}); see its lines above.") from error
     return 1 if engine.died else 0
 
 
@@ -128,8 +128,3 @@ def _worker_config(job: WorkerOptions) -> Any:
         tool_call_parser=job.tool_call_parser or settings.dyn_tool_call_parser,
         reasoning_parser=job.reasoning_parser or settings.dyn_reasoning_parser,
     )
-
-
-def _clause(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".")[:300]
-    return text or type(error).__name__

@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from echo_trt.errors import UserError
+from echo_trt.errors import UserError, described
 
 #: Time limits of importing modules, of loading an engine, of a call, and of a call's end after a rank was lost, when
 #: this process exits. Larger: slower machines are waited for, and a hang is noticed later.
@@ -92,7 +92,7 @@ class RankProcesses:
         except Exception as error:  # it is the cause of what is raised, whose traceback the service logs
             # A lost rank is the reason if there is one, which the listener may not have noticed yet.
             self._wait_for_loss()
-            self._lose(f"rank 0 of {self.ranks} failed ({_one_line(error)})")
+            self._lose(f"rank 0 of {self.ranks} failed ({described(error)})")
             raise UserError(self.loss) from error
         finally:
             self._since = None
@@ -181,10 +181,6 @@ def _ending(child: subprocess.Popen) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")[:200]
-
-
 def main(pipe: Connection, rank: int, ranks: int, port: int) -> None:
     """Run one rank: open the engine that comes through the pipe, then make the calls that follow."""
     messages: queue.SimpleQueue = queue.SimpleQueue()
@@ -210,7 +206,7 @@ def main(pipe: Connection, rank: int, ranks: int, port: int) -> None:
         pipe.send(Failed(str(error)))
     except Exception as error:
         traceback.print_exc()
-        pipe.send(Failed(f"rank {rank} of {ranks} failed ({_one_line(error)})"))
+        pipe.send(Failed(f"rank {rank} of {ranks} failed ({described(error)})"))
     os._exit(1)  # an ordinary exit could wait for a broken group
 
 

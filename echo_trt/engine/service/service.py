@@ -23,6 +23,7 @@ from echo_trt.engine.service.fault_isolation import FaultIsolation
 from echo_trt.engine.service.grammars import GrammarQueue
 from echo_trt.engine.service.job import Overloaded, ServiceRequest
 from echo_trt.engine.service.metrics import Statistics
+from echo_trt.errors import described
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +250,7 @@ class Service:
             event = job.take(self.loop.scheduler.cancel, tokens)
         except Exception as error:  # one request's text is no other's trouble
             log.exception("request %s cannot be put into text", job.id)
-            self._broken[job] = f"its tokens could not be put into text ({_sentence(error)})."
+            self._broken[job] = f"its tokens could not be put into text ({described(error)})."
             return
         event.time = when
         if job.finish_reason:
@@ -280,7 +281,7 @@ class Service:
             try:
                 event = job.take(self.loop.scheduler.cancel, [])  # what was held back
                 event.time = time.monotonic()
-            except Exception:  # as in _tell
+            except Exception:  # as in _report
                 log.exception("what request %s held back cannot be put into text", job.id)
         self._close_job(job, event, reason, message)
 
@@ -325,7 +326,7 @@ class Service:
         self._end_broken()
         unended = [job for job in running if job in self._open]
         if faulty := self._isolation.engine_failed(unended, alone=len(running) == 1):
-            self._end(faulty, "failed", f"the engine fails on this request ({_sentence(error)}).")
+            self._end(faulty, "failed", f"the engine fails on this request ({described(error)}).")
         self._requeue([job for job in inside if job not in running])
 
     def _requeue(self, jobs: Sequence[ServiceRequest]) -> None:
@@ -346,8 +347,3 @@ class Service:
                 self._close_job(job, Event(time=time.monotonic()), "failed", message)
             except Exception:  # the others must end, too
                 log.exception("request %s could not be ended", job.id)
-
-
-def _sentence(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".")[:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
