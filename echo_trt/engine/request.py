@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echo_trt.engine.params import Completion, SamplingParams, TokenLogprobs, TokenSource
+from echo_trt.engine.text import TextStream
 from echo_trt.grammar.state import State
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-    from echo_trt.engine.text import TextStream
 
 
 @dataclass(kw_only=True)
@@ -86,8 +85,6 @@ class Request:
 
     def begin_text(self, tokenizer: Tokenizer) -> None:
         """Begin behind what was generated already: another engine has told it."""
-        from echo_trt.engine.text import TextStream  # a machine that measures a card may have no tokenizers
-
         self.reported = len(self.generated)
         self.text_stream = TextStream(tokenizer, self.params.stop, self.params.min_tokens)
         self.text_stream.push(self.generated)

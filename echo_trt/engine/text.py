@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 class TextStream:
@@ -16,6 +17,8 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0):
+        from tokenizers.decoders import DecodeStream  # a machine that measures a card may have no tokenizers
+
         self._tokenizer, self._stop, self._min_tokens = tokenizer, tuple(stop), min_tokens
         self._stream = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
@@ -36,7 +39,7 @@ class TextStream:
                 self._extend(piece)
                 if self.stopped:
                     return self._give_out(len(self._decoded)), used
-        held_back = max((_overlap(self._decoded, stop) for stop in self._stop), default=0)
+        held_back = max((overlap(self._decoded, stop) for stop in self._stop), default=0)
         return self._give_out(len(self._decoded) - held_back), len(tokens)
 
     def finish(self) -> str:
@@ -78,9 +81,9 @@ class TextStream:
         return new
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
-    begin = text.find(stop[0], max(len(text) - len(stop) + 1, 0))
-    while begin >= 0 and not stop.startswith(text[begin:]):
-        begin = text.find(stop[0], begin + 1)
+def overlap(text: str, mark: str) -> int:
+    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``mark``."""
+    begin = text.find(mark[0], max(len(text) - len(mark) + 1, 0))
+    while begin >= 0 and not mark.startswith(text[begin:]):
+        begin = text.find(mark[0], begin + 1)
     return len(text) - begin if begin >= 0 else 0

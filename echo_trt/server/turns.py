@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from echo_trt.engine.process.wire import TextPiece, ThinkTokens
-from echo_trt.server.tool_formats.base import Arguments, Call, Content, Event, Parser, overlap
+from echo_trt.engine.text import overlap
+from echo_trt.server.tool_formats.base import Arguments, Call, Content, Event, Parser
 
 Delta = dict[str, Any]
 

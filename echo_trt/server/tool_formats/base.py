@@ -241,12 +241,6 @@ class Scan:
         return len(piece)
 
 
-def overlap(text: str, mark: str) -> int:
-    """Length of the longest end of ``text`` that is a beginning of ``mark``, and not all of it."""
-    maximum = min(len(text), len(mark) - 1)
-    return next((size for size in range(maximum, 0, -1) if mark.startswith(text[-size:])), 0)
-
-
 class Format(ABC):
     """A way of writing calls.
 

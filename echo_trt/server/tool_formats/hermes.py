@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from echo_trt.engine.text import overlap
 from echo_trt.models.tools_as_text import CLOSE, OPEN
-from echo_trt.server.tool_formats.base import Format, Parser, ToolRequest, overlap
+from echo_trt.server.tool_formats.base import Format, Parser, ToolRequest
 
 
 class HermesParser(Parser):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from echo_trt.server.tool_formats.base import Format, Parser, Scan, ToolRequest, overlap
+from echo_trt.engine.text import overlap
+from echo_trt.server.tool_formats.base import Format, Parser, Scan, ToolRequest
 
 TAG = "<|python_tag|>"  # may come first; a special token, so it is seldom in the text
 KEYS = ('"name"', '"parameters"', '"arguments"', '"type"')  # with which a call's object may begin
