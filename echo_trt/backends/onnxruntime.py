@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from echo_trt.backends.padded import Padded, SlotLayout, pad, piece_states, split, unpad
+from echo_trt.backends.padded import ROW_OUTPUTS, Padded, SlotLayout, pad, piece_states, split
 from echo_trt.speculation.pack import BLOCK, ForwardBatch
 
 _ARRAY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # numpy has no bfloat16
@@ -73,3 +73,18 @@ class OnnxRuntimeEngine:
 
 def _as_engine_type(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def unpad(call: ForwardBatch, parts: list[Padded], outputs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Put the outputs of a packed call's parts together."""
+    joined = {}
+    for name, sample in outputs[0].items():
+        per_row = name in ROW_OUTPUTS
+        whole = np.empty((len(call.token_ids if per_row else call.logit_rows), *sample.shape[1:]), sample.dtype)
+        for part, output in zip(parts, outputs, strict=True):
+            if per_row:
+                whole[part.rows] = output[name][part.padded_rows]
+            else:
+                whole[part.requested] = output[name][: len(part.requested)]
+        joined[name] = whole
+    return joined

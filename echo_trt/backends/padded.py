@@ -175,18 +175,3 @@ def piece_states(
     renumbered[in_block] = state_index[states[in_block]]
     renumbered[~in_block] = rows + np.arange(np.count_nonzero(~in_block))
     return features[states[~in_block] - total], renumbered
-
-
-def unpad(call: ForwardBatch, parts: list[Padded], outputs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Put the outputs of a packed call's parts together."""
-    joined = {}
-    for name, sample in outputs[0].items():
-        per_row = name in ROW_OUTPUTS
-        whole = np.empty((len(call.token_ids if per_row else call.logit_rows), *sample.shape[1:]), sample.dtype)
-        for part, output in zip(parts, outputs, strict=True):
-            if per_row:
-                whole[part.rows] = output[name][part.padded_rows]
-            else:
-                whole[part.requested] = output[name][: len(part.requested)]
-        joined[name] = whole
-    return joined

@@ -17,9 +17,6 @@ E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 SMALLEST = 1e-12  # of a row's largest magnitude; smaller: the scale is no normal float32, which a GPU takes for 0
 MULTIPLE = 16  # of both sizes of a matrix, for PyTorch's product
-#: Error of a block of weights whose rows are quantised again, as a share of its norm. Larger: more matrices are
-#: computed in FP8, and less exactly. Rounding to e4m3 alone is 0.027 off.
-AGREEMENT = 0.04
 
 
 class Fp8Linear(nn.Module):
@@ -51,23 +48,6 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     scale = x.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST) / LARGEST
     return (x / scale).to(E4M3), scale
-
-
-def requantised(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
-    """Quantise the rows of ``weight`` float32 [O, I], which had a scale per block of ``block`` rows and columns.
-
-    Returns None where a block would be further off than AGREEMENT.
-    """
-    rows, scale = quantise_rows(weight)
-    off = _block_norms(rows.float() * scale - weight, block) / _block_norms(weight, block).clamp(min=1e-30)
-    return (rows, scale) if off.max() <= AGREEMENT else None
-
-
-def _block_norms(weight: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return the norms of the blocks of ``weight`` [O, I], float32; the last blocks may be cut off."""
-    rows, columns = weight.shape
-    padded = F.pad(weight, (0, -columns % block[1], 0, -rows % block[0]))
-    return padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0])).square().sum(dim=(1, 3)).sqrt()
 
 
 def takes(shape: torch.Size) -> bool:

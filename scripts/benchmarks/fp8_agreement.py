@@ -20,7 +20,8 @@ from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.read_recipe import load_recipe
 from echo_trt.bundle.sources import locate
 from echo_trt.models.decoder import Decoder
-from echo_trt.models.fp8_linear import E4M3, LARGEST, Fp8Linear, dequantise, quantise_rows, requantised, takes
+from echo_trt.models.fp8_checkpoint import requantised
+from echo_trt.models.fp8_linear import E4M3, LARGEST, Fp8Linear, dequantise, quantise_rows, takes
 from echo_trt.models.layers import Linear
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.open_tokenizer import read_tokenizer
