@@ -150,7 +150,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
             "lower it in the recipe."
         )
     digest = weights_sha256(checkpoint.path)
-    tokenizer = read_tokenizer(checkpoint, _folder(recipe.target.tokenizer, recipe_folder))
+    tokenizer = read_tokenizer(checkpoint, recipe.target.tokenizer and recipe_folder / recipe.target.tokenizer)
     if recipe.target.chat_template is not None:
         tokenizer.chat_template = read_template(recipe_folder / recipe.target.chat_template)
     draft, feature_layers, draft_digest = _draft_role(recipe, recipe_folder, work, target, digest, tokenizer, progress)
@@ -267,7 +267,8 @@ def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str,
     _check_fp8("draft.precision", recipe.draft_precision, checkpoint)
     if draft.kind == "model":
         where = str(checkpoint.path)
-        check_same_tokens(tokenizer, read_tokenizer(checkpoint, _folder(draft.source.tokenizer, recipe_folder)), where)
+        folder = draft.source.tokenizer and recipe_folder / draft.source.tokenizer
+        check_same_tokens(tokenizer, read_tokenizer(checkpoint, folder), where)
         decoder, maximum = load_decoder(checkpoint, positions, dtype), target.config.vocab_size
         if decoder.config.vocab_size > maximum:  # its padding would be proposed as tokens that the target cannot read
             raise UserError(
@@ -397,7 +398,3 @@ def _sampling(checkpoint: Checkpoint) -> Sampling:
         return Sampling(**named)
     except ValidationError as error:
         raise UserError(f"{path}: {first_mistake(error)}; mend it, or set do_sample to false.") from None
-
-
-def _folder(name: str | None, recipe_folder: Path) -> Path | None:
-    return None if name is None else recipe_folder / name

@@ -209,50 +209,42 @@ class TargetOutput:
 
     def _choice(self, nodes: np.ndarray, masks: np.ndarray | None = None) -> SamplingBatch:
         batch, slots = self.batch, self._slots_of(nodes)
-        history, logit_bias, own = self._history(nodes), self._logit_bias(nodes), batch.sampling[slots]
+        own = batch.sampling[slots]
         return SamplingBatch(
-            temperature=own["temperature"],
-            top_k=own["top_k"],
-            top_p=own["top_p"],
-            min_p=own["min_p"],
-            seed=own["seed"],
+            **{name: own[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed")},
             # Positions count the prompt, so a text continues the same when its beginning is sent as another request's
             # prompt.
             position=batch.length[slots] + self.tree.depth[nodes],
             repetition=own["repetition_penalty"],
             presence=own["presence_penalty"],
             frequency=own["frequency_penalty"],
-            history_row=history[0],
-            history_token=history[1],
-            history_generated=history[2],
-            logit_bias_row=logit_bias[0],
-            logit_bias_token=logit_bias[1],
-            logit_bias=logit_bias[2],
+            **self._history(nodes),
+            **self._logit_bias(nodes),
             masks=masks,
         )
 
-    def _history(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """List the tokens that penalties read: an index into ``nodes``, a token, and whether it was generated, [k]
-        each.
+    def _history(self, nodes: np.ndarray) -> dict[str, np.ndarray]:
+        """List the tokens that penalties at ``nodes`` read, as ``SamplingBatch`` has them.
 
         Only a repetition penalty reads the prompt.
         """
         batch, slots = self.batch, self._slots_of(nodes)
         penalised = np.flatnonzero(batch.penalised[slots])
         if len(penalised) == 0:
-            return NO_ROWS, NO_ROWS, NO_ROWS.astype(bool)
+            return {"history_row": NO_ROWS, "history_token": NO_ROWS, "history_generated": NO_ROWS.astype(bool)}
         first = np.where(batch.sampling["repetition_penalty"][slots] == 1, batch.prompt_length[slots], 0)[penalised]
         history = batch.length[slots[penalised]] - first
         row, position = np.repeat(penalised, history), np.repeat(first, history) + ragged_arange(history)
         below_row, below = tokens_above(self.tree, nodes[penalised])
-        return (
-            np.concatenate((row, penalised[below_row])),
-            np.concatenate((batch.tokens[slots[row], position], below)).astype(np.int64),
-            np.concatenate((position >= batch.prompt_length[slots[row]], np.ones(len(below), bool))),
-        )
+        generated = position >= batch.prompt_length[slots[row]]
+        return {
+            "history_row": np.concatenate((row, penalised[below_row])),
+            "history_token": np.concatenate((batch.tokens[slots[row], position], below)).astype(np.int64),
+            "history_generated": np.concatenate((generated, np.ones(len(below), bool))),
+        }
 
-    def _logit_bias(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """List additions to logits, [j] each: biases, and -inf for stop tokens before ``min_tokens``."""
+    def _logit_bias(self, nodes: np.ndarray) -> dict[str, np.ndarray]:
+        """List additions to logits, as ``SamplingBatch`` has them: biases, and -inf for stops before ``min_tokens``."""
         batch, slots = self.batch, self._slots_of(nodes)
         row, position = np.repeat(np.arange(len(nodes)), batch.biased[slots]), ragged_arange(batch.biased[slots])
         generated = batch.length[slots] - batch.prompt_length[slots] + self.tree.depth[nodes]
@@ -260,11 +252,12 @@ class TargetOutput:
         stops = batch.stop_tokens[slots]
         vocabulary = self.outputs["logits"].shape[1]
         shut_row, shut = np.nonzero(early[:, None] & (stops >= 0) & (stops < vocabulary))
-        return (
-            np.concatenate((row, shut_row)),
-            np.concatenate((batch.bias_tokens[slots[row], position], stops[shut_row, shut])).astype(np.int64),
-            np.concatenate((batch.bias[slots[row], position], np.full(len(shut), -np.inf, np.float32))),
-        )
+        token, bias = batch.bias_tokens[slots[row], position], batch.bias[slots[row], position]
+        return {
+            "logit_bias_row": np.concatenate((row, shut_row)),
+            "logit_bias_token": np.concatenate((token, stops[shut_row, shut])).astype(np.int64),
+            "logit_bias": np.concatenate((bias, np.full(len(shut), -np.inf, np.float32))),
+        }
 
 
 def token_logprobs(logits: Any, rows: np.ndarray, tokens: np.ndarray, top: np.ndarray) -> list[TokenLogprobs]:

@@ -12,7 +12,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +91,8 @@ class TritonPythonModel:
         def queue() -> None:
             _check_id(request)
             found = {name: pb_utils.get_input_tensor_by_name(request, name) for name in self._inputs}
-            tensors = {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}
-            self._reader.read(plain_values(tensors), reply)
+            given = {name: _plain(name, tensor.as_numpy()) for name, tensor in found.items() if tensor is not None}
+            self._reader.read(given, reply)
             reply.on_event = lambda event: self._replies.put(reply, event)
             self._service.submit(reply)
             self._replies.put(reply, None)
@@ -112,15 +111,8 @@ def _check_id(request: pb_utils.InferenceRequest) -> None:
         raise UserError(f"id is not UTF-8 (byte {error.start}); send text in UTF-8.") from None
 
 
-def plain_values(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return inputs by name: numbers, bools and text, or lists of them. Raises UserError.
-
-    tensors  by name, each [1, n]
-    """
-    return {name: _plain(name, tensor) for name, tensor in tensors.items()}
-
-
 def _plain(name: str, tensor: np.ndarray) -> Any:
+    """Return an input [1, n]: a number, bool or text, or a list of them. Raises UserError."""
     values = [_value(each, name) for each in tensor.reshape(-1)]
     if name in _MANY:
         return values

@@ -22,11 +22,8 @@ class LookupDrafter:
     """
 
     def __init__(self, batch: InputBatch, min_match: int, acceptance: Sequence[float]):
+        """Begin with ``acceptance``, probabilities above 0."""
         self.batch, self.min_match = batch, min_match
-        self.set_acceptance(acceptance)
-
-    def set_acceptance(self, acceptance: Sequence[float]) -> None:
-        """Set ``acceptance``, probabilities above 0, as the class describes."""
         self.log_acceptance = np.log(np.asarray(acceptance, np.float64))
 
     def draft_lag(self, slots: np.ndarray) -> np.ndarray:
