@@ -93,7 +93,7 @@ class Counts:
         return {names.get(name, name): round(value / iterations, 2) for name, value in asdict(self).items()}
 
 
-class CountingDevice:
+class Device:
     """What stands for a device: its counts, the seconds that it spent, and graphs, which are replayed at once."""
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class CountingDevice:
 class FreeGraphs:
     """One graph per size, as on a GPU: what is kept for it are the buffers that its calls are sent in."""
 
-    def __init__(self, forward: Callable[..., tuple[torch.Tensor, ...]], device: CountingDevice):
+    def __init__(self, forward: Callable[..., tuple[torch.Tensor, ...]], device: Device):
         self._forward, self._device, self._staging = forward, device, dict[tuple, Staging]()
 
     def run(self, arrays: Arrays, capacity: Capacity, *arguments: int) -> tuple[torch.Tensor, ...]:
@@ -129,7 +129,7 @@ class FreeGraphs:
 class FreeEngine(TorchEngine):
     """An engine of a network that answers at once."""
 
-    def __init__(self, role: TargetModule | HeadModule, blocks: int, bounds: CallBounds, device: CountingDevice):
+    def __init__(self, role: TargetModule | HeadModule, blocks: int, bounds: CallBounds, device: Device):
         super().__init__(role, blocks, bounds=bounds, resident=True)
         self._counts = device.counts
         self.sizes = SIZES
@@ -182,7 +182,7 @@ class CountedDrafter(LevelsDrafter):
 class Launches(TorchDispatchMode):
     """Counts what PyTorch launches outside of graphs; views and new memory launch nothing."""
 
-    def __init__(self, device: CountingDevice):
+    def __init__(self, device: Device):
         super().__init__()
         self._device = device
 
@@ -223,7 +223,7 @@ class Run:
         head = Eagle3Config(draft_vocab_size=64, target_hidden_size=16, **SHAPE)
         target = Decoder(CONFIG, 64)
         roles = TargetModule(target, (0, 1, 2)), HeadModule(Eagle3Head(head, 64, target.embed), TOP_K)
-        self.device = CountingDevice()
+        self.device = Device()
         engines = [FreeEngine(role, blocks, bounds, self.device) for role in roles]
         slots = InputBatch(batch, context, reserve, blocks)
         drafter = CountedDrafter(engines[1], slots, 512, 48, 16)
