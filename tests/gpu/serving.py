@@ -184,8 +184,12 @@ class Served:
         return {"tokens": sizes, "k_max": k_max, **dict(zip(("target_ms", "head_ms"), rounded, strict=True))}
 
     def rate(self, policy: str, batch: int, seconds: float) -> dict[str, float]:
-        """Decode while all requests run, for ``seconds`` at most."""
-        loop, work = self.begun(policy, batch), Meanwhile(self.target)
+        """Decode while all requests run, for ``seconds`` at most.
+
+        overlapped  share of target passes in which the device still computed when the host was free for other work
+        """
+        loop, cuda, busy = self.begun(policy, batch), torch.cuda, list[bool]()
+        assert overlap(self.target, lambda: busy.append(cuda.is_available() and not cuda.current_stream().query()))
         counters, head = loop.counters, self.head
         before, computed, requested, self.counts.considered = counters.copy(), head.levels(), head.requested, 0
         begin = time.perf_counter()
@@ -202,25 +206,13 @@ class Served:
             "accepted": round(emitted / verifications, 2),
             "iteration_ms": round(1e3 * seconds / iterations, 3),
             "host_share": round(1 - waited / seconds, 3),
-            "overlapped": round(work.busy / iterations, 3),
+            "overlapped": round(sum(busy) / iterations, 3),
             "verified": verified,
             "drafted": drafted,
             "requested": head.requested - requested,
             "considered": self.counts.considered,
             "drafted_per_verified": round(drafted / verified, 2),
         }
-
-
-class Meanwhile:
-    """Counts the runs of an engine in which the device still computes when the host is free for other work."""
-
-    def __init__(self, engine: Any):
-        self.busy = 0
-        assert overlap(engine, self._work)
-
-    def _work(self) -> None:
-        # On a CPU a pass has ended before.
-        self.busy += not (torch.cuda.is_available() and torch.cuda.current_stream().query())
 
 
 class KnownText:
