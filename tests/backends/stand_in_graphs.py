@@ -94,12 +94,12 @@ def with_graphs(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch, refused: t
     for name, value in {
         "graph_pool_handle": lambda: None,
         "CUDAGraph": StandInGraph,
-        "Stream": lambda device: stream,
         "current_stream": lambda device: stream,
         "stream": lambda stream: nullcontext(),
         "synchronize": lambda device: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr("echo_trt.backends.cuda.calls.own_stream", lambda device, owner: stream)
     as_on_a_gpu(engine)
     engine._graphs = StandInGraphs(engine._forward, refused)
     if "hidden" in engine._feature_caches:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from cuda.bindings import runtime
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import roles_of
@@ -20,6 +21,7 @@ from test_torch_engine import BLOCKS, NETWORKS, arrays_of, assert_same, calls, i
 from echo_trt.backends.cuda import levels as cuda_levels
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.calls import MAX_GRAPHS, Graphs, Staging
+from echo_trt.backends.cuda.device import own_stream
 from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, bucket
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.engine.batch import InputBatch
@@ -27,6 +29,7 @@ from echo_trt.engine.core import EngineCore
 from echo_trt.engine.drafters.eagle3 import EngineDrafter
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Request
+from echo_trt.errors import UserError
 from echo_trt.speculation.pack import LevelShape, pack
 from echo_trt.speculation.policies import make_planner
 
@@ -189,13 +192,17 @@ class Streams:
 
         pools, handles = count(), count(2000)
         for name, value in {
-            "Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None, cuda_stream=next(handles)),
             "current_stream": lambda device: self.current,
             "graph_pool_handle": lambda: next(pools),
             "stream": on,
             "graph": graph,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+
+        def own(*_):
+            return SimpleNamespace(wait_stream=lambda other: None, cuda_stream=next(handles))
+
+        monkeypatch.setattr("echo_trt.backends.cuda.calls.own_stream", own)
 
 
 def test_engines_capture_on_streams_of_their_own_and_nothing_is_collected_meanwhile(networks, monkeypatch):
@@ -271,16 +278,26 @@ def test_the_smallest_drafts_keep_their_graphs_where_there_are_too_many(open_llm
     assert levels._sizes == [1, 2, 4, 8]
 
 
-def test_no_two_engines_capture_on_one_stream(monkeypatch):
+def test_graphs_are_captured_on_a_stream_of_their_own_that_ends_with_them(monkeypatch):
     """PyTorch hands out 32 streams in turn, so an engine that is opened later would get one that is in use."""
-    numbers = count()
+    numbers, ended = count(1000), []
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=1000 + next(numbers) % 32))
-    kept = [Graphs(lambda inputs: (), torch.device("cpu")) for _ in range(3)]
-    for _ in range(40):  # opened and closed beside them
-        Graphs(lambda inputs: (), torch.device("cpu"))
-    kept += [Graphs(lambda inputs: (), torch.device("cpu")) for _ in range(29)]
-    assert len({graphs._stream.cuda_stream for graphs in kept}) == 32
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
+    monkeypatch.setattr(runtime, "cudaStreamCreateWithFlags", lambda flags: (0, next(numbers)))
+    monkeypatch.setattr(runtime, "cudaStreamDestroy", ended.append)
+    kept = [Graphs(lambda inputs: (), torch.device("cpu")) for _ in range(40)]
+    assert len({graphs._stream for graphs in kept}) == 40
+    del kept[:3]
+    gc.collect()
+    assert sorted(ended) == [1000, 1001, 1002]
+
+
+def test_a_stream_that_cuda_refuses_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(runtime, "cudaStreamCreateWithFlags", lambda flags: (runtime.cudaError_t(2), None))
+    with pytest.raises(UserError, match=r"^CUDA makes no stream \(cudaErrorMemoryAllocation\); restart the process"):
+        own_stream(torch.device("cpu"), monkeypatch)
 
 
 # -- buffers -------------------------------------------------------------------------------------------------------

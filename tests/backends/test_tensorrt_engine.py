@@ -174,7 +174,7 @@ def test_runs_wait_for_the_pool_to_be_zeroed(networks, tmp_path, monkeypatch):
     monkeypatch.setattr(TensorRTEngine, "_allocate", lambda self, shape: torch.zeros(1))
     monkeypatch.setattr(tensorrt, "Graphs", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "PyTorch's")
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=waits.append))
+    monkeypatch.setattr(tensorrt, "own_stream", lambda *_: SimpleNamespace(wait_stream=waits.append))
     TensorRTEngine(session, SLOTS, 4, 16)
     assert waits == ["PyTorch's"]
 

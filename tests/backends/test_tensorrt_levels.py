@@ -2,7 +2,6 @@
 
 import weakref
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,7 +99,7 @@ def test_parts_of_a_level_are_the_level(requests, live):
 def test_an_engine_is_gone_with_its_last_reference(networks, tmp_path, monkeypatch):
     """Its contexts and graphs go with it: a build's next network, or NCCL's communicator, waits for them."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr("echo_trt.backends.cuda.calls.own_stream", lambda *_: None)
     engine = packed("draft", networks, tmp_path)[1]
     engine._graphs = Graphs(engine._forward, torch.device("cpu"))
     levels = engine._levels

@@ -134,7 +134,7 @@ def test_a_gpu_that_is_not_there_is_named(networks):
 def test_an_engine_is_gone_with_its_last_reference(networks, monkeypatch):
     """Its graphs and its memory go with it: the next rank's self-check, or NCCL's communicator, waits for them."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr("echo_trt.backends.cuda.calls.own_stream", lambda *_: None)
     engine = as_on_a_gpu(TorchEngine(roles_of("eagle3", networks)["draft"], BLOCKS))
     levels = engine._levels
     engine._graphs, levels._graphs = (Graphs(f, torch.device("cpu")) for f in (engine._forward, levels._draft))

@@ -14,15 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from echo_trt.backends.cuda.device import own_stream
 from echo_trt.backends.cuda.sizes import LARGEST, RAGGED, Arrays, Capacity
 from echo_trt.backends.cuda.transfers import TRANSFERS
 
 Forward = Callable[..., tuple[Tensor, ...]]  # of the inputs, and of further arguments of a call
 
 MAX_GRAPHS = 160  # graphs of an engine; larger: more memory, and more seconds to start
-STREAMS = 32  # that PyTorch has for a device; smaller: two engines may capture on one
 _ALIGNMENT = 256  # bytes, which TensorRT asks of every tensor; smaller: kernels cannot load vectors
-_STREAM_OWNERS: weakref.WeakValueDictionary[int, Graphs] = weakref.WeakValueDictionary()
 
 
 def shapes_of(arrays: Arrays, capacity: Capacity) -> tuple[tuple[int, ...], ...]:
@@ -136,18 +135,9 @@ class Graphs:
         self._memory = torch.cuda.graph_pool_handle()  # shared: only one graph runs at a time
         self._outputs: list[Tensor] = []  # shared, so that graphs keep no memory apart
         self._captured: dict[tuple, Captured | None] = {}
-        self._stream = self._own_stream()
+        self._stream = own_stream(device, self)
         self._failed: list[torch.cuda.CUDAGraph] = []  # kept, since the end of one frees the workspace of all
         self.sealed = False  # whether all sizes are captured, so that a call of another size is run by plain launches
-
-    def _own_stream(self) -> torch.cuda.Stream:
-        """Take the next of the streams that PyTorch hands out in turn, but one on which others capture."""
-        for _ in range(STREAMS):
-            stream = torch.cuda.Stream(self._device)
-            if stream.cuda_stream not in _STREAM_OWNERS:
-                break
-        _STREAM_OWNERS[stream.cuda_stream] = self
-        return stream
 
     def run(self, arrays: Arrays, capacity: Capacity | None = None, *arguments: int) -> tuple[Tensor, ...] | None:
         """Replay a call; outputs are valid until the next run. A graph is kept for every set of ``arguments``.

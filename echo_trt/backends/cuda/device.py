@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -59,6 +60,19 @@ def launching_kernels() -> Iterator[None]:
             raise
         remedy = "install gcc and python3-dev, or name a compiler in CC"
         raise UserError(f"Triton finds no C compiler, by which it launches kernels; {remedy}.") from error
+
+
+def own_stream(device: torch.device, owner: object) -> torch.cuda.Stream:
+    """Make a stream that ends with ``owner``. PyTorch hands out 32 in turn, so two engines may get the same."""
+    from cuda.bindings import runtime
+
+    with torch.cuda.device(device):
+        error, stream = runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)
+    if stream is None:
+        raise UserError(f"CUDA makes no stream ({error.name}); restart the process, or the machine if that lasts.")
+    # Not at the process's end, when CUDA may be gone before.
+    weakref.finalize(owner, runtime.cudaStreamDestroy, stream).atexit = False
+    return torch.cuda.ExternalStream(int(stream), device)
 
 
 def compute_capability(device: torch.device) -> str:

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from echo_trt.backends.cuda.calls import Graphs, Staging
-from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device, launching_kernels
+from echo_trt.backends.cuda.device import (
+    check_room,
+    compute_capability,
+    cuda_device,
+    launching_kernels,
+    own_stream,
+)
 from echo_trt.backends.cuda.device_rows import (
     DeviceFeatureCache,
     DeviceLogits,
@@ -85,7 +91,7 @@ class TensorRTEngine:
             )
         self.prefill_alone = 0 if contiguous else min(LARGEST, self._limits.tokens)
         self._pool = self._allocate((len(self._caches), slots if contiguous else num_blocks, heads, rows, head_dim))
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._stream = own_stream(self._device, self) if self._device.type == "cuda" else None
         if self._stream is not None:  # the pool is zeroed on PyTorch's current stream
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._bounds = CallBounds(self._limits.batch, blocks)

@@ -35,7 +35,7 @@ LARGEST_KNEE = 1024  # tokens up to which the hinge is fitted; larger: the far e
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceCosts:
     """An accelerator that a host drives.
 
     launch  seconds to start a CUDA graph
@@ -82,7 +82,7 @@ class Machine:
     knee: int | None = None
     candidate_seconds: float = CANDIDATE_SECONDS
     node_seconds: float = 0.0
-    device: Device | None = None
+    device: DeviceCosts | None = None
 
     def costs(self) -> Costs:
         """Make new curves, which a policy may correct."""
@@ -151,7 +151,7 @@ QWEN3_235B = NetworkShare(
     experts_per_token=8,
 )
 _SMALL_KERNELS, _DRAFT_SMALL_KERNELS, _ALL_REDUCE = 0.3e-3, 0.1e-3, 10e-6
-_DEVICE = Device(launch=10e-6, wait=30e-6)
+_DEVICE = DeviceCosts(launch=10e-6, wait=30e-6)
 
 _ON_DEVICE = (
     f"small kernels take {1e3 * _SMALL_KERNELS:g} ms of a target pass and {1e3 * _DRAFT_SMALL_KERNELS:g} ms of a draft "

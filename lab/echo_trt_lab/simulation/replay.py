@@ -18,7 +18,7 @@ from echo_trt.speculation.planner import RECENT, Iteration, Planner, StepContext
 from echo_trt.speculation.super_tree import SuperTree
 from echo_trt_lab.calibration.observe import recorded_chains
 from echo_trt_lab.calibration.trees import RecordedDraft
-from echo_trt_lab.simulation.machines import Device, Machine
+from echo_trt_lab.simulation.machines import DeviceCosts, Machine
 from echo_trt_lab.simulation.walk import BEYOND, Walk
 
 WARM_UP = 40  # iterations before those that count; larger: a policy has learnt more when it is measured
@@ -84,7 +84,9 @@ class ClockedDraft(TimedDraft):
     as in the runtime. A block drafter's first pass also has ``block`` rows per request, and there is no later one.
     """
 
-    def __init__(self, draft: RecordedDraft, walk: Walk, costs: Costs, block: int = 0, device: Device | None = None):
+    def __init__(
+        self, draft: RecordedDraft, walk: Walk, costs: Costs, block: int = 0, device: DeviceCosts | None = None
+    ):
         super().__init__(clock=lambda: self._now)
         self._now, self._draft, self._walk, self._costs, self._block = 0.0, draft, walk, costs, block
         self._expanded, self._device = np.zeros(0, np.int64), device

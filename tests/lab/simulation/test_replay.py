@@ -13,7 +13,7 @@ from echo_trt.speculation.policy_names import PLAIN
 from echo_trt_lab.calibration.fit import fit
 from echo_trt_lab.simulation import replay as replay_module
 from echo_trt_lab.simulation.command import planner_for
-from echo_trt_lab.simulation.machines import Device, Machine, machine_named
+from echo_trt_lab.simulation.machines import DeviceCosts, Machine, machine_named
 from echo_trt_lab.simulation.oracle import Oracle
 from echo_trt_lab.simulation.replay import Replay
 from echo_trt_lab.simulation.walk import Recording, Walk
@@ -252,7 +252,7 @@ def test_a_device_runs_the_levels_between_gates_in_one_go():
 
 def test_waits_and_launches_are_paid_for(deep):
     machine = machine_named("h100-qwen3-8b", None)
-    free, slow = (replace(machine, device=Device(*seconds)) for seconds in ((0.0, 0.0), (1e-3, 2e-3)))
+    free, slow = (replace(machine, device=DeviceCosts(*seconds)) for seconds in ((0.0, 0.0), (1e-3, 2e-3)))
     fast_step, slow_step = (on_device(deep, "static", 1, on).step() for on in (free, slow))
     # A launch and a wait of the target; the roots' pass and the levels: two launches, one wait.
     assert slow_step.seconds - fast_step.seconds == pytest.approx(3e-3 + 4e-3)
