@@ -21,7 +21,6 @@ from echo_trt.bundle.manifest import Manifest
 from echo_trt.bundle.recipe import NETWORKS
 from echo_trt.engine.batch import InputBatch
 from echo_trt.errors import UserError, shown
-from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.speculation.drafts import Draft, Proposals
 from echo_trt.speculation.super_tree import SuperTree
 
@@ -164,6 +163,8 @@ def synthetic_text(folder: Path, manifest: Manifest, rates: Rates) -> HashedText
 
     Raises UserError for a bundle whose draft has no network to take the place of.
     """
+    from echo_trt.models.tokenizer import load_tokenizer  # not where texts are of token ids alone
+
     if manifest.recipe.draft.kind not in NETWORKS:
         raise UserError(
             f"{OPTION} is {rates.text}, a draft network's acceptance, but the draft of {folder} is "

@@ -20,7 +20,7 @@ WALK = os.environ.get("ECHO_TRT_GPU") == "walk"
 RESULTS = os.environ.get("ECHO_TRT_GPU_RESULTS")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def card() -> Card:
     import torch
     from gpu.engines import Card

@@ -11,6 +11,7 @@ from echo_trt.models.config import DecoderConfig, Eagle3Config, NetworkConfig
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.layers import Rotary
+from echo_trt.sizing.shapes import HEAD_VOCABULARY
 
 #: Qwen3-8B's config.json
 QWEN3_8B = DecoderConfig(
@@ -54,32 +55,19 @@ def random_decoder(config: DecoderConfig, positions: int, dtype: torch.dtype, de
     return model.eval()
 
 
-def random_head(target: Decoder, dtype: torch.dtype) -> Eagle3Head:
-    """Return an EAGLE-3 head of random weights that shares the target's embedding and its whole vocabulary."""
-    config, device = target.config, target.embed.weight.device
+def head_config(config: DecoderConfig) -> Eagle3Config:
+    """Return the shape of an EAGLE-3 head for a target: a layer of the same widths, as published heads have."""
     shared = {field.name: getattr(config, field.name) for field in fields(NetworkConfig)}
-    head_config = Eagle3Config(**shared, draft_vocab_size=config.vocab_size, target_hidden_size=config.hidden_size)
+    vocabulary = min(HEAD_VOCABULARY, config.vocab_size)
+    return Eagle3Config(**shared, draft_vocab_size=vocabulary, target_hidden_size=config.hidden_size)
+
+
+def random_head(target: Decoder, dtype: torch.dtype) -> Eagle3Head:
+    """Return an EAGLE-3 head of random weights, with an embedding of its own, as a bundle's has."""
+    config = head_config(target.config)
     torch.manual_seed(7)
-    head = Eagle3Head(head_config, config.max_position, target.embed).to(device, dtype)
-    head.rotary = Rotary(head_config, config.max_position).to(device)
-    return head.eval()
-
-
-@torch.no_grad()
-def quiet_layers(model: Decoder, scale: float) -> None:
-    """Make what the layers add small beside the embedding, and choices clear: fewer layers then often agree."""
-    model.embed.weight *= model.config.hidden_size**0.5
-    model.lm_head.weight *= 6
-    for layer in model.layers:
-        layer.attention.out.weight *= scale
-        layer.mlp.down.weight *= scale
-
-
-def first_layers(model: Decoder, count: int) -> Decoder:
-    """Return the network that the first ``count`` layers make, on the same weights."""
-    short = Decoder.__new__(Decoder)
-    nn.Module.__init__(short)
-    short.config = model.config
-    short.embed, short.rotary, short.norm, short.lm_head = model.embed, model.rotary, model.norm, model.lm_head
-    short.layers = model.layers[:count]
-    return short
+    with target.embed.weight.device:
+        embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        head = Eagle3Head(config, config.max_position, embedding).to(dtype)
+        head.rotary = Rotary(config, config.max_position)
+    return head.requires_grad_(False).eval()

@@ -1,11 +1,19 @@
-"""The attention kernel on a card, at the sizes of real networks, and what it moves of the memory's bandwidth."""
+"""The kernels on a card, at the sizes of real networks, and what attention moves of the memory's bandwidth."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
+from gpu.random_networks import QWEN3_8B, TINY, random_decoder
 from plugins.attention_calls import BLOCK, TOLERANCE, Batch
+from plugins.interpreted import interpreted
+from plugins.test_sampling_kernels import choice_of, chosen, rows_of
+
+from echo_trt.models import layers
+from echo_trt.speculation.sampling import choice as host
 
 pytestmark = pytest.mark.gpu
 
@@ -70,3 +78,34 @@ def test_the_kernel_reads_at_the_memorys_speed(card, requests, context, tokens, 
     read, ceiling = requests * context * 8 * 128 * 2 * 2 / kernel, 2 * 2**30 / copy
     figures(us=1e6 * kernel, kv_gb_per_s=read / 1e9, copy_gb_per_s=ceiling / 1e9, of_copy=read / ceiling)
     assert 0 < read < ceiling
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_draws_over_qwen3s_vocabulary_are_the_hosts(card, dtype, figures):
+    """Peaked and flat rows, with ties, by all limits, in one launch."""
+    count, size = card.pick((64, 151_936), (6, 700))
+    logits, choice = torch.from_numpy(rows_of(1, count, size)).to(dtype), choice_of(1, count)
+    wanted = host.choose(logits.float().numpy(), choice)
+    assert chosen(logits, np.arange(count), choice).tolist() == wanted.tolist()
+    if card.cuda:
+        from triton.testing import do_bench
+
+        logits = logits.cuda()
+        figures(us=1e3 * do_bench(lambda: chosen(logits, np.arange(count), choice), return_mode="median"))
+
+
+@torch.inference_mode()
+def test_a_layers_small_steps_in_kernels_are_those_of_operators(card, monkeypatch):
+    """Sum and norm, rotation of normed queries and keys, and activation, of Qwen3-8B's widths in bfloat16."""
+    config = dataclasses.replace(card.pick(QWEN3_8B, TINY), num_layers=1, vocab_size=64)
+    network = random_decoder(config, 99, torch.bfloat16, card.device)
+    tokens, found = torch.arange(card.pick(60, 5), device=card.device), []
+
+    def attend(layer, query, key, value):
+        return (query + (key + value).to(query.dtype).repeat(1, query.shape[1] // key.shape[1])).to(value.dtype)
+
+    kernels = layers.fused(network.norm.weight) or interpreted("super_tree_attention.layer_kernels")
+    for module in (None, kernels):
+        monkeypatch.setattr(layers, "fused", lambda x, module=module: module)
+        found.append(network(tokens, tokens, tokens, attend)[0].float())
+    assert (found[1] - found[0]).norm() <= 0.02 * found[0].norm()

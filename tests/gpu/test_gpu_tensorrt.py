@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from gpu.compiled import MODULES, Built, assert_caches_are_not_copied, skip_without
 from gpu.engines import seconds_of
-from gpu.random_networks import SMALL, random_decoder
+from gpu.random_networks import SMALL, random_decoder, random_head
 
 from echo_trt.backends.tensorrt.session import profile_for
-from echo_trt.models.config import Eagle3Config
-from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.bundle.read_recipe import parse_recipe
 from echo_trt.models.roles import HeadModule, TargetModule
 from echo_trt.speculation.pack import BLOCK, LevelShape, pack, pack_levels
 
 pytestmark = pytest.mark.gpu
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 BATCH, CONTEXT = 32, 512
 RECIPE = {
     "name": "gpu",
@@ -33,43 +29,10 @@ RECIPE = {
 }
 
 
-class Built:
-    """A compiler's build of small networks in fp16, in a folder."""
-
-    def __init__(self, engine: str, folder: Path):
-        from echo_trt.backends.tensorrt.build import TensorRTBuild
-        from echo_trt.bundle.call_sizes import CallSizes
-        from echo_trt.bundle.read_recipe import parse_recipe
-
-        recipe = parse_recipe(RECIPE | {"engine": engine}, "the test")
-        self.engine, self.sizes = engine, CallSizes.of(recipe)
-        self.build = TensorRTBuild(recipe, folder, folder / "timings", lambda share, phase: None)
-
-    def opened(self, role: Any, name: str) -> tuple[Any, Any]:
-        """Build a role; return its engine and the self-check."""
-        from echo_trt.backends.tensorrt.engine import TensorRTEngine
-
-        file, check = self.build.compile(role, name, "fp16")
-        path, sizes = self.build.folder / file, self.sizes
-        return TensorRTEngine.open(self.engine, path, self.build.facts(), BATCH, sizes.blocks, sizes.pool), check
-
-
 @pytest.fixture(params=MODULES)
 def built(request, card, tmp_path) -> Built:
-    if card.device.type != "cuda":
-        pytest.skip(f"{request.param} runs on a card alone")
-    for module in (MODULES[request.param], "onnxscript"):
-        try:
-            __import__(module)
-        except Exception as error:  # a wheel without its libraries fails in ways of its own
-            pytest.skip(f"{module} cannot be used here ({error})")
-    from echo_trt.backends.cuda.device import compute_capability
-    from echo_trt.backends.tensorrt.compiler import COMPILERS, known_capabilities
-
-    capability = compute_capability(card.device)
-    if COMPILERS[request.param].builds_anywhere and capability not in known_capabilities(request.param):
-        pytest.skip(f"{request.param} builds nothing for compute capability {capability}")
-    return Built(request.param, tmp_path)
+    skip_without(request.param, card)
+    return Built(parse_recipe(RECIPE | {"engine": request.param}, "the test"), tmp_path)
 
 
 def test_a_target_is_the_reference_and_captured_whole(built, card, figures):
@@ -109,31 +72,14 @@ def scratch_of(session: Any) -> int:
     return most
 
 
-def assert_caches_are_not_copied(session: Any, figures: Any) -> None:
-    """Check that caches are not copied, by the layers that the engine tells of."""
-    try:
-        inspector = session._engine.create_engine_inspector()
-        text = inspector.get_engine_information(session._api.LayerInformationFormat.JSON)
-    except Exception as error:
-        figures(layers=f"not told: {error}")
-        return
-    named = [layer for layer in map(str, json.loads(text).get("Layers", [])) if "_cache." in layer]
-    figures(layers_that_name_a_cache=len(named))
-    assert named or session._title != "TensorRT"  # whose engines are built to tell of their layers
-    assert not [layer for layer in named if "Reformat" in layer or "copy" in layer.lower()]
-
-
 def test_a_heads_levels_are_one_graph_and_the_same_as_launches(built):
     """A graph of fewer levels is captured later, over the contexts of the first one's levels.
 
     A head's profiles must not break the graph's own constraint, features + states = tokens.
     """
-    fields, sizes = {field.name for field in dataclasses.fields(Eagle3Config)}, built.sizes
-    shared = {name: value for name, value in dataclasses.asdict(SMALL).items() if name in fields}
-    config = Eagle3Config(**shared, target_hidden_size=SMALL.hidden_size, draft_vocab_size=SMALL.vocab_size // 2)
-    torch.manual_seed(0)
-    head = Eagle3Head(config, sizes.blocks * BLOCK, torch.nn.Embedding(SMALL.vocab_size, SMALL.hidden_size)).eval()
-    opened, _ = built.opened(HeadModule(head.requires_grad_(False), 4), "head")
+    sizes = built.sizes
+    target = random_decoder(SMALL, sizes.blocks * BLOCK, torch.float32, torch.device("cpu"))
+    opened, _ = built.opened(HeadModule(random_head(target, torch.float32), 4), "head")
     if not opened.drafts_levels:
         pytest.skip(f"a head of {built.engine} drafts no levels")
     shape, ones, none = LevelShape(1, 9, 3, 4), np.ones(BATCH, np.int64), np.zeros(0, np.int64)
