@@ -18,7 +18,7 @@ def grow(
     Each request that goes on claims its best node of the level. Where the budget has fewer nodes left than there are
     claims, the most confident requests get them, and the others stop.
 
-    roots int64 [B]: pending tokens. room int64 [B]: draft tokens in a row that a request can still use.
+    roots int64 [B]: pending tokens. max_draft_len int64 [B]: draft tokens in a row that a request can still use.
     Returns the tree of all candidates and claimed_node int64 [B] (see ``allocate``).
     """
     tree = SuperTree.from_roots(roots)
