@@ -69,7 +69,7 @@ def check_name(folder: Path, name: str, bundle: Path) -> None:
 class Lease:
     """Writes this process's entries anew where they were removed.
 
-    Dynamo removes them when a worker is told to stop; ``close`` must come within ``patience`` seconds of that.
+    Dynamo removes a worker's entries when the worker is told to stop; ``close`` must follow in ``patience`` seconds.
     """
 
     def __init__(self, folder: Path, patience: float, lost: Callable[[int], None] = lambda number: None):

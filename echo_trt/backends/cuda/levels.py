@@ -94,9 +94,9 @@ class Levels:
         return next(size for size in self._sizes if size >= requests) if self._graphs else requests
 
     def capture(self, shapes: Callable[[int], Collection[LevelShape]], text: Any = None) -> None:
-        """Capture the drafts that are asked for: ``shapes`` tells those of a number of requests.
+        """Capture the shapes of drafts that the planner asks for; ``shapes`` returns them for a number of requests.
 
-        All others run by plain launches from then on. Beyond the engine's limit of graphs, the smallest batches get
+        Other drafts run by plain launches from then on. Beyond the engine's limit of graphs, the smallest batches get
         graphs: launches take a larger share of a small batch's draft. ``text`` takes the place of the head's proposals.
         """
         if text and not self._text:
@@ -158,7 +158,7 @@ class Levels:
         """Draft ``shape.levels`` levels, from the level ``shape.first`` on.
 
         below      what ``pack_levels`` returns for A requests
-        rows       int64 [A], their rows in the call before: ``begin``'s, or that of the levels above
+        rows       int64 [A], the requests' rows in the previous call: in ``begin``'s, or in the levels above
         max_nodes  children of a request that are returned: the beams of all levels, and the best others
         roots      int32 [A, c], the roots' packed results, which one copy brings to the host with the children
 
