@@ -105,7 +105,7 @@ class Cluster:
             process.wait()
 
     @property
-    def prior_tokens(self) -> str:
+    def log(self) -> str:
         return self._log.read_text(errors="replace")
 
     def children(self, mark: str) -> list[tuple[int, list[str]]]:
@@ -135,8 +135,8 @@ class Cluster:
         time.sleep(0.5)  # for the frontend to read what has changed
 
     def wait(self, fits: Callable[[], bool], seconds: float = SECONDS) -> None:
-        wait_until(lambda: fits() or self.process.poll() is not None, seconds, lambda: self.prior_tokens[-4000:])
-        assert self.process.poll() is None, self.prior_tokens[-4000:]
+        wait_until(lambda: fits() or self.process.poll() is not None, seconds, lambda: self.log[-4000:])
+        assert self.process.poll() is None, self.log[-4000:]
 
     def entries(self, kind: str) -> list[Path]:
         index = self.discovery / "v1" / kind
@@ -153,10 +153,9 @@ class Cluster:
 
     def worker_of(self, instance: int) -> Worker:
         """Return the worker that Dynamo knows by this id: it listens where its entry says."""
-        prior_tokens = "".join(
-            entry.read_text() for entry in self.entries("instances") if str(instance) in entry.read_text()
-        )
-        ports = {int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", prior_tokens)}
+        texts = (entry.read_text() for entry in self.entries("instances"))
+        own = "".join(text for text in texts if str(instance) in text)
+        ports = {int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", own)}
         [worker] = [worker for worker in self.workers if listening_ports(worker.pid) & ports]
         return worker
 
