@@ -188,9 +188,8 @@ class EngineMetrics(Collector):
         silent = {(source,): sums["silent"].get(source, 0) for source in SOURCES}
         yield self._counter("silent_drafts_minutes", SILENT, silent, "source")
 
-    def _accepted(self, accepted: Counter[int]) -> Iterator[Metric]:
+    def _accepted(self, lengths: Counter[int]) -> Iterator[Metric]:
         """Yield the number of drafts, and how often the draft token at a position was accepted, 0 the first."""
-        lengths = accepted.copy()
         yield self._counter("drafts", "Verifications of a request's draft", {(): lengths.total()})
         positions = {
             (str(at),): sum(n for length, n in lengths.items() if length > at) for at in range(max(lengths, default=0))

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 from echo_trt.grammar.requested import listed, resolved
-from echo_trt.server.tool_formats.base import NAME, ToolRequest, json_rule, parsed, written
-from echo_trt.server.tool_formats.marked import CODER, Marked, MarkedParser, Spelling
+from echo_trt.server.tool_formats.base import ToolRequest, json_rule, parsed, written
+from echo_trt.server.tool_formats.marked import Marked, MarkedParser
 
 PARAMETER, PARAMETER_END, FUNCTION_END = "<parameter=", "</parameter>", "</function>"
 VALUE_END = json.dumps(f"\n{PARAMETER_END}\n")
-_HEAD = re.compile(rf"\s{{0,8}}<function=({NAME})>")
 PYTHONS = {"True": "true", "False": "false", "None": "null"}  # templates write histories with them
 
 
@@ -22,10 +19,6 @@ class CoderParser(MarkedParser):
     """Strings stand as they are, other values as JSON; which it is, the tool's schema tells."""
 
     _seen = _given = 0  # characters of ``_text`` without an end in them, arguments of the call
-
-    def __init__(self, tools: Mapping[str, Mapping[str, Any]], several: bool = True, *, spelling: Spelling = CODER):
-        super().__init__(tools, several, spelling=spelling)
-        self._head_pattern = _HEAD
 
     def _call(self, name: str) -> None:
         self._schema, self._given, self._seen = self._tools[name], 0, 0
@@ -87,9 +80,7 @@ def _options(part: Mapping[str, Any]) -> list[Any]:
 class Coder(Marked):
     """Arguments come in the schema's order."""
 
-    def __init__(self, spelling: Spelling, tokens: Collection[str] = ()):
-        super().__init__(spelling, tokens)
-        self.parser = partial(CoderParser, spelling=spelling)
+    kind = CoderParser
 
     def function(self, name: str, schema: Mapping[str, Any]) -> str:
         properties, required = schema.get("properties"), listed(schema.get("required"))

@@ -52,24 +52,21 @@ class Spelling:
         first = re.escape(self.opens[-1])
         pattern = re.escape(self.before.removeprefix(self.opens[-1]).strip()).replace("\\\n", r"\s{0,8}")
         named = pattern.replace("NAME", rf"({NAME})(?:\[CALL_ID\]\w{{1,64}})?", 1)
-        return re.compile(rf"\s{{0,8}}(?:{first})?\s{{0,8}}{named}\s{{0,8}}(?={{)")
+        follows = r"\s{0,8}(?={)" if self.before[-2:] != ">\n" else ""  # arguments are JSON, or in tags
+        return re.compile(rf"\s{{0,8}}(?:{first})?\s{{0,8}}{named}{follows}")
 
 
 HERMES = Spelling((OPEN,), (OPEN,), "\n", f"\n{CLOSE}", f"\n{OPEN}")
 CODER = Spelling((OPEN, "<function="), (OPEN,), "\n<function=NAME>\n", f"</function>\n{CLOSE}", f"\n{OPEN}")
+JSON = "```json"  # in calls of DeepSeek's V3 and R1
 #: A template is of the first that it holds all marks of.
 SPELLINGS = (
     CODER,
     HERMES,
-    Spelling(  # of DeepSeek's V3 and R1
-        (CALLS, "```json"),
-        (CALLS, CALL),
-        f"{CALL}function{SEPARATOR}NAME\n```json\n",
-        f"\n```{CALL_END}",
-        "\n",
-        CALLS_END,
+    Spelling(
+        (CALLS, JSON), (CALLS, CALL), f"{CALL}function{SEPARATOR}NAME\n{JSON}\n", f"\n```{CALL_END}", "\n", CALLS_END
     ),
-    Spelling((CALLS,), (CALLS, CALL), f"{CALL}NAME{SEPARATOR}", CALL_END, "", CALLS_END),  # of V3.1
+    Spelling((CALLS,), (CALLS, CALL), f"{CALL}NAME{SEPARATOR}", CALL_END, "", CALLS_END),  # DeepSeek V3.1's
     Spelling(("[TOOL_CALLS]", "[ARGS]"), ("[TOOL_CALLS]",), "NAME[ARGS]", "", "[TOOL_CALLS]"),  # Mistral's
 )
 
@@ -134,9 +131,11 @@ class MarkedParser(Parser):
 class Marked(Format):
     """The formats of SPELLINGS."""
 
+    kind: type[MarkedParser] = MarkedParser
+
     def __init__(self, spelling: Spelling, tokens: Collection[str] = ()):
         super().__init__(tokens)
-        self.spelling, self.parser = spelling, partial(MarkedParser, spelling=spelling)
+        self.spelling, self.parser = spelling, partial(self.kind, spelling=spelling)
 
     def spelt(self, text: str) -> str:
         """Lark of a text with marks."""
