@@ -4,7 +4,7 @@
 
 Sampling parameters (``echo_trt/engine/params.py``) are the inputs of model_repo/echo/config.pbtxt, and tables of
 docs/triton-api.md and docs/openai-api.md; families (``echo_trt/models/families``) are the table of docs/models.md;
-other names of metrics (``echo_trt/engine/service/metric_aliases.py``) are a table of docs/operations.md.
+metric names (``echo_trt/engine/service/metric_aliases.py``) are a table of docs/operations.md.
 """
 
 from __future__ import annotations

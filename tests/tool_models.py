@@ -107,8 +107,9 @@ CALLS = {
         + marked.CALL_END, marked.CALLS_END),
     "mistral_named": ("", "{% if call.id | length != 9 %}{{ raise_exception('ids have length 9') }}{% endif %}"
         "[TOOL_CALLS]{{ c.name }}[ARGS]{{ c.arguments | tojson }}", ""),
+    "mistral_list": ("[TOOL_CALLS] [", '{"name": "{{ c.name }}", "arguments": {{ c.arguments | tojson }}}', "]"),
 }  # fmt: skip
-MARKED = {
+OTHERS = {
     kind: "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}"
     + CHATML.replace(
         "{{ m.content }}",
@@ -117,7 +118,7 @@ MARKED = {
     )
     for kind, (begin, call, end) in CALLS.items()
 }
-TEMPLATES = {"qwen3": QWEN3, "thinking": QWEN3_THINKING, "chatml": CHATML, **MARKED}
+TEMPLATES = {"qwen3": QWEN3, "thinking": QWEN3_THINKING, "chatml": CHATML, **OTHERS}
 CORPUS = 'the theme of a thing, naïve café; {"name": "get_weather", "arguments": {"city": "Paris"}} \n tool think ' * 3
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 QWEN_SHOWN = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]

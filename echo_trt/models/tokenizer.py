@@ -13,7 +13,7 @@ from echo_trt.files.model_type import MODEL_TYPE
 
 #: Around a reasoning model's thought, as Qwen3 and DeepSeek write it.
 REASONING = ("<think>", "</think>")
-#: Special tokens that answers show, since calls of tools cannot be read without them: newer Mistral's.
+#: Special tokens that answers show, since calls of tools cannot be read without them: Mistral's.
 SHOWN = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
 
 
@@ -40,7 +40,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 def _showing(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Let answers show the tokens of SHOWN, which decoding would leave out."""
-    if any(token.special and token.content == "[ARGS]" for token in tokenizer.added_tokens_decoder.values()):
+    if any(token.special and token.content in SHOWN for token in tokenizer.added_tokens_decoder.values()):
         raw = json.loads(tokenizer.backend_tokenizer.to_str())
         for token in raw["added_tokens"]:
             token["special"] &= token["content"] not in SHOWN

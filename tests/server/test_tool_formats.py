@@ -15,9 +15,8 @@ from echo_trt.grammar.state import Vocabulary
 from echo_trt.server.tool_formats import format_of
 from echo_trt.server.tool_formats.base import Arguments, Call, Content, ToolRequest, json_rule
 from echo_trt.server.tool_formats.coder import Coder
-from echo_trt.server.tool_formats.llama3 import Llama3
+from echo_trt.server.tool_formats.llama3 import Llama3, MistralList
 from echo_trt.server.tool_formats.marked import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR, Marked
-from echo_trt.server.tool_formats.mistral import Mistral
 
 MARKS = ("<tool_call>", "</tool_call>")
 #: Chat templates' marks by format, and its tokens of the tokenizer.
@@ -27,8 +26,8 @@ TAUGHT = {
     "coder": ("<tool_call>\n<function=", MARKS),
     "deepseek": (f"{CALLS}{CALL}```json", (CALLS, CALLS_END, CALL, CALL_END, SEPARATOR)),
     "deepseek 3.1": (f"{CALLS}{CALL}", (CALLS, CALLS_END, CALL, CALL_END, SEPARATOR)),
-    "mistral, named": ("[TOOL_CALLS]x[ARGS]", ("[TOOL_CALLS]", "[ARGS]")),
-    "mistral": ("[TOOL_CALLS] [", ()),
+    "mistral": ("[TOOL_CALLS]x[ARGS]", ("[TOOL_CALLS]", "[ARGS]")),
+    "mistral's list": ("[TOOL_CALLS] [", ("[TOOL_CALLS]",)),
 }
 FORMATS = {name: format_of(*taught) for name, taught in TAUGHT.items()} | {"llama3": Llama3()}
 KINDS = {
@@ -120,10 +119,14 @@ OTHERS = [
      f"{CALLS}{CALL}function{SEPARATOR}nobody\n```json\n{{}}\n```{CALL_END}", []),
     ("deepseek 3.1", f"{CALLS}{CALL}add{SEPARATOR}{{\"a\": 1}}{CALL_END}{CALL}add{SEPARATOR}{{}}{CALL_END}{CALLS_END}",
      "", [("add", '{"a": 1}'), ("add", "{}")]),
-    ("mistral, named", '[TOOL_CALLS]add[ARGS]{"a": "[TOOL_CALLS]"}[TOOL_CALLS]get_weather[CALL_ID]a1B2c3D4e[ARGS]'
+    ("mistral", '[TOOL_CALLS]add[ARGS]{"a": "[TOOL_CALLS]"}[TOOL_CALLS]get_weather[CALL_ID]a1B2c3D4e[ARGS]'
      '{"city": "Paris"}', "", [("add", '{"a": "[TOOL_CALLS]"}'), PARIS]),
-    ("mistral, named", "So [TOOL_CALLS]nobody[ARGS]{}", "So [TOOL_CALLS]nobody[ARGS]{}", []),
-    ("mistral, named", "[TOOL", "[TOOL", []),
+    ("mistral", "So [TOOL_CALLS]nobody[ARGS]{}", "So [TOOL_CALLS]nobody[ARGS]{}", []),
+    ("mistral", "[TOOL", "[TOOL", []),
+    ("mistral's list", '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}, {"name": "get_weather", "arguments": '
+     '{"city": "Paris"}}]', "", [("add", '{"a": 1}'), PARIS]),
+    ("mistral's list", '[TOOL_CALLS][{"name": "add", "arguments": {}, "id": "a1B2c3D4e"}]', "", [("add", "{}")]),
+    ("mistral's list", "[1, 2]", "[1, 2]", []),
     ("coder", "Well.\n\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n"
      "</tool_call>\n<tool_call>\n<function=add>\n</function>\n</tool_call>", "Well.", [PARIS, ("add", "{}")]),
     ("coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\n<b>\n\"5\"\n</parameter></function></tool_call>",
@@ -137,21 +140,7 @@ OTHERS = [
     ("coder", "<tool_call>\n<function=nobody>\n</function>\n</tool_call>",
      "<tool_call>\n<function=nobody>\n</function>\n</tool_call>", []),
 ]  # fmt: skip
-MISTRAL = [
-    ("Hello.", "Hello.", []),
-    (f"[{GET}]", "", [PARIS]),
-    (f"[TOOL_CALLS] [{GET}]\n", "", [PARIS]),
-    (' [{"name": "add", "arguments": {}, "id": "x1y2z3abc"}, ' + GET + "] Done.", " Done.", [("add", "{}"), PARIS]),
-    ('[{"arguments": {"a": 1}, "name": "add"}]', "", [("add", '{"a": 1}')]),
-    ('[{"name": "Ann", "arguments": {}}]', '[{"name": "Ann", "arguments": {}}]', []),
-    ("[1, 2]", "[1, 2]", []),
-    ("[", "[", []),
-    ("[TOOL_CALLS", "[TOOL_CALLS", []),
-    (f"Use [{GET}]", f"Use [{GET}]", []),
-    ('[{"name": "add", "arguments": {"a"', "", [("add", '{"a"')]),
-]
 CASES = [("hermes", *case) for case in HERMES] + [("llama3", *case) for case in LLAMA] + OTHERS
-CASES += [("mistral", *case) for case in MISTRAL]
 
 
 @pytest.mark.parametrize(("name", "text", "content", "calls"), CASES)
@@ -161,8 +150,8 @@ def test_however_a_text_is_cut_it_is_read_the_same(name, text, content, calls):
 
 
 PARTS = ["<tool_call>", "</tool_call>", "\n", " ", "{", "}", '"', '{"name": "add", ', '"arguments": {', '"parameters":',
-         "a", "\\", ";", GET, "[", "]", ", ", "<", "<|python_tag|>", '"name"', "é", "[TOOL_CALLS]", "add", "[ARGS]",
-         CALLS, CALL, SEPARATOR, CALL_END, "<function=add>", "<parameter=", ">", "</parameter>", "</function>"]  # fmt: skip
+         "a", "\\", ";", GET, "[", "<", "<|python_tag|>", '"name"', "é", "[TOOL_CALLS]", "add", "[ARGS]", CALLS, CALL,
+         SEPARATOR, CALL_END, "<function=add>", "<parameter=", ">", "</parameter>", "</function>"]  # fmt: skip
 
 
 @given(parts=st.lists(st.sampled_from(PARTS), max_size=14), name=st.sampled_from([*FORMATS]), data=st.data())
@@ -226,9 +215,9 @@ def written(name: str, *calls: tuple[str, str]) -> str:
     match name:
         case "llama3":
             return "; ".join(f'{{"name": "{f}", "parameters": {a}}}' for f, a in calls)
+        case "mistral's list":
+            return "[TOOL_CALLS] [" + ", ".join(f'{{"name": "{f}", "arguments": {a}}}' for f, a in calls) + "]"
         case "mistral":
-            return "[" + ", ".join(f'{{"name": "{f}", "arguments": {a}}}' for f, a in calls) + "]"
-        case "mistral, named":
             return "".join(f"[TOOL_CALLS]{f}[ARGS]{a}" for f, a in calls)
         case "deepseek":
             texts = [f"{CALL}function{SEPARATOR}{f}\n```json\n{a}\n```{CALL_END}" for f, a in calls]
@@ -270,7 +259,7 @@ def test_a_call_that_may_come_fits_too_and_text_is_free(fits, name):
         assert fits(name, grammar, text), text
     assert not fits(name, grammar, written(name, BAD))
     assert fits(name, grammar, "So: " + written(name, PARIS))
-    if name not in ("llama3", "mistral"):
+    if name not in ("llama3", "mistral's list"):
         assert not fits(name, grammar, "So: " + written(name, BAD))
         assert not fits(name, grammar, f"So: {FORMATS[name].spelling.opens[0]}\nhello")
         one = FORMATS[name].grammar(ToolRequest(TOOLS, must=False, several=False))
@@ -294,8 +283,7 @@ def test_an_answer_that_calls_nothing_may_have_to_fit_as_well(fits, name):
         (tool_models.QWEN3_THINKING, Marked, True),
         (tool_models.LLAMA3, Llama3, False),  # it refuses several calls
         (tool_models.QWEN3.replace("<tool_call>", "<tool_call><function=x>"), Coder, True),
-        ("{{ '[TOOL_CALLS] [' }}", Mistral, True),
-        ("{{ '[TOOL_CALLS]f[ARGS]' }}", Marked, True),
+        ("{{ '[TOOL_CALLS]' }}", MistralList, True),
         ("", type(None), None),
     ],
 )

@@ -6,9 +6,8 @@ from collections.abc import Collection
 
 from echo_trt.server.tool_formats.base import Format
 from echo_trt.server.tool_formats.coder import Coder
-from echo_trt.server.tool_formats.llama3 import Llama3
+from echo_trt.server.tool_formats.llama3 import Llama3, MistralList
 from echo_trt.server.tool_formats.marked import CODER, SPELLINGS, Marked
-from echo_trt.server.tool_formats.mistral import Mistral
 
 
 def format_of(template: str, tokens: Collection[str] = ()) -> Format | None:
@@ -16,4 +15,4 @@ def format_of(template: str, tokens: Collection[str] = ()) -> Format | None:
     for spelling in SPELLINGS:
         if all(mark in template for mark in spelling.taught):
             return (Coder if spelling is CODER else Marked)(spelling, tokens)
-    return Llama3.of(template, tokens) or Mistral.of(template, tokens)
+    return MistralList.of(template, tokens) or Llama3.of(template, tokens)

@@ -1,4 +1,4 @@
-"""Calls between marks: Hermes' format, which Qwen2.5 and Qwen3 write too, DeepSeek's and newer Mistral's."""
+"""Calls between marks: Hermes' format, which Qwen2.5 and Qwen3 write too, DeepSeek's and Mistral's."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ SPELLINGS = (
         (CALLS, JSON), (CALLS, CALL), f"{CALL}function{SEPARATOR}NAME\n{JSON}\n", f"\n```{CALL_END}", "\n", CALLS_END
     ),
     Spelling((CALLS,), (CALLS, CALL), f"{CALL}NAME{SEPARATOR}", CALL_END, "", CALLS_END),  # DeepSeek V3.1's
-    Spelling(("[TOOL_CALLS]", "[ARGS]"), ("[TOOL_CALLS]",), "NAME[ARGS]", "", "[TOOL_CALLS]"),  # newer Mistral's
+    Spelling(("[TOOL_CALLS]", "[ARGS]"), ("[TOOL_CALLS]",), "NAME[ARGS]", "", "[TOOL_CALLS]"),  # Mistral's
 )
 
 
