@@ -29,13 +29,18 @@ class NetworkConfig:
     attention_bias: bool = False
     unrotated_layers: tuple[int, ...] = ()
 
+    def window_of(self, layer: int) -> int:
+        """Return how many tokens, itself among them, a token of ``layer`` sees; 0: all before it."""
+        return 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(NetworkConfig):
     """A decoder-only transformer, dense or with experts.
 
-    family  name of its row in ``models.families``
-    window  tokens that a token sees, its own included; 0: all. No context is longer (``read_config.check_context``)
+    family       name of its row in ``models.families``
+    window       tokens that a token sees, itself among them, but in ``full_layers``; 0: all before it
+    full_layers  layers without a window
     """
 
     family: str
@@ -49,6 +54,10 @@ class DecoderConfig(NetworkConfig):
     dense_layers: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     window: int = 0
+    full_layers: tuple[int, ...] = ()
+
+    def window_of(self, layer: int) -> int:
+        return 0 if layer in self.full_layers else self.window
 
     @property
     def feature_layers(self) -> tuple[int, int, int]:

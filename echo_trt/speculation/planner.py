@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +27,7 @@ class StepContext:
     recent         int64 [B, RECENT], tokens before a root, -1 where the text is shorter
     epoch          int64 [B], admission number of the request
     prompt_tokens  tokens of prompts computed in the same pass
+    one_path       bool [B], requests of which the engine verifies one path, a plan's best one; empty: none
     """
 
     slots: np.ndarray
@@ -36,6 +37,7 @@ class StepContext:
     recent: np.ndarray
     epoch: np.ndarray
     prompt_tokens: int = 0
+    one_path: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,13 @@ class Plan:
         """Plan plain decoding: nothing but ``roots`` int64 [B]."""
         tree, sure = SuperTree.from_roots(roots), np.ones(len(roots))
         return cls(tree, sure, Explanation(tree, sure, np.arange(len(roots))))
+
+    def on_one_path(self, requests: np.ndarray) -> Plan:
+        """Return the plan with the best path alone of ``requests``, bool [B]."""
+        kept = np.flatnonzero(self.tree.best_paths(self.probability, requests))
+        tree, nodes = self.tree.sorted_by_request(kept)
+        explanation = replace(self.explanation, nodes=self.explanation.nodes[nodes])
+        return replace(self, tree=tree, probability=self.probability[nodes], explanation=explanation)
 
 
 @dataclass(frozen=True)
