@@ -37,6 +37,7 @@ LAYER_KEYS = {"target_layer_ids": 1, "aux_hidden_state_layer_ids": 0}
 def decoder_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     """Read a Hugging Face ``config.json``. ``where`` names the file in errors."""
     family = family_of((raw.get("architectures") or ["none"])[0], where)
+    raw = family.completed(raw, where)
     shape = _shape(raw, where, family.fixed)
     eos = raw.get("eos_token_id")
     return DecoderConfig(
