@@ -137,8 +137,8 @@ def _windowed(mask: Tensor, positions: Tensor, past_lens: Tensor, window: int) -
     row = torch.arange(mask.shape[-1])[None]
     column = row - past_lens[:, None]  # [B, C], a row's index among the new tokens
     new = positions.gather(1, column.clamp(0, positions.shape[1] - 1).long())
-    behind = positions[:, :, None] - torch.where(column < 0, row, new)[:, None]
-    return mask.masked_fill((behind >= window)[:, None], HIDDEN_SCORE)
+    distance = positions[:, :, None] - torch.where(column < 0, row, new)[:, None]
+    return mask.masked_fill((distance >= window)[:, None], HIDDEN_SCORE)
 
 
 def _example(role: Role, context: int) -> tuple[tuple, tuple]:

