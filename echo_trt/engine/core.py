@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -185,12 +185,8 @@ class EngineCore:
         max_draft_len[~batch.sampling["speculate"][slots]] = 0
         max_draft_len[batch.committed[slots] == 0] = 0  # a head has nothing to look at yet
         draft_lag = self.drafter.draft_lag(slots) if self.drafter else np.zeros(len(slots), np.int64)
-        committed, recent = batch.committed[slots], batch.recent(slots, RECENT)
-        load = StepContext(
-            slots, max_draft_len, draft_lag, int(committed.sum()), recent, batch.admitted[slots], prompt_tokens
-        )
-        tree_context = getattr(self.target, "tree_context", None)
-        return replace(load, one_path=committed + batch.reserve > tree_context) if tree_context else load
+        context, recent = int(batch.committed[slots].sum()), batch.recent(slots, RECENT)
+        return StepContext(slots, max_draft_len, draft_lag, context, recent, batch.admitted[slots], prompt_tokens)
 
     def _plan(self, slots: np.ndarray, draft: TimedDraft | None, load: StepContext) -> tuple[Plan, float]:
         """Ask the planner. Returns its plan for decoding ``slots`` int64 [B], and seconds beside the draft's passes."""
@@ -204,8 +200,8 @@ class EngineCore:
             if self.synthetic:
                 guided = self.synthetic.draft(draft, batch, slots)
             plan = self.planner.plan(roots, guided, load)
-            if load.one_path.any():
-                plan = plan.on_one_path(load.one_path)
+            if tree_context := getattr(self.target, "tree_context", None):
+                plan = plan.on_one_path(batch.committed[slots] + plan.tree.sizes > tree_context)
             seconds = time.perf_counter() - begin - draft.seconds
             self.counters.add_seconds("plan", seconds)
             self.counters.add_seconds("draft", draft.seconds)

@@ -27,7 +27,6 @@ class StepContext:
     recent         int64 [B, RECENT], tokens before a root, -1 where the text is shorter
     epoch          int64 [B], admission number of the request
     prompt_tokens  tokens of prompts computed in the same pass
-    one_path       bool [B], requests of which the engine verifies one path, a plan's best one; empty: none
     """
 
     slots: np.ndarray
@@ -37,7 +36,6 @@ class StepContext:
     recent: np.ndarray
     epoch: np.ndarray
     prompt_tokens: int = 0
-    one_path: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,8 @@ class Plan:
 
     def on_one_path(self, requests: np.ndarray) -> Plan:
         """Return the plan with the best path alone of ``requests``, bool [B]."""
+        if not requests.any():
+            return self
         kept = np.flatnonzero(self.tree.best_paths(self.probability, requests))
         tree, nodes = self.tree.sorted_by_request(kept)
         explanation = replace(self.explanation, nodes=self.explanation.nodes[nodes])

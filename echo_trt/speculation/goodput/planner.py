@@ -123,8 +123,6 @@ class GoodputPlanner:
         if drafts and self._head and load.max_draft_len.any():
             self._draft(draft, search)
         candidates.append_continuations()
-        if load.one_path.any():
-            candidates.keep_best_paths(load.one_path)
         chosen = select(candidates.value, candidates.tree, settings.per_request, search.verification, search.time_price)
         tree, nodes = candidates.tree.sorted_by_request(chosen)
         padded_to = costs.padding_target(len(tree), size) if fills else 0

@@ -103,10 +103,6 @@ class Candidates:
         self._add_chains(found.chains, found.chain, found.index, np.log(found.probability))
         self._extend(found.probability, expandable=False)
 
-    def keep_best_paths(self, requests: np.ndarray) -> None:
-        """Let the best path of ``requests``, bool [B], alone be worth anything."""
-        self.probability[~self.tree.best_paths(self.probability, requests)] = 0
-
     def frontier(self, depth: int, beams: int) -> np.ndarray:
         """Return nodes of ``depth`` that may be expanded, best first, at most ``beams`` per request: int64 [F]."""
         tree = self.tree
