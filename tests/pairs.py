@@ -38,8 +38,10 @@ from echo_trt.speculation.pack import ForwardBatch
 from echo_trt.speculation.policies import reserve_for
 
 PAIRS = ("lookup", "model", "self", "eagle3", "close", "dflash", "dspark")
+#: Beside SIZES, so that three layers have what a family's deeper networks have, and texts outgrow a window.
+CHANGES: dict[str, dict[str, Any]] = {"gemma3": {"sliding_window": 56}, "smollm3": {"no_rope_layer_interval": 2}}
 #: Families whose layers are not those of the other pairs' targets.
-FAMILY_PAIRS = ("mistral", "qwen2", "smollm3")
+FAMILY_PAIRS = ("gemma3", "mistral", "qwen2", "smollm3")
 VOCAB = 300
 END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
 CHAT = (
@@ -95,7 +97,7 @@ def write_networks(folder: Path) -> None:
     write_tokenizer(folder / "target")
     qwen3(**SIZES, eos_token_id=0).save_pretrained(folder / "target")
     for family in FAMILY_PAIRS:
-        changes = {"no_rope_layer_interval": 2} if family == "smollm3" else {}
+        changes = CHANGES.get(family, {})
         write_tokenizer(folder / family)
         BUILDERS[family](**SIZES | changes, eos_token_id=0).save_pretrained(folder / family)
     write_tokenizer(folder / "small")
