@@ -13,10 +13,10 @@ from echo_trt.server.responses.items import Turns
 from echo_trt.server.responses.tools import (
     CallableFunction,
     Choice,
+    FlatAllowed,
     FlatChoice,
     ToolList,
     functions_of,
-    joined,
     left_out,
 )
 from echo_trt.server.schemas import IGNORED as CHAT_IGNORED
@@ -134,8 +134,8 @@ class ResponsesRequest(Strict):
     def chat(self) -> ChatRequest:
         """The chat that it stands for. Raises ApiError."""
         choice: Any = self.tool_choice
-        if isinstance(choice, FlatChoice):
-            choice = {"type": "function", "function": {"name": joined(choice.namespace, choice.name)}}
+        if isinstance(choice, FlatChoice | FlatAllowed):
+            choice = choice.for_chat()
         elif choice == "auto" and self.left_out and not self.functions:
             choice = None
         body = {
