@@ -201,7 +201,8 @@ class Experts(nn.Module):
     def _dense(self, x: Tensor, weights: Tensor) -> Tensor:
         """Compute all experts for x [N, H] and add them by ``weights`` [N, E]."""
         gate_up, down = (widened(weight, x).transpose(1, 2) for weight in (self.gate_up, self.down))
-        gate, up = torch.matmul(x.unsqueeze(0), gate_up).chunk(2, dim=-1)  # [E, N, size]
+        copies = x.unsqueeze(0).expand(len(gate_up), -1, -1)  # OpenVINO 2026.4 loses all rows of a broadcast [1, N, H]
+        gate, up = torch.matmul(copies, gate_up).chunk(2, dim=-1)  # [E, N, size]
         outputs = torch.matmul(F.silu(gate) * up, down)  # [E, N, H]
         return (outputs * weights.t().unsqueeze(-1)).sum(dim=0)
 
