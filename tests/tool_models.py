@@ -105,7 +105,7 @@ CALLS = {
         "{{ c.arguments | tojson }}\n```" + marked.CALL_END, marked.CALLS_END),
     "deepseek31": (marked.CALLS, marked.CALL + "{{ c.name }}" + marked.SEPARATOR + "{{ c.arguments | tojson }}"
         + marked.CALL_END, marked.CALLS_END),
-    "mistral_named": ("", "{% if call.id | length != 9 %}{{ raise_exception('ids have length 9') }}{% endif %}"
+    "mistral": ("", "{% if call.id | length != 9 %}{{ raise_exception('ids have length 9') }}{% endif %}"
         "[TOOL_CALLS]{{ c.name }}[ARGS]{{ c.arguments | tojson }}", ""),
     "mistral_list": ("[TOOL_CALLS] [", '{"name": "{{ c.name }}", "arguments": {{ c.arguments | tojson }}}', "]"),
 }  # fmt: skip
