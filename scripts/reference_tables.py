@@ -1,0 +1,203 @@
+"""Write what the code says elsewhere, as tables; ``tests/test_parameters.py`` compares them.
+
+    python scripts/reference_tables.py
+
+That is sampling parameters (``echo_trt/engine/params.py``) in model_repo/echo/config.pbtxt, docs/triton-api.md and
+docs/openai-api.md and docs/python-api.md, metrics, errors of the API server, and environment variables.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from echo_trt.engine.params import PARAMETERS, Counters
+from echo_trt.engine.process.inputs import ALIASES, INPUTS, Tensor
+from echo_trt.engine.service.metrics import EngineMetrics, Statistics
+from echo_trt.server.metrics import ServerMetrics
+from echo_trt.server.schemas import ChatRequest, CompletionRequest
+
+ROOT = Path(__file__).parents[1]
+
+
+def table(*rows: Iterable[str]) -> str:
+    head, *rest = (f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in rows)
+    return "\n".join((head, "|---" * len(rows[0]) + "|", *rest)) + "\n"
+
+
+def written(value: Any) -> str:
+    """Return a default as JSON has it; nothing for one that stands for nothing."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, int | float) else ""
+
+
+def config_line(tensor: Tensor) -> str:
+    kind = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
+    size = -1 if tensor.many else 1
+    return f'{{ name: "{tensor.name}" data_type: TYPE_{kind} dims: [ {size} ] optional: true }}'
+
+
+def triton_table() -> str:
+    types = {"BYTES": "string"}
+    return table(
+        ("input", "type", "default", "values", ""),
+        *(
+            (
+                f"`{tensor.name}`",
+                types.get(tensor.datatype, tensor.datatype.lower()) + " [n]" * tensor.many,
+                written(tensor.default),
+                tensor.values,
+                tensor.doc,
+            )
+            for tensor in INPUTS
+            if tensor.name not in ALIASES
+        ),
+    )
+
+
+def openai_table() -> str:
+    """Return the fields of both endpoints that are sampling parameters: their bounds as the API server checks them."""
+    kinds = [CompletionRequest, ChatRequest]
+    completion, chat = (kind.model_json_schema()["properties"] for kind in kinds)
+    spelt = {
+        "max_tokens": "`max_tokens`, `max_completion_tokens`",
+        "logprobs": "`logprobs`, in chats `logprobs: true` and `top_logprobs`",
+    }
+    rows = []
+    for name, known in PARAMETERS.items():
+        if name in completion:
+            schema = completion[name]
+            kind, bounds = type_and_bounds(schema)
+            rows.append((spelt.get(name, f"`{name}`"), kind, written(schema.get("default")), bounds, known.doc))
+    for own, other in (("max_tokens", "max_completion_tokens"), ("logprobs", "top_logprobs")):
+        assert type_and_bounds(chat[other]) == type_and_bounds(completion[own])
+    return table(("field", "type", "default", "values", ""), *rows)
+
+
+def python_table() -> str:
+    """Return the fields of SamplingParams."""
+    rows = (
+        (f"`{name}`", "" if known.default is None else f"`{known.default!r}`", known.values, known.doc)
+        for name, known in PARAMETERS.items()
+    )
+    return table(("field", "default", "values", ""), *rows)
+
+
+def type_and_bounds(schema: dict[str, Any]) -> tuple[str, str]:
+    schema = next((each for each in schema.get("anyOf", ()) if each["type"] != "null"), schema)
+    if schema["type"] == "array":
+        kind, bounds = type_and_bounds(schema["items"])
+        return f"list of {kind}s", bounds
+    if schema["type"] == "object":
+        kind, bounds = type_and_bounds(schema["additionalProperties"])
+        return f"{kind} by token id", bounds
+    powers = {2**31 - 1: "2^31 - 1", 2**63 - 1: "2^63 - 1", -(2**63): "-2^63"}
+    low, high = (
+        next((powers.get(schema[key], f"{schema[key]:,}") for key in keys if key in schema), "")
+        for keys in (("minimum", "minLength", "exclusiveMinimum"), ("maximum", "maxLength"))
+    )
+    if "exclusiveMinimum" in schema:
+        return schema["type"], f"above {low}, up to {high}"
+    return schema["type"], f"{low} to {high}{' characters' * (schema['type'] == 'string')}" if high else ""
+
+
+def config_inputs() -> str:
+    return ",\n".join(f"  {config_line(tensor)}" for tensor in INPUTS) + "\n"
+
+
+def metrics_table(text: str) -> str:
+    """Return a row for each family of Prometheus' text; the label that all of the engine's have is left out."""
+    rows = []
+    for family in text_string_to_metric_families(text):
+        if family.name.endswith("_created"):
+            continue
+        labels = sorted({label for sample in family.samples for label in sample.labels} - {"le", "model_name"})
+        name = family.name + "_total" * (family.type == "counter") + f"{{{', '.join(labels)}}}" * bool(labels)
+        rows.append((f"`{name}`", family.type, family.documentation.rstrip(".")))
+    return table(("name", "type", "meaning"), *sorted(rows))
+
+
+def engine_metrics() -> str:
+    metrics = EngineMetrics("echo")
+    metrics.refuse("refused")
+    metrics.flush(Statistics(0, 0, 1, 0, 0, "goodput", 0, Counters(reached=Counter({0: 1})), {}))
+    return metrics_table(generate_latest(metrics.registry).decode())
+
+
+def server_metrics() -> str:
+    metrics = ServerMetrics()
+    metrics.requests.labels("/health", "200")
+    return metrics_table(metrics.text())
+
+
+def raised_errors() -> Iterator[tuple[int, str, str]]:
+    """(status, type, code) of the errors that the API server's code makes."""
+    none = ast.Constant("")
+    for path in sorted((ROOT / "echo_trt/server").glob("**/*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or getattr(call.func, "id", "") != "ApiError":
+                continue
+            given = {word.arg: word.value for word in call.keywords}
+            given |= dict(zip(("status", "message", "kind"), call.args, strict=False))
+            status, kind, code = (given.get(name, none) for name in ("status", "kind", "code"))
+            if isinstance(status, ast.Constant) and isinstance(kind, ast.Constant):
+                for each in (code.body, code.orelse) if isinstance(code, ast.IfExp) else (code,):
+                    assert isinstance(each, ast.Constant)
+                    yield status.value, kind.value or "invalid_request_error", each.value or ""
+
+
+def errors_table() -> str:
+    rows = [
+        (str(status), f"`{kind}`", f"`{code}`" * bool(code), NOTES["errors"][f"{status} {code}".strip()])
+        for status, kind, code in sorted(set(raised_errors()))
+    ]
+    return table(("status", "`type`", "`code`", "meaning and remedy"), *rows)
+
+
+def variables_table(title: str) -> str:
+    rows = ((f"`{name}`", *text.rsplit("; ", 1)) for name, text in NOTES["variables"][title].items())
+    return table(("variable", "sets", "default"), *((*row, "")[:3] for row in rows))
+
+
+def section(title: str) -> str:
+    """Return the pattern of the table below a heading."""
+    return rf"(^## {re.escape(title)}\n(?:(?!\n##|\n\|).)*\n)\|(?:[^\n]*\n\|)*[^\n]*\n()"
+
+
+#: Sentences about errors and environment variables, which the code alone does not say.
+NOTES = yaml.safe_load((ROOT / "scripts/reference_notes.yaml").read_text())
+#: File -> what its text lies between (a group each before and behind), and who writes it.
+WRITTEN: dict[str, list[tuple[str, Callable[[], str]]]] = {
+    "model_repo/echo/config.pbtxt": [(r"(^input \[\n)(?:.*?\n)(\]$)", config_inputs)],
+    "docs/triton-api.md": [(r"(^)\| input \|(?:[^\n]*\n\|)*[^\n]*\n()", triton_table)],
+    "docs/openai-api.md": [(r"(^)\| field \| type \|(?:[^\n]*\n\|)*[^\n]*\n()", openai_table)],
+    "docs/python-api.md": [(section("Sampling parameters"), python_table)],
+    "docs/metrics.md": [(section("The engine's"), engine_metrics), (section("The API server's"), server_metrics)],
+    "docs/errors.md": [(section("The API server's answers"), errors_table)],
+    "docs/environment.md": [(section(title), partial(variables_table, title)) for title in NOTES["variables"]],
+}
+
+
+def rewritten(name: str) -> str:
+    """Return the text of a file as it should be."""
+    text = (ROOT / name).read_text()
+    for pattern, write in WRITTEN[name]:
+        found = re.search(pattern, text, re.MULTILINE | re.DOTALL)
+        assert found, f"{name} has no place for {pattern}"
+        text = text[: found.end(1)] + write() + text[found.start(2) :]
+    return text
+
+
+if __name__ == "__main__":
+    for name in WRITTEN:
+        (ROOT / name).write_text(rewritten(name))
