@@ -15,12 +15,12 @@ from echo_trt.engine.params import PARAMETERS, SamplingParams
 from echo_trt.engine.process.inputs import ALIASES
 
 ROOT = Path(__file__).parents[1]
-TABLES = runpy.run_path(str(ROOT / "scripts/reference_tables.py"))
+TABLES = runpy.run_path(str(ROOT / "scripts/parameter_tables.py"))
 
 
 @pytest.mark.parametrize("name", TABLES["WRITTEN"])
 def test_what_is_written_elsewhere_is_the_table_s(name):
-    assert TABLES["rewritten"](name) == (ROOT / name).read_text(), "run python scripts/reference_tables.py"
+    assert TABLES["rewritten"](name) == (ROOT / name).read_text(), "run python scripts/parameter_tables.py"
 
 
 def test_the_docs_name_every_variable_that_the_package_reads():

@@ -144,9 +144,9 @@ def _heads(config: Config) -> dict[str, int]:
 
 
 def _kv_matrices(config: Config, inputs: int) -> int:
-    return 2 * inputs * config.num_kv_heads * config.head_dim
+    return 2 * (inputs + config.attention_bias) * config.num_kv_heads * config.head_dim
 
 
 def _attention(config: Config, inputs: int) -> int:
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return inputs * heads + config.num_heads * config.head_dim * config.hidden_size
+    return (inputs + config.attention_bias) * heads + config.num_heads * config.head_dim * config.hidden_size

@@ -12,11 +12,17 @@ from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 SIZES = {
@@ -39,6 +45,18 @@ def llama(**changes: Any) -> PreTrainedModel:
     return randomise(LlamaForCausalLM(LlamaConfig(**sizes)))
 
 
+def mistral(**changes: Any) -> PreTrainedModel:
+    return randomise(MistralForCausalLM(MistralConfig(**{**SIZES, **changes})))
+
+
+def qwen2(**changes: Any) -> PreTrainedModel:
+    return randomise(Qwen2ForCausalLM(Qwen2Config(**{**SIZES, **changes})))
+
+
+def smollm3(**changes: Any) -> PreTrainedModel:
+    return randomise(SmolLM3ForCausalLM(SmolLM3Config(**{**SIZES, "pad_token_id": None, **changes})))
+
+
 def qwen3(**changes: Any) -> PreTrainedModel:
     return randomise(Qwen3ForCausalLM(Qwen3Config(**{**SIZES, **changes})))
 
@@ -47,6 +65,17 @@ def qwen3_moe(**changes: Any) -> PreTrainedModel:
     config = Qwen3MoeConfig(**{**SIZES, **EXPERTS, **changes})
     config._experts_implementation = "eager"  # the grouped one asks for sizes that are multiples of 16 bytes
     return randomise(Qwen3MoeForCausalLM(config))
+
+
+#: family -> what makes a network of it
+BUILDERS = {
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+    "smollm3": smollm3,
+}
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """Write what the code says elsewhere, as tables; ``tests/test_parameters.py`` compares them.
 
-    python scripts/reference_tables.py
+    python scripts/parameter_tables.py
 
-That is sampling parameters (``echo_trt/engine/params.py``) in model_repo/echo/config.pbtxt, docs/triton-api.md and
-docs/openai-api.md and docs/python-api.md, metrics, errors of the API server, and environment variables.
+Sampling parameters (``echo_trt/engine/params.py``) are the inputs of model_repo/echo/config.pbtxt, and tables of
+docs/triton-api.md, docs/openai-api.md and docs/python-api.md; families (``echo_trt/models/families``) are the table of
+docs/models.md; metrics, errors of the API server and environment variables have pages of their own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from echo_trt.engine.params import PARAMETERS, Counters
 from echo_trt.engine.process.inputs import ALIASES, INPUTS, Tensor
 from echo_trt.engine.service.metrics import EngineMetrics, Statistics
+from echo_trt.models.families import FAMILIES
+from echo_trt.models.families.family import ENGINES
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.schemas import ChatRequest, CompletionRequest
 
@@ -115,6 +118,25 @@ def config_inputs() -> str:
     return ",\n".join(f"  {config_line(tensor)}" for tensor in INPUTS) + "\n"
 
 
+def models_table() -> str:
+    return table(
+        ("family", "models", "files", "engines", "drafts", "tools", "thinking", "compared with"),
+        *(
+            (
+                f"`{family.name}`",
+                family.models,
+                "safetensors, FP8" + f", GGUF (`{family.gguf}`)" * bool(family.gguf),
+                "all" if family.engines == ENGINES else ", ".join(f"`{name}`" for name in family.engines),
+                family.drafts,
+                family.tools,
+                family.thinking,
+                f"`{family.architecture}`",
+            )
+            for family in FAMILIES.values()
+        ),
+    )
+
+
 def metrics_table(text: str) -> str:
     """Return a row for each family of Prometheus' text; the label that all of the engine's have is left out."""
     rows = []
@@ -181,6 +203,7 @@ WRITTEN: dict[str, list[tuple[str, Callable[[], str]]]] = {
     "model_repo/echo/config.pbtxt": [(r"(^input \[\n)(?:.*?\n)(\]$)", config_inputs)],
     "docs/triton-api.md": [(r"(^)\| input \|(?:[^\n]*\n\|)*[^\n]*\n()", triton_table)],
     "docs/openai-api.md": [(r"(^)\| field \| type \|(?:[^\n]*\n\|)*[^\n]*\n()", openai_table)],
+    "docs/models.md": [(r"(^)\| family \|(?:[^\n]*\n\|)*[^\n]*\n()", models_table)],
     "docs/python-api.md": [(section("Sampling parameters"), python_table)],
     "docs/metrics.md": [(section("The engine's"), engine_metrics), (section("The API server's"), server_metrics)],
     "docs/errors.md": [(section("The API server's answers"), errors_table)],
