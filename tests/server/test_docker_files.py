@@ -174,6 +174,11 @@ def test_manifests_in_the_walk_through_fit_too():
     assert claim["metadata"]["name"] == mounted == pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]
 
 
+def test_the_docs_say_what_to_do_at_each_alert():
+    rules = {rule["alert"] for group in documents("alerts.yml")[0]["groups"] for rule in group["rules"]}
+    assert set(re.findall(r"^\| `(\w+)`", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE)) == rules
+
+
 def test_prometheus_asks_the_server_s_port_and_the_dashboard_its_datasource():
     [job] = documents("prometheus.yml")[0]["scrape_configs"]
     assert job["static_configs"][0]["targets"] == [f"server:{ServeOptions.openai_port}"]
