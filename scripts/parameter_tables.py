@@ -23,6 +23,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from echo_trt.engine.params import PARAMETERS, Counters
 from echo_trt.engine.process.inputs import ALIASES, INPUTS, Tensor
+from echo_trt.engine.service.metric_aliases import ALIASES as SERIES
+from echo_trt.engine.service.metric_aliases import TENSORRT_LLM, VLLM
 from echo_trt.engine.service.metrics import EngineMetrics, Statistics
 from echo_trt.models.families import FAMILIES
 from echo_trt.models.families.family import ENGINES
@@ -141,7 +143,7 @@ def metrics_table(text: str) -> str:
     """Return a row for each family of Prometheus' text; the label that all of the engine's have is left out."""
     rows = []
     for family in text_string_to_metric_families(text):
-        if family.name.endswith("_created"):
+        if family.name.endswith("_created") or not family.name.startswith("echo_"):
             continue
         labels = sorted({label for sample in family.samples for label in sample.labels} - {"le", "model_name"})
         name = family.name + "_total" * (family.type == "counter") + f"{{{', '.join(labels)}}}" * bool(labels)
@@ -149,11 +151,30 @@ def metrics_table(text: str) -> str:
     return table(("name", "type", "meaning"), *sorted(rows))
 
 
-def engine_metrics() -> str:
+def measured() -> EngineMetrics:
+    """Return an engine's metrics with a value for every label."""
     metrics = EngineMetrics("echo")
     metrics.refuse("refused")
-    metrics.flush(Statistics(0, 0, 1, 0, 0, "goodput", 0, Counters(reached=Counter({0: 1})), {}))
-    return metrics_table(generate_latest(metrics.registry).decode())
+    counters = Counters(reached=Counter({0: 1}), accepted=Counter({1: 1}))
+    metrics.flush(Statistics(0, 0, 1, 1, 0, 0, "goodput", 1, counters, {}, {"stop": 1}))
+    return metrics
+
+
+def aliases_table() -> str:
+    """Return the series that have names of other servers, with those names."""
+    rows = []
+    for metric in measured().collect():
+        if theirs := SERIES.get(metric.name.removeprefix("echo_"), "").split():
+            total = "_total" * (metric.type == "counter")
+            names = [
+                [f"`{each}{total}`" for each in theirs if each.startswith(start)] for start in (VLLM, TENSORRT_LLM)
+            ]
+            rows.append((f"`{metric.name}{total}`", *map(", ".join, names)))
+    return table(("series", "vLLM's name", "name on Triton's port"), *rows)
+
+
+def engine_metrics() -> str:
+    return metrics_table(generate_latest(measured().registry).decode())
 
 
 def server_metrics() -> str:
@@ -205,7 +226,11 @@ WRITTEN: dict[str, list[tuple[str, Callable[[], str]]]] = {
     "docs/openai-api.md": [(r"(^)\| field \| type \|(?:[^\n]*\n\|)*[^\n]*\n()", openai_table)],
     "docs/models.md": [(r"(^)\| family \|(?:[^\n]*\n\|)*[^\n]*\n()", models_table)],
     "docs/python-api.md": [(section("Sampling parameters"), python_table)],
-    "docs/metrics.md": [(section("The engine's"), engine_metrics), (section("The API server's"), server_metrics)],
+    "docs/metrics.md": [
+        (section("The engine's"), engine_metrics),
+        (section("The API server's"), server_metrics),
+        (section("Names of other servers"), aliases_table),
+    ],
     "docs/errors.md": [(section("The API server's answers"), errors_table)],
     "docs/environment.md": [(section(title), partial(variables_table, title)) for title in NOTES["variables"]],
 }

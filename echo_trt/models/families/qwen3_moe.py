@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from echo_trt.models.families.family import ENGINES, Family, count
+from echo_trt.models.families.family import Family, count
 
 
 def _options(raw: dict[str, Any], layers: int, where: str) -> dict[str, Any]:
@@ -26,7 +26,6 @@ FAMILY = Family(
     architecture="Qwen3MoeForCausalLM",
     models="Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder-30B-A3B",
     options=_options,
-    engines=ENGINES[1:],  # OpenVINO gives no logits of an exported mixture
     drafts="EAGLE-3 heads, a smaller model",
     tools="Hermes' JSON in `<tool_call>`; Coder's as text",
     thinking="yes, `enable_thinking`; Coder no",
