@@ -158,7 +158,7 @@ def mistral_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer(MISTRAL, MISTRAL_SPECIAL, [], bos_token="<s>", eos_token="</s>")
 
 
-OTHERS = {"llama3": (llama3_tokenizer, llama), "mistral": (mistral_tokenizer, mistral)}
+OTHERS = {"llama3": (llama3_tokenizer, llama), "mistral_7b": (mistral_tokenizer, mistral)}
 
 
 def write(folder: Path, kind: str) -> Recipe:

@@ -200,6 +200,8 @@ class EngineCore:
             if self.synthetic:
                 guided = self.synthetic.draft(draft, batch, slots)
             plan = self.planner.plan(roots, guided, load)
+            if tree_context := getattr(self.target, "tree_context", None):
+                plan = plan.on_one_path(batch.committed[slots] + plan.tree.sizes > tree_context)
             seconds = time.perf_counter() - begin - draft.seconds
             self.counters.add_seconds("plan", seconds)
             self.counters.add_seconds("draft", draft.seconds)

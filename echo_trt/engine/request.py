@@ -29,6 +29,7 @@ class Event:
     reason               stop, length, cancelled, deadline, failed or invalid (its grammar cannot be compiled); of a
                          probe also busy: no slot was free, and a finished iteration of other requests proves as much as
                          a token. Empty: the answer goes on
+    stop_string          the stop string that ended the text, if one did
     message              why the request failed or is invalid
     cached_tokens        prompt tokens that the prefix cache had
     drafted, accepted    draft tokens of each verification that had any, and those that the text went on behind
@@ -43,6 +44,7 @@ class Event:
     sources: Sequence[TokenSource] = ()
     time: float = 0.0
     reason: str = ""
+    stop_string: str = ""
     message: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -110,7 +112,7 @@ class Request:
             piece += self.text_stream.finish()
             if self.text_stream.stopped:  # the last character, complete only at the end, completed a stop string
                 self.finish_reason = "stop"
-        event = Event(text=piece, token_ids=tokens[:used])
+        event = Event(text=piece, token_ids=tokens[:used], stop_string=self.text_stream.stopped)
         if self.params.logprobs is not None or self.params.token_sources:
             event.logprobs, event.sources = self.logprobs[self.reported : end], self.sources[self.reported : end]
             event.offsets = self.text_stream.settle()

@@ -37,6 +37,7 @@ LAYER_KEYS = {"target_layer_ids": 1, "aux_hidden_state_layer_ids": 0}
 def decoder_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     """Read a Hugging Face ``config.json``. ``where`` names the file in errors."""
     family = family_of((raw.get("architectures") or ["none"])[0], where)
+    raw = family.completed(raw, where)
     shape = _shape(raw, where, family.fixed)
     eos = raw.get("eos_token_id")
     return DecoderConfig(
@@ -49,16 +50,11 @@ def decoder_config(raw: dict[str, Any], where: str) -> DecoderConfig:
 
 
 def check_context(config: DecoderConfig, context: int) -> None:
-    """Refuse a recipe's context in which the target would have more positions, or see more tokens, than it knows."""
+    """Refuse a recipe's context in which the target would have more positions than it knows."""
     if context > config.max_position:
         raise UserError(
             f"limits.context is {context}, but the target knows {config.max_position} positions; lower it in the "
             "recipe."
-        )
-    if config.window and context > config.window:
-        raise UserError(
-            f"limits.context is {context}, but the target's sliding_window is {config.window} tokens, which echo-trt "
-            f"computes only where all of a text is in it; lower it to {config.window} in the recipe."
         )
 
 

@@ -20,7 +20,7 @@ from echo_trt.models.families import FAMILIES
 from echo_trt.models.families.family import NORMS
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, takes
-from echo_trt.models.layers import Config, Linear, Rotary
+from echo_trt.models.layers import Config, Linear, RMSNorm, Rotary
 from echo_trt.models.ranks import Shard
 from echo_trt.models.read_config import check_fits, decoder_config, eagle3_config, rank_config
 
@@ -52,8 +52,19 @@ def load_decoder(
     if whole.tie_embeddings and not config.tie_embeddings:
         sources["lm_head.weight"] = sources["embed.weight"]
     _assign(model, checkpoint, sources, dtype, undivided, shard)
+    _complete_norms(model)
     model.rotary = Rotary(config, positions)
     return model.eval()
+
+
+@torch.no_grad()
+def _complete_norms(model: Decoder) -> None:
+    """Give norms what their weights are stored without, and the norms of queries the factor on queries."""
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm) and model.config.norm_offset:
+            module.weight += model.config.norm_offset
+        if name.endswith("attention.query_norm") and model.config.query_scale != 1:
+            module.weight *= model.config.query_scale
 
 
 def load_eagle3(

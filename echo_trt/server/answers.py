@@ -26,6 +26,8 @@ Entry = dict[str, Any]  # of a token: token, logprob, bytes, top_logprobs (a lis
 class ApiAnswer:
     """One HTTP request's answer: a text for each of ``turns``, of which ``requested.n`` are of one prompt."""
 
+    media_type = "text/event-stream"
+
     def __init__(self, requested: ChatRequest | CompletionRequest, turns: list[OutputParser], metrics: ServerMetrics):
         self._requested, self._turns, self._metrics = requested, turns, metrics
         self._chat, self._created = isinstance(requested, ChatRequest), int(time.time())
@@ -132,9 +134,9 @@ class ApiAnswer:
 class EventStream(StreamingResponse):
     """Sends events; however that ends, the engine's streams are closed. ``pieces`` themselves notice a hang-up."""
 
-    def __init__(self, events: AsyncIterator[str], pieces: PieceStream):
+    def __init__(self, events: AsyncIterator[str], pieces: PieceStream, media_type: str):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
+        super().__init__(events, media_type=media_type, headers=headers)
         self._pieces = pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

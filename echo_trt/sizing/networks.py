@@ -77,7 +77,7 @@ class Sizes:
 def decoder_sizes(config: DecoderConfig, gpus: int = 1) -> Sizes:
     hidden, layers = config.hidden_size, config.num_layers
     sparse = sum(config.has_experts(i) for i in range(layers))
-    table = config.vocab_size * hidden
+    table, norms = config.vocab_size * hidden, 4 if config.post_norms else 2
     return Sizes(
         embedding=table,
         output=0 if config.tie_embeddings else table,
@@ -85,7 +85,7 @@ def decoder_sizes(config: DecoderConfig, gpus: int = 1) -> Sizes:
         kv_matrices=layers * _kv_matrices(config, hidden),
         mlp=(layers - sparse) * 3 * hidden * config.intermediate_size,
         router=sparse * hidden * config.num_experts,
-        norms=hidden + layers * (2 * hidden + (2 * config.head_dim if config.qk_norm else 0)),
+        norms=hidden + layers * (norms * hidden + (2 * config.head_dim if config.qk_norm else 0)),
         num_layers=layers,
         **_heads(config),
         vocab_size=config.vocab_size,

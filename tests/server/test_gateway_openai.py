@@ -403,6 +403,11 @@ def test_a_full_queue_is_429_with_a_hint_and_the_rest_is_answered(client, server
     assert {each for each in results if isinstance(each, int)} == {LONG["max_tokens"]}
 
 
+def test_the_list_of_models_tells_the_context(client):
+    for model in (client.models.list().data[0], client.models.retrieve("close")):
+        assert (model.max_model_len, model.meta) == (CONTEXT, {"n_ctx": CONTEXT})
+
+
 def test_usage_tells_what_of_the_prompt_was_known(client):
     requested = {
         "model": "echo",

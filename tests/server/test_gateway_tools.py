@@ -294,7 +294,7 @@ def untaught(bundle) -> Iterator[openai.OpenAI]:
 @pytest.mark.parametrize("stream", [False, True])
 def test_mistral_s_calls(bundle, stream):
     """Its template refuses ids of another length than nine, which clients bring from elsewhere, too."""
-    with asked_by_openai(bundle("mistral")) as client:
+    with asked_by_openai(bundle("mistral_7b")) as client:
         choice = ask(client, stream, tools=TOOLS, tool_choice="required", max_tokens=600)
         assert choice.finish_reason == "tool_calls"
         calls = [call.model_dump(exclude={"index"}) for call in choice.message.tool_calls]

@@ -57,6 +57,7 @@ class TextPiece(Numbered, omit_defaults=True):
     in_thought         of the first piece: whether the prompt has opened a thought
     finish_reason      of the last piece
     drafted, accepted  of the last piece: draft tokens of each verification that had any, and the accepted ones
+    stop_string        of the last piece: the stop string that ended the text, if one did
     """
 
     text: str = ""
@@ -70,6 +71,7 @@ class TextPiece(Numbered, omit_defaults=True):
     cached_tokens: int = 0
     drafted: list[int] = []
     accepted: list[int] = []
+    stop_string: str = ""
 
 
 class Failure(Numbered):
