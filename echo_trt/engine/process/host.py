@@ -78,6 +78,7 @@ class OpenRequest(Pending):
         )
         if event.reason:
             piece.finish_reason, piece.cached_tokens = event.reason, event.cached_tokens
+            piece.drafted, piece.accepted = list(event.drafted), list(event.accepted)
             piece.completion_tokens, piece.stop_string = event.completion_tokens, event.stop_string
         self.unsent_text, self.unsent_tokens = "", []
         return piece

@@ -13,10 +13,10 @@ from echo_trt.server.responses.items import Turns
 from echo_trt.server.responses.tools import (
     CallableFunction,
     Choice,
+    FlatAllowed,
     FlatChoice,
     ToolList,
     functions_of,
-    joined,
     left_out,
 )
 from echo_trt.server.schemas import IGNORED as CHAT_IGNORED
@@ -101,8 +101,8 @@ class ResponsesRequest(TranslatedRequest):
 
     def body(self) -> dict[str, Any]:
         choice: Any = self.tool_choice
-        if isinstance(choice, FlatChoice):
-            choice = {"type": "function", "function": {"name": joined(choice.namespace, choice.name)}}
+        if isinstance(choice, FlatChoice | FlatAllowed):
+            choice = choice.for_chat()
         elif choice == "auto" and self.left_out and not self.functions:
             choice = None
         return {
