@@ -281,15 +281,17 @@ def test_without_a_right_key_nothing_but_health_and_metrics(keys_file):
         assert "API key" in client.get("/api/tags").json()["error"]
 
 
-def test_keys_are_neither_kept_nor_logged(keys_file, caplog):
+def test_keys_are_neither_kept_nor_logged_and_prompts_not_logged(keys_file, caplog):
     caplog.set_level("DEBUG")
     keys = Keys(keys_file)
     with running(api_keys_file=keys_file) as client:
         for key in (KEY, KEY + "wrong"):
-            client.post("/v1/completions", json=COMPLETION, headers={"Authorization": f"Bearer {key}"})
+            body = COMPLETION | {"prompt": "a private question"}
+            client.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"})
         assert KEY not in client.get("/metrics").text
     assert "the engine" in caplog.text  # the failure was logged, so the log is not empty by accident
     assert KEY not in caplog.text
+    assert "private" not in caplog.text
     assert KEY.encode() not in repr(vars(keys)).encode()
 
 
