@@ -7,6 +7,8 @@ from typing import Any
 
 from echo_trt.errors import UserError
 from echo_trt.models.config import DecoderConfig, Eagle3Config
+from echo_trt.models.hybrid_config import ARCHITECTURES as HYBRIDS
+from echo_trt.models.hybrid_config import HybridConfig, hybrid_config
 
 DECODERS = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe"}
 
@@ -36,10 +38,12 @@ LAYER_KEYS = {"target_layer_ids": 1, "aux_hidden_state_layer_ids": 0}
 def decoder_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     """Read a Hugging Face ``config.json``. ``where`` names the file in errors."""
     architecture = (raw.get("architectures") or ["none"])[0]
+    if architecture in HYBRIDS:
+        return _hybrid_config(raw, where)
     if architecture not in DECODERS:
         raise UserError(
             f"{where}: architectures is {architecture!r}, which echo-trt cannot build; "
-            f"use one of {', '.join(DECODERS)}."
+            f"use one of {', '.join((*DECODERS, *HYBRIDS))}."
         )
     family = DECODERS[architecture]
     shape = _shape(raw, where)
@@ -65,6 +69,21 @@ def decoder_config(raw: dict[str, Any], where: str) -> DecoderConfig:
         **shape,
         **experts,
     )
+
+
+def text_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the text network's configuration of a checkpoint that also reads images, or ``raw`` of another."""
+    nested = raw.get("text_config")
+    return raw if nested is None else {**nested, "architectures": raw["architectures"]}
+
+
+def _hybrid_config(raw: dict[str, Any], where: str) -> HybridConfig:
+    raw = text_config(raw)
+    rope = dict(raw.get("rope_parameters") or {})
+    share = rope.pop("partial_rotary_factor", raw.get("partial_rotary_factor", 0.25))
+    for key in ("mrope_section", "mrope_interleaved"):  # of images: a text has one position in all sections
+        rope.pop(key, None)
+    return hybrid_config(raw, where, _shape({**raw, "rope_parameters": rope}, where), share)
 
 
 def rank_config(config: DecoderConfig, ranks: int) -> DecoderConfig:
