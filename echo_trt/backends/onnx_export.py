@@ -148,10 +148,10 @@ def _dynamic(inputs: dict[str, Tensor]) -> dict[str, dict[int, Any]]:
 
 def _tree_inputs(role: TargetModule) -> dict[str, Tensor]:
     """Make the inputs of delta-net layers: five packed rows of three requests, padded to four rows."""
-    indices = {"tree_rows": (3, 4), "row_places": (5,), "conv_rows": (5, 3), "state_slots": (3,)}
+    indices = {"tree_rows": (3, 4), "row_places": (5,), "conv_rows": (5, 3)}
     inputs = {name: torch.zeros(shape, dtype=torch.long) for name, shape in indices.items()}
     inputs["ancestors"] = torch.zeros(3, 4, 4)
-    return inputs | {name: torch.zeros(6, *shape) for name, shape in role.states.items()}
+    return inputs | {name: torch.zeros(3, *shape) for name, shape in role.states.items()}
 
 
 def _to_onnx(query, key, value, key_cache, value_cache, *rest):

@@ -26,7 +26,7 @@ from echo_trt.speculation.paths import CONV_PAST, MAX_ROWS
 
 @dataclass
 class DeltaCall:
-    """What the delta-net layers of one call share, N packed rows of B requests padded to T rows, and what they return.
+    """What the delta-net layers of one call share, N packed rows of B trees padded to T rows, and what they return.
 
     ``attend`` is for the layers with full attention.
 
@@ -34,9 +34,8 @@ class DeltaCall:
     row_places   int [N], a packed row's place among the B * T padded rows
     ancestors    float [B, T, T], 1 where the column's node is a strict ancestor of the row's
     conv_rows    int [N, 3], a token's three predecessors on its path, nearest first: packed rows, or N + 3 b + i for
-                 row i of request b's convolution state
-    state_slots  int [B], a request's row of the states
-    states       float32 [S, ...] by name (``hybrid_config.state_shapes``)
+                 row i of tree b's convolution state
+    states       float32 [B, ...] by name (``hybrid_config.state_shapes``)
     steps        float [T, T], masks of ``inverse``
     results      filled by the layers: keys [B, H, T, dk], U [B, H, T, dv], G [B, H, T], convolution inputs [N, C]
     """
@@ -46,7 +45,6 @@ class DeltaCall:
     row_places: Tensor
     ancestors: Tensor
     conv_rows: Tensor
-    state_slots: Tensor
     states: dict[str, Tensor]
     steps: list[Tensor] = field(init=False)
     results: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
@@ -56,6 +54,10 @@ class DeltaCall:
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.attend(layer, query, key, value)
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """Take the padded trees [B, T, n] out of packed ``rows`` [N, n]."""
+        return rows.index_select(0, self.tree_rows.flatten()).unflatten(0, self.tree_rows.shape)
 
     def stacked(self) -> list[Tensor]:
         """Return the ``COMMIT_OUTPUTS``, with a first axis of layers."""
@@ -112,32 +114,34 @@ class DeltaNet(nn.Module):
         mixed, gate, write, decay = self.project(x).split(self.widths, dim=-1)
         key, update, total, output = self._trees(self._convolve(mixed, call), write, decay, call)
         call.results.append((key, update, total, mixed))
-        heads = output.transpose(1, 2).flatten(0, 1)[call.row_places]  # [N, Hv, dv]
+        heads = output.transpose(1, 2).flatten(0, 1).index_select(0, call.row_places)  # [N, Hv, dv]
         normed = F.rms_norm(heads, (self.sizes.value_dim,), self.norm.to(heads.dtype), self.eps)
         return self.out(normed.flatten(1).to(gate.dtype) * F.silu(gate))
 
     def _convolve(self, mixed: Tensor, call: DeltaCall) -> Tensor:
         """Convolve ``mixed`` [N, C] with a token's predecessors on its path: [N, C]."""
-        past = call.states[f"conv_state.{self.layer}"][call.state_slots].flatten(0, 1)
-        before = torch.cat((mixed, past.to(mixed.dtype)), dim=0)[call.conv_rows]  # [N, 3, C]
+        past = call.states[f"conv_state.{self.layer}"].flatten(0, 1)
+        rows = torch.cat((mixed, past.to(mixed.dtype)), dim=0)
         taps = self.conv.squeeze(1).t().to(mixed.dtype)  # [4, C], the token's own last
-        return F.silu(mixed * taps[CONV_PAST] + (before * taps[:CONV_PAST].flip(0)).sum(dim=1))
+        total = mixed * taps[CONV_PAST]
+        for back in range(CONV_PAST):
+            total = total + rows.index_select(0, call.conv_rows[:, back]) * taps[CONV_PAST - 1 - back]
+        return F.silu(total)
 
     def _trees(
         self, mixed: Tensor, write: Tensor, decay: Tensor, call: DeltaCall
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute keys, U, G and outputs [B, H, T, ...] of padded trees from packed rows [N, ...], in float32."""
-        sizes, state = self.sizes, call.states[f"delta_state.{self.layer}"][call.state_slots]
+        sizes, state = self.sizes, call.states[f"delta_state.{self.layer}"].float()
         mixed, write, decay = mixed.float(), write.float(), decay.float()
         keys, ancestors = sizes.key_heads * sizes.key_dim, call.ancestors.unsqueeze(1)  # [B, 1, T, T]
-        query, key, value = mixed[call.tree_rows].split((keys, keys, mixed.shape[-1] - 2 * keys), dim=-1)
-        query = self._unit(query) * sizes.key_dim**-0.5
-        key = self._unit(key)
+        query, key, value = call.padded(mixed).split((keys, keys, mixed.shape[-1] - 2 * keys), dim=-1)
+        query, key = self._unit(query, sizes.key_dim**-0.5), self._unit(key)
         value = value.unflatten(-1, (sizes.value_heads, sizes.value_dim)).transpose(1, 2)
-        beta = write.sigmoid()[call.tree_rows].transpose(1, 2).unsqueeze(-1)  # [B, H, T, 1]
+        beta = call.padded(write.sigmoid()).transpose(1, 2).unsqueeze(-1)  # [B, H, T, 1]
         step = -self.decay_log.float().exp() * F.softplus(decay + self.decay_bias)
         own = call.ancestors + identity(call.ancestors)
-        total = (own @ step[call.tree_rows]).transpose(1, 2)  # G, [B, H, T]
+        total = (own @ call.padded(step)).transpose(1, 2)  # G, [B, H, T]
         kept = (total.unsqueeze(-1) - total.unsqueeze(-2)).clamp(max=0).exp()  # of j's writing at t
         faded, keys_seen = total.exp().unsqueeze(-1), key.transpose(-1, -2)
         lower = beta * ancestors * kept * (key @ keys_seen)
@@ -145,9 +149,11 @@ class DeltaNet(nn.Module):
         output = faded * (query @ state) + (own.unsqueeze(1) * kept * (query @ keys_seen)) @ update
         return key, update, total, output
 
-    def _unit(self, rows: Tensor) -> Tensor:
-        """Return heads of length 1, one per head of values: [B, T, Hk * dk] to [B, Hv, T, dk]."""
-        heads = rows.unflatten(-1, (self.sizes.key_heads, self.sizes.key_dim)).transpose(1, 2)
-        heads = heads * (heads.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
+    def _unit(self, rows: Tensor, length: float = 1.0) -> Tensor:
+        """Return heads of ``length``, one per head of values: [B, T, Hk * dk] to [B, Hv, T, dk]."""
+        width = self.sizes.key_dim
+        heads = rows.unflatten(-1, (self.sizes.key_heads, width)).transpose(1, 2)
+        scale = torch.full((width,), length * width**-0.5)
+        heads = F.rms_norm(heads, (width,), scale, 1e-6 / width)  # for which compilers have a kernel
         repeats = self.sizes.value_heads // self.sizes.key_heads
         return heads.unsqueeze(2).expand(-1, -1, repeats, -1, -1).flatten(1, 2) if repeats > 1 else heads

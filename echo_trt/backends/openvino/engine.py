@@ -59,7 +59,7 @@ class OpenVINOEngine:
         usual = TARGET_SIZES if self._target else DRAFT_SIZES
         self.sizes = (minimum, *(size for size in usual if size > minimum))
         self._pool = self._bind_pool(compiled, cpu.compute_type(precision))
-        self._states = self._bind_states(compiled, slots)
+        self._states, self._span = self._make_states(compiled, slots), slice(0)
         inputs = [name for name in inputs if "_state." not in name]
         self._bound = {name: self._request.get_tensor(name) for name in inputs}
         self._views = {name: tensor.data for name, tensor in self._bound.items()}
@@ -79,16 +79,20 @@ class OpenVINOEngine:
             self._request.set_tensor(node.get_any_name(), tensor)
         return pool
 
-    def _bind_states(self, compiled: ov.CompiledModel, slots: int) -> RequestStates | None:
+    def _make_states(self, compiled: ov.CompiledModel, slots: int) -> RequestStates | None:
         ports = {port.get_any_name(): port for port in compiled.inputs if "_state." in port.get_any_name()}
         if not ports:
             return None
         shapes = {name: tuple(d.get_length() for d in list(port.partial_shape)[1:]) for name, port in ports.items()}
-        states = RequestStates(shapes, slots)
-        self._state_tensors = {name: ov.Tensor(part, shared_memory=True) for name, part in states.inputs.items()}
-        for name, tensor in self._state_tensors.items():
-            self._request.set_tensor(name, tensor)
-        return states
+        return RequestStates(shapes, slots)
+
+    def _bind_span(self, states: RequestStates) -> None:
+        """Let the pass read the states of its slots in place."""
+        if self._span != states.span:
+            self._span = states.span
+            self._state_tensors = {name: ov.Tensor(part, shared_memory=True) for name, part in states.inputs.items()}
+            for name, tensor in self._state_tensors.items():
+                self._request.set_tensor(name, tensor)
 
     def _prepare(self, widths: dict[str, int]) -> None:
         """Run a pass of every usual size, whose first pass takes 2 to 10 ms more.
@@ -97,7 +101,7 @@ class OpenVINOEngine:
         """
         begin = time.perf_counter()
         for count in (size for size in self.sizes if size <= PREPARED):
-            if time.perf_counter() - begin > PREPARE_SECONDS:
+            if time.perf_counter() - begin > PREPARE_SECONDS or (self._states and count > self._states.slots):
                 return
             for used in widths or [""]:  # a head reads features, or its state where it goes on from a drafted token
                 shapes = {name: (count if name == used else 0, width) for name, width in widths.items()}
@@ -119,6 +123,7 @@ class OpenVINOEngine:
             inputs = _longer(inputs, size - tokens)
         if self._states:
             inputs |= self._states.begin(whole, size)
+            self._bind_span(self._states)
         call = pad_requests(call, size, self.num_blocks, pad_rows=self._target)
         self._feed(call._asdict() | inputs)
         outputs = self._request.infer(share_outputs=True).values()  # a copy of the logits would take half a millisecond

@@ -163,9 +163,8 @@ class TorchEngine(DeviceEngine):
         named = {name: gathered(name, tensors[name], self._feature_caches) for name in self._role.inputs}
         if "features" in self._feature_caches and tensors["features"].ndim == 1:
             named["combined"] = named.pop("features")
-        states = self._states.inputs if self._states else ()  # layers convert the rows that they read
-        own = {name for name, tensor in named.items() if tensor.is_floating_point() and name not in states}
-        named |= {name: named[name].to(self._dtype) for name in own}
+        narrow = {name for name, tensor in named.items() if tensor.is_floating_point() and "_state." not in name}
+        named |= {name: named[name].to(self._dtype) for name in narrow}
         metadata = [tensors[name] for name in METADATA]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
