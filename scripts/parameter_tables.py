@@ -1,8 +1,9 @@
-"""Write what the table of sampling parameters (``echo_trt/engine/params.py``) says elsewhere.
+"""Write what the package's registries say elsewhere.
 
     python scripts/parameter_tables.py
 
-That is the inputs of model_repo/echo/config.pbtxt, and tables of docs/triton-api.md and docs/openai-api.md.
+Sampling parameters (``echo_trt/engine/params.py``) are the inputs of model_repo/echo/config.pbtxt, and tables of
+docs/triton-api.md and docs/openai-api.md; families (``echo_trt/models/families``) are the table of docs/models.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 from echo_trt.engine.params import PARAMETERS
 from echo_trt.engine.process.inputs import ALIASES, INPUTS, Tensor
+from echo_trt.models.families import FAMILIES
+from echo_trt.models.families.family import ENGINES
 from echo_trt.server.schemas import ChatRequest, CompletionRequest
 
 ROOT = Path(__file__).parents[1]
@@ -96,11 +99,31 @@ def config_inputs() -> str:
     return ",\n".join(f"  {config_line(tensor)}" for tensor in INPUTS) + "\n"
 
 
+def models_table() -> str:
+    return table(
+        ("family", "models", "files", "engines", "drafts", "tools", "thinking", "compared with"),
+        *(
+            (
+                f"`{family.name}`",
+                family.models,
+                "safetensors, FP8" + f", GGUF (`{family.gguf}`)" * bool(family.gguf),
+                "all" if family.engines == ENGINES else ", ".join(f"`{name}`" for name in family.engines),
+                family.drafts,
+                family.tools,
+                family.thinking,
+                f"`{family.architecture}`",
+            )
+            for family in FAMILIES.values()
+        ),
+    )
+
+
 #: File -> what its text lies between (a group each before and behind), and who writes it.
 WRITTEN = {
     "model_repo/echo/config.pbtxt": (r"(^input \[\n)(?:.*?\n)(\]$)", config_inputs),
     "docs/triton-api.md": (r"(^)\| input \|(?:[^\n]*\n\|)*[^\n]*\n()", triton_table),
     "docs/openai-api.md": (r"(^)\| field \| type \|(?:[^\n]*\n\|)*[^\n]*\n()", openai_table),
+    "docs/models.md": (r"(^)\| family \|(?:[^\n]*\n\|)*[^\n]*\n()", models_table),
 }
 
 

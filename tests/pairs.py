@@ -9,6 +9,8 @@
 | close  | a head that was made to agree with its target      | trees that are accepted in part, branches  |
 | dflash | a random DFlash block drafter                      | nearly every drafted token is refused      |
 | dspark | a block drafter whose Markov head knows the target | blocks that are accepted in part, branches |
+
+Beside these, each of FAMILY_PAIRS is a target of another family, which drafts for itself.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from models.block_checkpoints import block_raw, block_tensors, write_block
-from models.checkpoints import add_tensors, head_config, head_tensors, mtp_tensors, qwen3, qwen3_5, write_head
+from models.checkpoints import BUILDERS, add_tensors, head_config, head_tensors, mtp_tensors, qwen3, qwen3_5, write_head
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -36,6 +38,8 @@ from echo_trt.speculation.pack import ForwardBatch
 from echo_trt.speculation.policies import reserve_for
 
 PAIRS = ("lookup", "model", "self", "eagle3", "close", "dflash", "dspark")
+#: Families whose layers are not those of the other pairs' targets.
+FAMILY_PAIRS = ("mistral", "qwen2", "smollm3")
 VOCAB = 300
 END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
 CHAT = (
@@ -52,6 +56,8 @@ SIZES = {
     "head_dim": 16,
     "max_position_embeddings": 2048,
 }
+#: Of FAMILY_PAIRS beside SIZES: transformers gives Qwen2's tokenizer one token more, and two layers of three rotate.
+FAMILY_CHANGES = {"qwen2": {"vocab_size": VOCAB + 1}, "smollm3": {"no_rope_layer_interval": 2}}
 LIMITS = {"batch": 8, "context": 160, "prefill_chunk": 16}
 #: Of block drafters: the target's width and vocabulary.
 BLOCK = {"hidden_size": 64, "vocab_size": VOCAB, "max_position_embeddings": 2048}
@@ -84,6 +90,7 @@ FOLDERS: dict[str, tuple[str, str, str | None]] = {
     "peagle": ("target", "block", "peagle"),
     # Delta-net layers, in tests/engine/test_hybrids.py: the head of the checkpoint agrees with its target.
     "mtp": ("hybrid", "mtp", None),
+    **{family: (family, "model", family) for family in FAMILY_PAIRS},
 }
 
 
@@ -91,6 +98,9 @@ def write_networks(folder: Path) -> None:
     """Every checkpoint that the pairs name."""
     write_tokenizer(folder / "target")
     qwen3(**SIZES, eos_token_id=0).save_pretrained(folder / "target")
+    for family in FAMILY_PAIRS:
+        write_tokenizer(folder / family)
+        BUILDERS[family](**SIZES | FAMILY_CHANGES.get(family, {}), eos_token_id=0).save_pretrained(folder / family)
     write_tokenizer(folder / "small")
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 1}
     qwen3(**SIZES | small, tie_word_embeddings=True).save_pretrained(folder / "small")

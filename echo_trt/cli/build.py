@@ -49,7 +49,7 @@ from echo_trt.models.hybrid_config import HybridConfig
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.open_tokenizer import check_same_tokens, read_template, read_tokenizer
 from echo_trt.models.ranks import Shard
-from echo_trt.models.read_config import decoder_config
+from echo_trt.models.read_config import check_context, decoder_config
 from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, MtpModule, Role, TargetModule
 from echo_trt.models.weights import load_decoder, load_eagle3, load_mtp, release_weights
 from echo_trt.sizing.needs import check_space
@@ -140,20 +140,16 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
     _check_fp8("precision", recipe.precision, checkpoint)
     positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
     ranks = recipe.tensor_parallel
+    config = decoder_config(checkpoint.config, str(checkpoint.path))
+    check_context(config, recipe.limits.context)
     if recipe.draft.kind == "block":
-        _check_block(recipe, recipe_folder, decoder_config(checkpoint.config, str(checkpoint.path)))
+        _check_block(recipe, recipe_folder, config)
     if ranks > 1:
         check_space(recipe, recipe_folder, work)
     dtype = _loaded_type(recipe, recipe.precision)
     if isinstance(decoder_config(checkpoint.config, str(checkpoint.path)), HybridConfig):
         _check_hybrid(recipe)
     target = load_decoder(checkpoint, positions, dtype, Shard(0, ranks))
-    config = target.config
-    if recipe.limits.context > config.max_position:
-        raise UserError(
-            f"limits.context is {recipe.limits.context}, but the target knows {config.max_position} positions; "
-            "lower it in the recipe."
-        )
     digest = weights_sha256(checkpoint.path)
     tokenizer = read_tokenizer(checkpoint, recipe.target.tokenizer and recipe_folder / recipe.target.tokenizer)
     if recipe.target.chat_template is not None:
@@ -183,7 +179,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         checks["target"] = worst(checks.get("target"), check)
     facts["target"] = _facts(role, files)
     if ranks > 1:
-        facts["target"].parameters = decoder_sizes(decoder_config(checkpoint.config, str(checkpoint.path))).total
+        facts["target"].parameters = decoder_sizes(config).total
     if draft is not None:
         progress("compiling the draft")
         file, checks["draft"] = compile_role(draft, "draft", recipe.draft_precision)

@@ -10,7 +10,9 @@ from typing import Any
 class NetworkConfig:
     """What all networks have: RMS norm, rotary positions, grouped-query attention, a gated SiLU MLP.
 
-    ranks  among which the network is divided; heads, KV heads and widths are those of one rank
+    ranks             among which the network is divided; heads, KV heads and widths are those of one rank
+    attention_bias    whether query, key and value have a bias
+    unrotated_layers  layers whose query and key have no rotary positions
     """
 
     vocab_size: int
@@ -24,11 +26,17 @@ class NetworkConfig:
     max_position: int
     rope_scaling: dict[str, Any] = field(default_factory=dict)
     ranks: int = 1
+    attention_bias: bool = False
+    unrotated_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(NetworkConfig):
-    """A decoder-only transformer, dense or with experts."""
+    """A decoder-only transformer, dense or with experts.
+
+    family  name of its row in ``models.families``
+    window  tokens that a token sees, its own included; 0: all. No context is longer (``read_config.check_context``)
+    """
 
     family: str
     num_layers: int
@@ -40,6 +48,7 @@ class DecoderConfig(NetworkConfig):
     norm_expert_weights: bool = False
     dense_layers: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    window: int = 0
 
     @property
     def feature_layers(self) -> tuple[int, int, int]:

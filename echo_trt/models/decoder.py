@@ -1,4 +1,4 @@
-"""The decoder of Qwen3, Qwen3-MoE and Llama, which differ in configuration alone."""
+"""The decoder of all families (``models.families``), which differ in configuration alone."""
 
 from __future__ import annotations
 

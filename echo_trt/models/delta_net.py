@@ -100,18 +100,16 @@ class DeltaNet(nn.Module):
     def __init__(self, sizes: DeltaNetSizes, layer: int, hidden: int, eps: float):
         super().__init__()
         self.sizes, self.layer, self.eps = sizes, layer, eps
-        values = sizes.value_heads * sizes.value_dim
-        self.widths = sizes.channels, values, sizes.value_heads, sizes.value_heads
-        self.project = Linear(hidden, sum(self.widths))
+        self.project = Linear(hidden, sum(sizes.projected))
         self.conv = nn.Parameter(torch.empty(sizes.channels, 1, CONV_PAST + 1))
         self.decay_log = nn.Parameter(torch.empty(sizes.value_heads))
         self.decay_bias = nn.Parameter(torch.empty(sizes.value_heads))
         self.norm = nn.Parameter(torch.ones(sizes.value_dim))
-        self.out = Linear(values, hidden)
+        self.out = Linear(sizes.values, hidden)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, call: DeltaCall) -> Tensor:
         """Mix x [N, H] along the paths of ``call``, without positions; returns [N, H]."""
-        mixed, gate, write, decay = self.project(x).split(self.widths, dim=-1)
+        mixed, gate, write, decay = self.project(x).split(self.sizes.projected, dim=-1)
         key, update, total, output = self._trees(self._convolve(mixed, call), write, decay, call)
         call.results.append((key, update, total, mixed))
         heads = output.transpose(1, 2).flatten(0, 1).index_select(0, call.row_places)  # [N, Hv, dv]

@@ -1,15 +1,12 @@
-"""The sizes of a decoder with delta-net layers (Qwen3.5, dense) and of its MTP head, and their reading."""
+"""The sizes of a decoder with delta-net layers (Qwen3.5, dense) and of its MTP head."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from echo_trt.errors import UserError
 from echo_trt.models.config import DecoderConfig
 from echo_trt.speculation.paths import CONV_PAST
 
-ARCHITECTURES = ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration")
 #: Tensors of a published checkpoint that a text decoder does not read: images, and the MTP head.
 OTHERS = ("mtp.", "model.visual.")
 
@@ -26,15 +23,17 @@ class DeltaNetSizes:
     @property
     def channels(self) -> int:
         """Columns of query, key and value side by side, which the convolution mixes along the text."""
-        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+        return 2 * self.key_heads * self.key_dim + self.values
 
     @property
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of a request's states in one layer, by kind."""
-        return {
-            "conv_state": (CONV_PAST, self.channels),
-            "delta_state": (self.value_heads, self.key_dim, self.value_dim),
-        }
+    def values(self) -> int:
+        """Columns of the output of all heads."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def projected(self) -> list[int]:
+        """Columns of the merged projection: query, key and value; the output's gate; write strength; decay."""
+        return [self.channels, self.values, self.value_heads, self.value_heads]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,35 +76,13 @@ class MtpConfig(HybridConfig):
         return self.hidden_size
 
 
-def hybrid_config(raw: dict[str, Any], where: str, shape: dict[str, Any], rotary_share: float) -> HybridConfig:
-    """Read what ``shape`` does not have, from a configuration of text alone."""
-    kinds = raw.get("layer_types") or []
-    if len(kinds) != shape["num_layers"] or not set(kinds) <= {"linear_attention", "full_attention"}:
-        raise UserError(
-            f"{where}: layer_types must name linear_attention or full_attention for each of {shape['num_layers']} "
-            "layers; take the checkpoint's own config.json."
-        )
-    if raw.get("linear_conv_kernel_dim", 4) != CONV_PAST + 1:
-        raise UserError(f"{where}: linear_conv_kernel_dim is {raw['linear_conv_kernel_dim']}, but must be 4.")
-    eos = raw.get("eos_token_id")
-    return HybridConfig(
-        family="qwen3_5",
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qk_norm=True,
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        linear_layers=tuple(i for i, kind in enumerate(kinds) if kind == "linear_attention"),
-        rotary_dim=int(shape["head_dim"] * rotary_share),
-        linear_key_heads=raw["linear_num_key_heads"],
-        linear_value_heads=raw["linear_num_value_heads"],
-        linear_key_dim=raw["linear_key_head_dim"],
-        linear_value_dim=raw["linear_value_head_dim"],
-        **shape,
-    )
-
-
 def state_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a request's states, float32 whatever the precision, by name; of a hybrid alone."""
     if not isinstance(config, HybridConfig):
         return {}
-    kinds, layers = config.delta_net.state_shapes, range(len(config.linear_layers))
+    sizes, layers = config.delta_net, range(len(config.linear_layers))
+    kinds = {
+        "conv_state": (CONV_PAST, sizes.channels),
+        "delta_state": (sizes.value_heads, sizes.key_dim, sizes.value_dim),
+    }
     return {f"{kind}.{layer}": shape for kind, shape in kinds.items() for layer in layers}

@@ -23,7 +23,7 @@ class GatedAttention(Attention):
         both, rest = self.qkv(x).split((queries, others), dim=-1)
         query, gate = both.unflatten(-1, (self.heads, 2 * self.head_dim)).chunk(2, dim=-1)
         projected = torch.cat((query.flatten(1), rest), dim=-1)
-        output = attend(self.layer, *self._rotated(projected, cos, sin))
+        output = attend(self.layer, *self._divided(projected, cos, sin))
         return sum_ranks(self.out(output * gate.flatten(1).sigmoid()), self.ranks)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from echo_trt.models.checkpoint import Checkpoint
 from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.models.families import FAMILIES
+from echo_trt.models.families.family import NORMS
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, takes
 from echo_trt.models.hybrid_config import OTHERS, HybridConfig, MtpConfig
@@ -161,10 +163,13 @@ def decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]:
         sources["lm_head.weight"] = ["lm_head.weight"]
     for i in range(config.num_layers):
         theirs, ours = f"{root}layers.{i}.", f"layers.{i}."
+        norms = FAMILIES[config.family].norms
         if i in linear:
-            sources |= _norm_sources(ours, theirs) | delta_net_sources(ours, theirs)
+            sources |= _norm_sources(ours, theirs, norms) | delta_net_sources(ours, theirs)
         else:
-            sources |= _layer_sources(ours, theirs, config.qk_norm)
+            sources |= _layer_sources(ours, theirs, config.qk_norm, norms)
+        if config.attention_bias:
+            sources[ours + "attention.qkv.bias"] = [f"{theirs}self_attn.{p}_proj.bias" for p in "qkv"]
         if config.has_experts(i):
             sources[ours + "mlp.router.weight"] = [theirs + "mlp.gate.weight"]
             if f"{theirs}mlp.experts.gate_up_proj" in present:
@@ -178,16 +183,13 @@ def decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]:
     return sources
 
 
-def _norm_sources(ours: str, theirs: str) -> Sources:
-    return {
-        ours + "attention_norm.weight": [theirs + "input_layernorm.weight"],
-        ours + "mlp_norm.weight": [theirs + "post_attention_layernorm.weight"],
-    }
+def _norm_sources(ours: str, theirs: str, norms: Mapping[str, str]) -> Sources:
+    return {f"{ours}{norm}.weight": [f"{theirs}{name}.weight"] for norm, name in norms.items()}
 
 
-def _layer_sources(ours: str, theirs: str, qk_norm: bool) -> Sources:
+def _layer_sources(ours: str, theirs: str, qk_norm: bool, norms: Mapping[str, str] = NORMS) -> Sources:
     return {
-        **_norm_sources(ours, theirs),
+        **_norm_sources(ours, theirs, norms),
         **_attention_sources(ours, theirs),
         **{f"{ours}attention.{n}_norm.weight": [f"{theirs}self_attn.{n[0]}_norm.weight"] for n in QK[: 2 * qk_norm]},
     }
@@ -255,7 +257,7 @@ def _assign(
         if in_rows and isinstance(module, Linear) and ours != "lm_head.weight" and takes(shape):
             found = filling.rows(shape, filling.whole.get_parameter(ours).shape, parts)
             if found is not None:
-                model.set_submodule(module_path, Fp8Linear(*found))
+                model.set_submodule(module_path, Fp8Linear(*found, module.bias))
                 read.update(parts)
                 continue
         value = torch.empty(shape, dtype=_stored_type(filling, shape, parts) if in_rows or dtype is None else dtype)
@@ -350,8 +352,7 @@ def _stored_type(filling: _Filling, shape: torch.Size, parts: list) -> torch.dty
 def heights(config: Config, parts: int = 3) -> list[int]:
     """Return the rows of the ``parts`` that a merged projection is made of."""
     if parts > 3:
-        sizes = config.delta_net
-        return [sizes.channels, sizes.value_heads * sizes.value_dim, sizes.value_heads, sizes.value_heads]
+        return config.delta_net.projected
     queries = config.num_heads * (2 if isinstance(config, HybridConfig) else 1)  # gated: a gate beside each
     return [heads * config.head_dim for heads in (queries, config.num_kv_heads, config.num_kv_heads)]
 

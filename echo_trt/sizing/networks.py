@@ -168,18 +168,17 @@ def _heads(config: Config) -> dict[str, int]:
 
 
 def _kv_matrices(config: Config, inputs: int) -> int:
-    return 2 * inputs * config.num_kv_heads * config.head_dim
+    return 2 * (inputs + config.attention_bias) * config.num_kv_heads * config.head_dim
 
 
 def _attention(config: Config, inputs: int) -> int:
     gates = config.num_heads if isinstance(config, HybridConfig) else 0
     heads = (config.num_heads + gates + 2 * config.num_kv_heads) * config.head_dim
-    return inputs * heads + config.num_heads * config.head_dim * config.hidden_size
+    return (inputs + config.attention_bias) * heads + config.num_heads * config.head_dim * config.hidden_size
 
 
 def _delta_net(config: HybridConfig) -> int:
     """Count a delta-net layer: its projections, the convolution of four, decays and the norm of its heads."""
     sizes = config.delta_net
-    values = sizes.value_heads * sizes.value_dim
-    projected = sizes.channels + values + 2 * sizes.value_heads
-    return config.hidden_size * (projected + values) + 4 * sizes.channels + 2 * sizes.value_heads + sizes.value_dim
+    small = 4 * sizes.channels + 2 * sizes.value_heads + sizes.value_dim
+    return config.hidden_size * (sum(sizes.projected) + sizes.values) + small

@@ -8,7 +8,7 @@ import pytest
 import torch
 from batches import PROMPTS, REQUESTS, assert_same
 from driving import Foresight, assert_all_free, prompt_ids
-from pairs import FOLDERS, PAIRS
+from pairs import FAMILY_PAIRS, FOLDERS, PAIRS
 from transformers import AutoModelForCausalLM
 
 from echo_trt.engine.params import SamplingParams
@@ -20,14 +20,14 @@ KINDS = ("mixed", "penalised", "structured")
 #: Every pair with every policy; batch, engine and requests change along the diagonals, so that any two choices meet.
 MATRIX = [
     (pair, policy, BATCHES[(i + j) % 3], ENGINES[(i + j) % 2], KINDS[(i + 2 * j) % 3])
-    for i, pair in enumerate(PAIRS)
+    for i, pair in enumerate((*PAIRS, *FAMILY_PAIRS))
     for j, policy in enumerate(POLICIES)
 ]
 
 
-@pytest.mark.parametrize("target", ["target", "plain_target"])
+@pytest.mark.parametrize("target", ["target", "plain_target", *FAMILY_PAIRS])
 def test_plain_decoding_is_the_models_own(target, networks, llm_of):
-    pair = {FOLDERS[pair][0]: pair for pair in PAIRS}[target]
+    pair = {FOLDERS[pair][0]: pair for pair in (*PAIRS, *FAMILY_PAIRS)}[target]
     prompts = [prompt_ids(n, i) for i, n in enumerate(PROMPTS)][:4]
     ours = llm_of(pair, "autoregressive", 3).generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
     model = AutoModelForCausalLM.from_pretrained(networks / target)

@@ -12,13 +12,19 @@ from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 SIZES = {
@@ -41,6 +47,18 @@ def llama(**changes: Any) -> PreTrainedModel:
     return randomise(LlamaForCausalLM(LlamaConfig(**sizes)))
 
 
+def mistral(**changes: Any) -> PreTrainedModel:
+    return randomise(MistralForCausalLM(MistralConfig(**{**SIZES, **changes})))
+
+
+def qwen2(**changes: Any) -> PreTrainedModel:
+    return randomise(Qwen2ForCausalLM(Qwen2Config(**{**SIZES, **changes})))
+
+
+def smollm3(**changes: Any) -> PreTrainedModel:
+    return randomise(SmolLM3ForCausalLM(SmolLM3Config(**{**SIZES, "pad_token_id": None, **changes})))
+
+
 def qwen3(**changes: Any) -> PreTrainedModel:
     return randomise(Qwen3ForCausalLM(Qwen3Config(**{**SIZES, **changes})))
 
@@ -59,7 +77,9 @@ def qwen3_5(**changes: Any) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if name.endswith("A_log"):  # a state that lasts for some tokens
             parameter.data.sub_(2)
-    model.get_output_embeddings().weight.data.mul_(0.16)  # unit keys make larger outputs than attention's
+        if name.endswith("out_proj.weight"):  # whose inputs are normed by head, unlike attention's
+            parameter.data.mul_(0.3)
+    model.get_output_embeddings().weight.data.mul_(0.2)  # norms of 1 + w
     return model
 
 
@@ -79,6 +99,18 @@ def add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Put further ``tensors`` into the one file of a checkpoint."""
     file = folder / "model.safetensors"
     save_file(load_file(file) | {name: t.contiguous() for name, t in tensors.items()}, file, {"format": "pt"})
+
+
+#: family -> what makes a network of it
+BUILDERS = {
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "qwen3_5": qwen3_5,
+    "qwen3_moe": qwen3_moe,
+    "smollm3": smollm3,
+}
 
 
 @torch.no_grad()

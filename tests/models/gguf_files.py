@@ -12,8 +12,16 @@ import numpy as np
 import torch
 from gguf.quants import dequantize, quantize
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+#: transformers' class -> llama.cpp's architecture, and whether its converter interleaves rows of query and key
+ARCHITECTURES = {
+    "LlamaForCausalLM": (gguf.MODEL_ARCH.LLAMA, True),
+    "MistralForCausalLM": (gguf.MODEL_ARCH.LLAMA, True),
+    "SmolLM3ForCausalLM": (gguf.MODEL_ARCH.SMOLLM3, True),
+    "Qwen2ForCausalLM": (gguf.MODEL_ARCH.QWEN2, False),
+    "Qwen3ForCausalLM": (gguf.MODEL_ARCH.QWEN3, False),
+}
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 USER_DEFINED = ("<think>", "</think>")
 CHAT_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -52,8 +60,7 @@ def write_gguf(
     without: str = "",
 ) -> Path:
     """Write ``model``, and give it the weights that the file now holds; ``without`` leaves out a field or a tensor."""
-    config, is_llama = model.config, isinstance(model, LlamaForCausalLM)
-    kind = gguf.MODEL_ARCH.LLAMA if is_llama else gguf.MODEL_ARCH.QWEN3
+    config, (kind, interleaved) = model.config, ARCHITECTURES[type(model).__name__]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[kind])
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -72,10 +79,10 @@ def write_gguf(
         data = quantize(data, stored)
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(np.array(dequantize(data, stored))))
-        if is_llama and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             data = data.reshape(heads, 2, len(data) // heads // 2, -1).swapaxes(1, 2).reshape(data.shape)
-        name = names.get_name(name, try_suffixes=(".weight",))
+        name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if name != without:
             writer.add_tensor(name, data, raw_dtype=stored)
     writer.kv_data[0].pop(without, None)

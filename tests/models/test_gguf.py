@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import llama, qwen3
+from checkpoints import BUILDERS, qwen3
 from gguf import GGMLQuantizationType
 from gguf_files import CHAT_TEMPLATE, CONTROL, USER_DEFINED, vocabulary, write_gguf
 from paged import assert_same_network, run_in_calls
@@ -15,6 +15,7 @@ from echo_trt.bundle.read_recipe import load_recipe
 from echo_trt.bundle.sources import locate
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint
+from echo_trt.models.families import FAMILIES
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.weights import load_decoder
 
@@ -38,9 +39,9 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(("storage", "tied"), [("F32", True), ("F16", False), ("Q8_0", True), ("Q4_1", False)])
-@pytest.mark.parametrize("build", [llama, qwen3])
-def test_logits_equal_transformers(build, storage, tied, tmp_path):
-    theirs = build(**SIZES, tie_word_embeddings=tied)
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.gguf])
+def test_logits_equal_transformers(family, storage, tied, tmp_path):
+    theirs = BUILDERS[family](**SIZES, tie_word_embeddings=tied)
     checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", theirs, GGMLQuantizationType[storage]))
     assert_same_network(load_decoder(checkpoint, positions=64), theirs)
 
@@ -112,6 +113,16 @@ def test_qwen_tokenizer_equals_transformers(text, tmp_path):
     theirs.add_special_tokens({"additional_special_tokens": list(CONTROL)})
     theirs.add_tokens(list(USER_DEFINED))
     assert ours.encode(text) == theirs.encode(text)
+
+
+@pytest.mark.parametrize(("kind", "bos"), [("llama-bpe", True), ("smaug-bpe", False)])
+def test_llama_s_pattern_splits_digits_by_threes(kind, bos, tmp_path):
+    tokenizer = open_checkpoint(write_gguf(tmp_path / "model.gguf", qwen3(**SIZES), pre_tokenizer=kind)).tokenizer()
+    words = [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("year 1234567, They'll")]
+    assert words == ["year", "Ġ", "123", "456", "7", ",", "ĠThey", "'ll"]
+    assert (tokenizer.encode("the")[0] == tokenizer.bos_token_id) == bos
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from echo_trt.server.tool_formats import format_of
 from echo_trt.server.tool_formats.base import Arguments, Call, Content, ToolRequest, json_rule
 from echo_trt.server.tool_formats.hermes import Hermes
 from echo_trt.server.tool_formats.llama3 import Llama3
+from echo_trt.server.tool_formats.mistral import Mistral
 
 MARKS = ("<tool_call>", "</tool_call>")
-FORMATS = {"hermes": Hermes(MARKS), "hermes, spelt": Hermes(), "llama3": Llama3()}
+FORMATS = {"hermes": Hermes(MARKS), "hermes, spelt": Hermes(), "llama3": Llama3(), "mistral": Mistral()}
 NAMES = ("get_weather", "add")
 GET = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
 PARIS = ("get_weather", '{"city": "Paris"}')
@@ -87,7 +88,21 @@ LLAMA = [
     ("<|python_tag|>print(1)", "<|python_tag|>print(1)", []),
     ("{}", "{}", []),
 ]  # fmt: skip
+MISTRAL = [
+    ("Hello.", "Hello.", []),
+    (f"[{GET}]", "", [PARIS]),
+    (f"[TOOL_CALLS] [{GET}]\n", "", [PARIS]),
+    (' [{"name": "add", "arguments": {}, "id": "x1y2z3abc"}, ' + GET + "] Done.", " Done.", [("add", "{}"), PARIS]),
+    ('[{"arguments": {"a": 1}, "name": "add"}]', "", [("add", '{"a": 1}')]),
+    ('[{"name": "Ann", "arguments": {}}]', '[{"name": "Ann", "arguments": {}}]', []),
+    ("[1, 2]", "[1, 2]", []),
+    ("[", "[", []),
+    ("[TOOL_CALLS", "[TOOL_CALLS", []),
+    (f"Use [{GET}]", f"Use [{GET}]", []),
+    ('[{"name": "add", "arguments": {"a"', "", [("add", '{"a"')]),
+]
 CASES = [("hermes", *case) for case in HERMES] + [("llama3", *case) for case in LLAMA]
+CASES += [("mistral", *case) for case in MISTRAL]
 
 
 @pytest.mark.parametrize(("name", "text", "content", "calls"), CASES)
@@ -97,7 +112,7 @@ def test_however_a_text_is_cut_it_is_read_the_same(name, text, content, calls):
 
 
 PARTS = ["<tool_call>", "</tool_call>", "\n", " ", "{", "}", '"', '{"name": "add", ', '"arguments": {', '"parameters":',
-         "a", "\\", ";", GET, "[", "<", "<|python_tag|>", '"name"', "é"]  # fmt: skip
+         "a", "\\", ";", GET, "[", "]", ", ", "[TOOL_CALLS]", "<", "<|python_tag|>", '"name"', "é"]  # fmt: skip
 
 
 @given(parts=st.lists(st.sampled_from(PARTS), max_size=14), name=st.sampled_from([*FORMATS]), data=st.data())
@@ -156,6 +171,8 @@ def fits():
 
 
 def written(name: str, *calls: tuple[str, str]) -> str:
+    if name == "mistral":
+        return "[" + ", ".join(f'{{"name": "{f}", "arguments": {a}}}' for f, a in calls) + "]"
     if name != "llama3":
         return "\n".join(f'<tool_call>\n{{"name": "{f}", "arguments": {a}}}\n</tool_call>' for f, a in calls)
     return "; ".join(f'{{"name": "{f}", "parameters": {a}}}' for f, a in calls)
@@ -185,7 +202,7 @@ def test_a_call_that_may_come_fits_too_and_text_is_free(fits, name):
         assert fits(name, grammar, text), text
     assert not fits(name, grammar, written(name, BAD))
     assert fits(name, grammar, "So: " + written(name, PARIS))
-    if name != "llama3":
+    if name not in ("llama3", "mistral"):
         assert not fits(name, grammar, "So: " + written(name, BAD))
         assert not fits(name, grammar, "So: <tool_call>\nhello")
         one = FORMATS[name].grammar(ToolRequest(TOOLS, must=False, several=False))
@@ -209,7 +226,8 @@ def test_an_answer_that_calls_nothing_may_have_to_fit_as_well(fits, name):
         (tool_models.QWEN3_THINKING, Hermes, True),
         (tool_models.LLAMA3, Llama3, False),  # it refuses several calls
         (tool_models.QWEN3.replace("<tool_call>", "<tool_call><function=x>"), type(None), None),
-        ("{{ '[TOOL_CALLS]' }}", type(None), None),
+        ("{{ '[TOOL_CALLS] [' }}", Mistral, True),
+        ("{{ '[TOOL_CALLS]f[ARGS]' }}", type(None), None),
         ("", type(None), None),
     ],
 )

@@ -163,7 +163,8 @@ class TorchEngine(DeviceEngine):
         named = {name: gathered(name, tensors[name], self._feature_caches) for name in self._role.inputs}
         if "features" in self._feature_caches and tensors["features"].ndim == 1:
             named["combined"] = named.pop("features")
-        narrow = {name for name, tensor in named.items() if tensor.is_floating_point() and "_state." not in name}
+        own = {"ancestors", *(self._states.inputs if self._states else ())}  # float32, as delta-net layers compute
+        narrow = {name for name, tensor in named.items() if tensor.is_floating_point()} - own
         named |= {name: named[name].to(self._dtype) for name in narrow}
         metadata = [tensors[name] for name in METADATA]
 
