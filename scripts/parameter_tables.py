@@ -3,18 +3,23 @@
     python scripts/parameter_tables.py
 
 Sampling parameters (``echo_trt/engine/params.py``) are the inputs of model_repo/echo/config.pbtxt, and tables of
-docs/triton-api.md and docs/openai-api.md; families (``echo_trt/models/families``) are the table of docs/models.md.
+docs/triton-api.md and docs/openai-api.md; families (``echo_trt/models/families``) are the table of docs/models.md;
+metric names (``echo_trt/engine/service/metric_aliases.py``) are a table of docs/operations.md.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from echo_trt.engine.params import PARAMETERS
+from echo_trt.engine.params import PARAMETERS, Counters
 from echo_trt.engine.process.inputs import ALIASES, INPUTS, Tensor
+from echo_trt.engine.service.metric_aliases import ALIASES as SERIES
+from echo_trt.engine.service.metric_aliases import TENSORRT_LLM, VLLM
+from echo_trt.engine.service.metrics import EngineMetrics, Statistics
 from echo_trt.models.families import FAMILIES
 from echo_trt.models.families.family import ENGINES
 from echo_trt.server.schemas import ChatRequest, CompletionRequest
@@ -95,6 +100,21 @@ def type_and_bounds(schema: dict[str, Any]) -> tuple[str, str]:
     return schema["type"], f"{low} to {high}{' characters' * (schema['type'] == 'string')}" if high else ""
 
 
+def metrics_table() -> str:
+    """Return the series that have names of other servers, with those names."""
+    metrics = EngineMetrics("echo")
+    metrics.flush(Statistics(0, 0, 1, 1, 0, 0, "echo", 1, Counters(accepted=Counter({1: 1})), {}, {"stop": 1}))  # type: ignore
+    rows = []
+    for metric in metrics.collect():
+        if theirs := SERIES.get(metric.name.removeprefix("echo_"), "").split():
+            total = "_total" * (metric.type == "counter")
+            names = [
+                [f"`{each}{total}`" for each in theirs if each.startswith(start)] for start in (VLLM, TENSORRT_LLM)
+            ]
+            rows.append((f"`{metric.name}{total}`", *map(", ".join, names)))
+    return table(("series", "vLLM's name", "name on Triton's port"), *rows)
+
+
 def config_inputs() -> str:
     return ",\n".join(f"  {config_line(tensor)}" for tensor in INPUTS) + "\n"
 
@@ -122,6 +142,7 @@ def models_table() -> str:
 WRITTEN = {
     "model_repo/echo/config.pbtxt": (r"(^input \[\n)(?:.*?\n)(\]$)", config_inputs),
     "docs/triton-api.md": (r"(^)\| input \|(?:[^\n]*\n\|)*[^\n]*\n()", triton_table),
+    "docs/operations.md": (r"(^)\| series \|(?:[^\n]*\n\|)*[^\n]*\n()", metrics_table),
     "docs/openai-api.md": (r"(^)\| field \| type \|(?:[^\n]*\n\|)*[^\n]*\n()", openai_table),
     "docs/models.md": (r"(^)\| family \|(?:[^\n]*\n\|)*[^\n]*\n()", models_table),
 }

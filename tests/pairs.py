@@ -39,8 +39,15 @@ from echo_trt.speculation.policies import reserve_for
 
 PAIRS = ("lookup", "model", "self", "eagle3", "close", "dflash", "dspark")
 #: Families whose layers are not those of the other pairs' targets.
-FAMILY_PAIRS = ("mistral", "qwen2", "smollm3")
+FAMILY_PAIRS = ("gemma3", "mistral", "qwen2", "smollm3")
 VOCAB = 300
+#: Beside SIZES, so that three layers have what a family's deeper networks have, and texts outgrow a window;
+#: transformers gives Qwen2's tokenizer one token more.
+CHANGES: dict[str, dict[str, Any]] = {
+    "gemma3": {"sliding_window": 56},
+    "qwen2": {"vocab_size": VOCAB + 1},
+    "smollm3": {"no_rope_layer_interval": 2},
+}
 END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
 CHAT = (
     "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
@@ -56,8 +63,6 @@ SIZES = {
     "head_dim": 16,
     "max_position_embeddings": 2048,
 }
-#: Of FAMILY_PAIRS beside SIZES: transformers gives Qwen2's tokenizer one token more, and two layers of three rotate.
-FAMILY_CHANGES = {"qwen2": {"vocab_size": VOCAB + 1}, "smollm3": {"no_rope_layer_interval": 2}}
 LIMITS = {"batch": 8, "context": 160, "prefill_chunk": 16}
 #: Of block drafters: the target's width and vocabulary.
 BLOCK = {"hidden_size": 64, "vocab_size": VOCAB, "max_position_embeddings": 2048}
@@ -100,7 +105,7 @@ def write_networks(folder: Path) -> None:
     qwen3(**SIZES, eos_token_id=0).save_pretrained(folder / "target")
     for family in FAMILY_PAIRS:
         write_tokenizer(folder / family)
-        BUILDERS[family](**SIZES | FAMILY_CHANGES.get(family, {}), eos_token_id=0).save_pretrained(folder / family)
+        BUILDERS[family](**SIZES | CHANGES.get(family, {}), eos_token_id=0).save_pretrained(folder / family)
     write_tokenizer(folder / "small")
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 1}
     qwen3(**SIZES | small, tie_word_embeddings=True).save_pretrained(folder / "small")

@@ -72,7 +72,8 @@ class Engine(Protocol):
     (``backends.cuda.engine.DeviceEngine``). A network with states beside its KV rows has a slot of them for each
     request (``ForwardBatch.state_slots``): a run reads them and starts from zero where a request has no past, and
     ``commit_states`` advances them, which must follow before the slot's next run. An engine whose verified chains have
-    the bits of plain decoding, and whose trees do not, sets ``rounds_trees``.
+    the bits of plain decoding, and whose trees do not, sets ``rounds_trees``. One whose trees are exact only up to so
+    many tokens of a request, the tree's among them, sets ``tree_context``; beyond it a tree must be one path.
 
     num_blocks  KV blocks of the pool
     sizes       [m], tokens, ascending: a verification is padded to the next size and any pass to the first. Larger

@@ -43,6 +43,7 @@ from echo_trt.models.block_weights import check_block, load_block, markov_arrays
 from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
 from echo_trt.models.config import BlockConfig, DecoderConfig
 from echo_trt.models.decoder import Decoder
+from echo_trt.models.families import FAMILIES
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.models.fp8_linear import E4M3
 from echo_trt.models.hybrid_config import HybridConfig
@@ -199,7 +200,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         target=facts["target"],
         draft=facts.get("draft"),
         eos_token_ids=eos,
-        sampling=_sampling(checkpoint),
+        sampling=_sampling(checkpoint, config),
         target_sha256=digest,
         draft_sha256=draft_digest,
         tokenizer=tokenizer.name_or_path if recipe.target.random_weights else "",
@@ -400,8 +401,9 @@ def block_facts(config: BlockConfig) -> BlockFacts:
 
 
 def _eos(checkpoint: Checkpoint, config: DecoderConfig, tokenizer) -> list[int]:
-    """Return the end tokens of the configuration and of the tokenizer, which may differ."""
-    ids = [*config.eos_token_ids, tokenizer.eos_token_id]
+    """Return the end tokens of the configuration, the tokenizer and the family, which may differ."""
+    turn = tokenizer.backend_tokenizer.token_to_id(FAMILIES[config.family].end_of_turn)
+    ids = [*config.eos_token_ids, tokenizer.eos_token_id, turn]
     generation = checkpoint.path / "generation_config.json"  # where Qwen3 names its second end token
     if generation.exists():
         stated = read_json(generation).get("eos_token_id")
@@ -416,10 +418,12 @@ def _eos(checkpoint: Checkpoint, config: DecoderConfig, tokenizer) -> list[int]:
     return ends
 
 
-def _sampling(checkpoint: Checkpoint) -> Sampling:
-    """Return what the checkpoint recommends to requests that say nothing: nothing unless it samples."""
+def _sampling(checkpoint: Checkpoint, config: DecoderConfig) -> Sampling:
+    """Return what requests that say nothing get: what a checkpoint that samples recommends, or else its family."""
     path = checkpoint.path / "generation_config.json"
-    stated = read_json(path) if path.exists() else {}
+    if not path.exists():
+        return Sampling(**FAMILIES[config.family].sampling)
+    stated = read_json(path)
     if not stated.get("do_sample"):
         return Sampling()
     named = {name: stated[name] for name in Sampling.model_fields if stated.get(name) is not None}

@@ -105,7 +105,7 @@ def _context(target: dict[str, str]) -> int:
     from echo_trt.models.read_config import decoder_config
 
     config = decoder_config({**_config(target), "quantization_config": None}, target.get("path") or target["hub"])
-    return min(config.max_position, config.window or CONTEXT, CONTEXT)
+    return min(config.max_position, CONTEXT)
 
 
 def _kind(source: dict[str, str], name: str) -> str:

@@ -16,9 +16,10 @@ from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Part
 from echo_trt.models.families import gguf_family
 from echo_trt.models.read_config import decoder_config
+from echo_trt.models.sentencepiece import sentencepiece_tokenizer
 from echo_trt.models.weights import decoder_sources
 
-CONTROL_TOKEN, USER_TOKEN = 3, 4
+NORMAL_TOKEN, CONTROL_TOKEN, USER_TOKEN = 1, 3, 4
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -99,7 +100,7 @@ class GgufCheckpoint:
             raise UserError(
                 f"{self.path}: scaled rotary frequencies (rope_freqs) are not supported; use the safetensors folder."
             )
-        return {
+        config = {
             "architectures": [self._family.architecture],
             "vocab_size": len(self._need("tokenizer.ggml.tokens")),
             "hidden_size": hidden,
@@ -115,6 +116,7 @@ class GgufCheckpoint:
             "tie_word_embeddings": "output.weight" not in names,
             "eos_token_id": self.field("tokenizer.ggml.eos_token_id"),
         }
+        return config | self._family.gguf_options(self.field, config)
 
     def _hf_names(self) -> dict[str, str]:
         """Return Hugging Face's name of each tensor that a network of this configuration has, by the file's."""
@@ -125,19 +127,25 @@ class GgufCheckpoint:
         return {known.get_name(name, (".weight", ".bias")): name for name in names}
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Build the file's byte-level BPE tokenizer, with its chat template."""
-        if (kind := self.field("tokenizer.ggml.model")) != "gpt2":
-            raise UserError(f"{self.path}: tokenizer.ggml.model is {kind!r}, not gpt2 (byte-level BPE); {ELSEWHERE}")
+        """Build the file's tokenizer, byte-level BPE or SentencePiece's, with its chat template."""
         tokens, kinds = self._need("tokenizer.ggml.tokens"), self._need("tokenizer.ggml.token_type")
-        merges = [tuple(m.split(" ", 1)) for m in self._need("tokenizer.ggml.merges")]
-        words = self.field("tokenizer.ggml.pre", "default")
-        vocab, is_llama = {t: i for i, t in enumerate(tokens)}, words == "llama-bpe"
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=is_llama))
-        self._set_word_splitter(tokenizer, words)
-        tokenizer.decoder = decoders.ByteLevel()
-        for token, kind in zip(tokens, kinds, strict=True):
-            if kind in (CONTROL_TOKEN, USER_TOKEN):  # both stay whole in a text; control tokens are not printed
-                tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL_TOKEN, normalized=False)])
+        words, model = self.field("tokenizer.ggml.pre", "default"), self.field("tokenizer.ggml.model")
+        vocab, is_llama = {t: i for i, t in enumerate(tokens)}, words == "llama-bpe" or model == "llama"
+        if model == "llama":
+            joined = [piece for piece, kind in zip(tokens, kinds, strict=True) if kind == NORMAL_TOKEN]
+            prefix = self.field("tokenizer.ggml.add_space_prefix", True)
+            unknown = tokens[self.field("tokenizer.ggml.unknown_token_id", 0)]
+            tokenizer = sentencepiece_tokenizer(vocab, joined, self._need("tokenizer.ggml.scores"), unknown, prefix)
+        elif model == "gpt2":
+            merges = [tuple(m.split(" ", 1)) for m in self._need("tokenizer.ggml.merges")]
+            tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=is_llama))
+            self._set_word_splitter(tokenizer, words)
+            tokenizer.decoder = decoders.ByteLevel()
+        else:
+            raise UserError(f"{self.path}: tokenizer.ggml.model is {model!r}, not gpt2 or llama; {ELSEWHERE}")
+        whole = {CONTROL_TOKEN, USER_TOKEN}  # both stay whole in a text; control tokens are not printed
+        marked = [(token, kind == CONTROL_TOKEN) for token, kind in zip(tokens, kinds, strict=True) if kind in whole]
+        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in marked])
         special = {
             f"{role}_token": tokens[index]
             for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))

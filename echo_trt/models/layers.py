@@ -7,6 +7,7 @@ packed query, key and value to the caller's ``attend``, which knows how keys and
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -76,6 +77,9 @@ class Rotary(nn.Module):
         angles = torch.arange(positions, dtype=torch.float32)[:, None] * inv_freq.repeat(2)[None, :]
         self.register_buffer("cos", angles.cos() * scale, persistent=False)
         self.register_buffer("sin", angles.sin() * scale, persistent=False)
+        base = config.local_rope_theta
+        plain = replace(config, rope_theta=base, rope_scaling={}, local_rope_theta=0.0)
+        self.local = Rotary(plain, positions) if base else None  # of the layers with a window
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Look up cos and sin, float32 [N, 1, 1, D] both, of ``positions``, int [N]."""
@@ -152,20 +156,23 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """A gated SiLU MLP, with gate and up projections merged."""
+    """A gated MLP of SiLU or, with ``gelu``, of GELU by tanh, with gate and up projections merged."""
 
-    def __init__(self, hidden: int, intermediate: int, ranks: int = 1):
+    def __init__(self, hidden: int, intermediate: int, ranks: int = 1, gelu: bool = False):
         super().__init__()
-        self.ranks = ranks
+        self.ranks, self.gelu = ranks, gelu
         self.gate_up = Linear(hidden, 2 * intermediate)
         self.down = Linear(intermediate, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up(x)
-        if kernels := fused(x):
+        if not self.gelu and (kernels := fused(x)):
             return sum_ranks(self.down(kernels.silu_mul(gate_up)), self.ranks)
         gate, up = gate_up.chunk(2, dim=-1)
-        return sum_ranks(self.down(F.silu(gate) * up), self.ranks)
+        return sum_ranks(self.down(self.activated(gate) * up), self.ranks)
+
+    def activated(self, gate: Tensor) -> Tensor:
+        return F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
 
 
 class Experts(nn.Module):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.delta_net import DeltaNet
 from echo_trt.models.hybrid_config import HybridConfig
-from echo_trt.models.layers import Attend, Attention, Linear, RMSNorm, sum_ranks
+from echo_trt.models.layers import Attend, Attention, Linear, sum_ranks
 
 
 class GatedAttention(Attention):
@@ -40,13 +40,6 @@ class HybridDecoder(Decoder):
             else:
                 layer.attention = GatedAttention(config, full)
                 full += 1
-
-
-def center_norms(network: nn.Module) -> None:
-    """Add 1 to the weights of RMS norms, which Qwen3.5 stores less 1."""
-    for module in network.modules():
-        if isinstance(module, RMSNorm):
-            module.weight.data.add_(1)
 
 
 def delta_net_sources(ours: str, theirs: str) -> dict[str, list[str]]:

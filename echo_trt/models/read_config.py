@@ -40,6 +40,7 @@ def decoder_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     """Read a Hugging Face ``config.json``. ``where`` names the file in errors."""
     raw = text_config(raw)
     family = family_of((raw.get("architectures") or ["none"])[0], where)
+    raw = family.completed(raw, where)
     shape = _shape(raw, where, family.fixed)
     eos = raw.get("eos_token_id")
     return family.config(
@@ -60,16 +61,11 @@ def text_config(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_context(config: DecoderConfig, context: int) -> None:
-    """Refuse a recipe's context in which the target would have more positions, or see more tokens, than it knows."""
+    """Refuse a recipe's context in which the target would have more positions than it knows."""
     if context > config.max_position:
         raise UserError(
             f"limits.context is {context}, but the target knows {config.max_position} positions; lower it in the "
             "recipe."
-        )
-    if config.window and context > config.window:
-        raise UserError(
-            f"limits.context is {context}, but the target's sliding_window is {config.window} tokens, which echo-trt "
-            f"computes only where all of a text is in it; lower it to {config.window} in the recipe."
         )
 
 

@@ -21,9 +21,9 @@ from echo_trt.models.families.family import NORMS
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, takes
 from echo_trt.models.hybrid_config import OTHERS, HybridConfig, MtpConfig
-from echo_trt.models.layers import Config, Linear, Rotary
+from echo_trt.models.layers import Config, Linear, RMSNorm, Rotary
 from echo_trt.models.mtp import MtpHead
-from echo_trt.models.qwen3_5 import HybridDecoder, center_norms, delta_net_sources
+from echo_trt.models.qwen3_5 import HybridDecoder, delta_net_sources
 from echo_trt.models.ranks import Shard
 from echo_trt.models.read_config import check_fits, decoder_config, eagle3_config, rank_config
 
@@ -57,14 +57,23 @@ def load_decoder(
         sources["lm_head.weight"] = sources["embed.weight"]
     others = [name for name in checkpoint.names() if isinstance(config, HybridConfig) and name.startswith(OTHERS)]
     _assign(model, checkpoint, sources, dtype, undivided, shard, others)
-    if isinstance(config, HybridConfig):
-        center_norms(model)
+    _complete_norms(model)
     model.rotary = Rotary(config, positions)
     return model.eval()
 
 
 def decoder_class(config: DecoderConfig) -> type[Decoder]:
     return HybridDecoder if isinstance(config, HybridConfig) else Decoder
+
+
+@torch.no_grad()
+def _complete_norms(model: Decoder | MtpHead) -> None:
+    """Give norms what their weights are stored without, and the norms of queries the factor on queries."""
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm) and model.config.norm_offset:
+            module.weight += model.config.norm_offset
+        if name.endswith("attention.query_norm") and model.config.query_scale != 1:
+            module.weight *= model.config.query_scale
 
 
 def load_eagle3(
@@ -112,7 +121,7 @@ def load_mtp(
     with torch.device("meta"):
         model = MtpHead(config, positions)
     _assign(model, checkpoint, mtp_sources(), dtype, read_apart=[name for name in names if not name.startswith("mtp.")])
-    center_norms(model)
+    _complete_norms(model)
     model.embed.weight = target.embed.weight
     if model.lm_head is not None:
         model.lm_head.weight = target.lm_head.weight

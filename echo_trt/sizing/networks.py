@@ -80,7 +80,7 @@ class Sizes:
 def decoder_sizes(config: DecoderConfig, gpus: int = 1) -> Sizes:
     hidden, layers = config.hidden_size, config.num_layers
     sparse = sum(config.has_experts(i) for i in range(layers))
-    table = config.vocab_size * hidden
+    table, norms = config.vocab_size * hidden, 4 if config.post_norms else 2
     hybrid = config if isinstance(config, HybridConfig) else None
     linear = len(hybrid.linear_layers) if hybrid else 0
     full = layers - linear  # layers with attention, and so with KV rows
@@ -91,7 +91,7 @@ def decoder_sizes(config: DecoderConfig, gpus: int = 1) -> Sizes:
         kv_matrices=full * _kv_matrices(config, hidden),
         mlp=(layers - sparse) * 3 * hidden * config.intermediate_size,
         router=sparse * hidden * config.num_experts,
-        norms=hidden + layers * (2 * hidden + (2 * config.head_dim if config.qk_norm else 0)),
+        norms=hidden + layers * norms * hidden + (full * 2 * config.head_dim if config.qk_norm else 0),
         num_layers=full,
         state_values=sum(math.prod(shape) for shape in state_shapes(config).values()),
         **_heads(config),

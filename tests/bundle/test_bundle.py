@@ -1,6 +1,5 @@
 """Bundles: whole or not there at all, bound to what was built, and with what their checkpoints bring."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -222,20 +221,6 @@ def test_a_context_beyond_the_targets_is_refused_before_it_compiles(networks, tm
     limits = recipe.limits.model_copy(update={"context": 2049, "kv_blocks": None})
     with refused("limits.context", 2049, 2048, "lower"):
         build(recipe.model_copy(update={"limits": limits}), networks, tmp_path / "bundle")
-
-
-@pytest.mark.parametrize("window", [159, None])
-def test_a_context_beyond_the_targets_window_is_refused_before_it_compiles(window, networks, tmp_path):
-    """Mistral's: the window counts without a switch, and null is none."""
-    shutil.copytree(networks / "mistral", tmp_path / "target")
-    config = json.loads((tmp_path / "target" / "config.json").read_text())
-    (tmp_path / "target" / "config.json").write_text(json.dumps(config | {"sliding_window": window}))
-    recipe = recipe_of("lookup", networks, target={"path": str(tmp_path / "target")}, engine="torch")
-    if window is None:
-        assert build(recipe, networks, tmp_path / "bundle").checks["target"].same_argmax == 1
-    else:
-        with refused("limits.context", 160, "sliding_window", 159, "lower it"):
-            build(recipe, networks, tmp_path / "bundle")
 
 
 def test_what_the_checkpoint_recommends_is_the_default_of_requests(networks, tmp_path):

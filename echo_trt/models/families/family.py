@@ -26,10 +26,14 @@ class Family:
     gguf          general.architecture of its GGUF files; "": none are read. Files of one that two families name are
                   read as the first family's
     interleaved   whether llama.cpp's converter interleaves the two halves of each head's rotary dimensions
+    completed     returns config.json, or what takes its place, with what it leaves out; it takes the file's name, too
+    gguf_options  reads keys of config.json from a GGUF file, by a function of a field's key and default, and the sizes
     fixed         switches of config.json that change the arithmetic, with the one value that is implemented
     options       reads what is more than sizes
     norms         our name of a layer's norm -> the checkpoint's
     config        what it is read into
+    end_of_turn   token that ends an answer, beside those that a checkpoint names; "": none
+    sampling      what requests that say nothing get where a checkpoint recommends nothing, as GGUF files do
 
     For readers of docs/models.md: published ``models``, the ``engines`` that run them, the ``drafts`` that there are,
     how they call ``tools`` and whether they are ``thinking``. What a served model does is told by its own chat
@@ -41,10 +45,14 @@ class Family:
     models: str
     gguf: str = ""
     interleaved: bool = False
+    completed: Callable[[dict[str, Any], str], dict[str, Any]] = lambda raw, where: raw
+    gguf_options: Callable[[Callable[..., Any], dict[str, Any]], dict[str, Any]] = lambda field, config: {}
     fixed: Mapping[str, Any] = field(default_factory=dict)
     options: ReadOptions = lambda raw, layers, where: {}
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
     config: type[DecoderConfig] = DecoderConfig
+    end_of_turn: str = ""
+    sampling: Mapping[str, float] = field(default_factory=dict)
     engines: tuple[str, ...] = ENGINES
     drafts: str = "a smaller model"
     tools: str = "as text"

@@ -31,6 +31,7 @@ def _options(raw: dict[str, Any], layers: int, where: str) -> dict[str, Any]:
     }
     return {
         "qk_norm": True,
+        "norm_offset": 1.0,
         "linear_layers": tuple(i for i, kind in enumerate(kinds) if kind == LINEAR),
         "rotary_dim": int(count(raw, "head_dim", where) * share),
         **sizes,

@@ -1,7 +1,8 @@
-"""The format of Llama 3.1 and later: an answer that is nothing but JSON objects with a name and parameters."""
+"""Answers that are nothing but JSON objects with a name: of Llama 3.1 and later, and in a list of older Mistral's."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection
 
@@ -9,40 +10,41 @@ from echo_trt.engine.text import overlap
 from echo_trt.server.tool_formats.base import Format, Parser, Scan, ToolRequest
 
 TAG = "<|python_tag|>"  # may come first; a special token, so it is seldom in the text
-SPACE = " \t\r\n"
+MISTRALS = "[TOOL_CALLS]"
 KEYS = ('"name"', '"parameters"', '"arguments"', '"type"')  # with which a call's object may begin
 
 
 class Llama3Parser(Parser):
-    """Calls stand before all content.
+    """Calls stand before all content, apart by white space and semicolons."""
 
-    marks      may come before the first call, in this order
-    separates  characters that stand around calls beside white space; ``closes`` are no content behind the last one
-    """
-
-    marks: tuple[str, ...] = (TAG,)
-    separates, closes = ";", ""
+    tag, apart = TAG, " \t\r\n;"
     _before = ""  # what separates the object that is being read from the one before
     _seen = 0  # characters of ``_text`` that were scanned for its end
 
     def _begin(self) -> bool:
-        """Decide whether an object follows or content."""
-        rest = self._text.lstrip(SPACE + (self.separates if self.calls else ""))
-        if not rest or any(overlap(rest, mark) == len(rest) for mark in self.marks):
+        return self._look(self.tag)
+
+    def _between(self) -> bool:
+        return self._look("")
+
+    def _look(self, mark: str) -> bool:
+        """Decide whether an object follows or content; ``mark`` may precede an object."""
+        rest = self._text.lstrip(" \t\r\n" if mark else self.apart)
+        if mark and rest.startswith(mark):
+            self._text, self._before = rest[len(mark) :], self._before + self._text[: len(self._text) - len(rest)]
+            self._before += mark
+            self._state = self._between
+            return True
+        if not rest or (mark and overlap(rest, mark) == len(rest)):
             return False
         self._before += self._text[: len(self._text) - len(rest)]
         self._text, self._scan, self._seen = rest, Scan(), 0
-        for index, mark in enumerate(self.marks):
-            if rest.startswith(mark):
-                self._text, self._before = rest[len(mark) :], self._before + mark
-                self.marks = self.marks[index + 1 :]
-                return True
         self._state = self._object if rest[0] == "{" else self._content
         return True
 
     def _object(self) -> bool:
         if self._head():
-            self._before, self.marks, self._state = "", (), self._inside
+            self._before, self._state = "", self._inside
             return True
         first = self._text[1:].lstrip()
         if not any(first.startswith(key) or key.startswith(first) for key in KEYS):
@@ -52,7 +54,7 @@ class Llama3Parser(Parser):
         if not self._scan.over:
             return False
         if self._whole(self._text[: self._seen]):
-            self._text, self._before, self.marks, self._state = self._text[self._seen :], "", (), self._begin
+            self._text, self._before, self._state = self._text[self._seen :], "", self._between
         else:
             self._state = self._content
         return True
@@ -61,18 +63,18 @@ class Llama3Parser(Parser):
         _, closed, rest = self._text.partition("}")
         self._text = rest
         if closed:
-            self._state = self._begin
+            self._state = self._between
         return bool(closed)
 
     def _content(self) -> bool:
-        self._say(self._before.lstrip(self.closes) + self._text)
+        self._say(self._before + self._text)
         self._text = self._before = ""
         return False
 
     def _end(self) -> None:
-        if self._state in (self._begin, self._object):
+        if self._state in (self._begin, self._between, self._object):
             rest = self._before + self._text
-            if rest.strip(SPACE + self.separates) or not self.calls:
+            if rest.strip(self.apart) or not self.calls:
                 self._say(rest)
         self._text = ""
 
@@ -81,6 +83,7 @@ class Llama3(Format):
     """{"name": ..., "parameters": ...}."""
 
     key, parser = "parameters", Llama3Parser
+    around = ("", "; ", "")  # before the calls, between them, behind them
 
     @classmethod
     def of(cls, template: str, tokens: Collection[str]) -> Llama3 | None:
@@ -90,9 +93,33 @@ class Llama3(Format):
         return cls(tokens, several=re.search(r"single tool.calls?", template) is None)
 
     def rules(self, requested: ToolRequest) -> list[str]:
-        calls = 'calls: function ("; " function)*' if requested.several else "calls: function"
+        before, between, after = map(json.dumps, self.around)
+        several = f"({between} function)*" if requested.several else ""
+        calls = f"calls: {before} function {several} {after}"
         if requested.must:
             return ["start: calls", calls]
         if requested.content is not None:
             return ["start: calls | content", f"content: {requested.content}", calls]
-        return ["start: calls | text", "text: TEXT", r"TEXT: /([ \t\r\n]*[^{ \t\r\n](.|\n)*)?/", calls]
+        first = re.escape((self.around[0] or "{")[0])  # text that begins like a call is none
+        return ["start: calls | text", "text: TEXT", rf"TEXT: /([ \t\r\n]*[^{first} \t\r\n](.|\n)*)?/", calls]
+
+
+class MistralListParser(Llama3Parser):
+    """Calls are a list behind a mark."""
+
+    tag, apart = MISTRALS, " \t\r\n,[]"
+
+
+class MistralList(Llama3):
+    """[{"name": ..., "arguments": ...}], of Mistral's models up to the summer of 2025."""
+
+    key, parser = "arguments", MistralListParser
+
+    @classmethod
+    def of(cls, template: str, tokens: Collection[str]) -> MistralList | None:
+        """Newer templates write [ARGS] behind a name."""
+        if MISTRALS not in template or "[ARGS]" in template:
+            return None
+        form = cls(tokens)
+        form.around = (MISTRALS + (" [" if f"{MISTRALS} [" in template else "["), ", ", "]")
+        return form
