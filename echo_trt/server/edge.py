@@ -17,7 +17,7 @@ from echo_trt.server.metrics import ServerMetrics
 OPEN = ("/health", "/ping", "/metrics", "/version")
 ANSWERED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")  # by the engine
 #: Others are "other": no endless labels.
-COUNTED = (*OPEN, *ANSWERED, "/v1/models", "/tokenize", "/detokenize", "/live")
+COUNTED = (*OPEN, *ANSWERED, "/v1/forecast", "/v1/models", "/tokenize", "/detokenize", "/live")
 
 
 class AuthMiddleware:
@@ -51,6 +51,8 @@ class AuthMiddleware:
 
         if path in ANSWERED:
             self.metrics.running.inc()
+        if self.keys:
+            scope["latency"] = self.keys.latency(headers.get(b"authorization", b""))
         try:
             self._admit(scope["path"], headers)
             await self.app(scope, self._measured(receive), counted_send)

@@ -1,4 +1,7 @@
-"""API keys: one per line in a file. Only their digests stay in memory, and nothing here is ever logged."""
+"""API keys: one per line in a file, perhaps with a class of latency targets: ``KEY latency=NAME``.
+
+Only digests of keys stay in memory, and nothing here is ever logged.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ class Keys:
             lines = path.read_bytes().splitlines()
         except OSError as error:
             raise UserError(f"API keys file {path} cannot be read ({error.strerror}); name a file of keys.") from None
-        keys = [key for line in lines if (key := line.strip()) and not key.startswith(b"#")]
+        parts = [line.strip().partition(b" latency=") for line in lines]
+        keys = [key for key, *_ in parts if key and not key.startswith(b"#")]
+        self._latency = {hashlib.sha256(key).digest(): name.strip().decode() for key, _, name in parts if name}
         if not keys:
             raise UserError(f"API keys file {path} holds no key; write one key per line.")
         for number, key in enumerate(keys, 1):
@@ -30,6 +35,14 @@ class Keys:
                     "write one longer key per line."
                 )
         self._digests = [hashlib.sha256(key).digest() for key in keys]
+
+    @property
+    def classes(self) -> set[str]:
+        return set(self._latency.values())
+
+    def latency(self, authorization: bytes) -> str | None:
+        """Return the latency class of the key in a header; None: it has none."""
+        return self._latency.get(hashlib.sha256(authorization.strip().partition(b" ")[2].strip()).digest())
 
     def allow(self, authorization: bytes) -> bool:
         """Whether the header ``Authorization: Bearer KEY`` names a key. Takes as long for any wrong one."""

@@ -43,6 +43,7 @@ SHARED = (
     "logit_bias",
     "stop",
     "stop_token_ids",
+    "latency",
     "priority",
     "deadline_ms",
     "structured_outputs",

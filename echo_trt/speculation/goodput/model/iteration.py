@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from echo_trt.speculation.goodput.model.acceptance import Acceptance, Forecast
 from echo_trt.speculation.goodput.model.costs import Costs
+from echo_trt.speculation.goodput.model.prices import Prices, prices
 from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt.speculation.planner import StepContext
 
@@ -45,7 +47,12 @@ class IterationModel:
     @property
     def time_price(self) -> float:
         """The tokens that a second is worth: plain decoding's rate, times what speculation has gained."""
-        return self.speedup * self.plain_rate
+        price = self.speedup * self.plain_rate
+        return price if self.prices is None else price + self.prices.time
+
+    @cached_property
+    def prices(self) -> Prices | None:
+        return prices(self.load.pace, self.settings.tuning)
 
     def forecast(self, levels: int) -> Forecast:
         return self.acceptance.forecast(self.settings.width, levels)
