@@ -115,7 +115,8 @@ class EngineCore:
         self.scheduler.admit()
         decoding = self._hold_for_decoding()
         slots, pace = self._seat(decoding)
-        chunks = self._plan_chunks(pace, alone=len(decoding) == 0)
+        context = int(self.batch.committed[slots].sum())
+        chunks = self._plan_chunks(pace, context, alone=len(decoding) == 0)
         if len(slots) + len(chunks.slots) == 0:
             return []
         begin = time.perf_counter()
@@ -124,7 +125,7 @@ class EngineCore:
         # Where all requests have opted out of speculation, the planner is skipped, and learns nothing.
         speculates = len(slots) == 0 or bool(self.batch.sampling["speculate"][slots].any())
         draft = self.drafter.begin(slots) if self.drafter and speculates else None
-        load = self._load(slots, len(chunks.owner), pace)
+        load = self._load(slots, context, len(chunks.owner), pace)
         plan, planning = self._plan(slots, draft, load)
         verified, target = self._verify(plan, slots, chunks)
         with self._timed("accept"):
@@ -170,16 +171,17 @@ class EngineCore:
         seats = self.planner.seats(pace, int(self.batch.committed[decoding].sum())) if pace else None
         return (decoding, pace) if pace is None or seats is None else (decoding[seats], pace.of(seats))
 
-    def _plan_chunks(self, pace: Pace | None, alone: bool) -> Chunks:
+    def _plan_chunks(self, pace: Pace | None, context: int, alone: bool) -> Chunks:
         """Divide this iteration's prompt budget among prefilling slots, oldest first, or by when they are due.
 
-        ``alone``: no request decodes, whose next tokens would wait for a longer call.
+        context  cached tokens of the requests that decode beside it, which keep ``pace``
+        alone    whether no request decodes, whose next tokens would wait for a longer call
         """
         batch = self.batch
         slots = batch.targets.by_due(batch.prefilling())
         chunk = max(self.chunk, getattr(self.target, "prefill_alone", 0)) if alone else self.chunk
         if pace and len(slots) and not batch.targets.hurry(slots, time.monotonic()):
-            chunk = self.planner.chunk(pace, int(batch.committed[slots].sum()), chunk)
+            chunk = self.planner.chunk(pace, context, len(slots), chunk)
         if len(slots) == 0:
             return Chunks(slots, slots, slots, slots)
         self.counters.cached_tokens += batch.skip(slots, chunk)
@@ -194,14 +196,14 @@ class EngineCore:
         owner = np.repeat(slots, counts)
         return Chunks(slots, counts, owner, batch.committed[owner] + ragged_arange(counts))
 
-    def _load(self, slots: np.ndarray, prompt_tokens: int, pace: Pace | None) -> StepContext:
+    def _load(self, slots: np.ndarray, context: int, prompt_tokens: int, pace: Pace | None) -> StepContext:
         batch = self.batch
         # The verification emits one token beside the drafted
         max_draft_len = batch.limit[slots] - batch.length[slots] - 1
         max_draft_len[~batch.sampling["speculate"][slots]] = 0
         max_draft_len[batch.committed[slots] == 0] = 0  # a head has nothing to look at yet
         draft_lag = self.drafter.draft_lag(slots) if self.drafter else np.zeros(len(slots), np.int64)
-        context, recent = int(batch.committed[slots].sum()), batch.recent(slots, RECENT)
+        recent = batch.recent(slots, RECENT)
         return StepContext(slots, max_draft_len, draft_lag, context, recent, batch.admitted[slots], prompt_tokens, pace)
 
     def _plan(self, slots: np.ndarray, draft: TimedDraft | None, load: StepContext) -> tuple[Plan, float]:

@@ -130,8 +130,12 @@ class Planner(Protocol):
         """
         return None
 
-    def chunk(self, pace: Pace, context: int, maximum: int) -> int:
-        """Return the prompt tokens that the next pass computes at most, ``maximum`` or fewer."""
+    def chunk(self, pace: Pace, context: int, waiting: int, maximum: int) -> int:
+        """Return the prompt tokens that the next pass computes at most, ``maximum`` or fewer.
+
+        context  cached tokens of all B requests
+        waiting  requests whose prompts are to be computed
+        """
         return maximum
 
     def level_shapes(self, requests: int) -> Collection[LevelShape]:

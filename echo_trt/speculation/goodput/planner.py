@@ -43,6 +43,7 @@ from echo_trt.speculation.super_tree import SuperTree
 from echo_trt.speculation.targets import Pace
 
 ABOVE_PLAIN = 1e-12  # log gain that always begins above plain decoding, since the search may choose no draft
+FEW_PRICES = 0.1  # usual price of targets up to which the size is that without targets; larger: fewer changes
 MIN_CHUNK, CHUNKS = 32, 8  # tokens of the smallest chunk beside late requests, and sizes tried; larger: dearer, finer
 
 
@@ -93,7 +94,7 @@ class GoodputPlanner:
         self.learner = Learner(costs, acceptance, slots, settings.tuning, block)
         self._ladder = self.ladder = Ladder(settings.tuning, acceptance.calibrated)
         # Where targets weigh tokens, other sizes are best.
-        self.priced_ladder = Ladder(settings.tuning, acceptance.calibrated)
+        self.priced_ladder = Ladder(settings.tuning, acceptance.calibrated, beside=self.ladder)
 
     @property
     def costs(self) -> Costs:
@@ -107,7 +108,8 @@ class GoodputPlanner:
         self.learner.forget_departed(load)
         model = self.learner.model(load, self._settings(load))
         settings, costs, count = model.settings, model.costs, len(roots)
-        self._ladder = self.ladder if model.prices is None else self.priced_ladder
+        priced = model.prices is not None and model.usual_price > FEW_PRICES
+        self._ladder = self.priced_ladder if priced else self.ladder
         size = self._ladder.size(count, lambda: self._forecast(model))
         constrained = self.grammars is not None and bool(self.grammars.constrained(load.slots).any())
         drafts = size != UNDRAFTED
@@ -173,20 +175,30 @@ class GoodputPlanner:
         seated[may[np.argsort(pace.waited[may], kind="stable")[:out]]] = False
         return seated
 
-    def chunk(self, pace: Pace, context: int, maximum: int) -> int:
-        """Return the chunk whose tokens are worth their time; without prices that is the largest one."""
+    def chunk(self, pace: Pace, context: int, waiting: int, maximum: int) -> int:
+        """Return the chunk whose tokens are worth their time; without prices that is the largest one.
+
+        The more requests wait for their prompts, beside those that decode, the more a prompt's token is worth.
+        """
         count = len(pace.wanted)
         usual, added = self._time_prices(pace, context)
         if added == 0 or maximum < MIN_CHUNK:
             return maximum
         sizes = np.unique(np.linspace(MIN_CHUNK, maximum, CHUNKS).astype(np.int64))
         seconds = self.costs.target.base(count + maximum)[count + sizes]
-        worth = self.settings.tuning.prompt_worth * usual * (seconds[-1] - seconds[0]) / max(maximum - MIN_CHUNK, 1)
+        worth = (
+            self.settings.tuning.prompt_worth
+            * (1 + waiting / count)
+            * usual
+            * (seconds[-1] - seconds[0])
+            / max(maximum - MIN_CHUNK, 1)
+        )
         return int(sizes[(worth * sizes - (usual + added) * seconds).argmax()])
 
     def _time_prices(self, pace: Pace, context: int) -> tuple[float, float]:
         """Return the tokens that a second is worth without targets, and how much more targets make of it."""
-        found, count, history = prices(pace, self.settings.tuning), len(pace.wanted), self.learner.history
+        count, history = len(pace.wanted), self.learner.history
+        found = prices(pace, self.settings.tuning, history.usual_price)
         seconds = self.costs.plain(count, context) + history.host_seconds
         return history.speedup * count / seconds, found.time if found else 0.0
 

@@ -27,7 +27,8 @@ class Learner:
         """Return the model of an iteration of ``load``."""
         history = self.history
         seconds = history.host_seconds, history.level_seconds
-        return IterationModel(self.costs, self.acceptance, settings, load, self._block, *seconds, history.speedup)
+        known = self.costs, self.acceptance, settings, load, self._block
+        return IterationModel(*known, *seconds, history.speedup, history.usual_price)
 
     def forget_departed(self, load: StepContext) -> None:
         """Start afresh where another request has taken a slot."""
@@ -52,6 +53,8 @@ class Learner:
         self.sources.observe(*(column[drafted] for column in columns))
         self.sources.elapsed(iteration.seconds)
         history.observe(load.slots, np.bincount(tree.request[iteration.path], minlength=count), iteration.seconds)
+        if (found := self.model(load, settings).prices) is not None:
+            history.priced(found.usual)
         if load.prompt_tokens or not count:
             return None
         tokens, model = float(plan.probability.sum()), self.model(load, settings)

@@ -23,6 +23,7 @@ class IterationModel:
     block          rows that a block drafter's only pass computes for a request; 0: the draft takes one pass per level
     host_seconds   of an iteration, beside passes and planning
     level_seconds  of planning a draft level
+    usual_price    mean price of late of requests with latency targets
     speedup        tokens committed lately, divided by those of plain decoding in the same time
     """
 
@@ -34,6 +35,7 @@ class IterationModel:
     host_seconds: float
     level_seconds: float
     speedup: float
+    usual_price: float = 0.0
 
     @property
     def requests(self) -> int:
@@ -52,7 +54,7 @@ class IterationModel:
 
     @cached_property
     def prices(self) -> Prices | None:
-        return prices(self.load.pace, self.settings.tuning)
+        return prices(self.load.pace, self.settings.tuning, self.usual_price)
 
     def forecast(self, levels: int) -> Forecast:
         return self.acceptance.forecast(self.settings.width, levels)

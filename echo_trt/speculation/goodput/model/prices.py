@@ -21,20 +21,27 @@ class Prices:
 
     weights  float64 [B], tokens that a request's token is worth, 1 or more
     time     tokens per second by which targets raise the price of time
+    usual    mean price of those with a target
     """
 
     weights: np.ndarray
     time: float
+    usual: float
 
     @property
     def mean(self) -> float:
         return float(self.weights.mean())
 
 
-def prices(pace: Pace | None, tuning: GoodputTuning) -> Prices | None:
-    """Return the prices of requests that keep ``pace``; None: no request has a target."""
+def prices(pace: Pace | None, tuning: GoodputTuning, usual: float = 0.0) -> Prices | None:
+    """Return the prices of requests that keep ``pace``; None: no request has a target.
+
+    usual  mean price of late, with which a request begins in part; else each would have to fall behind first
+    """
     if pace is None:
         return None
-    price = np.clip(tuning.lag_price * (pace.lag + tuning.lead), 0.0, tuning.max_price)
+    lag_price = tuning.lag_price * (pace.lag + tuning.lead)
+    price = np.clip(tuning.carried_price * usual + lag_price, 0.0, tuning.max_price)
     price[pace.wanted == 0] = 0.0
-    return Prices(1.0 + price, float(price @ pace.wanted))
+    targeted = np.count_nonzero(pace.wanted)
+    return Prices(1.0 + price, float(price @ pace.wanted), float(price.sum() / max(targeted, 1)))
