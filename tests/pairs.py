@@ -9,6 +9,8 @@
 | close  | a head that was made to agree with its target      | trees that are accepted in part, branches  |
 | dflash | a random DFlash block drafter                      | nearly every drafted token is refused      |
 | dspark | a block drafter whose Markov head knows the target | blocks that are accepted in part, branches |
+
+Beside these, each of FAMILY_PAIRS is a target of another family, which drafts for itself.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from models.block_checkpoints import block_raw, block_tensors, write_block
-from models.checkpoints import head_config, head_tensors, qwen3, write_head
+from models.checkpoints import BUILDERS, head_config, head_tensors, qwen3, write_head
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -36,7 +38,16 @@ from echo_trt.speculation.pack import ForwardBatch
 from echo_trt.speculation.policies import reserve_for
 
 PAIRS = ("lookup", "model", "self", "eagle3", "close", "dflash", "dspark")
+#: Families whose layers are not those of the other pairs' targets.
+FAMILY_PAIRS = ("gemma3", "mistral", "qwen2", "smollm3")
 VOCAB = 300
+#: Beside SIZES, so that three layers have what a family's deeper networks have, and texts outgrow a window;
+#: transformers gives Qwen2's tokenizer one token more.
+CHANGES: dict[str, dict[str, Any]] = {
+    "gemma3": {"sliding_window": 56},
+    "qwen2": {"vocab_size": VOCAB + 1},
+    "smollm3": {"no_rope_layer_interval": 2},
+}
 END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
 CHAT = (
     "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
@@ -82,6 +93,7 @@ FOLDERS: dict[str, tuple[str, str, str | None]] = {
     "gated": ("target", "block", "gated"),
     "rnn": ("target", "block", "rnn"),
     "peagle": ("target", "block", "peagle"),
+    **{family: (family, "model", family) for family in FAMILY_PAIRS},
 }
 
 
@@ -89,6 +101,9 @@ def write_networks(folder: Path) -> None:
     """Every checkpoint that the pairs name."""
     write_tokenizer(folder / "target")
     qwen3(**SIZES, eos_token_id=0).save_pretrained(folder / "target")
+    for family in FAMILY_PAIRS:
+        write_tokenizer(folder / family)
+        BUILDERS[family](**SIZES | CHANGES.get(family, {}), eos_token_id=0).save_pretrained(folder / family)
     write_tokenizer(folder / "small")
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 1}
     qwen3(**SIZES | small, tie_word_embeddings=True).save_pretrained(folder / "small")

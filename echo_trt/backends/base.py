@@ -59,7 +59,8 @@ class Engine(Protocol):
     An engine on a device may also have ``feature_cache`` (``feature_cache_of``), ``overlap``, ``prefill_alone`` (prompt
     tokens of a call without other work, if more than a chunk) and, of an EAGLE-3 head, ``run_levels``
     (``backends.cuda.engine.DeviceEngine``). An engine whose verified chains have the bits of plain decoding, and whose
-    trees do not, sets ``rounds_trees``.
+    trees do not, sets ``rounds_trees``. One whose trees are exact only up to so many tokens of a request, the tree's
+    among them, sets ``tree_context``; beyond it a tree must be one path.
 
     num_blocks  KV blocks of the pool
     sizes       [m], tokens, ascending: a verification is padded to the next size and any pass to the first. Larger

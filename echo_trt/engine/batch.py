@@ -56,7 +56,7 @@ class InputBatch:
         self.tokens = np.zeros((count, context), np.int32)
         self.length, self.committed, self.limit, self.prompt_length = ints(count), ints(count), ints(count), ints(count)
         self.admitted = ints(count)  # serial number of the admission: the youngest has the highest
-        self.verifications, self.drafted = ints(count), ints(count)  # of tokens, those that were verified
+        self.verifications = ints(count)
         self.targets = Targets(count)
         self.text_key = ints(count)  # of a synthetic text, by prompt and seed
         self.sampling = np.array([_row(SamplingParams())] * count, SAMPLING)

@@ -218,11 +218,12 @@ class EngineCore:
             if self.synthetic:
                 guided = self.synthetic.draft(draft, batch, slots)
             plan = self.planner.plan(roots, guided, load)
+            if tree_context := getattr(self.target, "tree_context", None):
+                plan = plan.on_one_path(batch.committed[slots] + plan.tree.sizes > tree_context)
             seconds = time.perf_counter() - begin - draft.seconds
             self.counters.add_seconds("plan", seconds)
             self.counters.add_seconds("draft", draft.seconds)
             counters.draft_passes += len(draft.passes)
-        batch.drafted[slots] += plan.tree.sizes - 1
         counters.drafted_tokens += len(plan.tree) - len(slots)
         counters.iterations += 1
         if len(plan.tree) > len(slots):
@@ -360,6 +361,12 @@ class EngineCore:
             requests[i].logprobs += entries[: kept[i]]
         for i, proposed in sources:
             requests[i].sources += proposed[: kept[i]]
+        drafted, accepted = (verified.tree.sizes - 1).tolist(), np.maximum(kept - 1, 0).tolist()
+        for request, nodes, length in zip(requests, drafted, accepted, strict=True):
+            if nodes:
+                request.drafted.append(nodes)
+                request.accepted.append(length)
+                self.counters.accepted[length] += 1
         verified.follow(kept, emitted)
         stopped[[*verified.failures]] = True
         for i in (stopped | full).nonzero()[0]:

@@ -102,7 +102,7 @@ class Scheduler:
     def leave(self, request: Request) -> None:
         """Take a request out of its slot; it keeps its text."""
         batch, slot = self._batch, request.slot
-        request.verifications, request.drafted = int(batch.verifications[slot]), int(batch.drafted[slot])
+        request.verifications = int(batch.verifications[slot])
         if request.cached_tokens is None:  # text that it finds after a preemption is its own
             request.cached_tokens = int(batch.found[slot])
         request.generated = batch.tokens[slot, batch.prompt_length[slot] : batch.length[slot]].tolist()
@@ -138,7 +138,7 @@ class Scheduler:
             request.prompt_logprobs.clear()  # they are computed again, with the prompt
         batch.stop_tokens[slot] = -1
         batch.stop_tokens[slot, : len(stops)] = stops
-        batch.verifications[slot], batch.drafted[slot] = request.verifications, request.drafted
+        batch.verifications[slot] = request.verifications
         latency, behind_first = Latency.of(params.latency), max(len(request.generated) - 1, 0)
         batch.targets.begin(slot, latency, request.submitted, request.started, behind_first)
         batch.admitted[slot], self.admissions = self.admissions, self.admissions + 1

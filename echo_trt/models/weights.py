@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +16,11 @@ from echo_trt.models.checkpoint import Checkpoint
 from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.models.families import FAMILIES
+from echo_trt.models.families.family import NORMS
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, takes
-from echo_trt.models.layers import Config, Linear, Rotary
+from echo_trt.models.layers import Config, Linear, RMSNorm, Rotary
 from echo_trt.models.ranks import Shard
 from echo_trt.models.read_config import check_fits, decoder_config, eagle3_config, rank_config
 
@@ -50,8 +52,19 @@ def load_decoder(
     if whole.tie_embeddings and not config.tie_embeddings:
         sources["lm_head.weight"] = sources["embed.weight"]
     _assign(model, checkpoint, sources, dtype, undivided, shard)
+    _complete_norms(model)
     model.rotary = Rotary(config, positions)
     return model.eval()
+
+
+@torch.no_grad()
+def _complete_norms(model: Decoder) -> None:
+    """Give norms what their weights are stored without, and the norms of queries the factor on queries."""
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm) and model.config.norm_offset:
+            module.weight += model.config.norm_offset
+        if name.endswith("attention.query_norm") and model.config.query_scale != 1:
+            module.weight *= model.config.query_scale
 
 
 def load_eagle3(
@@ -123,7 +136,9 @@ def decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]:
         sources["lm_head.weight"] = ["lm_head.weight"]
     for i in range(config.num_layers):
         theirs, ours = f"model.layers.{i}.", f"layers.{i}."
-        sources |= _layer_sources(ours, theirs, config.qk_norm)
+        sources |= _layer_sources(ours, theirs, config.qk_norm, FAMILIES[config.family].norms)
+        if config.attention_bias:
+            sources[ours + "attention.qkv.bias"] = [f"{theirs}self_attn.{p}_proj.bias" for p in "qkv"]
         if config.has_experts(i):
             sources[ours + "mlp.router.weight"] = [theirs + "mlp.gate.weight"]
             if f"{theirs}mlp.experts.gate_up_proj" in present:
@@ -137,10 +152,9 @@ def decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]:
     return sources
 
 
-def _layer_sources(ours: str, theirs: str, qk_norm: bool) -> Sources:
+def _layer_sources(ours: str, theirs: str, qk_norm: bool, norms: Mapping[str, str] = NORMS) -> Sources:
     return {
-        ours + "attention_norm.weight": [theirs + "input_layernorm.weight"],
-        ours + "mlp_norm.weight": [theirs + "post_attention_layernorm.weight"],
+        **{f"{ours}{norm}.weight": [f"{theirs}{name}.weight"] for norm, name in norms.items()},
         **_attention_sources(ours, theirs),
         **{f"{ours}attention.{n}_norm.weight": [f"{theirs}self_attn.{n[0]}_norm.weight"] for n in QK[: 2 * qk_norm]},
     }
@@ -202,7 +216,7 @@ def _assign(
         if in_rows and isinstance(module, Linear) and ours != "lm_head.weight" and takes(shape):
             found = filling.rows(shape, filling.whole.get_parameter(ours).shape, parts)
             if found is not None:
-                model.set_submodule(module_path, Fp8Linear(*found))
+                model.set_submodule(module_path, Fp8Linear(*found, module.bias))
                 read.update(parts)
                 continue
         value = torch.empty(shape, dtype=_stored_type(filling, shape, parts) if in_rows or dtype is None else dtype)

@@ -77,7 +77,7 @@ class Sizes:
 def decoder_sizes(config: DecoderConfig, gpus: int = 1) -> Sizes:
     hidden, layers = config.hidden_size, config.num_layers
     sparse = sum(config.has_experts(i) for i in range(layers))
-    table = config.vocab_size * hidden
+    table, norms = config.vocab_size * hidden, 4 if config.post_norms else 2
     return Sizes(
         embedding=table,
         output=0 if config.tie_embeddings else table,
@@ -85,7 +85,7 @@ def decoder_sizes(config: DecoderConfig, gpus: int = 1) -> Sizes:
         kv_matrices=layers * _kv_matrices(config, hidden),
         mlp=(layers - sparse) * 3 * hidden * config.intermediate_size,
         router=sparse * hidden * config.num_experts,
-        norms=hidden + layers * (2 * hidden + (2 * config.head_dim if config.qk_norm else 0)),
+        norms=hidden + layers * (norms * hidden + (2 * config.head_dim if config.qk_norm else 0)),
         num_layers=layers,
         **_heads(config),
         vocab_size=config.vocab_size,
@@ -144,9 +144,9 @@ def _heads(config: Config) -> dict[str, int]:
 
 
 def _kv_matrices(config: Config, inputs: int) -> int:
-    return 2 * inputs * config.num_kv_heads * config.head_dim
+    return 2 * (inputs + config.attention_bias) * config.num_kv_heads * config.head_dim
 
 
 def _attention(config: Config, inputs: int) -> int:
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return inputs * heads + config.num_heads * config.head_dim * config.hidden_size
+    return (inputs + config.attention_bias) * heads + config.num_heads * config.head_dim * config.hidden_size

@@ -10,13 +10,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 SIZES = {
@@ -39,8 +47,28 @@ def llama(**changes: Any) -> PreTrainedModel:
     return randomise(LlamaForCausalLM(LlamaConfig(**sizes)))
 
 
+def mistral(**changes: Any) -> PreTrainedModel:
+    return randomise(MistralForCausalLM(MistralConfig(**{**SIZES, **changes})))
+
+
+def qwen2(**changes: Any) -> PreTrainedModel:
+    return randomise(Qwen2ForCausalLM(Qwen2Config(**{**SIZES, **changes})))
+
+
+def smollm3(**changes: Any) -> PreTrainedModel:
+    return randomise(SmolLM3ForCausalLM(SmolLM3Config(**{**SIZES, "pad_token_id": None, **changes})))
+
+
 def qwen3(**changes: Any) -> PreTrainedModel:
     return randomise(Qwen3ForCausalLM(Qwen3Config(**{**SIZES, **changes})))
+
+
+def gemma3(**changes: Any) -> PreTrainedModel:
+    """Return a network in which the second layer of three sees all tokens, and the others see a window."""
+    sizes = {**SIZES, "query_pre_attn_scalar": 7, "sliding_window": 6, **changes}
+    kinds = ["full_attention" if layer % 3 == 1 else "sliding_attention" for layer in range(sizes["num_hidden_layers"])]
+    sizes = {"layer_types": kinds, **sizes, "hidden_size": 4 * sizes["num_attention_heads"]}
+    return randomise(Gemma3ForCausalLM(Gemma3TextConfig(**sizes)), norm=0.0)
 
 
 def qwen3_moe(**changes: Any) -> PreTrainedModel:
@@ -49,13 +77,25 @@ def qwen3_moe(**changes: Any) -> PreTrainedModel:
     return randomise(Qwen3MoeForCausalLM(config))
 
 
+#: family -> what makes a network of it
+BUILDERS = {
+    "gemma3": gemma3,
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+    "smollm3": smollm3,
+}
+
+
 @torch.no_grad()
-def randomise(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights under which every part counts: norms away from 1, activations near 1, logits near 10."""
+def randomise(model: PreTrainedModel, norm: float = 1.0) -> PreTrainedModel:
+    """Weights under which every part counts: norms' weights away from ``norm``, activations near 1, logits near 10."""
     generator = torch.Generator().manual_seed(11)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(1 + 0.3 * noise if noise.dim() == 1 else noise * noise.shape[-1] ** -0.5)
+        parameter.copy_(norm + 0.3 * noise if noise.dim() == 1 else noise * noise.shape[-1] ** -0.5)
     model.get_output_embeddings().weight.mul_(6)
     return model.eval()
 

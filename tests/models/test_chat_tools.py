@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import tool_models
@@ -32,7 +33,7 @@ def turns(arguments: object, result: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def encoders() -> list[tuple[ChatEncoder, object]]:
-    made = [tool_models.qwen3_tokenizer(), tool_models.llama3_tokenizer()]
+    made = [tool_models.qwen3_tokenizer(), tool_models.llama3_tokenizer()]  # Mistral's changes ids of calls
     return [(ChatEncoder(each), each) for each in made]
 
 
@@ -141,6 +142,15 @@ def test_tools_as_text_go_behind_a_system_prompt_and_write_no_control_token():
     ids = ChatEncoder(tokenizer).ids([system, USER], [tool])
     assert tokenizer.decode(ids).startswith("<|im_start|>system\nBe brief.\n\nYou can call these functions:\n")
     assert ids.count(tokenizer.eos_token_id) == 2
+
+
+def test_ids_of_calls_are_as_mistral_s_templates_insist():
+    tokenizer = tool_models.mistral_tokenizer()
+    written = tokenizer.decode(ChatEncoder(tokenizer).ids(checked_messages(turns({"a": 1}, "5"), "messages", RULE)))
+    [called], [answered] = re.findall('"id": "([a-z0-9]{9})"', written), re.findall('"call_id": "(.*?)"', written)
+    assert called == answered
+    own = checked_messages(json.loads(json.dumps(turns({"a": 1}, "5")).replace('"1"', '"x1y2z3abc"')), "messages", RULE)
+    assert tokenizer.decode(ChatEncoder(tokenizer).ids(own)) == written.replace(called, "x1y2z3abc")
 
 
 def test_a_tokenizer_without_a_template_takes_tools():

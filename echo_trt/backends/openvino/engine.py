@@ -10,7 +10,7 @@ import openvino as ov
 
 from echo_trt.backends import base
 from echo_trt.backends.openvino import cpu
-from echo_trt.backends.openvino.graph import FEATURES, compile_graph, read_graph
+from echo_trt.backends.openvino.graph import FEATURES, compile_graph, read_graph, tree_context
 from echo_trt.backends.openvino.sequence_split import as_sequences, pad_requests
 from echo_trt.speculation.arrays import next_size
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
@@ -37,7 +37,9 @@ class OpenVINOEngine:
 
     def __init__(self, graph: Path, precision: str, num_blocks: int, threads: int = 0):
         self.num_blocks = num_blocks
-        compiled = compile_graph(read_graph(graph), precision, threads)
+        model = read_graph(graph)
+        self.tree_context = tree_context(model)
+        compiled = compile_graph(model, precision, threads)
         self._request = compiled.create_infer_request()
         inputs = [i.get_any_name() for i in compiled.inputs if "_cache." not in i.get_any_name()]
         self._outputs = [o.get_any_name() for o in compiled.outputs]

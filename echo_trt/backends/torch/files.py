@@ -70,7 +70,8 @@ def load_role(path: Path, device: str = "cpu", in_fp8: bool | None = None) -> Ro
     rows = [name for name in weights if name.endswith(SCALE)]
     for name in rows:
         module = name.removesuffix(SCALE)
-        network.set_submodule(module, Fp8Linear(weights[f"{module}.weight"], weights[name]))
+        linear = Fp8Linear(weights[f"{module}.weight"], weights[name], weights.get(f"{module}.bias"))
+        network.set_submodule(module, linear)
     network.load_state_dict(weights, assign=True)
     del weights
     if rows and not (has_row_products(torch.device(device)) if in_fp8 is None else in_fp8):
