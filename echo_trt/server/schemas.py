@@ -128,6 +128,7 @@ class Params(Sampled):
     guided_choice: Any = None
     guided_grammar: Any = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] = 1
+    latency: str | dict[str, float] | None = None
     priority: Annotated[int, Field(ge=0, le=INT32)] | None = None
     deadline_ms: Annotated[int, Field(ge=1, le=INT32)] | None = None
 
@@ -303,3 +304,11 @@ class CompletionRequest(Params):
     def names(self) -> dict[str, str]:
         """The engine's inputs that have another name here."""
         return {"structured": self.structured.field} if self.structured else {}
+
+
+class ForecastRequest(Strict):
+    """The body of /v1/forecast: the shape of a request."""
+
+    prompt_tokens: Annotated[int, Field(ge=1, le=INT32)]
+    max_tokens: Limit = 256
+    latency: str | dict[str, float] | None = None

@@ -52,6 +52,7 @@ def _sampling(name: str) -> Tensor:
 DIFFERENT: dict[str, dict[str, Any]] = {
     "stop": {"doc": f"up to {MAX_STOP_WORDS}; {PARAMETERS['stop'].doc}"},
     "structured": {"doc": f"JSON: {PARAMETERS['structured'].doc}"},
+    "latency": {"doc": f"JSON, or a class's name: {PARAMETERS['latency'].doc}"},
     "logprobs": {
         "default": 0,
         "doc": "log-probabilities of this number of best tokens at each position, with `return_log_probs`",
