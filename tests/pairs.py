@@ -9,6 +9,8 @@
 | close  | a head that was made to agree with its target      | trees that are accepted in part, branches  |
 | dflash | a random DFlash block drafter                      | nearly every drafted token is refused      |
 | dspark | a block drafter whose Markov head knows the target | blocks that are accepted in part, branches |
+
+Beside these, each of FAMILY_PAIRS is a target of another family, which drafts for itself.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from models.block_checkpoints import block_raw, block_tensors, write_block
-from models.checkpoints import head_config, head_tensors, qwen3, write_head
+from models.checkpoints import BUILDERS, add_tensors, head_config, head_tensors, mtp_tensors, qwen3, qwen3_5, write_head
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -30,13 +32,22 @@ from echo_trt.bundle.read_recipe import parse_recipe
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.models.block_weights import load_block
 from echo_trt.models.open_checkpoint import open_checkpoint
-from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, Role, TargetModule
-from echo_trt.models.weights import load_decoder, load_eagle3
+from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, MtpModule, Role, TargetModule
+from echo_trt.models.weights import load_decoder, load_eagle3, load_mtp
 from echo_trt.speculation.pack import ForwardBatch
 from echo_trt.speculation.policies import reserve_for
 
 PAIRS = ("lookup", "model", "self", "eagle3", "close", "dflash", "dspark")
+#: Families whose layers are not those of the other pairs' targets.
+FAMILY_PAIRS = ("gemma3", "mistral", "qwen2", "smollm3")
 VOCAB = 300
+#: Beside SIZES, so that three layers have what a family's deeper networks have, and texts outgrow a window;
+#: transformers gives Qwen2's tokenizer one token more.
+CHANGES: dict[str, dict[str, Any]] = {
+    "gemma3": {"sliding_window": 56},
+    "qwen2": {"vocab_size": VOCAB + 1},
+    "smollm3": {"no_rope_layer_interval": 2},
+}
 END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
 CHAT = (
     "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
@@ -82,6 +93,9 @@ FOLDERS: dict[str, tuple[str, str, str | None]] = {
     "gated": ("target", "block", "gated"),
     "rnn": ("target", "block", "rnn"),
     "peagle": ("target", "block", "peagle"),
+    # Delta-net layers, in tests/engine/test_hybrids.py: the head of the checkpoint agrees with its target.
+    "mtp": ("hybrid", "mtp", None),
+    **{family: (family, "model", family) for family in FAMILY_PAIRS},
 }
 
 
@@ -89,6 +103,9 @@ def write_networks(folder: Path) -> None:
     """Every checkpoint that the pairs name."""
     write_tokenizer(folder / "target")
     qwen3(**SIZES, eos_token_id=0).save_pretrained(folder / "target")
+    for family in FAMILY_PAIRS:
+        write_tokenizer(folder / family)
+        BUILDERS[family](**SIZES | CHANGES.get(family, {}), eos_token_id=0).save_pretrained(folder / family)
     write_tokenizer(folder / "small")
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 1}
     qwen3(**SIZES | small, tie_word_embeddings=True).save_pretrained(folder / "small")
@@ -107,6 +124,7 @@ def write_networks(folder: Path) -> None:
     parallel = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "mask_token_id": VOCAB - 1, "draft_vocab_size": 150}
     write_block(folder / "peagle", block_raw("speculators peagle", **BLOCK, **parallel))
     _write_close_block(folder)
+    _write_hybrid(folder / "hybrid")
 
 
 def layers(ids: list[int]) -> dict[str, Any]:
@@ -187,6 +205,23 @@ def _write_close_pair(folder: Path) -> None:
     write_head(folder / "close_head", config, tensors)
 
 
+@torch.no_grad()
+def _write_hybrid(folder: Path) -> None:
+    """Write a target of delta-net layers that looks mostly at its last token, and an MTP head that does the same."""
+    write_tokenizer(folder)
+    target = qwen3_5(**SIZES | {"num_hidden_layers": 4})
+    head = mtp_tensors(target)
+    for name, parameter in [*target.named_parameters(), *head.items()]:
+        if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+            parameter *= 0.01
+    hidden = SIZES["hidden_size"]
+    head["mtp.fc.weight"] = torch.cat((torch.eye(hidden), torch.zeros(hidden, hidden)), dim=1)
+    head["mtp.pre_fc_norm_embedding.weight"] = torch.zeros(hidden)
+    head["mtp.norm.weight"] = target.model.norm.weight.clone()
+    target.save_pretrained(folder)
+    add_tensors(folder, head)
+
+
 def raw_recipe(pair: str, networks: Path, **changes: Any) -> dict[str, Any]:
     """Return the recipe as its YAML would hold it. ``changes`` replace whole keys."""
     target, kind, draft = FOLDERS[pair]
@@ -212,9 +247,13 @@ def roles_of(pair: str, networks: Path) -> dict[str, Role]:
     recipe = recipe_of(pair, networks)
     positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
     target_folder, kind, draft_folder = FOLDERS[pair]
-    target = load_decoder(open_checkpoint(networks / target_folder), positions)
+    checkpoint = open_checkpoint(networks / target_folder)
+    target = load_decoder(checkpoint, positions)
     if kind == "lookup":
         return {"target": TargetModule(target)}
+    if kind == "mtp":
+        head = MtpModule(load_mtp(checkpoint, positions, target), recipe.draft.top_k)
+        return {"target": TargetModule(target, (target.config.num_layers,)), "draft": head}
     draft = open_checkpoint(networks / draft_folder)
     if kind == "model":
         return {

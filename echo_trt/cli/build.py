@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import shutil
 import tempfile
@@ -42,16 +43,19 @@ from echo_trt.models.block_weights import check_block, load_block, markov_arrays
 from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
 from echo_trt.models.config import BlockConfig, DecoderConfig
 from echo_trt.models.decoder import Decoder
+from echo_trt.models.families import FAMILIES
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.models.fp8_linear import E4M3
+from echo_trt.models.hybrid_config import HybridConfig
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.open_tokenizer import check_same_tokens, read_template, read_tokenizer
 from echo_trt.models.ranks import Shard
-from echo_trt.models.read_config import decoder_config
-from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, Role, TargetModule
-from echo_trt.models.weights import load_decoder, load_eagle3, release_weights
+from echo_trt.models.read_config import check_context, decoder_config
+from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, MtpModule, Role, TargetModule
+from echo_trt.models.weights import load_decoder, load_eagle3, load_mtp, release_weights
 from echo_trt.sizing.needs import check_space
 from echo_trt.sizing.networks import decoder_sizes
+from echo_trt.speculation.paths import MAX_ROWS
 from echo_trt.speculation.policies import reserve_for
 
 #: Of the engines that are not TensorRT's.
@@ -137,18 +141,16 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
     _check_fp8("precision", recipe.precision, checkpoint)
     positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
     ranks = recipe.tensor_parallel
+    config = decoder_config(checkpoint.config, str(checkpoint.path))
+    check_context(config, recipe.limits.context)
     if recipe.draft.kind == "block":
-        _check_block(recipe, recipe_folder, decoder_config(checkpoint.config, str(checkpoint.path)))
+        _check_block(recipe, recipe_folder, config)
     if ranks > 1:
         check_space(recipe, recipe_folder, work)
     dtype = _loaded_type(recipe, recipe.precision)
+    if isinstance(decoder_config(checkpoint.config, str(checkpoint.path)), HybridConfig):
+        _check_hybrid(recipe)
     target = load_decoder(checkpoint, positions, dtype, Shard(0, ranks))
-    config = target.config
-    if recipe.limits.context > config.max_position:
-        raise UserError(
-            f"limits.context is {recipe.limits.context}, but the target knows {config.max_position} positions; "
-            "lower it in the recipe."
-        )
     digest = weights_sha256(checkpoint.path)
     tokenizer = read_tokenizer(checkpoint, recipe.target.tokenizer and recipe_folder / recipe.target.tokenizer)
     if recipe.target.chat_template is not None:
@@ -178,7 +180,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         checks["target"] = worst(checks.get("target"), check)
     facts["target"] = _facts(role, files)
     if ranks > 1:
-        facts["target"].parameters = decoder_sizes(decoder_config(checkpoint.config, str(checkpoint.path))).total
+        facts["target"].parameters = decoder_sizes(config).total
     if draft is not None:
         progress("compiling the draft")
         file, checks["draft"] = compile_as(draft, "draft", recipe.draft_precision)
@@ -198,7 +200,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         target=facts["target"],
         draft=facts.get("draft"),
         eos_token_ids=eos,
-        sampling=_sampling(checkpoint),
+        sampling=_sampling(checkpoint, config),
         target_sha256=digest,
         draft_sha256=draft_digest,
         tokenizer=tokenizer.name_or_path if recipe.target.random_weights else "",
@@ -246,6 +248,31 @@ def _check_block(recipe: Recipe, recipe_folder: Path, target: DecoderConfig) -> 
         )
 
 
+def _check_hybrid(recipe: Recipe) -> None:
+    """Refuse what a target with delta-net layers does not have."""
+    if recipe.engine not in ("openvino", "torch"):
+        raise UserError(
+            f"engine is {recipe.engine}, but a target with delta-net layers runs on openvino and torch alone; use one "
+            "of these."
+        )
+    if recipe.precision not in ("fp32", "bf16", "fp16"):
+        raise UserError(
+            f"precision is {recipe.precision}, but a target with delta-net layers is built in fp32 or bf16 so far; use "
+            "one of these."
+        )
+    if recipe.tensor_parallel > 1:
+        raise UserError(
+            f"tensor_parallel is {recipe.tensor_parallel}, but a target with delta-net layers is not divided; set it "
+            "to 1."
+        )
+    tree = max(recipe.decoding.per_request, recipe.decoding.static.tokens)
+    if tree > MAX_ROWS:
+        raise UserError(
+            f"decoding.per_request or static.tokens is {tree}, but a target with delta-net layers verifies {MAX_ROWS} "
+            "tokens of a request at most; lower it."
+        )
+
+
 def _calibration(recipe: Recipe, recipe_folder: Path, digest: str, draft_digest: str) -> Calibration | None:
     if recipe.calibration is None:
         return None
@@ -258,6 +285,11 @@ def _calibration(recipe: Recipe, recipe_folder: Path, digest: str, draft_digest:
 def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str, tokenizer, progress: Progress):
     """Return the draft's role, None without a network; the target's layers whose inputs it reads; its weights' hash."""
     draft = recipe.draft
+    if draft.kind == "mtp":
+        progress("reading the draft")
+        checkpoint, dtype = _open(recipe.target, recipe_folder), _loaded_type(recipe, recipe.draft_precision)
+        head = load_mtp(checkpoint, target.rotary.cos.shape[0], target, dtype)
+        return MtpModule(head, draft.top_k), (target.config.num_layers,), digest
     if draft.source is None:
         return None, (), ""
     progress("reading the draft")
@@ -270,6 +302,10 @@ def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str,
         folder = draft.source.tokenizer and recipe_folder / draft.source.tokenizer
         check_same_tokens(tokenizer, read_tokenizer(checkpoint, folder), where)
         decoder, maximum = load_decoder(checkpoint, positions, dtype), target.config.vocab_size
+        if isinstance(decoder.config, HybridConfig):
+            raise UserError(
+                f"{where} has delta-net layers, which no draft model may have; use draft.kind mtp or lookup."
+            )
         if decoder.config.vocab_size > maximum:  # its padding would be proposed as tokens that the target cannot read
             raise UserError(
                 f"{where}: vocab_size is {decoder.config.vocab_size}, but the target's is {maximum}; "
@@ -329,16 +365,10 @@ def _facts(role: Role, files: list[str]) -> NetworkFacts:
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         parameters=sum(p.numel() for p in role.parameters()),
-        feature_size=_feature_size(role),
+        feature_size=config.feature_size if isinstance(role, (HeadModule, BlockModule)) else 0,
         block=block_facts(config) if isinstance(role, BlockModule) else None,
+        state_values=sum(math.prod(shape) for shape in getattr(role, "states", {}).values()),
     )
-
-
-def _feature_size(role: Role) -> int:
-    config = role.network.config
-    if isinstance(role, BlockModule):
-        return config.feature_size
-    return 3 * config.target_hidden_size if isinstance(role, HeadModule) else 0
 
 
 def block_facts(config: BlockConfig) -> BlockFacts:
@@ -356,8 +386,9 @@ def block_facts(config: BlockConfig) -> BlockFacts:
 
 
 def _eos(checkpoint: Checkpoint, config: DecoderConfig, tokenizer) -> list[int]:
-    """Return the end tokens of the configuration and of the tokenizer, which may differ."""
-    ids = [*config.eos_token_ids, tokenizer.eos_token_id]
+    """Return the end tokens of the configuration, the tokenizer and the family, which may differ."""
+    turn = tokenizer.backend_tokenizer.token_to_id(FAMILIES[config.family].end_of_turn)
+    ids = [*config.eos_token_ids, tokenizer.eos_token_id, turn]
     generation = checkpoint.path / "generation_config.json"  # where Qwen3 names its second end token
     if generation.exists():
         stated = read_json(generation).get("eos_token_id")
@@ -372,10 +403,12 @@ def _eos(checkpoint: Checkpoint, config: DecoderConfig, tokenizer) -> list[int]:
     return ends
 
 
-def _sampling(checkpoint: Checkpoint) -> Sampling:
-    """Return what the checkpoint recommends to requests that say nothing: nothing unless it samples."""
+def _sampling(checkpoint: Checkpoint, config: DecoderConfig) -> Sampling:
+    """Return what requests that say nothing get: what a checkpoint that samples recommends, or else its family."""
     path = checkpoint.path / "generation_config.json"
-    stated = read_json(path) if path.exists() else {}
+    if not path.exists():
+        return Sampling(**FAMILIES[config.family].sampling)
+    stated = read_json(path)
     if not stated.get("do_sample"):
         return Sampling()
     named = {name: stated[name] for name in Sampling.model_fields if stated.get(name) is not None}

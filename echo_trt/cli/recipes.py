@@ -91,13 +91,21 @@ def _derived(target: dict[str, str], draft: str | None) -> Recipe:
         "target": target,
         "draft": {"kind": "lookup"},
         "engine": "torch" if _has_gpu() else "openvino",
-        "limits": {"batch": 64, "context": min(_config(target).get("max_position_embeddings", CONTEXT), CONTEXT)},
+        "limits": {"batch": 64, "context": _context(target)},
         "decoding": {"max_depth": 8, "beams": 4, "width": 8, "static": {"depth": 6, "top_k": 4, "tokens": 16}},
     }
     if draft:
         source = source_of(draft)
         raw["draft"] = {"kind": _kind(source, draft), "source": source}
     return parse_recipe(raw, f"the recipe for {name}")
+
+
+def _context(target: dict[str, str]) -> int:
+    """Return the context of a derived recipe. A target of no known family is refused here, before it is fetched."""
+    from echo_trt.models.read_config import decoder_config
+
+    config = decoder_config({**_config(target), "quantization_config": None}, target.get("path") or target["hub"])
+    return min(config.max_position, CONTEXT)
 
 
 def _kind(source: dict[str, str], name: str) -> str:

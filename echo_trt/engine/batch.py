@@ -55,7 +55,7 @@ class InputBatch:
         self.tokens = np.zeros((count, context), np.int32)
         self.length, self.committed, self.limit, self.prompt_length = ints(count), ints(count), ints(count), ints(count)
         self.admitted = ints(count)  # serial number of the admission: the youngest has the highest
-        self.verifications, self.drafted = ints(count), ints(count)  # of tokens, those that were verified
+        self.verifications = ints(count)
         self.text_key = ints(count)  # of a synthetic text, by prompt and seed
         self.sampling = np.array([_row(SamplingParams())] * count, SAMPLING)
         self.biased = ints(count)
@@ -66,6 +66,7 @@ class InputBatch:
         self.adjusted = np.zeros(count, bool)  # whether anything comes between the target's logits and the choice
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
         blocks, self.contiguous = blocks_for(context + reserve), num_blocks is None
+        self.divisible = not self.contiguous  # whether several loops may have a part of the pool each
         self.block_table = np.zeros((count, blocks), np.int32)
         if self.contiguous:
             self.block_table[:] = np.arange(count * blocks).reshape(count, blocks)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.backends.base import Engine
+from echo_trt.backends.base import Engine, commit_states
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.drafters.eagle3 import Drafter
 from echo_trt.engine.drafters.grammars import GuidedDraft
@@ -200,11 +200,12 @@ class EngineCore:
             if self.synthetic:
                 guided = self.synthetic.draft(draft, batch, slots)
             plan = self.planner.plan(roots, guided, load)
+            if tree_context := getattr(self.target, "tree_context", None):
+                plan = plan.on_one_path(batch.committed[slots] + plan.tree.sizes > tree_context)
             seconds = time.perf_counter() - begin - draft.seconds
             self.counters.add_seconds("plan", seconds)
             self.counters.add_seconds("draft", draft.seconds)
             counters.draft_passes += len(draft.passes)
-        batch.drafted[slots] += plan.tree.sizes - 1
         counters.drafted_tokens += len(plan.tree) - len(slots)
         counters.iterations += 1
         if len(plan.tree) > len(slots):
@@ -261,7 +262,7 @@ class EngineCore:
             logit_rows=np.concatenate((np.arange(len(tree)), last, requested)),
             mask=ancestor_mask(tree) if len(tree) > len(slots) else None,
             padded_to=0 if len(chunks.slots) else plan.padded_to,
-        )
+        )._replace(state_slots=call_slots)
 
     def _prompt_logprobs_requested(self, chunks: Chunks) -> np.ndarray:
         """Whether log-probabilities are asked for of the prompt's token behind each token of ``chunks``: bool [n]."""
@@ -291,9 +292,11 @@ class EngineCore:
         owner = slots[tree.request[nodes]]
         position = batch.committed[owner] + ragged_arange(counts[:decoding])
         self._move_accepted(tree, nodes, owner, position)
+        # Packed rows are the nodes of the decoding requests, then the chunks' tokens (``_build_call``).
+        chunk_rows = len(verified.call.token_ids) - len(chunks.owner) + np.arange(len(chunks.owner))
+        lengths = np.concatenate((counts[:decoding], chunks.counts))
+        commit_states(self.target, np.concatenate((nodes, chunk_rows)), lengths)
         if self.drafter:
-            # Packed rows are the nodes of the decoding requests, then the chunks' tokens (``_build_call``).
-            chunk_rows = len(verified.call.token_ids) - len(chunks.owner) + np.arange(len(chunks.owner))
             rows = batch.rows(np.concatenate((owner, chunks.owner)), np.concatenate((position, chunks.position)))
             self.drafter.observe(rows, verified.outputs, np.concatenate((nodes, chunk_rows)))
         batch.committed[slots[:decoding]] += counts[:decoding]
@@ -341,6 +344,12 @@ class EngineCore:
             requests[i].logprobs += entries[: kept[i]]
         for i, proposed in sources:
             requests[i].sources += proposed[: kept[i]]
+        drafted, accepted = (verified.tree.sizes - 1).tolist(), np.maximum(kept - 1, 0).tolist()
+        for request, nodes, length in zip(requests, drafted, accepted, strict=True):
+            if nodes:
+                request.drafted.append(nodes)
+                request.accepted.append(length)
+                self.counters.accepted[length] += 1
         verified.follow(kept, emitted)
         stopped[[*verified.failures]] = True
         for i in (stopped | full).nonzero()[0]:

@@ -283,7 +283,8 @@ class Counters:
 
     Prompts include the text of requests that were preempted. asked_tokens of them were admitted; of these cached_tokens
     were found in the prefix cache, and prompt_tokens computed. reached: depth -> a request's drafts that had candidates
-    there; at depth 0 all verifications but those that end a prompt, at 1 those with a draft.
+    there; at depth 0 all verifications but those that end a prompt, at 1 those with a draft. accepted: number of
+    accepted draft tokens -> verifications of a draft that had this number.
     """
 
     iterations: int = 0
@@ -299,13 +300,15 @@ class Counters:
     cached_tokens: int = 0
     evicted_blocks: int = 0
     reached: Counter[int] = field(default_factory=Counter)
+    accepted: Counter[int] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def copy(self) -> Counters:
-        return replace(self, reached=self.reached.copy(), seconds=dict(self.seconds))
+        reached, accepted = self.reached.copy(), self.accepted.copy()
+        return replace(self, reached=reached, accepted=accepted, seconds=dict(self.seconds))
 
     @property
     def accepted_tokens(self) -> int:

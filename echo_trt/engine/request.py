@@ -29,9 +29,10 @@ class Event:
     reason               stop, length, cancelled, deadline, failed or invalid (its grammar cannot be compiled); of a
                          probe also busy: no slot was free, and a finished iteration of other requests proves as much as
                          a token. Empty: the answer goes on
+    stop_string          the stop string that ended the text, if one did
     message              why the request failed or is invalid
     cached_tokens        prompt tokens that the prefix cache had
-    drafted              draft tokens that were verified
+    drafted, accepted    draft tokens of each verification that had any, and those that the text went on behind
     queue_seconds        from submission until the engine took the request; None: it never did
     first_token_seconds  from submission until the first token; None: it never came
     """
@@ -43,12 +44,14 @@ class Event:
     sources: Sequence[TokenSource] = ()
     time: float = 0.0
     reason: str = ""
+    stop_string: str = ""
     message: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
     verifications: int = 0
-    drafted: int = 0
+    drafted: Sequence[int] = ()
+    accepted: Sequence[int] = ()
     queue_seconds: float | None = None
     first_token_seconds: float | None = None
 
@@ -62,6 +65,8 @@ class Request:
     ``cached_tokens`` of the prompt were in the prefix cache when the request first got a slot. Of running requests the
     one with the highest ``priority`` number gives way first. Turns the tokens of one request into text. ``reported``
     counts the tokens that ``take`` has returned.
+
+    drafted, accepted  draft tokens of each verification that had any, and those that the text went on behind
     """
 
     id: int
@@ -72,7 +77,8 @@ class Request:
     sources: list[TokenSource] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt but its first token
     verifications: int = 0
-    drafted: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
     cached_tokens: int | None = None
     finish_reason: str = ""
     slot: int = -1
@@ -106,7 +112,7 @@ class Request:
             piece += self.text_stream.finish()
             if self.text_stream.stopped:  # the last character, complete only at the end, completed a stop string
                 self.finish_reason = "stop"
-        event = Event(text=piece, token_ids=tokens[:used])
+        event = Event(text=piece, token_ids=tokens[:used], stop_string=self.text_stream.stopped)
         if self.params.logprobs is not None or self.params.token_sources:
             event.logprobs, event.sources = self.logprobs[self.reported : end], self.sources[self.reported : end]
             event.offsets = self.text_stream.settle()

@@ -51,7 +51,8 @@ class Scheduler:
         if free_tokens < 1:
             raise TooLong(
                 f"the prompt has {len(request.prompt)} tokens, but this model's maximum context length is "
-                f"{self._batch.context} tokens; shorten it, or raise limits.context in the recipe and build again.",
+                f"{self._batch.context} tokens for prompt and answer; shorten it, or raise limits.context in the "
+                "recipe and build again.",
                 "prompt",
             )
         batch = self._batch
@@ -99,7 +100,7 @@ class Scheduler:
     def leave(self, request: Request) -> None:
         """Take a request out of its slot; it keeps its text."""
         batch, slot = self._batch, request.slot
-        request.verifications, request.drafted = int(batch.verifications[slot]), int(batch.drafted[slot])
+        request.verifications = int(batch.verifications[slot])
         if request.cached_tokens is None:  # text that it finds after a preemption is its own
             request.cached_tokens = int(batch.found[slot])
         request.generated = batch.tokens[slot, batch.prompt_length[slot] : batch.length[slot]].tolist()
@@ -134,7 +135,7 @@ class Scheduler:
             request.prompt_logprobs.clear()  # they are computed again, with the prompt
         batch.stop_tokens[slot] = -1
         batch.stop_tokens[slot, : len(stops)] = stops
-        batch.verifications[slot], batch.drafted[slot] = request.verifications, request.drafted
+        batch.verifications[slot] = request.verifications
         batch.admitted[slot], self.admissions = self.admissions, self.admissions + 1
         batch.active[slot] = True
         self._request_in[slot], request.slot = request, slot

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class TextStream:
     """One request's text. ``text`` has been emitted; a possible beginning of a stop string is held back.
 
-    Stop strings that are complete before ``min_tokens`` are text like any other.
+    Stop strings that are complete before ``min_tokens`` are text like any other. ``stopped`` is the one that ended it.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0):
@@ -26,7 +26,7 @@ class TextStream:
         self._settled = 0
         self._decoded = ""
         self.text = ""
-        self.stopped = False
+        self.stopped = ""
 
     def push(self, tokens: Sequence[int]) -> tuple[str, int]:
         """Return the text that became certain and how many tokens were used: fewer once a stop string is complete."""
@@ -71,9 +71,10 @@ class TextStream:
         self._decoded += piece
         if len(self._tokens) < self._min_tokens:
             return
-        found = [p for s in self._stop if (p := self._decoded.find(s, max(before - len(s) + 1, 0))) >= 0]
+        found = [(p, s) for s in self._stop if (p := self._decoded.find(s, max(before - len(s) + 1, 0))) >= 0]
         if found:
-            self._decoded, self.stopped = self._decoded[: min(found)], True
+            end, self.stopped = min(found)
+            self._decoded = self._decoded[:end]
 
     def _give_out(self, end: int) -> str:
         new = self._decoded[len(self.text) : end]

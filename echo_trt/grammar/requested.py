@@ -78,19 +78,19 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(part, dict) or (id(part), shares) in seen:
             continue
         seen[id(part), shares] = part
-        joined = [each for name in _JOINED for each in _list(part.get(name))]
+        joined = [each for name in _JOINED for each in listed(part.get(name))]
         if isinstance(reference := part.get("$ref"), str):
-            joined.append(_resolved(reference, copy))
+            joined.append(resolved(reference, copy))
         shares |= bool(part.keys() & _OF_OBJECTS) or sum(name in part for name in (*_JOINED, "$ref")) > 1
-        waiting += [(each, shares or len(_list(part.get("allOf"))) > 1) for each in joined]
+        waiting += [(each, shares or len(listed(part.get("allOf"))) > 1) for each in joined]
         for name in part.keys() & _BELOW:
             below = [*part[name].values()] if isinstance(part[name], dict) and name in _NAMED else part[name]
-            waiting += [(each, False) for each in ([below] if isinstance(below, dict) else _list(below))]
+            waiting += [(each, False) for each in ([below] if isinstance(below, dict) else listed(below))]
     for (_, shares), part in seen.items():
         named = part.get("properties")
         if shares or (id(part), True) in seen or part.keys() & _OPEN or not isinstance(named, dict):
             continue
-        if {*map(str, _list(part.get("required")))} <= named.keys():
+        if {*map(str, listed(part.get("required")))} <= named.keys():
             part["additionalProperties"] = False
     return copy
 
@@ -159,7 +159,7 @@ def _ending(root: Mapping[str, Any], references: set[str]) -> set[str]:
         name = due.pop()
         if name in ending:
             continue
-        blocks = _blocks(_resolved(name, root), ending, whole)
+        blocks = _blocks(resolved(name, root), ending, whole)
         for reference in blocks:
             waiting.setdefault(reference, []).append(name)
         if not blocks:
@@ -180,18 +180,18 @@ def _blocks(schema: Any, ending: set[str], whole: set[int]) -> set[str]:
         return {reference}
     for name in ("anyOf", "oneOf"):
         branches: list[set[str]] = []
-        for branch in _list(schema.get(name)):
+        for branch in listed(schema.get(name)):
             branches.append(_blocks(branch, ending, whole))
             if not branches[-1]:
                 break
         if branches and branches[-1]:
             return set().union(*branches)
-    parts = _list(schema.get("allOf"))
+    parts = listed(schema.get("allOf"))
     if schema.get("type") == "object" and isinstance(properties := schema.get("properties"), Mapping):
-        parts = parts + [properties.get(name) for name in _list(schema.get("required")) if isinstance(name, str)]
+        parts = parts + [properties.get(name) for name in listed(schema.get("required")) if isinstance(name, str)]
     minimum = schema.get("minItems", 0)
     if schema.get("type") == "array" and isinstance(minimum, int) and minimum > 0:
-        first = _list(schema.get("prefixItems"))[:minimum]
+        first = listed(schema.get("prefixItems"))[:minimum]
         parts = parts + (first if len(first) == minimum else [*first, schema.get("items")])
     for part in parts:
         if blocks := _blocks(part, ending, whole):
@@ -200,7 +200,7 @@ def _blocks(schema: Any, ending: set[str], whole: set[int]) -> set[str]:
     return set()
 
 
-def _resolved(reference: str, root: Mapping[str, Any]) -> Any:
+def resolved(reference: str, root: Mapping[str, Any]) -> Any:
     """Resolve a reference within the schema; None: the target is unknown."""
     part: Any = root
     if reference != "#" and not reference.startswith("#/"):
@@ -210,7 +210,7 @@ def _resolved(reference: str, root: Mapping[str, Any]) -> Any:
     return part
 
 
-def _list(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 

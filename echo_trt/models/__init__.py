@@ -1,1 +1,1 @@
-"""The networks in PyTorch: decoder (Qwen3, Qwen3-MoE, Llama), EAGLE-3 head, and their weights."""
+"""The networks in PyTorch: decoders of several families, EAGLE-3 head, and their weights."""

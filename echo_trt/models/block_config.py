@@ -20,7 +20,8 @@ from typing import Any
 
 from echo_trt.errors import UserError
 from echo_trt.models.config import BlockConfig, DecoderConfig
-from echo_trt.models.read_config import LAYER_KEYS, _count, _feature_layers, _head_shape, check_fits
+from echo_trt.models.families.family import count
+from echo_trt.models.read_config import LAYER_KEYS, _feature_layers, _head_shape, check_fits
 
 MARKOV = ("vanilla", "gated", "rnn")
 SPECULATORS = {"dflash": "dflash", "dspark": "dspark", "jetspec": "jetspec", "peagle": "p-eagle"}
@@ -120,7 +121,7 @@ def _dflash(raw: dict[str, Any], family: str, where: str) -> dict[str, Any]:
             "the checkpoint."
         )
     return {
-        "block_size": _count(raw, "block_size", where),
+        "block_size": count(raw, "block_size", where),
         **_layers(raw, where),
         "causal": family == "jetspec",
         "predicts_next": family == "dspark" if anchor is None else bool(anchor),
@@ -151,7 +152,7 @@ def _markov(raw: dict[str, Any], where: str) -> tuple[str, int]:
     kind = str(raw.get("markov_head_type") or "vanilla").lower()
     if kind not in MARKOV:
         raise UserError(f"{where}: markov_head_type is {kind!r}; use a drafter with one of {', '.join(MARKOV)}.")
-    return kind, _count(raw, "markov_rank", where)
+    return kind, count(raw, "markov_rank", where)
 
 
 def _p_eagle(raw: dict[str, Any], where: str) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def _p_eagle(raw: dict[str, Any], where: str) -> dict[str, Any]:
     methods = (raw.get("speculators_config") or {}).get("proposal_methods") or [{}]
     rows = raw.get("block_size") or raw.get("para_depths") or methods[0].get("speculative_tokens") or P_EAGLE_ROWS
     return {
-        "block_size": _count({"block_size": rows}, "block_size", where),
+        "block_size": count({"block_size": rows}, "block_size", where),
         "feature_layers": _feature_layers(raw, raw.get("eagle_config") or {}, where),
         "causal": True,
         "predicts_next": True,

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from echo_trt.errors import UserError, shown
-from echo_trt.models.messages import Messages, Tools, strings_in
+from echo_trt.models.messages import Messages, Tools, strings_in, with_short_ids
 from echo_trt.models.tools_as_text import MARKS, tools_as_text
 
 BARE = "{{ messages | map(attribute='content') | join('\n') }}"  # the template of a tokenizer that has none
@@ -26,6 +26,7 @@ PLAIN_CHATS = [
 TOOL_CHAT = [{"role": role, "content": "x"} for role in ("user", "assistant", "tool")]
 #: A tool for trying whether a template uses tools.
 A_TOOL = {"type": "function", "function": {"name": "f", "description": "x", "parameters": {"type": "object"}}}
+MISTRALS = "[TOOL_CALLS]"  # in templates that insist on calls' ids of nine characters
 SYSTEM = "a system prompt"  # for trying whether a template writes one
 #: What templates are given by whoever renders them, and no request may set.
 GIVEN = frozenset(inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {
@@ -103,6 +104,8 @@ class ChatEncoder:
         try:
             if not self.takes_tools:
                 messages, tools = tools_as_text(messages, tools or (), self._takes_system), None
+            elif MISTRALS in self.source:
+                messages = with_short_ids(messages)
             rendered = self._rendered(messages, tools=tools, kwargs=kwargs)
         except Exception as error:  # a template may raise what it likes, about roles and their order
             reason = " ".join(str(error).split())

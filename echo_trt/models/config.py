@@ -8,9 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """What all networks have: RMS norm, rotary positions, grouped-query attention, a gated SiLU MLP.
+    """What all networks have: RMS norm, rotary positions, grouped-query attention, a gated MLP.
 
-    ranks  among which the network is divided; heads, KV heads and widths are those of one rank
+    ranks             among which the network is divided; heads, KV heads and widths are those of one rank
+    attention_bias    whether query, key and value have a bias
+    unrotated_layers  layers whose query and key have no rotary positions
+    local_rope_theta  rotary base of the layers with a window, without scaling; 0: that of the others
+    gelu              whether the MLP's activation is GELU, approximated by tanh, and not SiLU
+    post_norms        whether attention's and the MLP's outputs have a norm before they are added
     """
 
     vocab_size: int
@@ -24,11 +29,28 @@ class NetworkConfig:
     max_position: int
     rope_scaling: dict[str, Any] = field(default_factory=dict)
     ranks: int = 1
+    attention_bias: bool = False
+    unrotated_layers: tuple[int, ...] = ()
+    local_rope_theta: float = 0.0
+    gelu: bool = False
+    post_norms: bool = False
+
+    def window_of(self, layer: int) -> int:
+        """Return how many tokens, itself among them, a token of ``layer`` sees; 0: all before it."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(NetworkConfig):
-    """A decoder-only transformer, dense or with experts."""
+    """A decoder-only transformer, dense or with experts.
+
+    family           name of its row in ``models.families``
+    window           tokens that a token sees, itself among them, but in ``full_layers``; 0: all before it
+    full_layers      layers without a window
+    norm_offset      what norms' weights are stored without
+    query_scale      factor on queries beside head_dim ** -0.5, which the query's norm takes
+    embedding_scale  factor on embeddings, where they are no output matrix
+    """
 
     family: str
     num_layers: int
@@ -40,6 +62,14 @@ class DecoderConfig(NetworkConfig):
     norm_expert_weights: bool = False
     dense_layers: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    window: int = 0
+    full_layers: tuple[int, ...] = ()
+    norm_offset: float = 0.0
+    query_scale: float = 1.0
+    embedding_scale: float = 1.0
+
+    def window_of(self, layer: int) -> int:
+        return 0 if layer in self.full_layers else self.window
 
     @property
     def feature_layers(self) -> tuple[int, int, int]:
@@ -78,6 +108,11 @@ class Eagle3Config(NetworkConfig):
     layer_key: str = "eagle_aux_hidden_state_layer_ids"
     target_layers: int = 0
     target_sha256: str = ""
+
+    @property
+    def feature_size(self) -> int:
+        """Numbers of a token's features."""
+        return 3 * self.target_hidden_size
 
 
 @dataclass(frozen=True, kw_only=True)

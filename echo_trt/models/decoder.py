@@ -1,4 +1,4 @@
-"""The decoder of Qwen3, Qwen3-MoE and Llama, which differ in configuration alone."""
+"""The decoder of all families (``models.families``), which differ in configuration alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ class DecoderLayer(nn.Module):
         if config.has_experts(layer):
             self.mlp = Experts(config)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.ranks)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.ranks, config.gelu)
+        norm = RMSNorm if config.post_norms else (lambda size, eps: nn.Identity())
+        self.attention_post_norm = norm(config.hidden_size, config.norm_eps)
+        self.mlp_post_norm = norm(config.hidden_size, config.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         x, delta = self.advance(x, None, cos, sin, attend)
@@ -33,8 +36,8 @@ class DecoderLayer(nn.Module):
         So that a sum and the norm behind it are one step on a GPU.
         """
         x, normed = self.attention_norm.add(x, delta)
-        x, normed = self.mlp_norm.add(x, self.attention(normed, cos, sin, attend))
-        return x, self.mlp(normed)
+        x, normed = self.mlp_norm.add(x, self.attention_post_norm(self.attention(normed, cos, sin, attend)))
+        return x, self.mlp_post_norm(self.mlp(normed))
 
 
 class Decoder(nn.Module):
@@ -64,15 +67,22 @@ class Decoder(nn.Module):
         logit_rows  int [R], rows whose next token is wanted
         Returns logits [R, V] and the inputs of ``feature_layers`` side by side [N, len * H], or None without layers.
         """
-        x = widened(self.embed(token_ids), self.norm.weight)
-        cos, sin = self.rotary(positions)
+        x, scale = widened(self.embed(token_ids), self.norm.weight), self.config.embedding_scale
+        x = x if scale == 1 else x * scale
+        angles = self.rotary(positions)
+        local = self.rotary.local(positions) if self.rotary.local else angles
         features, delta = {}, None
         for i, layer in enumerate(self.layers):
             if i in feature_layers:
                 x, delta = x if delta is None else x + delta, None
                 features[i] = x
-            x, delta = layer.advance(x, delta, cos, sin, attend)
-        rows = self.norm((x if delta is None else x + delta)[logit_rows])
+            x, delta = layer.advance(x, delta, *(local if self.config.window_of(i) else angles), attend)
+        x = x if delta is None else x + delta
+        if self.config.num_layers in feature_layers:  # of an MTP head: the last hidden states, behind the norm
+            features[self.config.num_layers] = x = self.norm(x)
+            rows = x[logit_rows]
+        else:
+            rows = self.norm(x[logit_rows])
         head = widened(self.embed.weight if self.lm_head is None else self.lm_head.weight, rows)
         if len(head) < self.config.vocab_size:
             logits = all_gather(torch.nn.functional.linear(head, rows), self.config.ranks).t()

@@ -20,20 +20,22 @@ MULTIPLE = 16  # of both sizes of a matrix, for PyTorch's product
 
 
 class Fp8Linear(nn.Module):
-    """A matrix product without bias. ``weight`` e4m3 [O, I] times ``scale`` float32 [O, 1] is the matrix."""
+    """A matrix product. ``weight`` e4m3 [O, I] times ``scale`` float32 [O, 1] is the matrix; ``bias`` [O] or None."""
 
-    def __init__(self, weight: Tensor, scale: Tensor):
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None):
         super().__init__()
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [N, I]: in FP8 if it is bfloat16, else by the dequantised matrix in the type of x."""
         if x.dtype != torch.bfloat16:
-            return F.linear(x, self.dequantised(x.dtype))
+            return F.linear(x, self.dequantised(x.dtype), self.bias)
         rows, scales = quantise_rows(x)
         sizes = {"scale_a": scales, "scale_b": self.scale.t(), "out_dtype": x.dtype}
-        return torch._scaled_mm(rows, self.weight.t(), **sizes, use_fast_accum=True)
+        product = torch._scaled_mm(rows, self.weight.t(), **sizes, use_fast_accum=True)
+        return product if self.bias is None else product + self.bias
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         return (self.weight.float() * self.scale).to(dtype)
@@ -77,5 +79,5 @@ def dequantise(network: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(module, Fp8Linear):
             with torch.device("meta"):
                 plain = Linear(*reversed(module.weight.shape))
-            plain.weight = nn.Parameter(module.dequantised(dtype), requires_grad=False)
+            plain.weight, plain.bias = nn.Parameter(module.dequantised(dtype), requires_grad=False), module.bias
             network.set_submodule(name, plain)

@@ -9,25 +9,28 @@ from typing import Any
 import gguf
 import torch
 from gguf.quants import dequantize
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Part
+from echo_trt.models.families import gguf_family
 from echo_trt.models.read_config import decoder_config
+from echo_trt.models.sentencepiece import sentencepiece_tokenizer
 from echo_trt.models.weights import decoder_sources
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-CONTROL_TOKEN, USER_TOKEN = 3, 4
+NORMAL_TOKEN, CONTROL_TOKEN, USER_TOKEN = 1, 3, 4
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+#: llama.cpp's names of splitters by Llama 3's pattern; SmolLM3's files have the second.
+LLAMA_WORDS = dict.fromkeys(("llama-bpe", "smaug-bpe"), QWEN_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))
 ELSEWHERE = "name a folder with the model's tokenizer.json in the recipe's tokenizer."
 
 
 class GgufCheckpoint:
-    """A .gguf file of the llama or qwen3 architecture."""
+    """A .gguf file of an architecture that a family names."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -41,7 +44,7 @@ class GgufCheckpoint:
         names = self._hf_names()
         if unknown := [tensor.name for tensor in self._reader.tensors if tensor.name not in names]:
             raise UserError(
-                f"{path}: tensor {unknown[0]} belongs to no part of a {self._architecture} network; use a file without "
+                f"{path}: tensor {unknown[0]} belongs to no part of a {self._family.gguf} network; use a file without "
                 "it."
             )
         self._tensors = {names[tensor.name]: tensor for tensor in self._reader.tensors}
@@ -62,7 +65,7 @@ class GgufCheckpoint:
         except NotImplementedError:
             kind = stored.tensor_type.name
             raise UserError(f"{self.path}: tensor {stored.name} is {kind}, which cannot be read; use Q8_0.") from None
-        if self._architecture == "llama" and (heads := self._permuted_heads(name)):
+        if self._family.interleaved and (heads := self._permuted_heads(name)):
             # llama.cpp interleaves the two halves of each head's rotary dimensions; Hugging Face keeps them apart.
             data = data.view(heads, -1, 2, data.shape[-1]).transpose(1, 2).reshape(data.shape)
         return data[part]
@@ -83,11 +86,8 @@ class GgufCheckpoint:
         return self.config["num_key_value_heads"] if name.endswith("k_proj.weight") else 0
 
     def _config(self) -> dict[str, Any]:
-        self._architecture = kind = self.field("general.architecture")
-        if kind not in ARCHITECTURES:
-            raise UserError(
-                f"{self.path}: general.architecture is {kind!r}; use a GGUF file of {' or '.join(ARCHITECTURES)}."
-            )
+        self._family = gguf_family(self.field("general.architecture"), str(self.path))
+        kind = self._family.gguf
         heads = self._need(f"{kind}.attention.head_count")
         hidden = self._need(f"{kind}.embedding_length")
         scaling = {
@@ -100,8 +100,8 @@ class GgufCheckpoint:
             raise UserError(
                 f"{self.path}: scaled rotary frequencies (rope_freqs) are not supported; use the safetensors folder."
             )
-        return {
-            "architectures": [ARCHITECTURES[kind]],
+        config = {
+            "architectures": [self._family.architecture],
             "vocab_size": len(self._need("tokenizer.ggml.tokens")),
             "hidden_size": hidden,
             "intermediate_size": self._need(f"{kind}.feed_forward_length"),
@@ -116,32 +116,44 @@ class GgufCheckpoint:
             "tie_word_embeddings": "output.weight" not in names,
             "eos_token_id": self.field("tokenizer.ggml.eos_token_id"),
         }
+        return config | self._family.gguf_options(self.field, config)
 
     def _hf_names(self) -> dict[str, str]:
         """Return Hugging Face's name of each tensor that a network of this configuration has, by the file's."""
         network = decoder_config(self.config, str(self.path))
-        kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self._architecture)
+        kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self._family.gguf)
         known = gguf.get_tensor_name_map(kind, network.num_layers)
         names = [name for parts in decoder_sources(network, set()).values() for name in parts]
-        return {known.get_name(name, (".weight",)): name for name in names}
+        return {known.get_name(name, (".weight", ".bias")): name for name in names}
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Build the file's byte-level BPE tokenizer, with its chat template."""
-        if (kind := self.field("tokenizer.ggml.model")) != "gpt2":
-            raise UserError(f"{self.path}: tokenizer.ggml.model is {kind!r}, not gpt2 (byte-level BPE); {ELSEWHERE}")
+        """Build the file's tokenizer, byte-level BPE or SentencePiece's, with its chat template."""
         tokens, kinds = self._need("tokenizer.ggml.tokens"), self._need("tokenizer.ggml.token_type")
-        merges = [tuple(m.split(" ", 1)) for m in self._need("tokenizer.ggml.merges")]
-        tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-        self._set_word_splitter(tokenizer)
-        tokenizer.decoder = decoders.ByteLevel()
-        for token, kind in zip(tokens, kinds, strict=True):
-            if kind in (CONTROL_TOKEN, USER_TOKEN):  # both stay whole in a text; control tokens are not printed
-                tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL_TOKEN, normalized=False)])
+        words, model = self.field("tokenizer.ggml.pre", "default"), self.field("tokenizer.ggml.model")
+        vocab, is_llama = {t: i for i, t in enumerate(tokens)}, words == "llama-bpe" or model == "llama"
+        if model == "llama":
+            joined = [piece for piece, kind in zip(tokens, kinds, strict=True) if kind == NORMAL_TOKEN]
+            prefix = self.field("tokenizer.ggml.add_space_prefix", True)
+            unknown = tokens[self.field("tokenizer.ggml.unknown_token_id", 0)]
+            tokenizer = sentencepiece_tokenizer(vocab, joined, self._need("tokenizer.ggml.scores"), unknown, prefix)
+        elif model == "gpt2":
+            merges = [tuple(m.split(" ", 1)) for m in self._need("tokenizer.ggml.merges")]
+            tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=is_llama))
+            self._set_word_splitter(tokenizer, words)
+            tokenizer.decoder = decoders.ByteLevel()
+        else:
+            raise UserError(f"{self.path}: tokenizer.ggml.model is {model!r}, not gpt2 or llama; {ELSEWHERE}")
+        whole = {CONTROL_TOKEN, USER_TOKEN}  # both stay whole in a text; control tokens are not printed
+        marked = [(token, kind == CONTROL_TOKEN) for token, kind in zip(tokens, kinds, strict=True) if kind in whole]
+        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in marked])
         special = {
             f"{role}_token": tokens[index]
             for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
             if (index := self.field(f"tokenizer.ggml.{key}_token_id")) is not None
         }
+        if "bos_token" in special and self.field("tokenizer.ggml.add_bos_token", is_llama):
+            bos = special["bos_token"]
+            tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [(bos, vocab[bos])])
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             chat_template=self.field("tokenizer.chat_template"),
@@ -149,14 +161,16 @@ class GgufCheckpoint:
             **special,
         )
 
-    def _set_word_splitter(self, tokenizer: Tokenizer) -> None:
-        kind = self.field("tokenizer.ggml.pre", "default")
+    def _set_word_splitter(self, tokenizer: Tokenizer, kind: str) -> None:
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "smollm")
         if kind == "smollm":
             first = pre_tokenizers.Digits(individual_digits=True)
         elif kind == "qwen2":
             first = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
             tokenizer.normalizer = normalizers.NFC()
+        elif kind in LLAMA_WORDS:
+            first = pre_tokenizers.Split(Regex(LLAMA_WORDS[kind]), "isolated")
         else:
-            raise UserError(f"{self.path}: tokenizer.ggml.pre is {kind!r}, not smollm or qwen2; {ELSEWHERE}")
+            known = ", ".join(("smollm", "qwen2", *LLAMA_WORDS))
+            raise UserError(f"{self.path}: tokenizer.ggml.pre is {kind!r}, not one of {known}; {ELSEWHERE}")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, byte_level])

@@ -7,6 +7,7 @@ packed query, key and value to the caller's ``attend``, which knows how keys and
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -41,13 +42,13 @@ def fused(x: Tensor) -> ModuleType | None:
 
 
 class Linear(nn.Linear):
-    """A matrix product without bias, in the type of its input; its matrix may be stored in a narrower one."""
+    """A matrix product in the type of its input; its matrix may be stored in a narrower one."""
 
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs: int, outputs: int, bias: bool = False):
+        super().__init__(inputs, outputs, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, widened(self.weight, x))
+        return F.linear(x, widened(self.weight, x), self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -76,6 +77,9 @@ class Rotary(nn.Module):
         angles = torch.arange(positions, dtype=torch.float32)[:, None] * inv_freq.repeat(2)[None, :]
         self.register_buffer("cos", angles.cos() * scale, persistent=False)
         self.register_buffer("sin", angles.sin() * scale, persistent=False)
+        base = config.local_rope_theta
+        plain = replace(config, rope_theta=base, rope_scaling={}, local_rope_theta=0.0)
+        self.local = Rotary(plain, positions) if base else None  # of the layers with a window
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Look up cos and sin, float32 [N, 1, 1, D] both, of ``positions``, int [N]."""
@@ -83,18 +87,23 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [N, H, 1, D] by the angles of its tokens' positions.
+    """Rotate x [N, H, 1, D] by the angles of its tokens' positions; narrower angles rotate a head's first numbers.
 
     Compilers recognise these very steps on four axes as rotary embedding, and make one kernel of them.
     """
-    half = x.shape[-1] // 2
+    turned, rest = cos.shape[-1], x.shape[-1] - cos.shape[-1]
+    if rest:
+        part, kept = x.split((turned, rest), dim=-1)
+        return torch.cat((rotate(part, cos, sin), kept), dim=-1)
+    half = turned // 2
     first, second = x.split((half, half), dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
     """Return inverse frequencies, float32 [D/2], and the factor on cos and sin."""
-    dim, scaling = config.head_dim, {"rope_theta": config.rope_theta, **config.rope_scaling}
+    dim = getattr(config, "rotary_dim", config.head_dim)
+    scaling = {"rope_theta": config.rope_theta, **config.rope_scaling}
     if "rope_type" not in scaling:
         return config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
     from transformers import LlamaConfig  # takes a second, and few networks need it
@@ -106,13 +115,14 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with one merged projection, and QK norm where the network has it (Qwen3)."""
+    """Grouped-query attention with one merged projection, and what some families have: QK norm, a bias, no rotary."""
 
     def __init__(self, config: Config, layer: int, input_size: int, qk_norm: bool):
         super().__init__()
         self.layer, self.ranks, self.head_dim = layer, config.ranks, config.head_dim
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
-        self.qkv = Linear(input_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.rotated = layer not in config.unrotated_layers
+        self.qkv = Linear(input_size, (self.heads + 2 * self.kv_heads) * self.head_dim, config.attention_bias)
         self.out = Linear(self.heads * self.head_dim, config.hidden_size)
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
@@ -125,40 +135,44 @@ class Attention(nn.Module):
         rows  of a block drafter: for each packed row its row of x, int [N], and the output's packed rows, int [R]
         """
         projected = self.qkv(x) if rows is None else self.qkv(x)[rows[0]]
-        output = attend(self.layer, *self._rotated(projected, cos, sin))
+        output = attend(self.layer, *self._divided(projected, cos, sin))
         return sum_ranks(self.out(output if rows is None else output[rows[1]]), self.ranks)
 
-    def _rotated(self, projected: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Divide ``projected`` into query, key and value, with the first two normed and rotated."""
+    def _divided(self, projected: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Divide ``projected`` into query, key and value, with the first two normed and rotated where they are."""
         heads, norms = (self.heads, self.kv_heads), None
         if self.query_norm is not None:
             norms = self.query_norm.weight, self.key_norm.weight, self.query_norm.eps
-        if kernels := fused(projected):
+        if self.rotated and (kernels := fused(projected)):
             return kernels.rotated(projected, cos, sin, *heads, norms)
         both, value = projected.split((sum(heads) * self.head_dim, self.kv_heads * self.head_dim), dim=-1)
         both = both.unflatten(-1, (sum(heads), 1, self.head_dim))
         if norms:
             query, key = both.split(heads, dim=1)
             both = torch.cat((self.query_norm(query), self.key_norm(key)), dim=1)
-        query, key = rotate(both, cos, sin).flatten(1).split([h * self.head_dim for h in heads], dim=-1)
+        both = rotate(both, cos, sin) if self.rotated else both
+        query, key = both.flatten(1).split([h * self.head_dim for h in heads], dim=-1)
         return query, key, value
 
 
 class MLP(nn.Module):
-    """A gated SiLU MLP, with gate and up projections merged."""
+    """A gated MLP of SiLU or, with ``gelu``, of GELU by tanh, with gate and up projections merged."""
 
-    def __init__(self, hidden: int, intermediate: int, ranks: int = 1):
+    def __init__(self, hidden: int, intermediate: int, ranks: int = 1, gelu: bool = False):
         super().__init__()
-        self.ranks = ranks
+        self.ranks, self.gelu = ranks, gelu
         self.gate_up = Linear(hidden, 2 * intermediate)
         self.down = Linear(intermediate, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up(x)
-        if kernels := fused(x):
+        if not self.gelu and (kernels := fused(x)):
             return sum_ranks(self.down(kernels.silu_mul(gate_up)), self.ranks)
         gate, up = gate_up.chunk(2, dim=-1)
-        return sum_ranks(self.down(F.silu(gate) * up), self.ranks)
+        return sum_ranks(self.down(self.activated(gate) * up), self.ranks)
+
+    def activated(self, gate: Tensor) -> Tensor:
+        return F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
 
 
 class Experts(nn.Module):
@@ -192,7 +206,8 @@ class Experts(nn.Module):
     def _dense(self, x: Tensor, weights: Tensor) -> Tensor:
         """Compute all experts for x [N, H] and add them by ``weights`` [N, E]."""
         gate_up, down = (widened(weight, x).transpose(1, 2) for weight in (self.gate_up, self.down))
-        gate, up = torch.matmul(x.unsqueeze(0), gate_up).chunk(2, dim=-1)  # [E, N, size]
+        copies = x.unsqueeze(0).expand(len(gate_up), -1, -1)  # OpenVINO 2026.4 loses all rows of a broadcast [1, N, H]
+        gate, up = torch.matmul(copies, gate_up).chunk(2, dim=-1)  # [E, N, size]
         outputs = torch.matmul(F.silu(gate) * up, down)  # [E, N, H]
         return (outputs * weights.t().unsqueeze(-1)).sum(dim=0)
 

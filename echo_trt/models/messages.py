@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -62,6 +64,21 @@ def _call(call: object, where: str) -> dict[str, Any]:
         raise UserError(f"{where}.function.arguments is no JSON object; give one, such as {{}}.")
     named = {"id": call["id"]} if _is_text(call.get("id")) else {}
     return {**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def with_short_ids(messages: Messages) -> list[dict[str, Any]]:
+    """Return a conversation whose calls have ids of nine letters and digits, which Mistral's templates insist on."""
+    short = [dict(message) for message in messages]
+    for message in short:
+        if "tool_calls" in message:
+            message["tool_calls"] = [{**call, "id": _short(call.get("id", ""))} for call in message["tool_calls"]]
+        if "tool_call_id" in message:
+            message["tool_call_id"] = _short(message["tool_call_id"])
+    return short
+
+
+def _short(name: str) -> str:
+    return name if re.fullmatch("[A-Za-z0-9]{9}", name) else hashlib.sha256(name.encode()).hexdigest()[:9]
 
 
 def checked_tools(tools: object, name: str = "tools") -> list[dict[str, Any]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from echo_trt.errors import UserError
 from echo_trt.models.config import DecoderConfig, Eagle3Config
-
-DECODERS = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe"}
+from echo_trt.models.families import family_of
+from echo_trt.models.families.family import count
 
 #: Switches that change the arithmetic, with the one value that these networks implement.
 FIXED = {
@@ -26,6 +27,8 @@ ROPE_REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
 }
+#: Keys that a family reads, and that concern images alone: a text has one position in all their sections.
+ROPE_OTHERS = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
 ROPE_OPTIONAL = ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
 
 
@@ -35,36 +38,35 @@ LAYER_KEYS = {"target_layer_ids": 1, "aux_hidden_state_layer_ids": 0}
 
 def decoder_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     """Read a Hugging Face ``config.json``. ``where`` names the file in errors."""
-    architecture = (raw.get("architectures") or ["none"])[0]
-    if architecture not in DECODERS:
-        raise UserError(
-            f"{where}: architectures is {architecture!r}, which echo-trt cannot build; "
-            f"use one of {', '.join(DECODERS)}."
-        )
-    family = DECODERS[architecture]
-    shape = _shape(raw, where)
-    experts = {}
-    if family == "qwen3_moe":
-        step = _count({"decoder_sparse_step": 1, **raw}, "decoder_sparse_step", where)
-        dense = set(raw.get("mlp_only_layers") or ())
-        dense |= {i for i in range(shape["num_layers"]) if (i + 1) % step}
-        experts = {
-            # transformers 5 writes num_local_experts, earlier versions num_experts.
-            "num_experts": _count(raw, "num_local_experts" if "num_local_experts" in raw else "num_experts", where),
-            "experts_per_token": _count(raw, "num_experts_per_tok", where),
-            "expert_size": _count(raw, "moe_intermediate_size", where),
-            "norm_expert_weights": bool(raw.get("norm_topk_prob", False)),
-            "dense_layers": tuple(sorted(dense)),
-        }
+    raw = text_config(raw)
+    family = family_of((raw.get("architectures") or ["none"])[0], where)
+    raw = family.completed(raw, where)
+    shape = _shape(raw, where, family.fixed)
     eos = raw.get("eos_token_id")
-    return DecoderConfig(
-        family=family,
+    return family.config(
+        family=family.name,
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qk_norm=family != "llama",
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         **shape,
-        **experts,
+        **family.options(raw, shape["num_layers"], where),
     )
+
+
+def text_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the network of text where a checkpoint also reads images (Qwen3.5), else ``raw``."""
+    nested = raw.get("text_config")
+    if nested is None or raw.get("architectures") != ["Qwen3_5ForConditionalGeneration"]:
+        return raw
+    return {"tie_word_embeddings": raw.get("tie_word_embeddings"), **nested, "architectures": ["Qwen3_5ForCausalLM"]}
+
+
+def check_context(config: DecoderConfig, context: int) -> None:
+    """Refuse a recipe's context in which the target would have more positions than it knows."""
+    if context > config.max_position:
+        raise UserError(
+            f"limits.context is {context}, but the target knows {config.max_position} positions; lower it in the "
+            "recipe."
+        )
 
 
 def rank_config(config: DecoderConfig, ranks: int) -> DecoderConfig:
@@ -154,7 +156,7 @@ def _head_shape(raw: dict[str, Any], where: str) -> dict[str, Any]:
     sized = {"draft_vocab_size": raw.get("draft_vocab_size") or shape["vocab_size"]}
     return {
         **shape,
-        "draft_vocab_size": _count(sized, "draft_vocab_size", where),
+        "draft_vocab_size": count(sized, "draft_vocab_size", where),
         "target_hidden_size": raw.get("target_hidden_size") or shape["hidden_size"],
         "target_layers": raw.get("num_target_layers") or 0,
         "target_sha256": raw.get("target_sha256", ""),
@@ -176,37 +178,28 @@ def _feature_layers(raw: dict[str, Any], eagle: dict[str, Any], where: str) -> t
     return tuple(layers)
 
 
-def _count(raw: dict[str, Any], key: str, where: str) -> int:
-    value = raw.get(key)
-    if value is None:
-        raise UserError(f"{where}: {key} is missing; take the config.json that belongs to the checkpoint.")
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"{where}: {key} is {value!r}, not a positive integer; take the checkpoint's own config.json.")
-    return value
-
-
-def _shape(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    for key, needed in FIXED.items():
+def _shape(raw: dict[str, Any], where: str, fixed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    for key, needed in {**FIXED, **(fixed or {})}.items():
         if raw.get(key, needed) not in (None, needed):
             raise UserError(f"{where}: {key} is {raw[key]!r}, but must be {needed!r}; use another checkpoint.")
     raw = {key: value for key, value in raw.items() if value is not None}
-    heads, hidden = _count(raw, "num_attention_heads", where), _count(raw, "hidden_size", where)
-    kv_heads = _count({"num_key_value_heads": heads, **raw}, "num_key_value_heads", where)
+    heads, hidden = count(raw, "num_attention_heads", where), count(raw, "hidden_size", where)
+    kv_heads = count({"num_key_value_heads": heads, **raw}, "num_key_value_heads", where)
     if heads % kv_heads:
         raise UserError(
             f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}; "
             "take the checkpoint's own config.json."
         )
     return {
-        "vocab_size": _count(raw, "vocab_size", where),
+        "vocab_size": count(raw, "vocab_size", where),
         "hidden_size": hidden,
-        "intermediate_size": _count(raw, "intermediate_size", where),
-        "num_layers": _count(raw, "num_hidden_layers", where),
+        "intermediate_size": count(raw, "intermediate_size", where),
+        "num_layers": count(raw, "num_hidden_layers", where),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "head_dim": _count({"head_dim": hidden // heads, **raw}, "head_dim", where),
+        "head_dim": count({"head_dim": hidden // heads, **raw}, "head_dim", where),
         "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
-        "max_position": _count({"max_position_embeddings": 2048, **raw}, "max_position_embeddings", where),
+        "max_position": count({"max_position_embeddings": 2048, **raw}, "max_position_embeddings", where),
         **_rope(raw, where),
     }
 
@@ -214,7 +207,7 @@ def _shape(raw: dict[str, Any], where: str) -> dict[str, Any]:
 def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
     # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
     stated = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope = {key: value for key, value in stated.items() if value is not None}
+    rope = {key: value for key, value in stated.items() if value is not None and key not in ROPE_OTHERS}
     theta = rope.pop("rope_theta", None) or raw.get("rope_theta", 10000.0)
     kind = rope.pop("type", "default")
     kind = rope.setdefault("rope_type", kind)

@@ -54,17 +54,20 @@ def server_of(app: Starlette, **options: Any) -> DrainingServer:
         "access_log": False,
         "server_header": False,
     }
-    return DrainingServer(uvicorn.Config(app, **(fixed | options)))
+    return DrainingServer(uvicorn.Config(app, **(fixed | options)), app)
 
 
 class DrainingServer(uvicorn.Server):
     """uvicorn's server, which ends the streams of viewers before it waits for open answers."""
 
+    def __init__(self, config: uvicorn.Config, app: Starlette):
+        super().__init__(config)
+        self._app = app
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        app: Any = self.config.loaded_app
-        while not isinstance(app, Starlette):  # uvicorn's own layers
-            app = app.app
-        app.state.live.leave()
+        live = getattr(self._app.state, "live", None)  # another application, or one that did not start, has no viewers
+        if live is not None:
+            live.leave()
         await super().shutdown(sockets)
 
 

@@ -26,6 +26,8 @@ Entry = dict[str, Any]  # of a token: token, logprob, bytes, top_logprobs (a lis
 class ApiAnswer:
     """One HTTP request's answer: a text for each of ``turns``, of which ``requested.n`` are of one prompt."""
 
+    media_type = "text/event-stream"
+
     def __init__(self, requested: ChatRequest | CompletionRequest, turns: list[OutputParser], metrics: ServerMetrics):
         self._requested, self._turns, self._metrics = requested, turns, metrics
         self._chat, self._created = isinstance(requested, ChatRequest), int(time.time())
@@ -41,7 +43,7 @@ class ApiAnswer:
         for index, turn in enumerate(self._turns):
             content = {"message": turn.message()} if self._chat else {"text": turn.content}
             choices.append({"index": index, **content, **self._details(turn), "finish_reason": turn.finish_reason})
-        return self._head(kind) | {"choices": choices, "usage": self._usage()}
+        return self._head(kind) | {"choices": choices, "usage": self._usage(), **self._speculation()}
 
     async def events(self, first: tuple[int, TextPiece], pieces: PieceStream) -> AsyncIterator[str]:
         """Yield server-sent events. A failure on the way is an event too, for the status has long been sent."""
@@ -63,7 +65,8 @@ class ApiAnswer:
                     reported = self._details(turn) if turn.logprobs or turn.sources else {}
                     yield self._chunk(_delta(choice, {}, turn.finish_reason) | reported, piece)
             if self._requested.wants_usage:
-                yield _event(self._head(self._chunk_kind) | {"choices": [], "usage": self._usage()})
+                last = {"choices": [], "usage": self._usage(), **self._speculation()}
+                yield _event(self._head(self._chunk_kind) | last)
             yield "data: [DONE]\n\n"
         except ApiError as error:
             yield _event(error.body)
@@ -105,6 +108,23 @@ class ApiAnswer:
             body["completion_tokens_details"] = {"reasoning_tokens": reasoning}
         return body
 
+    def _speculation(self) -> dict[str, Any]:
+        """Return vLLM's field of draft acceptance, where one choice was asked for and drafts were verified."""
+        drafted, accepted = self._turns[0].drafted, self._turns[0].accepted
+        if len(self._turns) > 1 or not drafted:
+            return {}
+        reported = {
+            "mean_acceptance_length": 1 + sum(accepted) / len(accepted),
+            "draft_acceptance_rate": sum(accepted) / sum(drafted),
+            "acceptance_histogram": [accepted.count(length) for length in range(max(accepted) + 1)],
+            "num_spec_steps": len(accepted),
+            "num_accepted_draft_tokens": sum(accepted),
+            "num_draft_tokens": sum(drafted),
+            "per_step_accepted": accepted,
+            "per_step_drafted": drafted,
+        }
+        return {"metrics": {"speculative_decoding": reported}}
+
     def _count(self) -> None:
         usage = self._usage()
         self._metrics.prompt_tokens.inc(usage["prompt_tokens"])
@@ -114,9 +134,9 @@ class ApiAnswer:
 class EventStream(StreamingResponse):
     """Sends events; however that ends, the engine's streams are closed. ``pieces`` themselves notice a hang-up."""
 
-    def __init__(self, events: AsyncIterator[str], pieces: PieceStream):
+    def __init__(self, events: AsyncIterator[str], pieces: PieceStream, media_type: str):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
+        super().__init__(events, media_type=media_type, headers=headers)
         self._pieces = pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's endpoints, health and metrics."""
+"""The HTTP application: endpoints of OpenAI, Anthropic and Ollama, health and metrics."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.errors import UserError
 from echo_trt.server.answers import ApiAnswer, EventStream
+from echo_trt.server.anthropic.answer import MessagesAnswer
+from echo_trt.server.anthropic.request import CountTokensRequest, MessagesRequest
 from echo_trt.server.bodies import Bodies
 from echo_trt.server.chats import chat_for
 from echo_trt.server.choices import ClientGone, PieceStream, merged
@@ -31,6 +33,9 @@ from echo_trt.server.errors import ApiError, from_engine, log, shown
 from echo_trt.server.keys import Keys
 from echo_trt.server.live import Live, show_about, show_live
 from echo_trt.server.metrics import ServerMetrics
+from echo_trt.server.ollama import models as ollama_models
+from echo_trt.server.ollama.answer import OllamaAnswer, head
+from echo_trt.server.ollama.request import GenerateRequest, OllamaChatRequest, OllamaRequest
 from echo_trt.server.openapi import show_openapi
 from echo_trt.server.options import checked_names, checked_origins
 from echo_trt.server.page_files import PageFiles
@@ -38,8 +43,10 @@ from echo_trt.server.responses.answer import Response as ResponsesAnswer
 from echo_trt.server.responses.request import ResponsesRequest
 from echo_trt.server.schemas import ChatRequest, CompletionRequest
 from echo_trt.server.served import check_model, models, one_model
-from echo_trt.server.tokens import detokenize, tokenize
+from echo_trt.server.tokens import detokenize, token_ids, tokenize
+from echo_trt.server.translated import TranslatedAnswer, TranslatedRequest
 from echo_trt.server.turns import OutputParser
+from echo_trt.server.unserved import refusal
 
 LARGEST_BODY = 2**20  # bytes
 HUNG_UP = 499  # the status of an answer that nobody waits for, in logs and metrics only
@@ -93,7 +100,14 @@ def create_app(
             Route("/v1/models/{name:path}", one_model),
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/responses", responses, methods=["POST"]),
+            Route("/v1/responses", translated(ResponsesRequest, ResponsesAnswer), methods=["POST"]),
+            Route("/v1/messages", translated(MessagesRequest, MessagesAnswer), methods=["POST"]),
+            Route("/v1/messages/count_tokens", translated(CountTokensRequest, None), methods=["POST"]),
+            Route("/api/chat", translated(OllamaChatRequest, OllamaAnswer), methods=["POST"]),
+            Route("/api/generate", translated(GenerateRequest, OllamaAnswer), methods=["POST"]),
+            Route("/api/tags", ollama_models.tags),
+            Route("/api/show", ollama_models.show, methods=["POST"]),
+            Route("/api/version", ollama_models.version),
             Route("/health", health),
             Route("/ping", health, methods=["GET", "POST"]),  # SageMaker's name for it
             Route("/version", version),
@@ -123,21 +137,30 @@ async def completions(request: Request) -> Response:
     return await _answer(request, await request.app.state.bodies.read(request, CompletionRequest))
 
 
-async def responses(request: Request) -> Response:
-    """POST /v1/responses: a chat in other words."""
-    state = request.app.state
-    requested = await state.bodies.read(request, ResponsesRequest)
-    check_model(request, requested.model)
-    try:
-        info = await state.client.model_info()
-        chat = chat_for(requested.chat, info)
-        pieces = _pieces(request, requested.chat, info, [chat.inputs], chat.names)
-        response = await _sent(ResponsesAnswer(requested, chat.turn(), state.metrics), pieces, requested.stream)
-    except ApiError as error:
-        raise requested.ours(error) from None
-    if requested.left_out:
-        response.headers["X-Tools-Left-Out"] = ", ".join(requested.left_out)
-    return response
+def translated(kind: type[TranslatedRequest], answer_type: type[TranslatedAnswer[Any]] | None) -> Any:
+    """Return the endpoint of an API that asks for a chat in other words, or, without an answer, for its tokens."""
+
+    async def endpoint(request: Request) -> Response:
+        state = request.app.state
+        requested = await state.bodies.read(request, kind)
+        check_model(request, requested.model)
+        if isinstance(requested, OllamaRequest) and not requested.turns:  # the model is loaded already
+            return JSONResponse(head(requested) | {"done": True, "done_reason": "load"})
+        try:
+            info = await state.client.model_info()
+            wanted = requested.chat_for_model(info)
+            chat = chat_for(wanted, info)
+            if answer_type is None:
+                return JSONResponse({"input_tokens": len(await token_ids(state.client, chat.inputs, chat.names))})
+            pieces = _pieces(request, wanted, info, [chat.inputs], chat.names)
+            response = await _sent(answer_type(requested, chat.turn(), state.metrics), pieces, requested.stream)
+        except ApiError as error:
+            raise requested.ours(error) from None
+        if requested.left_out:
+            response.headers["X-Tools-Left-Out"] = ", ".join(requested.left_out)
+        return response
+
+    return endpoint
 
 
 async def health(request: Request) -> Response:
@@ -173,11 +196,11 @@ async def _answer(request: Request, requested: ChatRequest | CompletionRequest) 
     return await _sent(ApiAnswer(requested, turns, state.metrics), pieces, requested.stream)
 
 
-async def _sent(answer: ApiAnswer | ResponsesAnswer, pieces: PieceStream, stream: bool) -> Response:
+async def _sent(answer: ApiAnswer | TranslatedAnswer[Any], pieces: PieceStream, stream: bool) -> Response:
     """Answer a chat or a completion. The HTTP status follows the first piece: what fails before it is no 200."""
     if not stream:
         return JSONResponse(await answer.whole(pieces))
-    return EventStream(answer.events(await anext(pieces), pieces), pieces)
+    return EventStream(answer.events(await anext(pieces), pieces), pieces, answer.media_type)
 
 
 async def _check_echo(requested: CompletionRequest, prompts: list[dict[str, Any]], client: Client) -> None:
@@ -228,7 +251,7 @@ def _params(requested: ChatRequest | CompletionRequest, info: ModelInfo, seed: i
 
 
 async def _failed(request: Request, error: ApiError | EngineError) -> Response:
-    return (from_engine(error) if isinstance(error, EngineError) else error).response()
+    return (from_engine(error) if isinstance(error, EngineError) else error).response(request.scope["path"])
 
 
 async def _frameworks(request: Request, error: HTTPException) -> Response:
@@ -236,10 +259,12 @@ async def _frameworks(request: Request, error: HTTPException) -> Response:
     if error.status_code == 404:
         routes = [route for route in request.app.routes if isinstance(route, Route) and route.include_in_schema]
         known = ", ".join(route.path for route in routes if "{" not in route.path)
-        message = f"{path} is no path of this server; use one of {known}."
+        why = refusal(request.scope["path"])
+        message = f"{path}: {why}." if why else f"{path} is no path of this server; use one of {known}."
     elif error.status_code == 405 and error.headers:
         message = f"{path} does not take this method; use {error.headers['Allow']}."
-    return ApiError(error.status_code, message, headers=error.headers).response()  # 405 has Allow
+    refused = ApiError(error.status_code, message, headers=error.headers)  # 405 has Allow
+    return refused.response(request.scope["path"])
 
 
 async def _hung_up(request: Request, error: Exception) -> Response:
@@ -249,4 +274,5 @@ async def _hung_up(request: Request, error: Exception) -> Response:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     log.error("unexpected %s", type(error).__name__)  # the traceback follows, from the server that runs us
-    return ApiError(500, "The API server failed at this request; its log says why.", "server_error").response()
+    failed = ApiError(500, "The API server failed at this request; its log says why.", "server_error")
+    return failed.response(request.scope["path"])

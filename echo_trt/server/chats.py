@@ -14,8 +14,8 @@ from echo_trt.server.schemas import ChatRequest
 from echo_trt.server.structured import Structured
 from echo_trt.server.tool_formats import format_of
 from echo_trt.server.tool_formats.base import Format, ToolRequest, json_rule
-from echo_trt.server.tool_formats.hermes import Hermes
-from echo_trt.server.tools import NamedTool, Tool
+from echo_trt.server.tool_formats.marked import HERMES, Marked
+from echo_trt.server.tools import NamedTool, Tool, names_in
 from echo_trt.server.turns import OutputParser
 
 SWITCH = "enable_thinking"  # the variable of templates that can do without a thought
@@ -34,16 +34,17 @@ class Chat:
     def turn(self) -> OutputParser:
         if self.calls is None:
             return OutputParser(self.thinking)
-        requested, form = self.calls.requested, self.calls.form
-        return OutputParser(self.thinking, form.parser(requested.tools.keys(), requested.several))
+        calls = self.calls
+        return OutputParser(self.thinking, calls.form.parser(calls.schemas, calls.requested.several))
 
 
 @dataclass(frozen=True)
 class Calls:
-    """Tools that may be called. ``fields``: the client's field of the arguments' schema of each."""
+    """Tools that may be called. ``fields``: the client's field of the arguments' schema of each, ``schemas``: those."""
 
     form: Format
     requested: ToolRequest
+    schemas: dict[str, dict[str, Any]]
     fields: list[str]
     must_fit: bool
 
@@ -83,21 +84,23 @@ def chat_for(requested: ChatRequest, info: ModelInfo) -> Chat:
 def _calls(requested: ChatRequest, info: ModelInfo) -> Calls | None:
     if not requested.tools or requested.tool_choice == "none":
         return None
-    form = (format_of(info.template, info.tokens) if info.takes_tools else None) or Hermes(info.tokens)
+    form = (format_of(info.template, info.tokens) if info.takes_tools else None) or Marked(HERMES, info.tokens)
     choice = requested.tool_choice
     several = requested.parallel_tool_calls is not False and not isinstance(choice, NamedTool) and form.several
+    names = names_in(choice)
     chosen = {
         f"tools.{index}.function.parameters": tool
         for index, tool in enumerate(requested.tools)
-        if not isinstance(choice, NamedTool) or tool.function.name == choice.function.name
+        if names is None or tool.function.name in names
     }
     must = requested.must_call
     content = None if must else _content(requested.structured)
     strict = any(tool.function.strict for tool in requested.tools)
-    must_fit = must or strict or content is not None or requested.parallel_tool_calls is False
-    schemas = {tool.function.name: _schema(tool, must) for tool in chosen.values()}
-    _check_size(schemas, "tools")
-    return Calls(form, ToolRequest(schemas, must, several, content), list(chosen), must_fit)
+    must_fit = must or strict or content is not None or requested.parallel_tool_calls is False or names is not None
+    enforced = {tool.function.name: _schema(tool, must) for tool in chosen.values()}
+    _check_size(enforced, "tools")
+    schemas = {tool.function.name: tool.schema_of_arguments() for tool in chosen.values()}
+    return Calls(form, ToolRequest(enforced, must, several, content), schemas, list(chosen), must_fit)
 
 
 def _schema(tool: Tool, must: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ MAX_CONNECTIONS = 4096  # open connections; an idle one takes some 10 KB
 #: 43 ms in all instead of 5. It also makes h11's limit of 16 KB for a request's head hold.
 READ = 1024
 #: Seconds between two looks at whether a client that has ended its side of the connection is still there.
-LOOK_S = 1.0
+LOOK_S = 0.25
 ARRIVAL_S = 30.0  # from a connection's beginning, or a later request's first byte, until the request is complete
 
 

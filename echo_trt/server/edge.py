@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections.abc import Container, Sequence
 
 from starlette.datastructures import Headers
@@ -15,9 +17,11 @@ from echo_trt.server.metrics import ServerMetrics
 
 #: Paths for machines that watch over us, without a key.
 OPEN = ("/health", "/ping", "/metrics", "/version")
-ANSWERED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")  # by the engine
+#: Answered by the engine.
+ANSWERED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/api/chat", "/api/generate")
 #: Others are "other": no endless labels.
-COUNTED = (*OPEN, *ANSWERED, "/v1/models", "/tokenize", "/detokenize", "/live")
+COUNTED = (*OPEN, *ANSWERED, "/v1/models", "/v1/messages/count_tokens", "/tokenize", "/detokenize", "/live")
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # of a client, that is sent back
 
 
 class AuthMiddleware:
@@ -40,13 +44,17 @@ class AuthMiddleware:
         scope = {**scope, "path": _origin_form(scope["path"])}
         path = scope["path"] if scope["path"] in COUNTED else "other"
         headers = dict(scope["headers"])
-        began = False
+        given, began = headers.get(b"x-request-id", b""), False
+        request_id = given if _REQUEST_ID.fullmatch(given) else b"req_" + secrets.token_hex(16).encode()
+        names = (b"x-request-id", b"request-id")  # OpenAI's and Anthropic's
 
         async def counted_send(message: Message) -> None:
             nonlocal began
             if message["type"] == "http.response.start":
                 began = True
                 self.metrics.requests.labels(path, message["status"]).inc()
+                own = [*message.get("headers", ()), *((name, request_id) for name in names)]
+                message = {**message, "headers": own}
             await send(message)
 
         if path in ANSWERED:
@@ -56,7 +64,7 @@ class AuthMiddleware:
             await self.app(scope, self._measured(receive), counted_send)
         except ApiError as error:
             if not began:
-                await error.response()(scope, receive, counted_send)
+                await error.response(scope["path"])(scope, receive, counted_send)
         except Exception:  # answered further out
             if not began:
                 self.metrics.requests.labels(path, 500).inc()
@@ -70,7 +78,8 @@ class AuthMiddleware:
         if b"content-length" in headers and b"transfer-encoding" in headers:
             message = "The request has both Content-Length and Transfer-Encoding; send one."
             raise ApiError(400, message, headers={"Connection": "close"})  # where the next request begins is unclear
-        if self.keys and path not in self._without_key and not self.keys.allow(headers.get(b"authorization", b"")):
+        given = headers.get(b"authorization", b""), b"Bearer " + headers.get(b"x-api-key", b"")  # Anthropic's clients
+        if self.keys and path not in self._without_key and not any(map(self.keys.allow, given)):
             message = "A valid API key is needed, as in Authorization: Bearer KEY."
             raise ApiError(401, message, "authentication_error", code="invalid_api_key")
         length = headers.get(b"content-length", b"0")
@@ -107,7 +116,7 @@ class Cors(CORSMiddleware):
             allow_origins=origins,
             allow_methods=("GET", "HEAD", "POST"),
             allow_headers=("*",),
-            expose_headers=("Retry-After",),
+            expose_headers=("Retry-After", "X-Request-Id"),
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:

@@ -1,4 +1,4 @@
-"""Every failure in OpenAI's error format, and what an engine's failure means to a client."""
+"""Every failure in the format of OpenAI, Anthropic or Ollama, and what an engine's failure means to a client."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ from echo_trt.engine.process.client import EngineError
 log = logging.getLogger("echo_trt.server")
 #: A schema that does not compile, in a grammar that was made here: its line, and what is wrong.
 _GRAMMAR_LINE = re.compile(r"\(at (\d+)\(\d+\): failed to compile JSON schema: (.*?) \d+ \| .*\);", re.DOTALL)
+#: Anthropic's types of errors by status; others are "api_error".
+ANTHROPIC = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 SHOWN = 100  # characters at most of a value, or of a field's name, that an error repeats
 
 
@@ -35,13 +46,23 @@ class ApiError(HTTPException):
         self.retry_after = retry_after
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
-    def response(self) -> JSONResponse:
+    def body_for(self, path: str) -> dict[str, Any]:
+        """Return the body in the form of the API that ``path`` belongs to."""
+        message = self.body["error"]["message"]
+        if path.startswith("/api/"):  # Ollama's
+            return {"error": message}
+        if path == "/v1/messages" or path.startswith("/v1/messages/"):
+            kind = ANTHROPIC.get(self.status_code, "api_error")
+            return {"type": "error", "error": {"type": kind, "message": message}}
+        return self.body
+
+    def response(self, path: str = "") -> JSONResponse:
         headers = dict(self.headers or {})
         if self.retry_after:
             headers["Retry-After"] = str(self.retry_after)
         if self.status_code == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self.body, self.status_code, headers)
+        return JSONResponse(self.body_for(path), self.status_code, headers)
 
 
 def unavailable() -> ApiError:
@@ -84,6 +105,11 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param} is not known here; leave it out.", param=param)
     return ApiError(400, f"{param} is {shown(first['input'])}: {reason}.", param=param)
+
+
+def wrong(field: str, value: object, remedy: str) -> ApiError:
+    """400: a field has a value that it may not have."""
+    return ApiError(400, f"{field} is {shown(value)}: {remedy}.", param=field)
 
 
 def no_object() -> ApiError:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import from_json
 
 from echo_trt.models.messages import MAX_TOOLS
+from echo_trt.server.errors import shown
 from echo_trt.server.fields import MESSAGES, Strict, at_most
 from echo_trt.server.tool_formats.base import NAME
 
@@ -45,11 +47,15 @@ class CalledFunction(Strict):
     @classmethod
     def _object(cls, arguments: str) -> str:
         try:
-            fits = isinstance(from_json(arguments or "{}", allow_inf_nan=False), dict)
+            parsed = from_json(arguments or "{}", allow_inf_nan=False, allow_partial=True)
         except ValueError:
-            fits = False
-        if not fits:
+            parsed = None
+        if not isinstance(parsed, dict):
             raise ValueError("give a JSON object, written as a string")
+        try:
+            from_json(arguments or "{}", allow_inf_nan=False)
+        except ValueError:  # a call that the limit cut, sent back: what was complete
+            return json.dumps(parsed, ensure_ascii=False)
         return arguments
 
 
@@ -101,15 +107,19 @@ class Message(Strict):
             return content
         if content in (None, []) and info.data.get("tool_calls"):
             return None
+        if content is None and info.data.get("role") == "assistant":  # an answer of a thought alone, sent back
+            return ""
         if not isinstance(content, list) or not content:
             raise ValueError("give a string, or parts of type text")
         if len(content) > MESSAGES:
             raise ValueError(f"give at most {MESSAGES} parts")
         texts = []
-        for part in content:
-            text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        for index, part in enumerate(content):
+            kind = part.get("type") if isinstance(part, dict) else None
+            text = part.get("text") if kind == "text" else None
             if not isinstance(text, str):
-                raise ValueError("give a string, or parts of type text; this model reads nothing else")
+                found = f"part {index} is {f'of type {shown(kind)}' if isinstance(kind, str) else shown(part)}"
+                raise ValueError(f"{found}; give a string, or parts of type text: this model reads nothing else")
             texts.append(text)
         return "".join(texts)
 

@@ -11,19 +11,29 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from echo_trt import __version__
+from echo_trt.server.anthropic.request import CountTokensRequest, MessagesRequest
 from echo_trt.server.edge import OPEN
-from echo_trt.server.responses.request import SHARED, ResponsesRequest
+from echo_trt.server.ollama.models import ShowRequest
+from echo_trt.server.ollama.request import GenerateRequest, OllamaChatRequest, OllamaRequest
+from echo_trt.server.responses.request import ResponsesRequest
 from echo_trt.server.schemas import ChatRequest, CompletionRequest
 from echo_trt.server.tokens import DetokenizeRequest, TokenizeRequest
+from echo_trt.server.translated import SHARED, TranslatedRequest
 
 BODIES = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
+    "/api/chat": OllamaChatRequest,
+    "/api/generate": GenerateRequest,
+    "/api/show": ShowRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
-STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/live")
+STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/live")
+LINES = ("/api/chat", "/api/generate")
 TEXT, MANY = {"type": "string"}, {"type": "array", "items": {}}
 #: Fields that are taken in more shapes than they are kept in.
 WIDER: dict[tuple[str, str], dict[str, Any]] = {
@@ -57,12 +67,14 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
     reference = "#/components/schemas/{model}"
     _, known = models_json_schema([(body, "validation") for body in bodies.values()], ref_template=reference)
     schemas = known["$defs"]
-    schemas["ResponsesRequest"]["properties"].pop("shared")
-    for name in SHARED:
-        schemas["ResponsesRequest"]["properties"][name] = schemas["ChatRequest"]["properties"][name]
     for (model, field), schema in WIDER.items():
         schemas[model]["properties"][field] = schema
-    schemas["ResponsesRequest"]["properties"]["stop"] = schemas["ChatRequest"]["properties"]["stop"]
+    for body in bodies.values():
+        if issubclass(body, TranslatedRequest):
+            properties = schemas[body.__name__]["properties"]
+            del properties["shared"]
+            if not issubclass(body, OllamaRequest):  # whose clients know options alone
+                properties |= {name: schemas["ChatRequest"]["properties"][name] for name in SHARED} | properties
     paths: dict[str, Any] = {}
     for route in routes:
         if isinstance(route, Route) and route.include_in_schema:
@@ -86,7 +98,7 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
 def _operation(path: str) -> dict[str, Any]:
     """Describe what an endpoint answers, and whether it asks for a key."""
     kinds = ["text/plain"] if path == "/metrics" else ["application/json"]
-    kinds += ["text/event-stream"] if path in STREAMS else []
+    kinds += ["text/event-stream"] if path in STREAMS else ["application/x-ndjson"] if path in LINES else []
     refused = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     return {
         "security": [{}] if path in OPEN else [{}, {"key": []}],

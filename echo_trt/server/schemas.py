@@ -17,7 +17,7 @@ from echo_trt.server.fields import FIELDS, MESSAGES, Strict, at_most, bounded, c
 from echo_trt.server.messages import Message, few_calls
 from echo_trt.server.structured import FIELDS as STRUCTURED
 from echo_trt.server.structured import Structured, structured_of
-from echo_trt.server.tools import Choice, Tool, check
+from echo_trt.server.tools import Allowed, Choice, Tool, check
 
 CHOICES = 128  # of one request, prompts times n
 STOP_STRINGS = 16
@@ -240,6 +240,8 @@ class ChatRequest(Params):
 
     @property
     def must_call(self) -> bool:
+        if isinstance(self.tool_choice, Allowed):
+            return self.tool_choice.allowed_tools.mode == "required"
         return self.tool_choice not in (None, "auto", "none")
 
     @property

@@ -7,20 +7,21 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from echo_trt.engine.process.client import Client, EngineError
 from echo_trt.server.errors import ApiError
 
 
 async def models(request: Request) -> Response:
     """GET /v1/models: the model, by each of its names."""
-    names = request.app.state.names
-    return JSONResponse({"object": "list", "data": [_model(request, name) for name in names]})
+    context, names = await _context(request), request.app.state.names
+    return JSONResponse({"object": "list", "data": [_model(request, name, context) for name in names]})
 
 
 async def one_model(request: Request) -> Response:
     """GET /v1/models/NAME; 404 for another name."""
     name = request.path_params["name"]
     check_model(request, name)
-    return JSONResponse(_model(request, name))
+    return JSONResponse(_model(request, name, await _context(request)))
 
 
 def check_model(request: Request, name: str | None) -> None:
@@ -32,7 +33,18 @@ def check_model(request: Request, name: str | None) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _model(request: Request, name: str) -> dict[str, Any]:
+async def _context(request: Request) -> int | None:
+    """Return the model's context in tokens; None while the engine is away."""
+    client: Client = request.app.state.client
+    try:
+        return (await client.model_info()).context
+    except EngineError:
+        return None
+
+
+def _model(request: Request, name: str, context: int | None) -> dict[str, Any]:
+    """``max_model_len`` is vLLM's name of the context, ``meta.n_ctx`` llama.cpp's."""
     state = request.app.state
-    root = state.names[0]
-    return {"id": name, "object": "model", "created": state.created, "owned_by": "echo-trt", "root": root}
+    limits = {"max_model_len": context, "meta": {"n_ctx": context}} if context else {}
+    about = {"object": "model", "created": state.created, "owned_by": "echo-trt", "root": state.names[0]}
+    return {"id": name, **about, **limits}

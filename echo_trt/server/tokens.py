@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from echo_trt.engine.parameter import INT32
-from echo_trt.engine.process.client import EngineError
+from echo_trt.engine.process.client import Client, EngineError
 from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.chats import chat_for
 from echo_trt.server.errors import ApiError, from_engine, from_validation
@@ -100,11 +100,16 @@ async def tokenize(request: Request) -> Response:
     if requested.chat:
         chat = chat_for(requested.chat, info)
         inputs, names = chat.inputs, chat.names
+    ids = await token_ids(state.client, inputs, names)
+    return JSONResponse({"count": len(ids), "max_model_len": info.context, "tokens": ids})
+
+
+async def token_ids(client: Client, inputs: dict[str, Any], names: dict[str, str]) -> list[int]:
+    """Return the tokens of a prompt. Raises ApiError, in terms of ``names``."""
     try:
-        ids = (await state.client.tokenize(inputs)).token_ids
+        return (await client.tokenize(inputs)).token_ids
     except EngineError as error:
         raise from_engine(error, names) from None
-    return JSONResponse({"count": len(ids), "max_model_len": info.context, "tokens": ids})
 
 
 async def detokenize(request: Request) -> Response:

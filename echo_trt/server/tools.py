@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
+from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.errors import ApiError
-from echo_trt.server.fields import Strict
+from echo_trt.server.fields import Strict, at_most
 from echo_trt.server.messages import Name
 
 
@@ -41,22 +42,42 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
-def choice_of(named: type[Strict], example: str) -> BeforeValidator:
-    """Read a tool_choice: a word, or an object that names a function, as ``example`` does."""
+class AllowedTools(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1), at_most(MAX_TOOLS, "tools")]
+
+
+class Allowed(Strict):
+    """Some of the tools: the model sees all of them, and calls these alone."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def choice_of(named: type[Strict], allowed: type[Strict], example: str) -> BeforeValidator:
+    """Read a tool_choice: a word, an object that names a function, as ``example`` does, or one that names several."""
 
     def read(value: Any) -> Any:
         if value in ("auto", "none", "required"):
             return value
         try:
-            return named.model_validate(value)
+            several = isinstance(value, dict) and value.get("type") == "allowed_tools"
+            return (allowed if several else named).model_validate(value)
         except ValidationError:
-            raise ValueError(f"give auto, none, required or {example}") from None
+            raise ValueError(f"give auto, none, required, {example} or allowed_tools of such") from None
 
     return BeforeValidator(read)
 
 
 NAMED = '{"type": "function", "function": {"name": ...}}'
-Choice = Annotated[Literal["auto", "none", "required"] | NamedTool, choice_of(NamedTool, NAMED)]
+Choice = Annotated[Literal["auto", "none", "required"] | NamedTool | Allowed, choice_of(NamedTool, Allowed, NAMED)]
+
+
+def names_in(choice: Choice | None) -> list[str] | None:
+    """Return the functions that alone may be called; None: all may be."""
+    if isinstance(choice, Allowed):
+        return [tool.function.name for tool in choice.allowed_tools.tools]
+    return [choice.function.name] if isinstance(choice, NamedTool) else None
 
 
 def check(tools: Sequence[Tool], choice: Choice | None) -> None:
@@ -71,6 +92,7 @@ def check(tools: Sequence[Tool], choice: Choice | None) -> None:
         return
     if not tools:
         raise ApiError(400, "tool_choice is only allowed where tools are given; leave it out.", param="tool_choice")
-    if isinstance(choice, NamedTool) and choice.function.name not in known:
-        message = f"tool_choice names {choice.function.name[:100]!a}, which is none of the tools; name one of them."
-        raise ApiError(400, message, param="tool_choice")
+    for name in names_in(choice) or ():
+        if name not in known:
+            message = f"tool_choice names {name[:100]!a}, which is none of the tools; name one of them."
+            raise ApiError(400, message, param="tool_choice")

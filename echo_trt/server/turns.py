@@ -21,6 +21,7 @@ class OutputParser:
     content, reasoning, calls            of the text so far
     logprobs, sources                    entries of tokens, until ``take_details``
     finish_reason and numbers of tokens  once the last piece has come
+    drafted, accepted                    likewise, as of ``TextPiece``
     """
 
     def __init__(self, reasoning: ThinkTokens | None = None, parser: Parser | None = None):
@@ -33,6 +34,8 @@ class OutputParser:
         self.logprobs: list[dict[str, Any]] = []
         self.sources: list[dict[str, Any]] = []
         self.finish_reason = ""  # OpenAI's word
+        self.drafted: list[int] = []
+        self.accepted: list[int] = []
         self.reasoning_tokens = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
 
     @property
@@ -56,6 +59,7 @@ class OutputParser:
             self.finish_reason = "tool_calls" if self.calls and piece.finish_reason == "stop" else piece.finish_reason
             self.prompt_tokens, self.cached_tokens = piece.prompt_tokens, piece.cached_tokens
             self.completion_tokens = piece.completion_tokens
+            self.drafted, self.accepted = piece.drafted, piece.accepted
         if self._reasoning:
             self._count(piece)
         self.logprobs += json.loads(piece.logprobs or "[]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -77,6 +77,15 @@ class Plan:
         """Plan plain decoding: nothing but ``roots`` int64 [B]."""
         tree, sure = SuperTree.from_roots(roots), np.ones(len(roots))
         return cls(tree, sure, Explanation(tree, sure, np.arange(len(roots))))
+
+    def on_one_path(self, requests: np.ndarray) -> Plan:
+        """Return the plan with the best path alone of ``requests``, bool [B]."""
+        if not requests.any():
+            return self
+        kept = np.flatnonzero(self.tree.best_paths(self.probability, requests))
+        tree, nodes = self.tree.sorted_by_request(kept)
+        explanation = replace(self.explanation, nodes=self.explanation.nodes[nodes])
+        return replace(self, tree=tree, probability=self.probability[nodes], explanation=explanation)
 
 
 @dataclass(frozen=True)

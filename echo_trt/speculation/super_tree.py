@@ -109,6 +109,20 @@ class SuperTree:
             nodes = nodes[nodes >= 0]
         return marked
 
+    def best_paths(self, probability: np.ndarray, requests: np.ndarray) -> np.ndarray:
+        """Mark all nodes, but of ``requests`` bool [B] the path of most expected tokens alone: bool [n].
+
+        probability  float64 [n], a node's P(accept)
+        """
+        expected = probability.astype(np.float64)
+        for depth in range(1, int(self.depth.max(initial=0)) + 1):
+            nodes = np.flatnonzero(self.depth == depth)
+            expected[nodes] += expected[self.parent[nodes]]
+        order = np.lexsort((expected, self.request))  # a request's best node comes last
+        best = order[np.cumsum(self.sizes) - 1]
+        marked: np.ndarray = self.ancestors_and_self(best) | ~requests[self.request]
+        return marked
+
 
 def ancestor_mask(tree: SuperTree) -> tuple[np.ndarray, np.ndarray]:
     """Return the operator's tree_mask uint8 [sum K_i^2], and where a request's matrix begins, int64 [B+1].

@@ -14,6 +14,9 @@ Token r of request i sees all past_lens[i] committed tokens, and the tree keys t
 n_i rows has k_i >= n_i columns, of which the last n_i are the request's new tokens. The first k_i - n_i are tokens of
 its tree that earlier calls computed: their KV rows are in the pool, behind the committed ones. The new rows are written
 behind them, at past_lens[i] + k_i - n_i and on. So a level of a draft computes its new nodes alone.
+
+The attribute ``sliding_window`` restricts a token to the last keys of those that it sees, itself among them; 0: to
+none. Along a path that is a window of positions. A window is larger than a tree is deep.
 """
 
 from super_tree_attention.reference import super_tree_attention

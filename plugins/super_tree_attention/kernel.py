@@ -63,14 +63,34 @@ def _extent(request, past_lens, seq_begins, block_begins, num_tokens, num_entrie
 
 
 @triton.jit
-def _split_span(past, block_begins, num_requests, num_entries, wanted, num_splits, BLOCK: tl.constexpr):
-    """Past keys of a split, of which ``num_splits`` hold the past.
+def _section(request, count, tree_mask_begins, mask_bytes):
+    """Return where a request's mask begins, and the bytes of a row: fewer than ``count`` where it has no mask."""
+    section = _within(tl.load(tree_mask_begins + request), 0, mask_bytes)
+    return section, (_within(tl.load(tree_mask_begins + request + 1), section, mask_bytes) - section) // count
+
+
+@triton.jit
+def _unseen(past, WINDOW: tl.constexpr):
+    """Return how many keys at the beginning of a past no token sees, as a multiple of _SPAN."""
+    unseen = past * 0
+    if WINDOW > 0:
+        unseen = tl.maximum(past + 1 - WINDOW, 0) // _SPAN * _SPAN
+    return unseen
+
+
+@triton.jit
+def _split_span(
+    past, block_begins, num_requests, num_entries, wanted, num_splits, BLOCK: tl.constexpr, WINDOW: tl.constexpr
+):  # fmt: skip
+    """Past keys of a split, of which ``num_splits`` hold the ``past`` keys that are seen.
 
     A request of the mean length gets ``wanted`` splits; with 1 wanted, only a past of over twice the mean is split, and
     with 0 wanted all are. The mean is of the table's true length, which a padded table does not show.
     """
     entries = _within(tl.load(block_begins + num_requests), 0, num_entries)
     mean = (entries * BLOCK + num_requests - 1) // tl.maximum(num_requests, 1)
+    if WINDOW > 0:
+        mean = tl.minimum(mean, WINDOW)
     share = tl.where(wanted == 1, 2 * mean, (mean + wanted - 1) // tl.maximum(wanted, 1))
     minimum = tl.maximum((share + _SPAN - 1) // _SPAN * _SPAN, _MIN_SPLIT_KEYS)
     minimum = tl.where(wanted == 0, _SPAN, minimum)
@@ -99,7 +119,7 @@ def attention(
     num_requests, wanted_splits, num_tokens, num_blocks, num_entries, mask_bytes,
     output, partial, partial_lse,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, NEW_KEYS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, NEW_KEYS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Attend with a tile of one request's query tokens and the heads of one KV head, over one split of the past.
 
@@ -119,8 +139,12 @@ def attention(
     request = tl.maximum(_request_of(slot, seq_begins, num_requests, TOKENS, 1), 0)
     begin, count, entry, past = _extent(request, past_lens, seq_begins, block_begins, num_tokens, num_entries, BLOCK)
     first = (slot - begin // TOKENS - request) * TOKENS
-    span = _split_span(past, block_begins, num_requests, num_entries, wanted_splits, num_splits, BLOCK)
-    low = split * span
+    unseen = _unseen(past, WINDOW)
+    seen_past = past - unseen
+    span = _split_span(
+        seen_past, block_begins, num_requests, num_entries, wanted_splits, num_splits, BLOCK, WINDOW
+    )  # fmt: skip
+    low = unseen + split * span
     if (first < 0) | (first >= count) | ((split > 0) & (low >= past)):
         return
 
@@ -132,6 +156,19 @@ def attention(
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.full([ROWS], 0.0, tl.float32)
     acc = tl.full([ROWS, HEAD_DIM], 0.0, tl.float32)
+
+    lowest = token * 0  # the first past key in a token's window
+    if WINDOW > 0:
+        section, per_row = _section(request, count, tree_mask_begins, mask_bytes)
+        new_keys = token + 1
+        if per_row >= count:
+            new_keys = token * 0
+            mask_row = (section + token * per_row)[:, None]
+            for start in tl.range(0, per_row, NEW_KEYS):
+                other = (start + tl.arange(0, NEW_KEYS))[None, :]
+                drawn = tl.load(tree_mask + (mask_row + other), mask=live[:, None] & (other < per_row), other=0)
+                new_keys += _sum((drawn != 0).to(tl.int32), 1)
+        lowest = past + new_keys - WINDOW
 
     # The loop begins at a constant: from another lower bound Triton infers no alignment, so loads come two bytes at a
     # time, unpipelined. The blocks of a step are fetched a step ahead, so that no load of keys waits for one of them.
@@ -147,11 +184,13 @@ def attention(
         at = at[:, None] + dims[None, :]
         k = tl.load(key_cache + at, mask=seen[:, None], other=0.0)
         v = tl.load(value_cache + at, mask=seen[:, None], other=0.0)
-        peak, total, acc = _attend(q, k, v, seen[None, :], peak, total, acc, SCALE)
+        visible = seen[None, :]
+        if WINDOW > 0:
+            visible &= position[None, :] >= lowest[:, None]
+        peak, total, acc = _attend(q, k, v, visible, peak, total, acc, SCALE)
 
     if split == 0:
-        section = _within(tl.load(tree_mask_begins + request), 0, mask_bytes)
-        per_row = (_within(tl.load(tree_mask_begins + request + 1), section, mask_bytes) - section) // count
+        section, per_row = _section(request, count, tree_mask_begins, mask_bytes)
         has_tree = per_row >= count
         # Tree keys of earlier calls are in the cache behind the past; the call's rows are written behind them.
         earlier = tl.where(has_tree, tl.minimum(per_row - count, (num_entries - entry) * BLOCK - past - count), 0)
@@ -181,7 +220,10 @@ def attention(
             v = tl.load(value + at, mask=new[:, None], other=0.0)
             in_mask = live[:, None] & (other < drawn_end)[None, :]
             drawn = tl.load(tree_mask + (mask_row[:, None] + earlier + other[None, :]), mask=in_mask, other=0)
-            visible = new[None, :] & ((drawn != 0) | (other[None, :] <= causal))
+            earlier_or_same = other[None, :] <= causal
+            if WINDOW > 0:
+                earlier_or_same &= other[None, :] > causal - WINDOW
+            visible = new[None, :] & ((drawn != 0) | earlier_or_same)
             peak, total, acc = _attend(q, k, v, visible, peak, total, acc, SCALE)
 
         own = first + tl.arange(0, triton.next_power_of_2(TOKENS))
@@ -195,7 +237,7 @@ def attention(
         tl.store(value_cache + at, tl.load(value + source, mask=mine), mask=mine)
 
     mean = acc / tl.where(total > 0, total, 1.0)[:, None]
-    if past <= span:
+    if seen_past <= span:
         tl.store(output + query_row[:, None] * HEAD_DIM + dims[None, :], mean.to(q.dtype), mask=live[:, None])
     else:
         part = query_row * num_splits + split
@@ -207,7 +249,7 @@ def attention(
 def combine(
     past_lens, seq_begins, block_begins, partial, partial_lse,
     num_requests, wanted_splits, num_entries, num_splits, output,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, MAX_SPLITS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one query token and head. Grid: (N, Hq). A request of one split is left as it is."""
     token, head = tl.program_id(0), tl.program_id(1)
@@ -216,7 +258,8 @@ def combine(
     request = tl.maximum(_request_of(token, seq_begins, num_requests, 1, 0), 0)
     num_tokens = tl.num_programs(0)
     _, _, _, past = _extent(request, past_lens, seq_begins, block_begins, num_tokens, num_entries, BLOCK)
-    span = _split_span(past, block_begins, num_requests, num_entries, wanted_splits, num_splits, BLOCK)
+    past -= _unseen(past, WINDOW)
+    span = _split_span(past, block_begins, num_requests, num_entries, wanted_splits, num_splits, BLOCK, WINDOW)
     if past <= span:
         return
     row = token.to(tl.int64) * tl.num_programs(1) + head

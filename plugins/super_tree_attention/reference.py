@@ -9,6 +9,7 @@ from torch import Tensor
 def super_tree_attention(
     query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, past_lens: Tensor,
     seq_begins: Tensor, block_indices: Tensor, block_begins: Tensor, tree_mask: Tensor, tree_mask_begins: Tensor,
+    sliding_window: int = 0,
 ) -> Tensor:  # fmt: skip
     """Compute attention in float32, and write the new rows into the caches, in place.
 
@@ -32,6 +33,8 @@ def super_tree_attention(
         queries = query[rows].view(count, kv_heads * group, head_dim).float()
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * head_dim**-0.5
         allowed = torch.cat((torch.ones(count, past, dtype=torch.bool), mask), dim=1)
+        if sliding_window:
+            allowed &= allowed.flip(1).cumsum(1).flip(1) <= sliding_window
         weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
         output[rows] = torch.einsum("hqk,khd->qhd", weights, values).flatten(1).to(output.dtype)
     return output

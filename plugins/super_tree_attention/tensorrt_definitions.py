@@ -26,7 +26,7 @@ _TYPES = {
 @trtp.register(_ID)
 def _describe(
     query: Desc, key: Desc, value: Desc, key_cache: Desc, value_cache: Desc, past_lens: Desc, seq_begins: Desc,
-    block_indices: Desc, block_begins: Desc, tree_mask: Desc, tree_mask_begins: Desc,
+    block_indices: Desc, block_begins: Desc, tree_mask: Desc, tree_mask_begins: Desc, sliding_window: int,
 ) -> tuple[Desc, Desc, Desc]:  # fmt: skip
     return query.like(), key_cache.like(), value_cache.like()
 
@@ -35,7 +35,7 @@ def _describe(
 def _launch(
     query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, past_lens: Tensor,
     seq_begins: Tensor, block_indices: Tensor, block_begins: Tensor, tree_mask: Tensor, tree_mask_begins: Tensor,
-    outputs: tuple[Tensor], stream: int,
+    sliding_window: int, outputs: tuple[Tensor], stream: int,
 ) -> None:  # fmt: skip
     output, *caches = outputs
     with torch.inference_mode(), torch.cuda.stream(torch.cuda.ExternalStream(stream)):
@@ -46,7 +46,8 @@ def _launch(
         packed = (memory(tensor) for tensor in (query, key, value, *caches))
         tables = (memory(tensor) for tensor in (past_lens, seq_begins, block_indices, block_begins))
         mask = memory(tree_mask).view(torch.uint8)
-        super_tree_attention_triton(*packed, *tables, mask, memory(tree_mask_begins), out=memory(output))
+        begins, out = memory(tree_mask_begins), memory(output)
+        super_tree_attention_triton(*packed, *tables, mask, begins, sliding_window, out=out)
 
 
 class _Bytes:

@@ -42,7 +42,9 @@ def prepare_graph(source: Path, target: Path) -> None:
     for node in graph.node:
         if (node.domain, node.op_type) != (NAMESPACE, OPERATOR):
             continue
+        known = [attribute for attribute in node.attribute if attribute.name == "sliding_window"]
         del node.attribute[:]  # the plugin refuses what it does not know
+        node.attribute.extend(known)
         node.attribute.extend(helper.make_attribute(name, value) for name, value in fields.items())
         for cache in node.input[3:5]:
             node.output.append(cache + WRITTEN)

@@ -21,7 +21,7 @@ ROUNDING = {"enable_fp_fusion": True}
 def super_tree_attention_triton(
     query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, past_lens: Tensor,
     seq_begins: Tensor, block_indices: Tensor, block_begins: Tensor, tree_mask: Tensor, tree_mask_begins: Tensor,
-    *, out: Tensor | None = None, num_splits: int | None = None, rows: int | None = None,
+    sliding_window: int = 0, *, out: Tensor | None = None, num_splits: int | None = None, rows: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute the reference's result from its arguments, and write the new rows into the caches, in place.
 
@@ -34,8 +34,11 @@ def super_tree_attention_triton(
         return torch.empty_like(query) if out is None else out
     group = width // (kv_heads * head_dim)
     processors, compute_capability = _card(query.device)
+    entries = len(block_indices)
+    if sliding_window:  # a request sees so many blocks of its past, at most
+        entries = min(entries, len(past_lens) * (sliding_window // block + 3))
     launch = plan(
-        num_tokens, len(past_lens), len(block_indices), kv_heads, group, block=block, processors=processors,
+        num_tokens, len(past_lens), entries, kv_heads, group, block=block, processors=processors,
         compute_capability=compute_capability, num_splits=num_splits, rows=rows,
     )  # fmt: skip
     splits, steps = launch.num_splits, steps_for(launch.rows, compute_capability, query.element_size())
@@ -50,13 +53,15 @@ def super_tree_attention_triton(
         len(past_lens), launch.wanted_splits, num_tokens, len(key_cache), len(block_indices), len(tree_mask),
         output, partial, partial_lse,
         HEAD_DIM=head_dim, GROUP=group, BLOCK=block, ROWS=launch.rows, KEYS=steps.keys, NEW_KEYS=steps.new_keys,
+        WINDOW=sliding_window,
         num_warps=warps_of(launch.rows), maxnreg=registers_of(launch.rows), num_stages=steps.stages, **ROUNDING,
     )  # fmt: skip
     if splits > 1:
         kernels.combine[launch.combine_grid](
             past_lens, seq_begins, block_begins, partial, partial_lse,
             len(past_lens), launch.wanted_splits, len(block_indices), splits, output,
-            HEAD_DIM=head_dim, BLOCK=block, MAX_SPLITS=triton.next_power_of_2(max(splits, MAX_SPLITS)), **ROUNDING,
+            HEAD_DIM=head_dim, BLOCK=block, MAX_SPLITS=triton.next_power_of_2(max(splits, MAX_SPLITS)),
+            WINDOW=sliding_window, **ROUNDING,
         )  # fmt: skip
     return output
 

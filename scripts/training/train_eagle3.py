@@ -68,7 +68,7 @@ def init(
 
 @app.command
 def generate(
-    bundle: Annotated[Path, Parameter(help="the target's bundle, with an eagle3 draft of any quality")],
+    bundle: Annotated[Path, Parameter(help="the target's bundle; for a head, with an eagle3 draft of any quality")],
     prompts: Annotated[Path, Parameter(help="JSONL: id and prompt per line, in random order")],
     data: Annotated[Path, Parameter(help="folder for shard-*.npz; a later run goes on where this one ends")],
     batch: Annotated[int, Parameter(help="requests at once")] = 48,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from backends.cut_graph import CutGraph
 from gloo_threads import on_ranks
-from models.checkpoints import qwen3, qwen3_moe
+from models.checkpoints import qwen2, qwen3, qwen3_moe, smollm3
 from onnx_sessions import RoleSession
 from random_calls import Script
 
@@ -33,6 +33,8 @@ SIZES = {"hidden_size": 24, "num_attention_heads": 8, "num_key_value_heads": 2, 
 #: A vocabulary that ranks can divide, and one that they cannot; KV heads that two or four share, and not.
 NETWORKS = {
     "dense": (qwen3, {"vocab_size": 60, "num_key_value_heads": 1}),
+    "a bias": (qwen2, {"vocab_size": 60}),
+    "a layer without rotary positions": (smollm3, {"vocab_size": 60, "no_rope_layer_interval": 2}),
     "tied": (qwen3, {"vocab_size": 60, "tie_word_embeddings": True, "num_key_value_heads": 4}),
     "mixture": (qwen3_moe, {"vocab_size": 61, "mlp_only_layers": [0], "moe_intermediate_size": 12}),
     "a tensor per expert": (qwen3_moe, {"vocab_size": 60, "moe_intermediate_size": 12}),
@@ -142,7 +144,7 @@ def by_numpy(collectives):
     }
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("dense", 2), ("mixture", 2)])
+@pytest.mark.parametrize(("name", "ranks"), [("dense", 2), ("a bias", 2), ("mixture", 2)])
 def test_native_graphs_of_all_ranks_are_the_network(name, ranks, checkpoints, tmp_path):
     table = np.arange(SLOTS * EACH).reshape(SLOTS, EACH)
     whole = TorchEngine(role_of(checkpoints / name), SLOTS * EACH)
@@ -238,5 +240,5 @@ def test_a_rank_reads_its_own_part_alone(name, checkpoints):
     stored = open_checkpoint(checkpoints / name)
     for tensor in stored.names():
         size = stored.get(tensor).numel()
-        if "down_proj" in tensor or "q_proj" in tensor:
+        if "down_proj" in tensor or "q_proj" in tensor:  # of a matrix or a bias
             assert all(each[tensor] == size // 4 for each in read)

@@ -44,6 +44,16 @@ def built(*words: object, **env: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_derived_recipe_knows_the_family(networks, tmp_path):
+    """Of config.json alone: no weights are there yet."""
+    raw = json.loads((networks / "mistral" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert recipe_for(str(tmp_path))[0].limits.context == 2048
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"architectures": ["Mistral4ForCausalLM"]}))
+    with refused(tmp_path, "'Mistral4ForCausalLM'", "Qwen2ForCausalLM", "MistralForCausalLM is nearest"):
+        recipe_for(str(tmp_path))
+
+
 def test_a_name_builds_what_the_hub_has(networks, tmp_path):
     """Offline, from the hub's own cache: a recipe is derived from both configurations."""
     publish(tmp_path / "home", "tiny/Target-1", networks / "target")
@@ -188,13 +198,13 @@ def test_memory_of_a_gpu_is_nothing_to_a_cpu():
         sized(recipe, Path(), BuildOptions("", gpu_memory_utilization=0.9))
 
 
-@pytest.mark.parametrize("name", ["docs/quickstart-gpu.md", "docs/migrating-from-tensorrt-llm.md"])
+@pytest.mark.parametrize("name", ["docs/beside-other-engines.md", "docs/migrating-from-tensorrt-llm.md"])
 def test_engines_that_share_a_card_share_its_memory(name):
     """The bundle beside another engine is built for less than half of an H100, where it still holds a few requests."""
     beside = (
         (RECIPES.parent / name)
         .read_text()
-        .split("that takes the rest of the card" if "migrating" in name else "## Beside")[1]
+        .split("that takes the rest of the card" if "migrating" in name else "# Beside")[1]
     )
     ours = re.search(r"build (\S+) --engine (\w+) --gpu-memory-utilization ([\d.]+) -o (\S+)", beside)
     assert f"bench {ours[4]} " in beside

@@ -20,7 +20,7 @@ POLICIES = ("goodput", "goodput-exact", "goodput-head")
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", [*PAIRS, "gemma3"])
 def test_goodput_writes_the_same_tokens(pair, batch, open_llm, plain_ids):
     llm = open_llm(pair, "autoregressive", batch)
     for policy in POLICIES:
@@ -104,7 +104,7 @@ def test_much_is_accepted_where_the_draft_is_good(pair, minimum, open_llm):
         assert min(c.accepted_length for c in llm.generate([prompt_ids(5, 0)] * 2, params)) > minimum
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", [*PAIRS, "gemma3"])
 def test_policies_and_costs_may_change_at_every_iteration(pair, open_llm, plain_ids):
     llm = open_llm(pair, "autoregressive", 3)
     planners = {policy: goodput_planner(llm, machine(), policy) for policy in POLICIES}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from batches import PROMPTS, REQUESTS, assert_same
 from driving import Foresight, assert_all_free, prompt_ids
-from pairs import FOLDERS, PAIRS
+from pairs import CHANGES, FAMILY_PAIRS, FOLDERS, PAIRS
 from transformers import AutoModelForCausalLM
 
 from echo_trt.engine.params import SamplingParams
@@ -20,14 +20,14 @@ KINDS = ("mixed", "penalised", "structured")
 #: Every pair with every policy; batch, engine and requests change along the diagonals, so that any two choices meet.
 MATRIX = [
     (pair, policy, BATCHES[(i + j) % 3], ENGINES[(i + j) % 2], KINDS[(i + 2 * j) % 3])
-    for i, pair in enumerate(PAIRS)
+    for i, pair in enumerate((*PAIRS, *FAMILY_PAIRS))
     for j, policy in enumerate(POLICIES)
 ]
 
 
-@pytest.mark.parametrize("target", ["target", "plain_target"])
+@pytest.mark.parametrize("target", ["target", "plain_target", *FAMILY_PAIRS])
 def test_plain_decoding_is_the_models_own(target, networks, llm_of):
-    pair = {FOLDERS[pair][0]: pair for pair in PAIRS}[target]
+    pair = {FOLDERS[pair][0]: pair for pair in (*PAIRS, *FAMILY_PAIRS)}[target]
     prompts = [prompt_ids(n, i) for i, n in enumerate(PROMPTS)][:4]
     ours = llm_of(pair, "autoregressive", 3).generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
     model = AutoModelForCausalLM.from_pretrained(networks / target)
@@ -68,19 +68,41 @@ def test_much_is_accepted_where_the_draft_is_good(pair, minimum, llm_of):
 
 
 @pytest.mark.parametrize("engine", ["openvino", "torch"])
-@pytest.mark.parametrize("requests", ["mixed", "penalised"])
+@pytest.mark.parametrize(("pair", "requests"), [("lookup", "mixed"), ("lookup", "penalised"), ("gemma3", "mixed")])
 @pytest.mark.parametrize("policy", SPECULATIVE)
-def test_branches_beside_the_first_are_accepted(policy, requests, engine, open_llm, plain):
+def test_branches_beside_the_first_are_accepted(pair, policy, requests, engine, open_llm, plain):
     """A drafter that knows the text and ranks the right token anywhere, in a batch that is mostly accepted.
 
     Tokens of the path itself are penalised further down.
     """
-    llm, count = open_llm("lookup", policy, 3, engine), 6 if engine == "openvino" else 4
+    llm, count = open_llm(pair, policy, 3, engine), 6 if engine == "openvino" else 4
     prompts, params = (part[:count] for part in REQUESTS[requests]())
-    wanted = plain("lookup", requests)[:count]
+    wanted = plain(pair, requests)[:count]
     llm.loop.drafter = Foresight(llm.loop.batch, [p + w.token_ids for p, w in zip(prompts, wanted, strict=True)])
     assert_same(llm.generate(prompts, params), wanted)
-    assert llm.counters.accepted_length > (1.5 if requests == "penalised" else 1.3)
+    if pair == "lookup":
+        assert llm.counters.accepted_length > (1.5 if requests == "penalised" else 1.3)
+
+
+def test_beyond_a_window_openvino_verifies_single_paths(open_llm, plain):
+    """It counts the rows of a window, of which siblings have one each."""
+    llm = open_llm("gemma3", "static", 3)
+    prompts, params = REQUESTS["mixed"]()
+    wanted = plain("gemma3", "mixed")
+    llm.loop.drafter = Foresight(llm.loop.batch, [p + w.token_ids for p, w in zip(prompts, wanted, strict=True)])
+    seen, branched = llm.loop.target.run, {False: set(), True: set()}
+
+    def run(call):
+        for i, past in enumerate(call.past_lens):
+            mask = call.tree_mask[call.tree_mask_begins[i] : call.tree_mask_begins[i + 1]]
+            size = int(len(mask) ** 0.5)
+            beyond = past + size > CHANGES["gemma3"]["sliding_window"]
+            branched[bool(beyond)].add(size > 1 and mask.sum() < size * (size + 1) / 2)
+        return seen(call)
+
+    llm.loop.target.run = run
+    assert_same(llm.generate(prompts, params), wanted)
+    assert branched == {False: {False, True}, True: {False}}
 
 
 def test_a_continuation_elsewhere_draws_the_same_text(llm_of):

@@ -9,7 +9,7 @@ import pytest
 from walks import allowed, assert_fits, compiler, ends, ids_of, rows, text_of, walk
 
 from echo_trt.server.tool_formats.base import ToolRequest
-from echo_trt.server.tool_formats.hermes import Hermes
+from echo_trt.server.tool_formats.marked import HERMES, Marked
 
 A, B = {"a": {"type": "integer"}}, {"b": {"type": "integer"}}
 LISTED = {"type": "object", "properties": A, "required": ["a"]}
@@ -82,7 +82,7 @@ def test_a_long_chain_of_references_is_followed(grammars):
     schema = {"$defs": chain | {f"d{last}": LISTED}, "$ref": "#/$defs/d0"}
     assert takes(grammars, {"json": schema}, '{"n": {"n": {}}}')
     assert not takes(grammars, {"json": schema}, '{"n": {"m": 1}}')
-    assert len(Hermes().grammar(ToolRequest({"f": schema}, must=True, several=False))) > 400
+    assert len(Marked(HERMES).grammar(ToolRequest({"f": schema}, must=True, several=False))) > 400
 
 
 def test_data_are_no_schemas(grammars):
@@ -92,7 +92,7 @@ def test_data_are_no_schemas(grammars):
 
 
 def test_arguments_of_calls_are_closed_too(grammars):
-    grammar = Hermes().grammar(ToolRequest({"f": LISTED}, must=True, several=False))
+    grammar = Marked(HERMES).grammar(ToolRequest({"f": LISTED}, must=True, several=False))
     for arguments, fits in ((ONE, True), (TWO, False)):
         text = f"<tool_call>\n{json.dumps({'name': 'f', 'arguments': arguments})}\n</tool_call>"
         assert takes(grammars, {"grammar": grammar}, text) is fits

@@ -7,16 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 SIZES = {
@@ -39,8 +49,28 @@ def llama(**changes: Any) -> PreTrainedModel:
     return randomise(LlamaForCausalLM(LlamaConfig(**sizes)))
 
 
+def mistral(**changes: Any) -> PreTrainedModel:
+    return randomise(MistralForCausalLM(MistralConfig(**{**SIZES, **changes})))
+
+
+def qwen2(**changes: Any) -> PreTrainedModel:
+    return randomise(Qwen2ForCausalLM(Qwen2Config(**{**SIZES, **changes})))
+
+
+def smollm3(**changes: Any) -> PreTrainedModel:
+    return randomise(SmolLM3ForCausalLM(SmolLM3Config(**{**SIZES, "pad_token_id": None, **changes})))
+
+
 def qwen3(**changes: Any) -> PreTrainedModel:
     return randomise(Qwen3ForCausalLM(Qwen3Config(**{**SIZES, **changes})))
+
+
+def gemma3(**changes: Any) -> PreTrainedModel:
+    """Return a network in which the second layer of three sees all tokens, and the others see a window."""
+    sizes = {**SIZES, "query_pre_attn_scalar": 7, "sliding_window": 6, **changes}
+    kinds = ["full_attention" if layer % 3 == 1 else "sliding_attention" for layer in range(sizes["num_hidden_layers"])]
+    sizes = {"layer_types": kinds, **sizes, "hidden_size": 4 * sizes["num_attention_heads"]}
+    return randomise(Gemma3ForCausalLM(Gemma3TextConfig(**sizes)), norm=0.0)
 
 
 def qwen3_moe(**changes: Any) -> PreTrainedModel:
@@ -49,13 +79,58 @@ def qwen3_moe(**changes: Any) -> PreTrainedModel:
     return randomise(Qwen3MoeForCausalLM(config))
 
 
+def qwen3_5(**changes: Any) -> PreTrainedModel:
+    linear = {f"linear_num_{kind}_heads": heads for kind, heads in (("key", 2), ("value", 4))}
+    linear |= {"linear_key_head_dim": 8, "linear_value_head_dim": 12}
+    sizes = SIZES | {"num_attention_heads": 4, "head_dim": 16} | linear
+    model = randomise(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**sizes, **changes})))
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):  # a state that lasts for some tokens
+            parameter.data.sub_(2)
+        if name.endswith("out_proj.weight"):  # whose inputs are normed by head, unlike attention's
+            parameter.data.mul_(0.3)
+    model.get_output_embeddings().weight.data.mul_(0.2)  # norms of 1 + w
+    return model
+
+
+def mtp_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return an MTP head for ``model``, of a full-attention layer's shapes, by the names of published checkpoints."""
+    full = f"layers.{model.config.layer_types.index('full_attention')}."
+    own = {name.replace(full, "layers.0."): p for name, p in model.model.named_parameters() if name.startswith(full)}
+    generator, hidden = torch.Generator().manual_seed(19), model.config.hidden_size
+    tensors = {f"mtp.{name}": torch.randn(p.shape, generator=generator) * 0.1 for name, p in own.items()}
+    for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+        tensors[f"mtp.{name}.weight"] = 0.3 * torch.randn(hidden, generator=generator)
+    tensors["mtp.fc.weight"] = torch.randn(hidden, 2 * hidden, generator=generator) * (2 * hidden) ** -0.5
+    return tensors
+
+
+def add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Put further ``tensors`` into the one file of a checkpoint."""
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {name: t.contiguous() for name, t in tensors.items()}, file, {"format": "pt"})
+
+
+#: family -> what makes a network of it
+BUILDERS = {
+    "gemma3": gemma3,
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "qwen3_5": qwen3_5,
+    "qwen3_moe": qwen3_moe,
+    "smollm3": smollm3,
+}
+
+
 @torch.no_grad()
-def randomise(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights under which every part counts: norms away from 1, activations near 1, logits near 10."""
+def randomise(model: PreTrainedModel, norm: float = 1.0) -> PreTrainedModel:
+    """Weights under which every part counts: norms' weights away from ``norm``, activations near 1, logits near 10."""
     generator = torch.Generator().manual_seed(11)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(1 + 0.3 * noise if noise.dim() == 1 else noise * noise.shape[-1] ** -0.5)
+        parameter.copy_(norm + 0.3 * noise if noise.dim() == 1 else noise * noise.shape[-1] ** -0.5)
     model.get_output_embeddings().weight.mul_(6)
     return model.eval()
 

@@ -12,8 +12,17 @@ import numpy as np
 import torch
 from gguf.quants import dequantize, quantize
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+#: transformers' class -> llama.cpp's architecture, and whether its converter interleaves rows of query and key
+ARCHITECTURES = {
+    "Gemma3ForCausalLM": (gguf.MODEL_ARCH.GEMMA3, False),
+    "LlamaForCausalLM": (gguf.MODEL_ARCH.LLAMA, True),
+    "MistralForCausalLM": (gguf.MODEL_ARCH.LLAMA, True),
+    "SmolLM3ForCausalLM": (gguf.MODEL_ARCH.SMOLLM3, True),
+    "Qwen2ForCausalLM": (gguf.MODEL_ARCH.QWEN2, False),
+    "Qwen3ForCausalLM": (gguf.MODEL_ARCH.QWEN3, False),
+}
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 USER_DEFINED = ("<think>", "</think>")
 CHAT_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -52,8 +61,7 @@ def write_gguf(
     without: str = "",
 ) -> Path:
     """Write ``model``, and give it the weights that the file now holds; ``without`` leaves out a field or a tensor."""
-    config, is_llama = model.config, isinstance(model, LlamaForCausalLM)
-    kind = gguf.MODEL_ARCH.LLAMA if is_llama else gguf.MODEL_ARCH.QWEN3
+    config, (kind, interleaved) = model.config, ARCHITECTURES[type(model).__name__]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[kind])
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -63,7 +71,10 @@ def write_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    _add_rope(writer, config.rope_parameters)
+    is_gemma = kind == gguf.MODEL_ARCH.GEMMA3
+    if is_gemma:
+        writer.add_sliding_window(config.sliding_window)
+    _add_rope(writer, config.rope_parameters["full_attention"] if is_gemma else config.rope_parameters)
     _add_tokenizer(writer, pre_tokenizer)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
@@ -72,10 +83,12 @@ def write_gguf(
         data = quantize(data, stored)
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(np.array(dequantize(data, stored))))
-        if is_llama and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             data = data.reshape(heads, 2, len(data) // heads // 2, -1).swapaxes(1, 2).reshape(data.shape)
-        name = names.get_name(name, try_suffixes=(".weight",))
+        if is_gemma and data.ndim == 1:
+            data = data + np.float32(1)
+        name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if name != without:
             writer.add_tensor(name, data, raw_dtype=stored)
     writer.kv_data[0].pop(without, None)

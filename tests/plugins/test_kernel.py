@@ -37,12 +37,25 @@ REQUEST = st.tuples(
     num_splits=st.sampled_from([None, 1, 2, 3, 7]),
     rows=st.sampled_from([None, 16, 64, 128]),
     seed=st.integers(0, 2**16),
+    window=st.sampled_from([0, 0, 80, 96, 129]),
 )
-@example([(0, 1, False, 0)], (1, 1), 64, torch.float32, None, None, 0)
-@example([(0, 7, True, 9), (0, 0, False, 0), (64, 1, False, 0)], (2, 5), 64, torch.float32, 2, 64, 1)
-@example([(300, 33, True, 0), (1, 1, True, 40)], (1, 16), 128, torch.bfloat16, 7, 128, 2)
-def test_any_batch_equals_the_reference(requests, heads, head_dim, dtype, num_splits, rows, seed):
-    Batch(requests, *heads, head_dim, dtype, seed).check(num_splits=num_splits, rows=rows)
+@example([(0, 1, False, 0)], (1, 1), 64, torch.float32, None, None, 0, 0)
+@example([(0, 7, True, 9), (0, 0, False, 0), (64, 1, False, 0)], (2, 5), 64, torch.float32, 2, 64, 1, 0)
+@example([(300, 33, True, 0), (1, 1, True, 40)], (1, 16), 128, torch.bfloat16, 7, 128, 2, 0)
+@example([(300, 33, True, 0), (420, 100, False, 0), (70, 5, True, 9)], (1, 4), 64, torch.float32, 2, 16, 3, 80)
+def test_any_batch_equals_the_reference(requests, heads, head_dim, dtype, num_splits, rows, seed, window):
+    Batch(requests, *heads, head_dim, dtype, seed).check(num_splits=num_splits, rows=rows, sliding_window=window)
+
+
+def test_a_long_past_of_which_a_window_is_seen():
+    """Splits cover the window alone, in both kernels; the past before it is not read."""
+    batch = Batch([(3000, 5, True), (1200, 1, False)], 2, 2)
+    expected = super_tree_attention(*batch.packed, *[c.clone() for c in batch.caches], *batch.metadata, 512)
+    for cache in batch.caches:
+        cache[batch.metadata[2][:70].long()] = torch.nan  # 2,240 tokens
+    arguments = [tensor.to(DEVICE) for tensor in (*batch.packed, *batch.caches, *batch.metadata)]
+    output = super_tree_attention_triton(*arguments, sliding_window=512).cpu()
+    torch.testing.assert_close(output, expected, atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.parametrize("group", [1, 3, 5, 8, 16])

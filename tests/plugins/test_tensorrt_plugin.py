@@ -13,6 +13,7 @@ from plugins.attention_calls import Batch
 from echo_trt.backends.onnx_export import export
 from super_tree_attention import super_tree_attention, tensorrt_plugin
 
+WINDOW = 130
 ID = f"{tensorrt_plugin.NAMESPACE}::{tensorrt_plugin.OPERATOR}"
 
 
@@ -42,8 +43,9 @@ def plugin_of(trt, phase: str):
 
     name, requests = tensorrt_plugin.OPERATOR, trt.QuickPluginCreationRequest
     request = requests.STRICT_JIT if phase == "BUILD" else requests.UNKNOWN
-    none, phase = trt.PluginFieldCollection([]), getattr(trt.TensorRTPhase, phase)
-    return _TemplatePluginCreator(name, "echo", {}).create_plugin(name, "echo", none, phase, request)
+    field = trt.PluginField("sliding_window", np.array([WINDOW], np.int32), trt.PluginFieldType.INT32)
+    fields, phase = trt.PluginFieldCollection([field]), getattr(trt.TensorRTPhase, phase)
+    return _TemplatePluginCreator(name, "echo", {}).create_plugin(name, "echo", fields, phase, request)
 
 
 def described(trt, half) -> tuple[list, list]:
@@ -56,7 +58,7 @@ def test_outputs_are_those_of_the_inputs_types_and_share_no_declared_memory(trt,
         plugin = plugin_of(trt, "BUILD")
         assert plugin.get_output_data_types(*described(trt, half)) == [half] * 3
         assert plugin.aliased_map == {0: -1, 1: -1, 2: -1}
-        assert list(plugin.get_fields_to_serialize()) == []
+        assert [(f.name, int(f.data[0])) for f in plugin.get_fields_to_serialize()] == [("sliding_window", WINDOW)]
 
 
 @given(st.lists(st.integers(0, 1), max_size=40))
@@ -106,10 +108,10 @@ REQUESTS = {"splits": [(700, 3, True), (3, 2, False)], "a prompt": [(0, 40, Fals
 @pytest.mark.parametrize("requests", REQUESTS.values(), ids=REQUESTS)
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_loaded_engines_call_computes_the_operator(trt, registered, monkeypatch, requests, copied):
-    """As an engine's loader creates the plugin, without a node; with caches that TensorRT copies it is slower."""
+    """As an engine's loader creates the plugin, from stored fields; with caches that TensorRT copies it is slower."""
     batch = Batch(requests, 2, 2, 64, torch.float16)
     wanted_caches = [cache.clone() for cache in batch.caches]
-    wanted = super_tree_attention(*batch.packed, *wanted_caches, *batch.metadata)
+    wanted = super_tree_attention(*batch.packed, *wanted_caches, *batch.metadata, WINDOW)
     call = Enqueued(trt, batch, monkeypatch, copied)
     plugin = plugin_of(trt, "RUNTIME")
     if copied:
@@ -150,6 +152,6 @@ def test_nodes_have_what_the_parser_asks_for(graphs, registered):
     for node in (n for n in graphs[1].graph.node if n.domain == "echo"):
         values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert (values["plugin_namespace"], values["plugin_version"], values["aot"]) == (b"echo", b"1", 0)
-        assert (registered.input_attrs, len(values)) == ({}, 3)
+        assert (registered.input_attrs, values["sliding_window"], len(values)) == ({"sliding_window": int}, 0, 4)
         assert len(node.input) == len(registered.input_tensor_names)
         assert len(node.output) == registered.num_outputs

@@ -117,11 +117,18 @@ def engine_of(bundle: Path, queue: int = 256, **options: Any) -> Iterator[Path]:
 
 
 @contextmanager
+def asked_at(bundle: Path, **options: Any) -> Iterator[httpx.Client]:
+    """Return a client of a bundle's engine and door in this process."""
+    with engine_of(bundle) as engine, running(engine, **options) as door:
+        yield door
+
+
+@contextmanager
 def asked_by_openai(bundle: Path, **options: Any) -> Iterator[Any]:
     """OpenAI's client of a bundle's engine and door in this process."""
     from openai import OpenAI
 
-    with engine_of(bundle) as engine, running(engine, **options) as door:
+    with asked_at(bundle, **options) as door:
         yield OpenAI(base_url=f"{door.base_url}/v1", api_key="any", max_retries=0, timeout=300)
 
 

@@ -16,9 +16,11 @@ import psutil
 import pytest
 from server.running import alone
 
+from echo_trt.server.anthropic.request import MessagesRequest
 from echo_trt.server.bodies import parsed
 from echo_trt.server.errors import ApiError
 from echo_trt.server.fields import Strict
+from echo_trt.server.ollama.request import OllamaChatRequest
 from echo_trt.server.responses.request import ResponsesRequest
 from echo_trt.server.schemas import ChatRequest, CompletionRequest
 from echo_trt.server.tokens import DetokenizeRequest, TokenizeRequest
@@ -43,6 +45,15 @@ def response(given: Any, **fields: Any) -> bytes:
     return json.dumps({"model": "echo", "input": given} | fields, separators=(",", ":")).encode()
 
 
+def message(**fields: Any) -> bytes:
+    return json.dumps({"max_tokens": 5, "model": "echo", "messages": [USER]} | fields, separators=(",", ":")).encode()
+
+
+def ollama(**fields: Any) -> bytes:
+    return json.dumps({"options": {}, "model": "echo", "messages": [USER]} | fields, separators=(",", ":")).encode()
+
+
+RESULT = {"type": "tool_result", "tool_use_id": "t"}
 FUNCTION_CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
 #: Up to a megabyte each.
 REFUSED = {
@@ -82,6 +93,14 @@ REFUSED = {
     "token ids": completion([7] * 500_000),
     "a wrong token id": completion([7] * 200_000 + [-1]),
     "long numbers": completion([10**4000] * 240),
+    "blocks": message(messages=[USER | {"content": [{}] * 340_000}]),
+    "text blocks": message(messages=[USER | {"content": [{"type": "text", "text": ""}] * 20_000}]),
+    "fields of a block": message(messages=[USER | {"content": [FIELDS | {"type": "text"}]}]),
+    "blocks of a result": message(messages=[USER | {"content": [RESULT | {"content": [{}] * 300_000}]}]),
+    "server tools": message(tools=[{"type": "web_search_1"}] * 40_000),
+    "Ollama's messages": ollama(messages=[{}] * 340_000),
+    "Ollama's calls": ollama(messages=[USER | {"tool_calls": [{}] * 300_000}]),
+    "options": ollama(options=FIELDS),
 }
 ACCEPTED = {
     "messages": chat(messages=[USER] * 2048),
@@ -99,6 +118,8 @@ ACCEPTED = {
     "a chat to tokenize": json.dumps({"messages": [USER] * 2048}).encode(),
     "tokens": json.dumps({"tokens": [7] * 200_000}).encode(),
     "a prompt": completion("x" * 1_000_000),
+    "blocks": message(messages=[USER | {"content": [{"type": "text", "text": "x"}] * 12}] * 2048),
+    "Ollama's messages": ollama(messages=[USER] * 2048),
     "an escaped prompt": completion("é\n" * 100_000),
 }
 
@@ -117,7 +138,8 @@ def test_as_much_as_the_limits_allow_is_accepted_soon(name):
 
 
 def read(body: bytes) -> Strict:
-    kinds = {b'"prompt"': CompletionRequest, b'"input"': ResponsesRequest, b'"tokens"': DetokenizeRequest}
+    kinds: dict[bytes, type[Strict]] = {b'"max_tokens"': MessagesRequest, b'"options"': OllamaChatRequest}
+    kinds |= {b'"prompt"': CompletionRequest, b'"input"': ResponsesRequest, b'"tokens"': DetokenizeRequest}
     kinds[b'"model"'], kinds[b""] = ChatRequest, TokenizeRequest
     return parsed(body, "application/json", next(kind for name, kind in kinds.items() if name in body))
 

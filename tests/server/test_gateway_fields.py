@@ -10,6 +10,7 @@ from server.running import CHAT, COMPLETION, RESPONSE, refused
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 NAMED = {"type": "function", "function": {"name": "f"}}
 CALLED = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CUT = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Pa'}}
 USER = {"role": "user", "content": "x"}
 CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
 TOOL = {"type": "function", "name": "f"}
@@ -178,6 +179,8 @@ PASSED: dict[str, list[dict[str, Any]]] = {
         },
         {"response_format": {"type": "json_object", "schema": {}}, "reasoning_effort": "none"},
         {"structured_outputs": {"json": "{}", "regex": None}, "guided_json": None},
+        {"messages": [ASSISTANT | {"reasoning_content": "so"}, USER]},  # an answer of a thought alone, sent back
+        {"messages": [ASSISTANT | {"tool_calls": [CUT]}, USER]},  # a call that the limit has cut, sent back
     ],
     "/v1/responses": [
         ABOUT | {"client_metadata": {"session": "s"}},
@@ -232,9 +235,13 @@ def test_another_model_is_not_here(client, path, body):
         ({"role": "function", "content": "4"}, "role is 'function': functions are not supported"),
         ({"role": "assistant", "content": None, "function_call": {}}, "an object of 0: functions are not supported"),
         ({"role": "user", "content": None}, "content is null: give a string, or parts"),
+        (
+            USER | {"content": [{"type": "text", "text": "x"}, {"type": "image_url"}]},
+            "part 1 is of type 'image_url'; give",
+        ),
         ({"role": "user", "content": []}, "content is a list of 0: give a string, or parts"),
         ({"role": "user"}, "content is missing."),
-        (ASSISTANT | {"tool_calls": [CALLED | {"function": {"name": "f", "arguments": "{"}}]}, "give a JSON object"),
+        (ASSISTANT | {"tool_calls": [CALLED | {"function": {"name": "f", "arguments": "{]"}}]}, "give a JSON object"),
         (ASSISTANT | {"tool_calls": [CALLED] * 129}, "a list of 129: give at most 128 calls."),
         (USER | {"tool_calls": [CALLED]}, "only the role assistant has tool_calls"),
     ],

@@ -120,6 +120,26 @@ def test_every_chunk_may_tell_what_its_choice_has_used(client, offline):
     assert {chunk.usage for chunk in quiet} == {None}
 
 
+def test_answers_tell_of_their_drafts_as_vllm_s_do(client):
+    asked = {"model": "echo", "temperature": 0, "max_tokens": 60, "extra_body": {"ignore_eos": True}}
+    whole = client.chat.completions.create(messages=CHAT, **asked)
+    told = whole.metrics["speculative_decoding"]
+    accepted, drafted = told["per_step_accepted"], told["per_step_drafted"]
+    assert len(accepted) == len(drafted) == told["num_spec_steps"] == sum(told["acceptance_histogram"]) > 0
+    assert sum(accepted) == told["num_accepted_draft_tokens"] > 0
+    assert sum(accepted) == sum(length * steps for length, steps in enumerate(told["acceptance_histogram"]))
+    assert told["num_draft_tokens"] == sum(drafted)
+    assert told["mean_acceptance_length"] == 1 + sum(accepted) / len(accepted)
+    assert told["draft_acceptance_rate"] == sum(accepted) / sum(drafted)
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *others, last = client.completions.create(prompt="the theme", **asked, **options)
+    assert last.metrics["speculative_decoding"]["num_spec_steps"] > 0
+    assert not any(hasattr(chunk, "metrics") for chunk in others)
+    assert not hasattr(client.completions.create(prompt="the theme", n=2, **asked), "metrics")
+    plain = asked | {"extra_body": {"ignore_eos": True, "speculate": False}}
+    assert not hasattr(client.completions.create(prompt="the theme", **plain), "metrics")
+
+
 @pytest.mark.parametrize("way", [{}, {"stop": ["e", "th"]}, PENALTIES], ids=["free", "stop", "penalised"])
 def test_logprobs_of_a_chat_are_those_of_its_text(client, offline, way):
     own = {name: tuple(value) if isinstance(value, list) else value for name, value in way.items()}
@@ -321,6 +341,7 @@ def test_the_engines_refusals_name_the_field_and_come_before_a_stream(client):
             limit = f"this model's maximum context length is {CONTEXT} tokens"
             assert limit in str(error.value)  # litellm looks for it
             assert size in str(error.value)
+            assert ("for prompt and answer" in str(error.value)) == size.endswith("tokens")
     for requested, sentence in (
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": [5000]}, "token id 5000"),
@@ -381,6 +402,11 @@ def test_a_full_queue_is_429_with_a_hint_and_the_rest_is_answered(client, server
     assert {error.response.headers["Retry-After"] for error in refused} == {"1"}
     assert {error.code for error in refused} == {"queue_full"}
     assert {each for each in results if isinstance(each, int)} == {LONG["max_tokens"]}
+
+
+def test_the_list_of_models_tells_the_context(client):
+    for model in (client.models.list().data[0], client.models.retrieve("close")):
+        assert (model.max_model_len, model.meta) == (CONTEXT, {"n_ctx": CONTEXT})
 
 
 def test_usage_tells_what_of_the_prompt_was_known(client):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import socket
 import sys
@@ -10,16 +11,34 @@ from pathlib import Path
 
 import httpx
 import pytest
-from server.running import CHAT, COMPLETION, KEY, NOBODY, refused, running
+from server.running import CHAT, COMPLETION, KEY, NOBODY, RESPONSE, refused, running
 from starlette.routing import Route
 
 from echo_trt import __version__
 from echo_trt.engine.process import client as engine_client
 from echo_trt.errors import UserError
+from echo_trt.server.anthropic.blocks import READ
+from echo_trt.server.anthropic.request import CountTokensRequest, MessagesRequest
 from echo_trt.server.app import create_app
 from echo_trt.server.keys import Keys
+from echo_trt.server.ollama.request import GenerateRequest, OllamaChatRequest
+from echo_trt.server.responses.request import ResponsesRequest
 from echo_trt.server.schemas import IGNORED, REFUSED, ChatRequest, CompletionRequest
 
+#: Path -> a body that passes, and the model that reads it.
+KINDS = {
+    "/v1/completions": (COMPLETION, CompletionRequest),
+    "/v1/chat/completions": (CHAT, ChatRequest),
+    "/v1/responses": (RESPONSE, ResponsesRequest),
+    "/v1/messages": (CHAT | {"max_tokens": 5}, MessagesRequest),
+    "/v1/messages/count_tokens": (CHAT, CountTokensRequest),
+    "/api/chat": (CHAT, OllamaChatRequest),
+    "/api/generate": (COMPLETION, GenerateRequest),
+}
+BLOCKS = [
+    {},
+    {"text": "x", "id": 5, "name": [], "input": {"a": []}, "tool_use_id": "t", "content": [{"type": "image"}]},
+]
 OTHER_KEY = "sk-fedcba9876543210"
 
 
@@ -87,19 +106,22 @@ def test_no_nonsense_makes_the_gateway_fail(client):
     """Fields left out and put in, with values of every type: refused, or sent on to the server that is not there."""
     numbers = [0, -1, 1, 2**31, -(2**63), 2**64, 10**30, 0.5, -0.0, 1e308]
     values = [*numbers, None, True, "", "x", "\x00", "é" * 5000, [], [[]], [None], {}, {"a": [1]}, [1, 2], ["a", 1]]
-    names = [*CompletionRequest.model_fields, *ChatRequest.model_fields, *REFUSED, *IGNORED, "nobody knows it", ""]
-    values += [[{"role": "user", "content": value}] for value in values]
+    values += [[{"role": role, "content": value}] for value in values for role in ("user", "assistant")]
+    values += [[{"role": "user", "content": [{"type": kind} | block]}] for kind in READ for block in BLOCKS]
+    values += [[block | {"function": block}] for block in BLOCKS] + [{"type": value} for value in values[:23]]
     generator, seen = random.Random(0), set()
-    for _ in range(400):
-        path, valid = generator.choice([("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)])
+    for _ in range(1000):
+        path, (valid, kind) = generator.choice(list(KINDS.items()))
+        others = [*getattr(kind, "REFUSED", REFUSED), *getattr(kind, "IGNORED", IGNORED)]
+        names = [*kind.model_fields, *others, "nobody knows it", ""]
         body = dict(valid)
         for _ in range(generator.randint(1, 3)):
             body[generator.choice(names)] = generator.choice(values)
         response = client.post(path, json=body)
-        assert response.status_code in (400, 404, 503), body
-        assert response.json()["error"]["message"].endswith(".")
-        seen.add(response.status_code)
-    assert seen >= {400, 503}
+        assert response.status_code in (200 if "/api" in path else 400, 400, 404, 503), body
+        assert response.status_code == 200 or sentence_of(response).endswith(".")
+        seen.add((path, response.status_code))
+    assert seen >= {(path, status) for path in KINDS for status in (400, 503)}
 
 
 def test_a_body_of_another_type_is_400(client):
@@ -115,13 +137,56 @@ def test_unknown_models_paths_and_methods(client):
     assert refused(client.get("/v1/completions"), 405).endswith("use POST.")
     assert client.get("/v1/completions").headers["Allow"] == "POST"
     assert set(client.post("/health").headers["Allow"].split(", ")) == {"GET", "HEAD"}
-    for path in ("/v1/embeddings", "/api/chat", "/v1/messages", "/nowhere\u2028" + "x" * 500):
+    for path in ("/v1/embedding", "/nowhere\u2028" + "x" * 500):
         sentence = refused(client.get(path), 404)
         assert path[:20].split("\u2028")[0] in sentence
-        assert len(sentence) < 400
+        assert len(sentence) < 500
         known = {"/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/metrics"}
         assert known <= set(sentence.rstrip(".").replace(",", " ").split())
-        assert "ollama" not in sentence.lower()
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("/v1/embeddings", "run a server of an embedding model"),
+        ("/api/embed", "run a server of an embedding model"),
+        ("/api/embeddings", "run a server of an embedding model"),
+        ("/v1/images/generations", "run a server of an image model"),
+        ("/v1/audio/speech", "run a server of a speech model"),
+        ("/v1/moderations", "run a server of a guard model"),
+        ("/v1/files", "keep messages, files and jobs at the client"),
+        ("/v1/messages/batches", "keep messages, files and jobs at the client"),
+        ("/v1/responses/resp_1", "keep messages, files and jobs at the client"),
+        ("/api/pull", "use echo-trt build and echo-trt serve"),
+    ],
+)
+def test_what_is_not_served_is_named_with_what_to_run(client, path, remedy):
+    answer = client.post(path, json={"model": "echo", "input": "x"})
+    assert answer.status_code == 404
+    sentence = sentence_of(answer)
+    assert path in sentence
+    assert remedy in sentence
+
+
+def sentence_of(answer: httpx.Response) -> str:
+    """Return the sentence of an error, in the form of the API that the path belongs to."""
+    error, path = answer.json()["error"], answer.request.url.path
+    if path.startswith("/api/"):
+        return error
+    names = "message type" if path.startswith("/v1/messages") else "message type param code"
+    assert set(error) == set(names.split())
+    return error["message"]
+
+
+def test_an_answer_has_the_request_s_id_or_one_of_its_own(client):
+    for path in ("/v1/models", "/nowhere", "/v1/messages"):
+        for given in ("req-17", "x" * 128):
+            answer = client.get(path, headers={"X-Request-Id": given})
+            assert answer.headers["X-Request-Id"] == answer.headers["Request-Id"] == given
+        for given in ("x" * 129, "a b", ""):
+            own = client.get(path, headers={"X-Request-Id": given}).headers["X-Request-Id"]
+            assert own.startswith("req_")
+            assert own != client.get(path).headers["X-Request-Id"]
 
 
 def test_head_answers_as_get_does_without_a_body(client):
@@ -210,18 +275,50 @@ def test_without_a_right_key_nothing_but_health_and_metrics(keys_file):
             assert client.get("/health", headers=headers).status_code == 503
         for header in (f"Bearer {KEY}", f"bearer  {OTHER_KEY}"):
             assert client.get("/v1/models", headers={"Authorization": header}).status_code == 200
+        assert client.get("/v1/models", headers={"X-Api-Key": KEY}).status_code == 200  # as Anthropic's clients send it
+        assert client.get("/v1/models", headers={"X-Api-Key": KEY + "x"}).status_code == 401
+        answer = client.post("/v1/messages", content=b"{")
+        assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
+        assert "API key" in client.get("/api/tags").json()["error"]
 
 
-def test_keys_are_neither_kept_nor_logged(keys_file, caplog):
+def test_keys_are_neither_kept_nor_logged_and_prompts_not_logged(keys_file, caplog):
     caplog.set_level("DEBUG")
     keys = Keys(keys_file)
     with running(api_keys_file=keys_file) as client:
         for key in (KEY, KEY + "wrong"):
-            client.post("/v1/completions", json=COMPLETION, headers={"Authorization": f"Bearer {key}"})
+            body = COMPLETION | {"prompt": "a private question"}
+            client.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"})
         assert KEY not in client.get("/metrics").text
     assert "the engine" in caplog.text  # the failure was logged, so the log is not empty by accident
     assert KEY not in caplog.text
+    assert "private" not in caplog.text
     assert KEY.encode() not in repr(vars(keys)).encode()
+
+
+def test_a_keys_file_that_changes_is_read_again(tmp_path, caplog):
+    file = tmp_path / "keys"
+    file.write_text(KEY)
+
+    def replaced(text: str) -> None:
+        new = tmp_path / "new"
+        new.write_text(text)
+        os.utime(new, ns=(0, file.stat().st_mtime_ns + 1))
+        new.replace(file)
+
+    with running(api_keys_file=file) as client:
+
+        def statuses() -> list[int]:
+            headers = ({"Authorization": f"Bearer {key}"} for key in (KEY, OTHER_KEY))
+            return [client.get("/v1/models", headers=each).status_code for each in headers]
+
+        assert statuses() == [200, 401]
+        for text, allowed in ((f"{KEY}\n{OTHER_KEY}", [200, 200]), ("short", [200, 200]), (OTHER_KEY, [401, 200])):
+            replaced(text)
+            assert statuses() == allowed
+        file.unlink()
+        assert statuses() == [401, 200]
+    assert caplog.text.count("the API keys stay as they were: API keys file") == 1
 
 
 @pytest.mark.parametrize("text", [None, "", "# only this\n", "short\n", f"{KEY} {OTHER_KEY}\n"])

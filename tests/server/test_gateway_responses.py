@@ -22,6 +22,8 @@ NUMBER = {
     "additionalProperties": False,
 }
 ADD = {"type": "function", "name": "add", "description": "a sum", "parameters": NUMBER, "strict": True}
+SUB = ADD | {"name": "subtract"}
+ALLOWED = {"type": "function", "name": "add"}
 CALLED = {"type": "function_call", "id": "fc_1", "status": "completed", "call_id": "call_1", "name": "add"}
 HISTORY = [
     {"role": "user", "content": [{"type": "input_text", "text": "the theme"}, {"type": "input_text", "text": " of"}]},
@@ -69,10 +71,15 @@ ASKED = {"model": "echo", "input": "the theme of a thing", "max_output_tokens": 
         {"text": {"format": {"type": "json_schema", "name": "n", "schema": NUMBER, "strict": True}}},
         {"tools": [ADD], "tool_choice": "required", "parallel_tool_calls": False},
         {"tools": [ADD], "tool_choice": {"type": "function", "name": "add"}},
+        {
+            "tools": [SUB, ADD],
+            "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [ALLOWED]},
+            "parallel_tool_calls": False,
+        },
         {"max_output_tokens": 12, "instructions": "be brief"},
         {"max_output_tokens": 3},
     ],
-    ids=["format", "required", "named", "cut in its text", "cut in its thought"],
+    ids=["format", "required", "named", "allowed", "cut in its text", "cut in its thought"],
 )
 def test_events_tell_what_the_whole_answer_is(client, more):
     requested = ASKED | more | body()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -244,11 +245,64 @@ def test_a_model_that_does_not_think_says_so(llama):
         assert ask(llama, reasoning_effort=effort, max_tokens=1).finish_reason == "length"
 
 
-@pytest.fixture(scope="module", params=["chatml", "coder"])
-def untaught(request, bundle) -> Iterator[openai.OpenAI]:
-    """Return a model whose template has no tools, and one whose template teaches calls that cannot be read."""
-    with asked_by_openai(bundle(request.param)) as client:
+@pytest.mark.parametrize("kind", tool_models.CALLS)
+def test_calls_in_the_formats_of_other_models(kind, bundle):
+    """They fit where they must, are read where they may come, and go back into the template."""
+    [mark, *_] = re.findall(r"<[^ >]+>|\[[A-Z_]+\]", "".join(tool_models.CALLS[kind]))
+    opens = str(tool_models.qwen3_tokenizer(tool_models.TEMPLATES[kind]).convert_tokens_to_ids(mark))
+    strict = [tool("get_weather", CITY, strict=True), tool("add", NUMBER, strict=True)]
+    with asked_by_openai(bundle(kind)) as client:
+        named = {"type": "function", "function": {"name": "add"}}
+        for requested in ({"tools": TOOLS, "tool_choice": named}, {"tools": strict, "logit_bias": {opens: 100}}):
+            both = [ask(client, stream, parallel_tool_calls=False, **requested) for stream in (False, True)]
+            for choice in both:
+                assert (choice.finish_reason, choice.message.content or "") == ("tool_calls", ""), choice
+                [call] = choice.message.tool_calls
+                arguments = json.loads(call.function.arguments)
+                assert arguments.get("n") in range(10) or arguments.get("city") in ("Paris", "Rome")
+            made = [each.message.tool_calls[0].function for each in both]
+            assert len({(each.name, each.arguments) for each in made}) == 1
+        turn = {"role": "assistant", "content": None, "tool_calls": [call.model_dump(exclude={"index"})]}
+        history = [*CHAT, turn, {"role": "tool", "tool_call_id": call.id, "content": "5"}]
+        assert ask(client, messages=history, tools=TOOLS, max_tokens=2).finish_reason in ("length", "stop")
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_allowed_tools_alone_are_called(qwen, mode):
+    token = tool_models.qwen3_tokenizer().convert_tokens_to_ids("<tool_call>")
+    allowed = [{"type": "function", "function": {"name": "add"}}]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": allowed}}
+    bias = {"logit_bias": {str(token): 100}} if mode == "auto" else {}
+    for seed in range(3):
+        answer = ask(qwen, tools=TOOLS, tool_choice=choice, seed=seed, max_tokens=60, **bias, **NO_THOUGHT)
+        assert {call.function.name for call in answer.message.tool_calls} == {"add"}
+    if mode == "auto":
+        answer = ask(qwen, tools=TOOLS, tool_choice=choice, max_tokens=4, logit_bias={str(token): -100}, **NO_THOUGHT)
+        assert answer.message.content
+    allowed[0]["function"]["name"] = "nobody"
+    with pytest.raises(openai.BadRequestError, match="tool_choice names 'nobody', which is none of the tools"):
+        ask(qwen, tools=TOOLS, tool_choice=choice)
+
+
+@pytest.fixture(scope="module")
+def untaught(bundle) -> Iterator[openai.OpenAI]:
+    """Return a model whose template has no tools."""
+    with asked_by_openai(bundle("chatml")) as client:
         yield client
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_mistral_s_calls(bundle, stream):
+    """Its template refuses ids of another length than nine, which clients bring from elsewhere, too."""
+    with asked_by_openai(bundle("mistral_7b")) as client:
+        choice = ask(client, stream, tools=TOOLS, tool_choice="required", max_tokens=600)
+        assert choice.finish_reason == "tool_calls"
+        calls = [call.model_dump(exclude={"index"}) for call in choice.message.tool_calls]
+        assert all(json.loads(call["function"]["arguments"]) for call in calls)
+        turn = {"role": "assistant", "content": None, "tool_calls": calls}
+        results = [{"role": "tool", "tool_call_id": call["id"], "content": "5"} for call in calls]
+        again = ask(client, messages=[*CHAT, turn, *results], tools=TOOLS, max_tokens=4)
+        assert again.finish_reason in ("length", "stop")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -13,12 +14,34 @@ from echo_trt.grammar.compiler import GrammarCompiler
 from echo_trt.grammar.state import Vocabulary
 from echo_trt.server.tool_formats import format_of
 from echo_trt.server.tool_formats.base import Arguments, Call, Content, ToolRequest, json_rule
-from echo_trt.server.tool_formats.hermes import Hermes
-from echo_trt.server.tool_formats.llama3 import Llama3
+from echo_trt.server.tool_formats.coder import Coder
+from echo_trt.server.tool_formats.llama3 import Llama3, MistralList
+from echo_trt.server.tool_formats.marked import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR, Marked
 
 MARKS = ("<tool_call>", "</tool_call>")
-FORMATS = {"hermes": Hermes(MARKS), "hermes, spelt": Hermes(), "llama3": Llama3()}
-NAMES = ("get_weather", "add")
+#: Chat templates' marks by format, and its tokens of the tokenizer.
+TAUGHT = {
+    "hermes": ("<tool_call>", MARKS),
+    "hermes, spelt": ("<tool_call>", ()),
+    "coder": ("<tool_call>\n<function=", MARKS),
+    "deepseek": (f"{CALLS}{CALL}```json", (CALLS, CALLS_END, CALL, CALL_END, SEPARATOR)),
+    "deepseek 3.1": (f"{CALLS}{CALL}", (CALLS, CALLS_END, CALL, CALL_END, SEPARATOR)),
+    "mistral": ("[TOOL_CALLS]x[ARGS]", ("[TOOL_CALLS]", "[ARGS]")),
+    "mistral's list": ("[TOOL_CALLS] [", ("[TOOL_CALLS]",)),
+}
+FORMATS = {name: format_of(*taught) for name, taught in TAUGHT.items()} | {"llama3": Llama3()}
+KINDS = {
+    "n": {"type": "integer"},
+    "o": {"type": ["number", "null"]},
+    "s": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    "l": {"$ref": "#/$defs/L"},
+    "e": {"enum": [1, 2]},
+    "b": {"const": True},
+}
+NAMES = {
+    "get_weather": {"properties": {"city": {"type": "string"}}},
+    "add": {"properties": KINDS, "$defs": {"L": {"type": "array"}}},
+}
 GET = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
 PARIS = ("get_weather", '{"city": "Paris"}')
 
@@ -87,7 +110,37 @@ LLAMA = [
     ("<|python_tag|>print(1)", "<|python_tag|>print(1)", []),
     ("{}", "{}", []),
 ]  # fmt: skip
-CASES = [("hermes", *case) for case in HERMES] + [("llama3", *case) for case in LLAMA]
+V3 = f'{CALL}function{SEPARATOR}get_weather\n```json\n{{"city": "Paris"}}\n```{CALL_END}'
+OTHERS = [
+    ("deepseek", f"I look.\n{CALLS}{V3}\n{V3}{CALLS_END}", "I look.", [PARIS, PARIS]),
+    ("deepseek", f"{CALLS}{V3.replace(f'```{CALL_END}', CALL_END)} x", " x", [PARIS]),
+    ("deepseek", f"{CALLS}{V3.partition('ris')[0]}", "", [("get_weather", '{"city": "Pa')]),
+    ("deepseek", f"{CALLS}{CALL}function{SEPARATOR}nobody\n```json\n{{}}\n```{CALL_END}",
+     f"{CALLS}{CALL}function{SEPARATOR}nobody\n```json\n{{}}\n```{CALL_END}", []),
+    ("deepseek 3.1", f"{CALLS}{CALL}add{SEPARATOR}{{\"a\": 1}}{CALL_END}{CALL}add{SEPARATOR}{{}}{CALL_END}{CALLS_END}",
+     "", [("add", '{"a": 1}'), ("add", "{}")]),
+    ("mistral", '[TOOL_CALLS]add[ARGS]{"a": "[TOOL_CALLS]"}[TOOL_CALLS]get_weather[CALL_ID]a1B2c3D4e[ARGS]'
+     '{"city": "Paris"}', "", [("add", '{"a": "[TOOL_CALLS]"}'), PARIS]),
+    ("mistral", "So [TOOL_CALLS]nobody[ARGS]{}", "So [TOOL_CALLS]nobody[ARGS]{}", []),
+    ("mistral", "[TOOL", "[TOOL", []),
+    ("mistral's list", '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}, {"name": "get_weather", "arguments": '
+     '{"city": "Paris"}}]', "", [("add", '{"a": 1}'), PARIS]),
+    ("mistral's list", '[TOOL_CALLS][{"name": "add", "arguments": {}, "id": "a1B2c3D4e"}]', "", [("add", "{}")]),
+    ("mistral's list", "[1, 2]", "[1, 2]", []),
+    ("coder", "Well.\n\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n"
+     "</tool_call>\n<tool_call>\n<function=add>\n</function>\n</tool_call>", "Well.", [PARIS, ("add", "{}")]),
+    ("coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\n<b>\n\"5\"\n</parameter></function></tool_call>",
+     "", [("get_weather", '{"city": "<b>\\n\\"5\\""}')]),
+    ("coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\nPar", "", [("get_weather", "")]),
+    ("coder", "<tool_call>\n<function=add>\n" + "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in (
+        ("n", "5"), ("o", "None"), ("s", "5"), ("l", '["a"]'), ("e", "2"), ("b", "True"), ("x", "1"), ("n", "five")))
+     + "</function>\n</tool_call>", "",
+     [("add", '{"n": 5, "o": null, "s": "5", "l": ["a"], "e": 2, "b": true, "x": "1", "n": "five"}')]),
+    ("coder", "<tool_call><function=add>" + "<" * 5000 + "</function></tool_call>", "", [("add", "{}")]),
+    ("coder", "<tool_call>\n<function=nobody>\n</function>\n</tool_call>",
+     "<tool_call>\n<function=nobody>\n</function>\n</tool_call>", []),
+]  # fmt: skip
+CASES = [("hermes", *case) for case in HERMES] + [("llama3", *case) for case in LLAMA] + OTHERS
 
 
 @pytest.mark.parametrize(("name", "text", "content", "calls"), CASES)
@@ -97,7 +150,8 @@ def test_however_a_text_is_cut_it_is_read_the_same(name, text, content, calls):
 
 
 PARTS = ["<tool_call>", "</tool_call>", "\n", " ", "{", "}", '"', '{"name": "add", ', '"arguments": {', '"parameters":',
-         "a", "\\", ";", GET, "[", "<", "<|python_tag|>", '"name"', "é"]  # fmt: skip
+         "a", "\\", ";", GET, "[", "<", "<|python_tag|>", '"name"', "é", "[TOOL_CALLS]", "add", "[ARGS]", CALLS, CALL,
+         SEPARATOR, CALL_END, "<function=add>", "<parameter=", ">", "</parameter>", "</function>"]  # fmt: skip
 
 
 @given(parts=st.lists(st.sampled_from(PARTS), max_size=14), name=st.sampled_from([*FORMATS]), data=st.data())
@@ -136,14 +190,16 @@ TOOLS = {"get_weather": CITY, "add": {"type": "object"}}
 @pytest.fixture(scope="module")
 def fits():
     """format, grammar, text -> whether the text fits; asked of the tokens of the text."""
-    with_marks, without = tool_models.qwen3_tokenizer(), tool_models.llama3_tokenizer()
+    shown = [*dict.fromkeys(mark for _, marks in TAUGHT.values() for mark in marks)]
+    with_marks = tool_models.tokenizer(None, tool_models.QWEN_SPECIAL, shown, eos_token="<|im_end|>")
+    without = tool_models.llama3_tokenizer()
     compilers = {
         each: GrammarCompiler(each.backend_tokenizer.to_str(), Vocabulary(len(each), (each.eos_token_id,)))
         for each in (with_marks, without)
     }
 
     def requested(name: str, grammar: str, text: str) -> bool:
-        tokenizer = with_marks if name == "hermes" else without
+        tokenizer = with_marks if FORMATS[name].tokens else without
         end = tokenizer.eos_token_id
         state: Any = compilers[tokenizer].begin({"grammar": grammar})
         for token in [*tokenizer(text, add_special_tokens=False)["input_ids"], end]:
@@ -156,9 +212,27 @@ def fits():
 
 
 def written(name: str, *calls: tuple[str, str]) -> str:
-    if name != "llama3":
-        return "\n".join(f'<tool_call>\n{{"name": "{f}", "arguments": {a}}}\n</tool_call>' for f, a in calls)
-    return "; ".join(f'{{"name": "{f}", "parameters": {a}}}' for f, a in calls)
+    match name:
+        case "llama3":
+            return "; ".join(f'{{"name": "{f}", "parameters": {a}}}' for f, a in calls)
+        case "mistral's list":
+            return "[TOOL_CALLS] [" + ", ".join(f'{{"name": "{f}", "arguments": {a}}}' for f, a in calls) + "]"
+        case "mistral":
+            return "".join(f"[TOOL_CALLS]{f}[ARGS]{a}" for f, a in calls)
+        case "deepseek":
+            texts = [f"{CALL}function{SEPARATOR}{f}\n```json\n{a}\n```{CALL_END}" for f, a in calls]
+            return CALLS + "\n".join(texts) + CALLS_END
+        case "deepseek 3.1":
+            return CALLS + "".join(f"{CALL}{f}{SEPARATOR}{a}{CALL_END}" for f, a in calls) + CALLS_END
+        case "coder":
+            return "\n".join(f"<tool_call>\n<function={f}>\n{coded(a)}</function>\n</tool_call>" for f, a in calls)
+    return "\n".join(f'<tool_call>\n{{"name": "{f}", "arguments": {a}}}\n</tool_call>' for f, a in calls)
+
+
+def coded(arguments: str) -> str:
+    """Write arguments as Qwen3-Coder does."""
+    given = {name: each if isinstance(each, str) else json.dumps(each) for name, each in json.loads(arguments).items()}
+    return "".join(f"<parameter={name}>\n{each}\n</parameter>\n" for name, each in given.items())
 
 
 ADD, BAD = ("add", '{"x": [1, 2]}'), ("get_weather", '{"city": "Oslo"}')
@@ -185,9 +259,9 @@ def test_a_call_that_may_come_fits_too_and_text_is_free(fits, name):
         assert fits(name, grammar, text), text
     assert not fits(name, grammar, written(name, BAD))
     assert fits(name, grammar, "So: " + written(name, PARIS))
-    if name != "llama3":
+    if name not in ("llama3", "mistral's list"):
         assert not fits(name, grammar, "So: " + written(name, BAD))
-        assert not fits(name, grammar, "So: <tool_call>\nhello")
+        assert not fits(name, grammar, f"So: {FORMATS[name].spelling.opens[0]}\nhello")
         one = FORMATS[name].grammar(ToolRequest(TOOLS, must=False, several=False))
         assert fits(name, one, "So: " + written(name, PARIS))
         assert not fits(name, one, written(name, PARIS, PARIS))
@@ -205,11 +279,11 @@ def test_an_answer_that_calls_nothing_may_have_to_fit_as_well(fits, name):
 @pytest.mark.parametrize(
     ("template", "kind", "several"),
     [
-        (tool_models.QWEN3, Hermes, True),
-        (tool_models.QWEN3_THINKING, Hermes, True),
+        (tool_models.QWEN3, Marked, True),
+        (tool_models.QWEN3_THINKING, Marked, True),
         (tool_models.LLAMA3, Llama3, False),  # it refuses several calls
-        (tool_models.QWEN3.replace("<tool_call>", "<tool_call><function=x>"), type(None), None),
-        ("{{ '[TOOL_CALLS]' }}", type(None), None),
+        (tool_models.QWEN3.replace("<tool_call>", "<tool_call><function=x>"), Coder, True),
+        ("{{ '[TOOL_CALLS]' }}", MistralList, True),
         ("", type(None), None),
     ],
 )
@@ -217,3 +291,22 @@ def test_formats_are_told_by_the_template(template, kind, several):
     found = format_of(template)
     assert isinstance(found, kind)
     assert getattr(found, "several", None) is several
+
+
+def test_arguments_in_tags_fit_their_schema(fits):
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "maximum": 9}, "note": {"type": "string"}, "l": {"$ref": "#/$defs/L"}},
+        "required": ["n", "note"],
+        "$defs": {"L": {"type": "array", "items": {"enum": ["a", 1]}}},
+    }
+    grammar = FORMATS["coder"].grammar(ToolRequest({"f": schema}, must=True, several=False))
+    for arguments, fit in (
+        ('{"n": 5, "note": "a <b>\\n\\"c\\""}', True),
+        ('{"n": 5, "note": "", "l": ["a", 1]}', True),
+        ('{"n": 50, "note": "x"}', False),
+        ('{"n": 5}', False),
+        ('{"n": 5, "note": "x", "l": ["b"]}', False),
+        ('{"n": 5, "note": "x", "m": 1}', False),
+    ):
+        assert fits("coder", grammar, written("coder", ("f", arguments))) is fit, arguments

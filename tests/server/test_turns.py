@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_trt.engine.process.wire import TextPiece, ThinkTokens
-from echo_trt.server.tool_formats.hermes import HermesParser
+from echo_trt.server.tool_formats.marked import MarkedParser
 from echo_trt.server.turns import OutputParser
 
 MARKS = ThinkTokens("<think>", "</think>", 9)
@@ -17,7 +17,7 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"n": 1}}\n</tool_call>'
 
 
 def read(pieces: list[str], inside: bool = False, tools: bool = True) -> dict[str, Any]:
-    turn = OutputParser(MARKS, HermesParser(["add"]) if tools else None)
+    turn = OutputParser(MARKS, MarkedParser({"add": {}}) if tools else None)
     for index, text in enumerate(pieces):
         last = "stop" if index == len(pieces) - 1 else None
         turn.take(TextPiece(0, text, finish_reason=last, in_thought=inside and index == 0))
@@ -83,6 +83,6 @@ def test_tokens_of_the_thought_are_counted(ids, inside, texts, count):
     ("text", "end", "reason"), [(CALL, "stop", "tool_calls"), (CALL, "length", "length"), ("", "stop", "stop")]
 )
 def test_the_reason_is_tool_calls_only_where_the_text_ended(text, end, reason):
-    turn = OutputParser(None, HermesParser(["add"]))
+    turn = OutputParser(None, MarkedParser({"add": {}}))
     turn.take(TextPiece(0, text, finish_reason=end))
     assert turn.finish_reason == reason

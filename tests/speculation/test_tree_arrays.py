@@ -56,6 +56,22 @@ def test_ancestors_and_self(tree, data):
     assert set(np.flatnonzero(tree.ancestors_and_self(np.array(chosen, np.int64))).tolist()) == want
 
 
+@given(super_trees(), st.data())
+def test_best_paths(tree, data):
+    chance = np.array(data.draw(st.lists(st.integers(0, 8), min_size=len(tree), max_size=len(tree)))) / 8
+    requests = np.array(data.draw(st.lists(st.booleans(), min_size=tree.num_requests, max_size=tree.num_requests)))
+    kept = np.flatnonzero(tree.best_paths(chance, requests)).tolist()
+    for request, alone in enumerate(requests):
+        nodes = nodes_of(tree, request)
+        of_request = [node for node in kept if node in nodes]
+        if not alone:
+            assert of_request == nodes
+            continue
+        assert sorted(path_to(tree, of_request[-1])) == of_request
+        best = max(chance[path_to(tree, node)].sum() for node in nodes)
+        assert chance[of_request].sum() == best
+
+
 def some_nodes(tree: SuperTree) -> st.SearchStrategy[list[int]]:
     return st.lists(st.integers(0, len(tree) - 1), unique=True)
 

@@ -21,7 +21,8 @@ import triton_python_backend_utils as pb_utils
 from echo_trt.engine.process.pending import Pending
 from echo_trt.engine.request import Event
 from echo_trt.engine.service.job import ERRORS
-from echo_trt.engine.service.metrics import HISTOGRAMS, SECONDS, EngineMetrics
+from echo_trt.engine.service.metric_aliases import TENSORRT_LLM
+from echo_trt.engine.service.metrics import HISTOGRAMS, EngineMetrics
 from echo_trt.engine.service.service import Service
 
 log = logging.getLogger(__name__)
@@ -182,12 +183,14 @@ class Bridge:
         self._copied: dict[tuple, float] = {}
         metrics.observed = deque()
         self._histograms = {
-            name: self._make(f"echo_{name}_seconds", text, "histogram", {"model_name": model}, buckets=SECONDS)
-            for name, text in HISTOGRAMS.items()
+            name: self._make(f"echo_{name}", text, "histogram", {"model_name": model}, buckets=buckets)
+            for name, (buckets, text) in HISTOGRAMS.items()
         }
 
     def copy(self) -> None:
-        for metric in self._metrics.collect():
+        for metric in self._metrics.collect(TENSORRT_LLM):
+            if metric.type == "histogram":
+                continue
             for name, labels, value, *_ in metric.samples:
                 key = (name, *labels.values())
                 series = self._series.get(key) or self._make(name, metric.documentation, metric.type, labels)
@@ -196,8 +199,8 @@ class Bridge:
                     series.increment(value - before) if metric.type == "counter" else series.set(value)
                     self._copied[key] = value
         while self._metrics.observed:
-            name, seconds = self._metrics.observed.popleft()
-            self._histograms[name].observe(seconds)
+            name, value = self._metrics.observed.popleft()
+            self._histograms[name].observe(value)
 
     def _make(self, name: str, text: str, kind: str, labels: dict[str, str], **more: Any) -> Any:
         if name not in self._families:
@@ -250,11 +253,11 @@ def _response(reply: Reply, event: Event) -> pb_utils.InferenceResponse:
             _numbers("completion_tokens", event.completion_tokens, np.int32),
         ]
     if event.reason and reply.statistics:
-        accepted = max(event.completion_tokens - event.verifications, 0)
+        accepted, drafted = max(event.completion_tokens - event.verifications, 0), sum(event.drafted)
         tensors += [
-            _numbers("acceptance_rate", accepted / event.drafted if event.drafted else 0.0, np.float32),
+            _numbers("acceptance_rate", accepted / drafted if drafted else 0.0, np.float32),
             _numbers("total_accepted_draft_tokens", accepted, np.int32),
-            _numbers("total_draft_tokens", event.drafted, np.int32),
+            _numbers("total_draft_tokens", drafted, np.int32),
             _numbers("accepted_length", event.completion_tokens / max(event.verifications, 1), np.float32),
             _numbers("time_to_first_token_ms", 1000 * (event.first_token_seconds or 0.0), np.float32),
         ]

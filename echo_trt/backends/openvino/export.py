@@ -32,7 +32,7 @@ class _PartedMLP(nn.Module):
     def __init__(self, mlp: MLP):
         super().__init__()
         self.gate, self.up = (nn.Parameter(half, requires_grad=False) for half in mlp.gate_up.weight.chunk(2))
-        self.down = mlp.down
+        self.down, self.activated = mlp.down, mlp.activated
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(F.linear(x, widened(self.gate, x))) * F.linear(x, widened(self.up, x)))
+        return self.down(self.activated(F.linear(x, widened(self.gate, x))) * F.linear(x, widened(self.up, x)))

@@ -22,7 +22,7 @@ from echo_trt.errors import UserError
 from echo_trt.speculation.pack import BLOCK
 
 FEATURES = "features"  # the output that only a head reads
-MAX_CONTEXT = 12  # index of that input of PagedAttention
+SLIDING_WINDOW, MAX_CONTEXT = 10, 12  # indices of these inputs of PagedAttention
 # Weights up to which an int8 network on AMX is computed in bf16: int8 arithmetic takes longer there than reading two
 # bytes per weight. Larger: more networks read two bytes.
 BF16_WEIGHTS = 64 << 20
@@ -71,6 +71,16 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
     return ov.Core().compile_model(model, "CPU", options)
+
+
+def tree_context(model: ov.Model) -> int | None:
+    """Return up to how many tokens of a request, its tree's among them, trees are exact; None: any number.
+
+    PagedAttention counts rows of a window, and siblings are rows behind each other.
+    """
+    attention = (node for node in model.get_ops() if node.get_type_name() == "PagedAttentionExtension")
+    windows = [int(node.input_value(SLIDING_WINDOW).get_node().data) for node in attention]
+    return min((window for window in windows if window), default=None)
 
 
 def _asked_threads() -> int:
@@ -200,15 +210,15 @@ def _to_paged_attention(node) -> list[ov.Output]:
     inputs = [node.get_input(i) for i in range(node.get_input_size())]
     kv_heads, head_dim = node.get_attribute("num_kv_heads"), node.get_attribute("head_dim")
     no_int, no_float = _constant([], np.int32), _constant([], np.float32)
-    scale, no_window = _constant(head_dim**-0.5, np.float32), _constant(0, np.int32)
-    longest = _constant(node.get_attribute("max_context"), np.int32)
+    scale, window = _constant(head_dim**-0.5, np.float32), _constant(node.get_attribute("sliding_window", 0), np.int32)
+    longest, no_eviction = _constant(node.get_attribute("max_context"), np.int32), _constant(0, np.int32)
     attention = _PagedAttentionExtension(
         [
             *inputs[:9],  # query, key, value, caches, past_lens, seq_begins, block_indices, block_begins
-            *(scale, no_window, no_float, longest, no_int),  # scale, sliding window, alibi, max context, score window
+            *(scale, window, no_float, longest, no_int),  # scale, sliding window, alibi, max context, score window
             *(no_int, no_int, no_float, no_float),  # rotation of evicted blocks (3), sparse attention threshold
             *(_constant(64, np.int32), _constant(8, np.int32), no_float),  # sparse attention block and stride, sinks
-            *(no_window, no_int, no_int, no_int, no_int),  # adaptive eviction, token types
+            *(no_eviction, no_int, no_int, no_int, no_int),  # adaptive eviction, token types
             *inputs[9:11],  # tree_mask, tree_mask_begins
         ]
     )

@@ -78,7 +78,8 @@ class OpenRequest(Pending):
         )
         if event.reason:
             piece.finish_reason, piece.cached_tokens = event.reason, event.cached_tokens
-            piece.completion_tokens = event.completion_tokens
+            piece.drafted, piece.accepted = list(event.drafted), list(event.accepted)
+            piece.completion_tokens, piece.stop_string = event.completion_tokens, event.stop_string
         self.unsent_text, self.unsent_tokens = "", []
         return piece
 

@@ -63,7 +63,7 @@ class Pending(ServiceRequest):
         """Tell the times of an event that was taken; a probe's would hide the clients' on a quiet server."""
         client = self.priority != FIRST
         if client and self.last is not None and event.token_ids:
-            metrics.observe("inter_token", (event.time - self.last) / len(event.token_ids))
+            metrics.observe("inter_token_seconds", (event.time - self.last) / len(event.token_ids))
         if event.token_ids:
             self.last = event.time
         if client and event.reason:

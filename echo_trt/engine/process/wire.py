@@ -56,6 +56,8 @@ class TextPiece(Numbered, omit_defaults=True):
     logprobs, sources  JSON of entries of tokens whose text is in ``text``; empty where they are not asked for
     in_thought         of the first piece: whether the prompt has opened a thought
     finish_reason      of the last piece
+    drafted, accepted  of the last piece: draft tokens of each verification that had any, and the accepted ones
+    stop_string        of the last piece: the stop string that ended the text, if one did
     """
 
     text: str = ""
@@ -67,6 +69,9 @@ class TextPiece(Numbered, omit_defaults=True):
     finish_reason: str | None = None
     completion_tokens: int = 0
     cached_tokens: int = 0
+    drafted: list[int] = []
+    accepted: list[int] = []
+    stop_string: str = ""
 
 
 class Failure(Numbered):

@@ -6,6 +6,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram
@@ -14,9 +15,12 @@ from prometheus_client.registry import Collector
 
 from echo_trt.engine.params import Counters
 from echo_trt.engine.request import Event
+from echo_trt.engine.service.metric_aliases import VLLM, aliased
+from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.sources import SOURCES
 
 SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0]
+TOKENS = [1.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5]
 
 #: name -> what it says, of Statistics.counters
 COUNTERS = {
@@ -37,21 +41,29 @@ COUNTERS = {
 GAUGES = {
     "queued": "Requests that wait for a slot",
     "running": "Requests that are being answered",
+    "slots": "Requests that can be answered at once",
     "blocks": "KV blocks of the pool",
     "blocks_used": "KV blocks that requests hold",
+    "blocks_free": "KV blocks that no request holds",
+    "block_size": "Tokens of a KV block",
     "kv_usage": "Share of the KV blocks that requests hold, 0 to 1",
     "blocks_cached": "KV blocks that no request holds, kept for texts that begin alike",
     "budget": "K_max: the budget of an iteration; of goodput the knee of the measured costs; 0 of policies without",
 }
 HISTOGRAMS = {
-    "queue": "From a request's arrival until the engine takes it",
-    "time_to_first_token": "From a request's arrival to its first token",
-    "inter_token": "Between two tokens of a request",
-    "request": "From a request's arrival to its end",
+    "queue_seconds": (SECONDS, "From a request's arrival until the engine takes it"),
+    "prefill_seconds": (SECONDS, "From when the engine takes a request to the request's first token"),
+    "decode_seconds": (SECONDS, "From a request's first token to its end"),
+    "time_to_first_token_seconds": (SECONDS, "From a request's arrival to its first token"),
+    "inter_token_seconds": (SECONDS, "Between two tokens of a request"),
+    "request_seconds": (SECONDS, "From a request's arrival to its end"),
+    "request_prompt_tokens": (TOKENS, "Tokens of a request's prompt"),
+    "request_emitted_tokens": (TOKENS, "Tokens of a request's answer"),
 }
 LENGTH = "Tokens emitted per verification, since the last update in which there was a verification"
 GAIN = "Tokens per second over plain decoding's at the latest load, as the policy expects; 0: not known"
 DRAFTS = "Draft tokens that goodput verified: the sum of their probabilities, and those accepted"
+POSITIONS = "Draft tokens that were accepted, by their position in the draft; 0: the first"
 SILENT = "Minutes in which a source of drafts was tried and hardly any of its tokens accepted"
 
 
@@ -61,6 +73,7 @@ class Statistics:
 
     queued: int
     running: int
+    slots: int
     blocks: int
     blocks_used: int
     blocks_cached: int
@@ -72,6 +85,13 @@ class Statistics:
     engine_failures: int = 0
     queued_tokens: int = 0  # of the prompts that wait
     gain: float | None = None  # tokens per second over plain decoding's at the latest load; None: not known
+
+    block_size = BLOCK
+
+    @property
+    def blocks_free(self) -> int:
+        """KV blocks that no request holds, those of the prefix cache included."""
+        return self.blocks - self.blocks_used
 
     @property
     def kv_usage(self) -> float:
@@ -88,29 +108,37 @@ class EngineMetrics(Collector):
     def __init__(self, name: str):
         self.registry = CollectorRegistry()
         self.registry.register(self)
-        make = partial(Histogram, labelnames=["model_name"], buckets=SECONDS, registry=self.registry)
-        self._histograms = {each: make(f"echo_{each}_seconds", text).labels(name) for each, text in HISTOGRAMS.items()}
+        make = partial(Histogram, labelnames=["model_name"], registry=None)
+        self._histograms = {
+            each: make(f"echo_{each}", text, buckets=buckets) for each, (buckets, text) in HISTOGRAMS.items()
+        }
+        for each in self._histograms.values():
+            each.labels(name)  # its series begin at 0
         self.observed: deque[tuple[str, float]] | None = None
         self._name, self._refused = name, Counter[str]()
         self._now: Statistics | None = None
         self._gates: dict[tuple[str, str], int] = {}
         self._length, self._verified = 0.0, (0, 0)
 
-    def observe(self, name: str, seconds: float) -> None:
-        """Observe a time of HISTOGRAMS."""
-        self._histograms[name].observe(seconds)
+    def observe(self, name: str, value: float) -> None:
+        """Observe a value of HISTOGRAMS."""
+        self._histograms[name].labels(self._name).observe(value)
         if self.observed is not None:
-            self.observed.append((name, seconds))
+            self.observed.append((name, value))
 
     def ended(self, end: Event, seconds: float) -> None:
-        """Observe a request's seconds in the queue, until its first token, and in all."""
+        """Observe a request's tokens, and its seconds: in the queue, until its first token, and in all."""
         if end.reason == "invalid":
             return
         if end.queue_seconds is not None:
-            self.observe("queue", end.queue_seconds)
+            self.observe("queue_seconds", end.queue_seconds)
         if end.first_token_seconds is not None:
-            self.observe("time_to_first_token", end.first_token_seconds)
-        self.observe("request", seconds)
+            self.observe("time_to_first_token_seconds", end.first_token_seconds)
+            self.observe("prefill_seconds", end.first_token_seconds - (end.queue_seconds or 0.0))
+            self.observe("decode_seconds", max(seconds - end.first_token_seconds, 0.0))
+        self.observe("request_seconds", seconds)
+        self.observe("request_prompt_tokens", end.prompt_tokens)
+        self.observe("request_emitted_tokens", end.completion_tokens)
 
     def refuse(self, outcome: str) -> None:
         """Count a request that the service never took."""
@@ -130,7 +158,13 @@ class EngineMetrics(Collector):
                 self._gates[key] = max(self._gates.get(key, 0), drafts)
         self._now = now
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self, names: str = VLLM) -> Iterator[Metric]:
+        """Yield the engine's series, and after them those that have other ``names``."""
+        own = [*self._counted(), *chain.from_iterable(each.collect() for each in self._histograms.values())]
+        yield from own
+        yield from aliased(own, names)
+
+    def _counted(self) -> Iterator[Metric]:
         if (now := self._now) is None:
             return
         for name, text in COUNTERS.items():
@@ -143,6 +177,9 @@ class EngineMetrics(Collector):
         yield self._gauge("policy", "1 for the policy in force", {(now.policy,): 1}, "policy")
         outcomes = Counter(now.ended) + self._refused
         yield self._counter("requests", "Requests by outcome", {(each,): n for each, n in outcomes.items()}, "outcome")
+        sizes = {(str(now.block_size), str(now.blocks)): 1}
+        yield self._gauge("kv_cache_info", "1; the labels tell the KV pool's size", sizes, "block_size", "blocks")
+        yield from self._accepted(now.counters.accepted)
         gates = "Drafts that went on at a depth, and that ended there"
         yield self._counter("gates", gates, self._gates, "depth", "decision")
         sums = {what: now.drafts.get(what, {}) for what in ("expected", "accepted", "silent")}
@@ -150,6 +187,14 @@ class EngineMetrics(Collector):
         yield self._counter("goodput_drafts", DRAFTS, drafts, "source", "what")
         silent = {(source,): sums["silent"].get(source, 0) for source in SOURCES}
         yield self._counter("silent_drafts_minutes", SILENT, silent, "source")
+
+    def _accepted(self, lengths: Counter[int]) -> Iterator[Metric]:
+        """Yield the number of drafts, and how often the draft token at a position was accepted, 0 the first."""
+        yield self._counter("drafts", "Verifications of a request's draft", {(): lengths.total()})
+        positions = {
+            (str(at),): sum(n for length, n in lengths.items() if length > at) for at in range(max(lengths, default=0))
+        }
+        yield self._counter("accepted_tokens_per_position", POSITIONS, positions, "position")
 
     def _counter(self, name: str, text: str, values: Mapping[Any, float], *labels: str) -> Metric:
         return self._family(CounterMetricFamily(f"echo_{name}", text, labels=["model_name", *labels]), values)

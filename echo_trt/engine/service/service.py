@@ -123,6 +123,7 @@ class Service:
         return Statistics(
             queued=len(self._grammars) + len(self._pending) + len(loop.scheduler.waiting),
             running=loop.scheduler.running,
+            slots=batch.count,
             blocks=batch.num_blocks,
             blocks_used=batch.used_blocks,
             blocks_cached=batch.cached_blocks,
@@ -288,7 +289,7 @@ class Service:
     def _close_job(self, job: ServiceRequest, event: Event, reason: str, message: str = "") -> None:
         event.reason, event.message, event.prompt_tokens = reason, message, len(job.prompt)
         event.cached_tokens, event.completion_tokens = job.cached_tokens or 0, job.reported
-        event.verifications, event.drafted = job.verifications, job.drafted
+        event.verifications, event.drafted, event.accepted = job.verifications, job.drafted, job.accepted
         event.queue_seconds = job.taken and job.taken - job.submitted
         event.first_token_seconds = job.first_token and job.first_token - job.submitted
         self._ended[reason] += 1

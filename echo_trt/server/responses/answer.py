@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from echo_trt.engine.process.wire import TextPiece
-from echo_trt.server.answers import Entry, chained, chat_logprobs
-from echo_trt.server.choices import ClientGone, PieceStream
+from echo_trt.server.answers import Entry, chat_logprobs
 from echo_trt.server.errors import ApiError
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.responses.request import ResponsesRequest
 from echo_trt.server.responses.tools import Hosted
+from echo_trt.server.translated import TranslatedAnswer
 from echo_trt.server.turns import Delta, OutputParser
 
 Event = dict[str, Any]
@@ -23,11 +22,11 @@ PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_"}
 PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
 
 
-class Response:
-    """The answer to one request, of one text. ``turn`` reads that text."""
+class Response(TranslatedAnswer[ResponsesRequest]):
+    """The answer to one request."""
 
     def __init__(self, requested: ResponsesRequest, turn: OutputParser, metrics: ServerMetrics):
-        self._requested, self._turn, self._metrics = requested, turn, metrics
+        super().__init__(requested, turn, metrics)
         spaces = {
             each.name: (each.namespace, each.tool.name) for each in requested.functions if each.namespace is not None
         }
@@ -36,40 +35,28 @@ class Response:
         self._number = 0  # of the next event
         self._cut = False  # whether the text was cut short
 
-    async def whole(self, pieces: PieceStream) -> dict[str, Any]:
-        """Return the body of an answer that is not streamed, once its text has ended."""
-        async for _, piece in pieces:
-            for _event in self._take(piece):
-                pass
-        self._count()
+    def complete(self) -> dict[str, Any]:
         return self._body(self._status)
 
-    async def events(self, first: tuple[int, TextPiece], pieces: PieceStream) -> AsyncIterator[str]:
-        """Server-sent events. A failure on the way is an event too, for the status has long been sent."""
-        try:
-            for kind in ("created", "in_progress"):
-                yield self._reported({"type": f"response.{kind}", "response": self._body("in_progress")})
-            async for _, piece in chained(first, pieces):
-                for event in self._take(piece):
-                    yield self._reported(event)
-            body = self._body(self._status)
-            yield self._reported({"type": f"response.{self._status}", "response": body})
-        except ApiError as error:
-            reported = self._requested.ours(error).body["error"]
-            code = reported["code"] or "server_error"
-            yield self._reported({"type": "error", **reported, "code": code} | {"type": "error"})
-            body = self._body("failed") | {"error": {"code": code, "message": reported["message"]}}
-            yield self._reported({"type": "response.failed", "response": body})
-        except ClientGone:
-            self._metrics.disconnects.inc()
-        finally:
-            self._count()
+    def begin(self, first: TextPiece) -> Iterator[Event]:
+        for kind in ("created", "in_progress"):
+            yield {"type": f"response.{kind}", "response": self._body("in_progress")}
+
+    def end(self) -> Iterator[Event]:
+        yield {"type": f"response.{self._status}", "response": self._body(self._status)}
+
+    def failed(self, error: ApiError) -> Iterator[Event]:
+        reported = error.body["error"]
+        code = reported["code"] or "server_error"
+        yield {**reported, "code": code, "type": "error"}
+        body = self._body("failed") | {"error": {"code": code, "message": reported["message"]}}
+        yield {"type": "response.failed", "response": body}
 
     @property
     def _status(self) -> str:
         return "incomplete" if self._cut else "completed"
 
-    def _take(self, piece: TextPiece) -> Iterator[Event]:
+    def take(self, piece: TextPiece) -> Iterator[Event]:
         for delta in self._turn.take(piece):
             logprobs: list[Entry] = []
             if delta.get("content") and self._requested.chat.logprobs:
@@ -79,11 +66,9 @@ class Response:
             self._cut = piece.finish_reason == "length"
             yield from self._output.end(self._status)
 
-    def _reported(self, event: Event) -> str:
-        numbered = event | {"sequence_number": self._number}
+    def written(self, event: Event) -> str:
         self._number += 1
-        text = json.dumps(numbered, ensure_ascii=False, separators=(",", ":"))
-        return f"event: {event['type']}\ndata: {text}\n\n"
+        return super().written(event | {"sequence_number": self._number - 1})
 
     def _body(self, status: str) -> dict[str, Any]:
         requested, chat = self._requested, self._requested.chat
@@ -119,10 +104,6 @@ class Response:
             "truncation": "disabled",
             "usage": None if status == "in_progress" else _counted(self._turn),
         }
-
-    def _count(self) -> None:
-        self._metrics.prompt_tokens.inc(self._turn.prompt_tokens)
-        self._metrics.completion_tokens.inc(self._turn.completion_tokens)
 
 
 def _counted(turn: OutputParser) -> dict[str, Any]:

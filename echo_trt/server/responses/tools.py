@@ -72,9 +72,24 @@ class FlatChoice(Strict):
     name: str
     namespace: str | None = None
 
+    def for_chat(self) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": joined(self.namespace, self.name)}}
 
-CHOICE = choice_of(FlatChoice, '{"type": "function", "name": ...}')
-Choice = Annotated[Literal["auto", "none", "required"] | FlatChoice, CHOICE]
+
+class FlatAllowed(Strict):
+    """Some of the tools. Hosted ones, which do not run here, are no functions to call."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FlatChoice | Hosted], at_most(MAX_TOOLS, "tools")]
+
+    def for_chat(self) -> dict[str, Any]:
+        tools = [tool.for_chat() for tool in self.tools if isinstance(tool, FlatChoice)]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": self.mode, "tools": tools}}
+
+
+CHOICE = choice_of(FlatChoice, FlatAllowed, '{"type": "function", "name": ...}')
+Choice = Annotated[Literal["auto", "none", "required"] | FlatChoice | FlatAllowed, CHOICE]
 
 
 def joined(namespace: str | None, name: str) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ NAME = r"[A-Za-z0-9_.:/-]{1,128}"
 #: As models were trained to write JSON: what Python's json.dumps gives. Free white space would never have to end.
 LAYOUT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 #: A call's object up to its arguments; what is shorter or longer is read once it is complete.
-_HEAD = re.compile(
+HEAD = re.compile(
     r'\s{0,64}\{\s{0,64}"name"\s{0,64}:\s{0,64}"(' + NAME + r')"\s{0,64},\s{0,64}'
     r'"(?:arguments|parameters)"\s{0,64}:\s{0,64}(?=\{)'
 )
@@ -62,17 +62,8 @@ class ToolRequest:
     several: bool
     content: str | None = None
 
-    def functions(self, key: str) -> list[str]:
-        """Lark rules of the calls' objects, a line each, behind one that is any of them: ``function``."""
-        names = " | ".join(f"function_{index}" for index in range(len(self.tools)))
-        rules = [
-            f"function_{index}: {json_rule(_call_schema(name, key, schema))}"
-            for index, (name, schema) in enumerate(self.tools.items())
-        ]
-        return [f"function: {names}", *rules]
 
-
-def _call_schema(name: str, key: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+def call_schema(name: str, key: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     """Of the object of a call. References in ``schema`` are to its own definitions, so those move up with it."""
     own: dict[str, Any] = {key: value for key, value in schema.items() if key not in ("$schema", "$id")}
     definitions: dict[str, Any] = {part: own.pop(part) for part in ("$defs", "definitions") if part in own}
@@ -93,11 +84,14 @@ def json_rule(schema: Mapping[str, Any]) -> str:
 class Parser(ABC):
     """Reads one text. However it is cut into pieces, the events joined are the same; nothing raises.
 
-    A call of a function that is not in ``names`` stays content; where ``several`` is false only the first call counts.
+    A call of a function that is not in ``tools`` stays content; where ``several`` is false only the first call counts.
     """
 
-    def __init__(self, names: Collection[str], several: bool = True):
-        self._names, self._several = names, several
+    _head_pattern = HEAD
+
+    def __init__(self, tools: Mapping[str, Mapping[str, Any]], several: bool = True):
+        """``tools``: JSON schema of the arguments by name."""
+        self._tools, self._several = tools, several
         self._text = ""  # what is not decided yet
         self._events: list[Event] = []
         self._scan = Scan()
@@ -155,8 +149,8 @@ class Parser(ABC):
 
     def _head(self) -> bool:
         """Take a call's object up to its arguments, where ``_text`` begins with them."""
-        match = _HEAD.match(self._text)
-        if not match or match[1] not in self._names:
+        match = self._head_pattern.match(self._text)
+        if not match or match[1] not in self._tools:
             return False
         self._call(match[1])
         self._text, self._scan = self._text[match.end() :], Scan()
@@ -165,22 +159,22 @@ class Parser(ABC):
     def _whole(self, text: str) -> bool:
         """Take the object of a call that is complete."""
         try:
-            call = _parsed(text)
+            call = parsed(text)
         except (ValueError, RecursionError):
             return False
         name = call.get("name") if isinstance(call, dict) else None
-        if not isinstance(name, str) or name not in self._names:
+        if not isinstance(name, str) or name not in self._tools:
             return False
         arguments = call.get("arguments", call.get("parameters", {}))
         if isinstance(arguments, str):  # JSON in JSON
             try:
-                arguments = _parsed(arguments)
+                arguments = parsed(arguments)
             except (ValueError, RecursionError):
                 return False
         if not isinstance(arguments, dict):
             return False
         self._call(name)
-        self._argue(_written(arguments))
+        self._argue(written(arguments))
         return True
 
     def _arguments(self) -> bool:
@@ -192,7 +186,7 @@ class Parser(ABC):
         return ended
 
 
-def _parsed(text: str) -> Any:
+def parsed(text: str) -> Any:
     """Parse JSON as other languages do, which know no NaN and no Infinity. Raises ValueError, RecursionError."""
     return json.loads(text, parse_constant=_finite, parse_float=_finite)
 
@@ -204,7 +198,7 @@ def _finite(text: str) -> float:
     return number
 
 
-def _written(arguments: Mapping[str, Any]) -> str:
+def written(arguments: Any) -> str:
     """Write arguments as JSON that UTF-8 can hold: halves of surrogate pairs stay escaped."""
     text = json.dumps(arguments, ensure_ascii=False)
     try:
@@ -248,26 +242,28 @@ class Format(ABC):
     tokens   names of those added tokens that the template writes: a grammar spells them otherwise than text
     """
 
-    #: Where a call's arguments stand.
+    #: Where a call's arguments stand, in formats of objects.
     key: str
-    parser: type[Parser]
-
-    @classmethod
-    @abstractmethod
-    def of(cls, template: str, tokens: Collection[str]) -> Format | None:
-        """Return the format if a chat template teaches it, else None."""
+    parser: Callable[..., Parser]
 
     def __init__(self, tokens: Collection[str] = (), several: bool = True):
         self.several, self.tokens = several, frozenset(tokens)
 
     def mark(self, text: str) -> str:
         """Lark of a mark around calls, where nothing else may stand."""
-        return text if text in self.tokens else json.dumps(text)
+        return text if text in self.tokens and text[0] == "<" else json.dumps(text, ensure_ascii=False)
 
     @abstractmethod
     def rules(self, requested: ToolRequest) -> Sequence[str]:
-        """Lark, ``start`` first, in terms of ``function``: any call's object."""
+        """Lark, ``start`` first, in terms of ``function``: any call."""
+
+    def function(self, name: str, schema: Mapping[str, Any]) -> str:
+        """Lark of a call, the right side of a rule."""
+        return json_rule(call_schema(name, self.key, schema))
 
     def grammar(self, requested: ToolRequest) -> str:
-        """Lark of texts as they are ``requested`` for."""
-        return "\n".join([*self.rules(requested), *requested.functions(self.key)])
+        """Lark of texts as they are ``requested`` for: a line for each function."""
+        calls = [self.function(name, schema) for name, schema in requested.tools.items()]
+        names = " | ".join(f"function_{index}" for index in range(len(calls)))
+        functions = [f"function_{index}: {call}" for index, call in enumerate(calls)]
+        return "\n".join([*self.rules(requested), f"function: {names}", *functions])

@@ -1,7 +1,8 @@
-"""The format of Llama 3.1 and later: an answer that is nothing but JSON objects with a name and parameters."""
+"""Answers that are nothing but JSON objects with a name: of Llama 3.1 and later, and in a list of older Mistral's."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection
 
@@ -9,24 +10,26 @@ from echo_trt.engine.text import overlap
 from echo_trt.server.tool_formats.base import Format, Parser, Scan, ToolRequest
 
 TAG = "<|python_tag|>"  # may come first; a special token, so it is seldom in the text
+MISTRALS = "[TOOL_CALLS]"
 KEYS = ('"name"', '"parameters"', '"arguments"', '"type"')  # with which a call's object may begin
 
 
 class Llama3Parser(Parser):
     """Calls stand before all content, apart by white space and semicolons."""
 
+    tag, apart = TAG, " \t\r\n;"
     _before = ""  # what separates the object that is being read from the one before
     _seen = 0  # characters of ``_text`` that were scanned for its end
 
     def _begin(self) -> bool:
-        return self._look(TAG)
+        return self._look(self.tag)
 
     def _between(self) -> bool:
         return self._look("")
 
     def _look(self, mark: str) -> bool:
         """Decide whether an object follows or content; ``mark`` may precede an object."""
-        rest = self._text.lstrip(" \t\r\n;" if self.calls else " \t\r\n")
+        rest = self._text.lstrip(" \t\r\n" if mark else self.apart)
         if mark and rest.startswith(mark):
             self._text, self._before = rest[len(mark) :], self._before + self._text[: len(self._text) - len(rest)]
             self._before += mark
@@ -71,7 +74,7 @@ class Llama3Parser(Parser):
     def _end(self) -> None:
         if self._state in (self._begin, self._between, self._object):
             rest = self._before + self._text
-            if rest.strip(" \t\r\n;") or not self.calls:
+            if rest.strip(self.apart) or not self.calls:
                 self._say(rest)
         self._text = ""
 
@@ -80,6 +83,7 @@ class Llama3(Format):
     """{"name": ..., "parameters": ...}."""
 
     key, parser = "parameters", Llama3Parser
+    around = ("", "; ", "")  # before the calls, between them, behind them
 
     @classmethod
     def of(cls, template: str, tokens: Collection[str]) -> Llama3 | None:
@@ -89,9 +93,33 @@ class Llama3(Format):
         return cls(tokens, several=re.search(r"single tool.calls?", template) is None)
 
     def rules(self, requested: ToolRequest) -> list[str]:
-        calls = 'calls: function ("; " function)*' if requested.several else "calls: function"
+        before, between, after = map(json.dumps, self.around)
+        several = f"({between} function)*" if requested.several else ""
+        calls = f"calls: {before} function {several} {after}"
         if requested.must:
             return ["start: calls", calls]
         if requested.content is not None:
             return ["start: calls | content", f"content: {requested.content}", calls]
-        return ["start: calls | text", "text: TEXT", r"TEXT: /([ \t\r\n]*[^{ \t\r\n](.|\n)*)?/", calls]
+        first = re.escape((self.around[0] or "{")[0])  # text that begins like a call is none
+        return ["start: calls | text", "text: TEXT", rf"TEXT: /([ \t\r\n]*[^{first} \t\r\n](.|\n)*)?/", calls]
+
+
+class MistralListParser(Llama3Parser):
+    """Calls are a list behind a mark."""
+
+    tag, apart = MISTRALS, " \t\r\n,[]"
+
+
+class MistralList(Llama3):
+    """[{"name": ..., "arguments": ...}], of Mistral's models up to the summer of 2025."""
+
+    key, parser = "arguments", MistralListParser
+
+    @classmethod
+    def of(cls, template: str, tokens: Collection[str]) -> MistralList | None:
+        """Newer templates write [ARGS] behind a name."""
+        if MISTRALS not in template or "[ARGS]" in template:
+            return None
+        form = cls(tokens)
+        form.around = (MISTRALS + (" [" if f"{MISTRALS} [" in template else "["), ", ", "]")
+        return form

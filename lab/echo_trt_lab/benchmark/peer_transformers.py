@@ -22,8 +22,8 @@ from transformers import (
 
 from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.bundle.manifest import Manifest
+from echo_trt.models.families import family_of
 from echo_trt.models.open_checkpoint import open_checkpoint
-from echo_trt.models.read_config import DECODERS
 from echo_trt_lab.benchmark.peer import Arrivals, PeerRun, measured
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -92,7 +92,8 @@ def load_network(checkpoint: Path) -> PreTrainedModel:
     if checkpoint.is_dir():
         return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     source = open_checkpoint(checkpoint)
-    config = AutoConfig.for_model(DECODERS[source.config["architectures"][0]], **source.config)
+    family = family_of(source.config["architectures"][0], str(checkpoint))
+    config = AutoConfig.for_model(family.name, **source.config)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     weights = {name: source.get(name) for name in source.names()}
     if config.tie_word_embeddings:

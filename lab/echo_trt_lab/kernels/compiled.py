@@ -104,13 +104,14 @@ def compiled(name: str, architecture: int, dtype: str, head_dim: int, group: int
 
 
 def _sources(dtype: str, head_dim: int, group: int, architecture: int) -> dict[str, KernelSource]:
-    sizes, made = {"HEAD_DIM": head_dim, "BLOCK": 32}, {}
+    sizes, window, made = {"HEAD_DIM": head_dim, "BLOCK": 32}, {"WINDOW": 0}, {}
     for rows in ROWS:
         steps = steps_for(rows, architecture, 4 if dtype == "fp32" else 2)
         constants = sizes | {"GROUP": group, "ROWS": rows, "KEYS": steps.keys, "NEW_KEYS": steps.new_keys}
+        constants |= window
         options = {"num_warps": warps_of(rows), "maxnreg": registers_of(rows), "num_stages": steps.stages}
         made[f"attention_{rows}"] = KernelSource(kernel.attention, constants, options, {})
-    made["combine"] = KernelSource(kernel.combine, sizes | {"MAX_SPLITS": MAX_SPLITS}, {}, {})
+    made["combine"] = KernelSource(kernel.combine, sizes | window | {"MAX_SPLITS": MAX_SPLITS}, {}, {})
     for name in ("gather_rows", "scatter_rows"):
         made[name] = KernelSource(kernel.copy_rows, sizes | {"GATHER": name == "gather_rows"}, {}, {})
     for name, masked in (("sample", False), ("sample_masked", True)):

@@ -43,6 +43,8 @@ class Recorder:
         return TimedDraft()  # plain decoding asks it for nothing
 
     def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
+        if not self.width:
+            return
         self._known[rows, : self.width] = _bfloat16(outputs["features"][output_rows])
         # States come for rows whose next token was asked for. A prompt's are never used, whatever lands there.
         requested = output_rows < len(outputs["hidden"])
@@ -57,9 +59,15 @@ class Recorder:
 
 
 def record(llm: LLM, bundle: Path) -> Recorder:
-    """Turn ``llm`` into plain decoding that records; its target gets one more output, the normed last state."""
+    """Turn ``llm`` into plain decoding that records; its target gets one more output, the normed last state.
+
+    Where no head reads features, answers alone are recorded, which are enough for n-grams.
+    """
     loop, manifest = llm.loop, llm.manifest
     llm.set_policy("autoregressive")
+    if manifest.recipe.draft.kind != "eagle3":
+        loop.drafter = Recorder(loop.batch, loop.target.num_blocks, 0)
+        return loop.drafter
     with tempfile.TemporaryDirectory(dir=bundle.parent) as folder:
         graph = _with_hidden_output(bundle, manifest, Path(folder))
         loop.target = OpenVINOEngine(graph, manifest.precision, loop.target.num_blocks)

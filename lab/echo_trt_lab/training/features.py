@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from echo_trt.errors import UserError
 from echo_trt.models.decoder import Decoder
 from echo_trt_lab.training.corpus import features_path, shard_paths
 
@@ -25,6 +26,11 @@ def missing_features(folder: Path) -> list[Path]:
 @torch.inference_mode()
 def write_features(target: Decoder, shard: Path) -> None:
     """Run the target over every sample of a shard."""
+    if target.config.window:
+        raise UserError(
+            f"{shard}: features of a target with a sliding window are recorded while it answers, and are not there; "
+            "generate the answers again with a bundle whose draft is eagle3."
+        )
     with np.load(shard) as stored:
         samples = np.split(stored["tokens"].astype(np.int64), np.cumsum(stored["lengths"])[:-1])
     known = [_known(target, torch.from_numpy(tokens)) for tokens in samples]

@@ -2,23 +2,12 @@
 import { createOpenAI } from "@ai-sdk/openai";
 import { generateObject, generateText, streamObject, streamText, tool } from "ai";
 import { z } from "zod";
+import { tried } from "./tried.mjs";
 
 const openai = createOpenAI({ baseURL: `${process.env.URL}/v1`, apiKey: "none" });
 const model = openai.chat(process.env.MODEL);
 const schema = z.object({ name: z.string(), country: z.string(), population: z.number().int().min(0).max(50_000_000) });
 const question = "Give me a JSON record of the city of Paris: name, country, population.";
-
-async function tried(feature, task) {
-  let outcome = "works";
-  let said;
-  try {
-    said = String(await task());
-  } catch (error) {
-    said = `${error.statusCode ?? ""} ${error.message}`;
-    outcome = error.statusCode === 400 ? "refused" : "broken";
-  }
-  console.log([feature, outcome, said.replace(/\s+/g, " ").slice(0, 160)].join("\t"));
-}
 
 await tried("generateText", async () => (await generateText({ model, prompt: "Say hello.", maxOutputTokens: 32 })).text);
 await tried("streamText", async () => {

@@ -1,4 +1,4 @@
-"""AIPerf: a streamed chat load."""
+"""AIPerf: a streamed chat load, and its report on speculation."""
 
 import os
 import subprocess
@@ -15,6 +15,8 @@ def profile() -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:
         raise RuntimeError(done.stderr[-300:] or done.stdout[-300:])
+    if "Acceptance Length" not in done.stdout:
+        raise RuntimeError("AIPerf prints no report on speculation")
     return next((line for line in done.stdout.splitlines() if "Time to First Token" in line), "done")
 
 

@@ -1,7 +1,7 @@
 """LangChain: invoke, stream, batch, structured output in its three methods, tools."""
 
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from tried import BASE, MODEL, QUESTION, tried
 
 
@@ -10,7 +10,7 @@ class City(BaseModel):
 
     name: str
     country: str
-    population: int
+    population: int = Field(ge=0, le=50_000_000)
 
 
 llm = ChatOpenAI(model=MODEL, base_url=BASE, api_key="none", temperature=0, max_tokens=96)

@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a real server, and every query of the dashboard has an answer."""
+"""A real Prometheus scrapes a real server; every query of the dashboard, and of those for vLLM, has an answer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import httpx
@@ -21,6 +22,7 @@ DOCKER = Path(__file__).parents[3] / "docker"
 ALERTS = [rule for group in yaml.safe_load((DOCKER / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
 DASHBOARD = json.loads((DOCKER / "grafana/dashboards/echo.json").read_text())
 QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
+VLLM = yaml.safe_load(Path(__file__).with_name("vllm_queries.yml").read_text())
 #: What such a load has none of, and what is over when it is asked for.
 NOTHING = (
     "preemptions",
@@ -32,6 +34,9 @@ NOTHING = (
     "kv_usage",
     "ALERTS",
     "speculation_gain",
+    "waiting",
+    "cache_usage",
+    "cache_hits",
 )
 needs_prometheus = pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not on PATH")
 
@@ -88,7 +93,7 @@ def load(server, ask) -> None:
 
 
 @needs_prometheus
-@pytest.mark.parametrize("query", QUERIES)
+@pytest.mark.parametrize("query", [*QUERIES, *chain.from_iterable(VLLM.values())])
 def test_a_query_of_the_dashboard_has_an_answer(query, ask, load):
     values = ask(query)
     assert values
@@ -106,14 +111,15 @@ def test_alerts_ask_for_series_that_exist_and_none_fires(ask, load):
         assert ask(rule["expr"]) == [], rule["alert"]
 
 
-def test_every_metric_of_the_dashboard_is_served(server):
+def test_every_metric_of_the_dashboards_is_served(server):
     with httpx.Client(base_url=f"http://127.0.0.1:{server.openai}", timeout=60) as client:
         client.post("/v1/completions", json={"model": "echo", "prompt": [5], "max_tokens": 4}).raise_for_status()
-        served = set(re.findall(r"^(echo_gateway_\w+)", client.get("/metrics").text, re.MULTILINE))
-    served |= {name.partition("{")[0] for name in server.rest()}
-    wanted = set(re.findall(r"\becho_\w+", json.dumps(DASHBOARD)))
-    assert wanted <= served
-    assert len(wanted) > 20
+        server.rest()
+        served = set(re.findall(r"^([\w:]+)", client.get("/metrics").text, re.MULTILINE))
+    for board, number in ((DASHBOARD, 20), (VLLM, 25)):
+        wanted = set(re.findall(r"\b(?:echo_|vllm:)\w+", json.dumps(board)))
+        assert wanted <= served
+        assert len(wanted) > number
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not on PATH")

@@ -13,7 +13,7 @@ import pytest
 from served import Served, needs_triton
 
 ROOT = Path(__file__).parents[3]
-DOCS = ("README.md", "docs/triton-api.md", "docs/openai-api.md")
+DOCS = ("README.md", "docs/triton-api.md", "docs/openai-api.md", "docs/other-apis.md")
 EXAMPLE = ROOT / "examples" / "server_client.py"
 QUESTION = {"text_input": "Why is the sky blue?", "chat": True}
 pytestmark = needs_triton
@@ -73,7 +73,7 @@ def test_curl(server, command):
 
 @pytest.mark.parametrize("snippet", [block for _, block in SNIPPETS], ids=lambda block: block.split("import ")[1][:12])
 def test_python(server, snippet):
-    pytest.importorskip("openai" if "openai" in snippet else "tritonclient")
+    pytest.importorskip(snippet.split("import ")[0].split()[-1] if snippet.startswith("from") else "tritonclient")
     limit = 64 if "64" in snippet else 480
     assert run(server, [sys.executable, "-c"], snippet) == expected(server, limit)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -107,10 +108,13 @@ def test_drafted_tokens_are_counted_by_request(start):
     service, _ = start(policy="echo")
     reported = [submit(service, prompt_ids(6, seed))[1] for seed in range(5)]
     ends = [listener.end for listener in reported]
-    assert sum(end.drafted for end in ends) == service.loop.counters.drafted_tokens > 0
-    assert sum(end.verifications for end in ends) == service.loop.counters.verifications
+    counters = service.loop.counters
+    assert sum(sum(end.drafted) for end in ends) == counters.drafted_tokens > 0
+    assert sum(end.verifications for end in ends) == counters.verifications
+    assert Counter(n for end in ends for n in end.accepted) == counters.accepted
     for end in ends:
-        assert end.completion_tokens - end.verifications <= end.drafted
+        assert sum(end.accepted) == end.completion_tokens - end.verifications
+        assert all(0 <= accepted <= drafted for accepted, drafted in zip(end.accepted, end.drafted, strict=True))
 
 
 def test_cancelling_frees_blocks_before_the_next_pass(start):

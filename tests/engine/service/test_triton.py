@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from asking import ask
@@ -159,6 +160,12 @@ def test_metrics_tell_what_was_done(server):
     for name in ("queue", "time_to_first_token", "request"):  # of clients alone
         assert grew(f"{name}_seconds_count") == 1
     assert after['echo_policy{policy="echo"}'] == 1
+    text = httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics").text
+    theirs = (
+        'nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="%s",model="echo",version="1"} %d\n'  # as TensorRT-LLM's
+    )
+    assert all(theirs % each in text for each in (("max", after["echo_blocks"]), ("used", 0), ("tokens_per", 32)))
+    assert 'nv_trt_llm_request_metrics{model="echo",request_type="waiting",version="1"} 0\n' in text
 
 
 # -- nonsense ------------------------------------------------------------------------------------------------------
