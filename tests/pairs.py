@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from models.block_checkpoints import block_raw, block_tensors, write_block
-from models.checkpoints import BUILDERS, head_config, head_tensors, qwen3, write_head
+from models.checkpoints import BUILDERS, add_tensors, head_config, head_tensors, mtp_tensors, qwen3, qwen3_5, write_head
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -32,8 +32,8 @@ from echo_trt.bundle.read_recipe import parse_recipe
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.models.block_weights import load_block
 from echo_trt.models.open_checkpoint import open_checkpoint
-from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, Role, TargetModule
-from echo_trt.models.weights import load_decoder, load_eagle3
+from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, MtpModule, Role, TargetModule
+from echo_trt.models.weights import load_decoder, load_eagle3, load_mtp
 from echo_trt.speculation.pack import ForwardBatch
 from echo_trt.speculation.policies import reserve_for
 
@@ -93,6 +93,8 @@ FOLDERS: dict[str, tuple[str, str, str | None]] = {
     "gated": ("target", "block", "gated"),
     "rnn": ("target", "block", "rnn"),
     "peagle": ("target", "block", "peagle"),
+    # Delta-net layers, in tests/engine/test_hybrids.py: the head of the checkpoint agrees with its target.
+    "mtp": ("hybrid", "mtp", None),
     **{family: (family, "model", family) for family in FAMILY_PAIRS},
 }
 
@@ -122,6 +124,7 @@ def write_networks(folder: Path) -> None:
     parallel = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "mask_token_id": VOCAB - 1, "draft_vocab_size": 150}
     write_block(folder / "peagle", block_raw("speculators peagle", **BLOCK, **parallel))
     _write_close_block(folder)
+    _write_hybrid(folder / "hybrid")
 
 
 def layers(ids: list[int]) -> dict[str, Any]:
@@ -202,6 +205,23 @@ def _write_close_pair(folder: Path) -> None:
     write_head(folder / "close_head", config, tensors)
 
 
+@torch.no_grad()
+def _write_hybrid(folder: Path) -> None:
+    """Write a target of delta-net layers that looks mostly at its last token, and an MTP head that does the same."""
+    write_tokenizer(folder)
+    target = qwen3_5(**SIZES | {"num_hidden_layers": 4})
+    head = mtp_tensors(target)
+    for name, parameter in [*target.named_parameters(), *head.items()]:
+        if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+            parameter *= 0.01
+    hidden = SIZES["hidden_size"]
+    head["mtp.fc.weight"] = torch.cat((torch.eye(hidden), torch.zeros(hidden, hidden)), dim=1)
+    head["mtp.pre_fc_norm_embedding.weight"] = torch.zeros(hidden)
+    head["mtp.norm.weight"] = target.model.norm.weight.clone()
+    target.save_pretrained(folder)
+    add_tensors(folder, head)
+
+
 def raw_recipe(pair: str, networks: Path, **changes: Any) -> dict[str, Any]:
     """Return the recipe as its YAML would hold it. ``changes`` replace whole keys."""
     target, kind, draft = FOLDERS[pair]
@@ -227,9 +247,13 @@ def roles_of(pair: str, networks: Path) -> dict[str, Role]:
     recipe = recipe_of(pair, networks)
     positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
     target_folder, kind, draft_folder = FOLDERS[pair]
-    target = load_decoder(open_checkpoint(networks / target_folder), positions)
+    checkpoint = open_checkpoint(networks / target_folder)
+    target = load_decoder(checkpoint, positions)
     if kind == "lookup":
         return {"target": TargetModule(target)}
+    if kind == "mtp":
+        head = MtpModule(load_mtp(checkpoint, positions, target), recipe.draft.top_k)
+        return {"target": TargetModule(target, (target.config.num_layers,)), "draft": head}
     draft = open_checkpoint(networks / draft_folder)
     if kind == "model":
         return {

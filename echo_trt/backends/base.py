@@ -47,6 +47,17 @@ def overlap(engine: Engine, work: Callable[[], None]) -> bool:
     return offered(work)
 
 
+def commit_states(engine: Engine, rows: np.ndarray, counts: np.ndarray) -> None:
+    """Advance the states of ``engine``, if it has any, over the packed rows of its last run that were accepted.
+
+    rows    int64 [sum counts], packed rows of the run, request by request, each request's in path order
+    counts  int64 [B], of the run's requests; 0: the request's states stay as they are
+    """
+    commit = getattr(engine, "commit_states", None)
+    if commit is not None:
+        commit(rows, counts)
+
+
 def feature_cache_of(engine: Engine, name: str, count: int, width: int) -> FeatureCache:
     """Return the bank for the input ``name``: the engine's own, on its device, or one on the host."""
     own = getattr(engine, "feature_cache", lambda name: None)(name)
@@ -58,9 +69,11 @@ class Engine(Protocol):
 
     An engine on a device may also have ``feature_cache`` (``feature_cache_of``), ``overlap``, ``prefill_alone`` (prompt
     tokens of a call without other work, if more than a chunk) and, of an EAGLE-3 head, ``run_levels``
-    (``backends.cuda.engine.DeviceEngine``). An engine whose verified chains have the bits of plain decoding, and whose
-    trees do not, sets ``rounds_trees``. One whose trees are exact only up to so many tokens of a request, the tree's
-    among them, sets ``tree_context``; beyond it a tree must be one path.
+    (``backends.cuda.engine.DeviceEngine``). A network with states beside its KV rows has a slot of them for each
+    request (``ForwardBatch.state_slots``): a run reads them and starts from zero where a request has no past, and
+    ``commit_states`` advances them, which must follow before the slot's next run. An engine whose verified chains have
+    the bits of plain decoding, and whose trees do not, sets ``rounds_trees``. One whose trees are exact only up to so
+    many tokens of a request, the tree's among them, sets ``tree_context``; beyond it a tree must be one path.
 
     num_blocks  KV blocks of the pool
     sizes       [m], tokens, ascending: a verification is padded to the next size and any pass to the first. Larger

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from echo_trt.backends.base import COLLECTIVES, DOMAIN, METADATA, OPERATOR
 from echo_trt.models.layers import Attend
-from echo_trt.models.roles import BlockModule, HeadModule, Role
+from echo_trt.models.roles import BlockModule, HeadModule, Role, TargetModule
 from echo_trt.speculation.pack import BLOCK
 
 OPSET = 23
@@ -51,7 +52,7 @@ def export(role: Role, path: Path) -> None:
     program = trace(
         _Graph(role),
         (inputs, metadata, torch.zeros(2, dtype=torch.long), caches),
-        (dict.fromkeys(inputs, auto), [auto] * len(metadata), auto, [auto] * len(caches)),
+        (_dynamic(inputs), [auto] * len(metadata), auto, [auto] * len(caches)),
         [*inputs, *METADATA, "logit_rows", *cache_names(role.num_layers)],
         list(role.outputs),
         OPSET,
@@ -121,8 +122,11 @@ def _example(role: Role) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]
     """Make the tracer's inputs, of different sizes along different axes."""
     config, dtype = role.network.config, role.network.norm.weight.dtype
     inputs = {"token_ids": torch.zeros(5, dtype=torch.long), "positions": torch.arange(5)}
+    if isinstance(role, TargetModule) and role.states:
+        inputs |= _tree_inputs(role)
+        inputs = {name: inputs[name] for name in role.inputs}
     if isinstance(role, HeadModule):
-        inputs["features"] = torch.zeros(2, 3 * config.target_hidden_size, dtype=dtype)
+        inputs["features"] = torch.zeros(2, config.feature_size, dtype=dtype)
         inputs["hidden"] = torch.zeros(3, config.hidden_size, dtype=dtype)
     if isinstance(role, BlockModule):
         inputs["features"] = torch.zeros(3, config.feature_size, dtype=dtype)
@@ -135,6 +139,20 @@ def _example(role: Role) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]
     # One tensor a cache: the exporter takes two uses of one tensor for one input.
     shape = 7, config.num_kv_heads, BLOCK, config.head_dim
     return inputs, metadata, [torch.zeros(shape, dtype=dtype) for _ in range(2 * role.num_layers)]
+
+
+def _dynamic(inputs: dict[str, Tensor]) -> dict[str, dict[int, Any]]:
+    """Return the dynamic axes of ``inputs``: the first one, and all of a tree's padded rows."""
+    axes = {"tree_rows": 2, "ancestors": 3}
+    return {name: dict.fromkeys(range(axes.get(name, 1)), torch.export.Dim.DYNAMIC) for name in inputs}
+
+
+def _tree_inputs(role: TargetModule) -> dict[str, Tensor]:
+    """Make the inputs of delta-net layers: five packed rows of three requests, padded to four rows."""
+    indices = {"tree_rows": (3, 4), "row_places": (5,), "conv_rows": (5, 3)}
+    inputs = {name: torch.zeros(shape, dtype=torch.long) for name, shape in indices.items()}
+    inputs["ancestors"] = torch.zeros(3, 4, 4)
+    return inputs | {name: torch.zeros(3, *shape) for name, shape in role.states.items()}
 
 
 def _to_onnx(query, key, value, key_cache, value_cache, *rest):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from echo_trt.backends.base import Engine
+from echo_trt.backends.base import Engine, commit_states
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.manifest import SelfCheck
 from echo_trt.errors import UserError
@@ -34,11 +34,9 @@ def check_engine(
     """
     calls = _calls(role, np.array([blocks], np.int32))
     reference = TorchEngine(role, BLOCKS)
-    expected = [reference.run(call, **inputs) for call, inputs in calls]
+    expected = list(_runs(reference, calls))
     del reference
-    engine = compiled(BLOCKS)
-    runs = (engine.run(call, **inputs) for call, inputs in calls)
-    got = [{name: np.array(value) for name, value in outputs.items()} for outputs in runs]  # the next run overwrites
+    got = list(_runs(compiled(BLOCKS), calls))
     (prompt_error, same), (tree_error, _) = (_compare(expected[i], got[i]) for i in (0, -1))
     check = SelfCheck(prompt_error=prompt_error, tree_error=tree_error, bound=BOUNDS[precision], same_argmax=same)
     if not max(prompt_error, tree_error) <= check.bound:
@@ -47,6 +45,14 @@ def check_engine(
             f"off the reference, and {check.bound} is allowed; build with another --precision or --engine."
         )
     return check
+
+
+def _runs(engine: Engine, calls: list[Call]) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the outputs of ``calls``, whose tokens are committed."""
+    for call, inputs in calls:
+        outputs = engine.run(call, **inputs)
+        yield {name: np.array(value) for name, value in outputs.items()}  # the next run overwrites
+        commit_states(engine, np.arange(len(call.token_ids)), np.diff(call.seq_begins))
 
 
 Call = tuple[ForwardBatch, dict[str, np.ndarray]]
@@ -108,7 +114,7 @@ def _head_inputs(role: Role, call: ForwardBatch) -> dict[str, np.ndarray]:
     count = len(call.token_ids)
     split = count // 2
     return {
-        "features": rng.standard_normal((split, 3 * config.target_hidden_size)).astype(np.float32),
+        "features": rng.standard_normal((split, config.feature_size)).astype(np.float32),
         "hidden": rng.standard_normal((count - split, config.hidden_size)).astype(np.float32),
     }
 

@@ -60,6 +60,7 @@ class NetworkFacts(_Facts):
     num_kv_heads  of one rank, where the network is divided
     feature_size  numbers of the features that an EAGLE-3 head or a block drafter reads of one token
     block         of a block drafter
+    state_values  float32 values of a request's states, of a target with delta-net layers
     """
 
     file: FileName
@@ -72,6 +73,7 @@ class NetworkFacts(_Facts):
     parameters: Annotated[int, Field(ge=0, le=10**15)]
     feature_size: Annotated[int, Field(ge=0, le=2**24)] = 0
     block: BlockFacts | None = None
+    state_values: Annotated[int, Field(ge=0, le=2**32)] = 0
 
     @property
     def kv_values(self) -> int:
@@ -168,10 +170,11 @@ class Manifest(_Facts):
             raise ValueError(f"eos_token_ids has {last}, and the last token is {largest}")
         if self.draft and self.draft.file == self.target.file:
             raise ValueError(f"draft.file is {self.draft.file}, which is target.file")
-        if self.draft and self.recipe.draft.kind == "eagle3":
-            size, wanted = self.draft.feature_size, 3 * self.target.hidden_size
+        if self.draft and self.recipe.draft.kind in ("eagle3", "mtp"):
+            times, word = (3, "three times ") if self.recipe.draft.kind == "eagle3" else (1, "")
+            size, wanted = self.draft.feature_size, times * self.target.hidden_size
             if size != wanted:
-                raise ValueError(f"draft.feature_size is {size}, and three times target.hidden_size is {wanted}")
+                raise ValueError(f"draft.feature_size is {size}, and {word}target.hidden_size is {wanted}")
         if self.draft and self.draft.block:
             size, token = self.draft.feature_size, self.draft.block.mask_token
             if size < 1 or size % self.target.hidden_size:

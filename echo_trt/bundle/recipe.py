@@ -14,7 +14,8 @@ from echo_trt.speculation.policy_names import DEFAULT
 EngineName = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 HUB = r"[A-Za-z0-9][\w.-]*/[\w.-]+"  # OWNER/NAME
-NETWORKS = ("eagle3", "block", "model")  # kinds of a draft that has a network
+SOURCED = ("eagle3", "block", "model")  # kinds of a draft that has a checkpoint
+NETWORKS = (*SOURCED, "mtp")  # kinds of a draft that has a network
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -65,7 +66,7 @@ class Target(Source):
 
 class DraftSection(_Section):
     """Names the draft: eagle3, a head for this target; block, a drafter of whole blocks (DFlash, DSpark, JetSpec,
-    P-EAGLE); model, a smaller model with its tokenizer; lookup, the text.
+    P-EAGLE); model, a smaller model with its tokenizer; mtp, the head in the target's checkpoint; lookup, the text.
 
     block       rows of a block drafter's pass, where not the checkpoint's
     precision   of the draft, where it is not the target's
@@ -75,7 +76,7 @@ class DraftSection(_Section):
     acceptance  P(a copied token is accepted) after a match of 1, 2, ... tokens
     """
 
-    kind: Literal["eagle3", "block", "model", "lookup", "none"] = "none"
+    kind: Literal["eagle3", "block", "model", "mtp", "lookup", "none"] = "none"
     source: Source | None = None
     block: Annotated[int, Field(ge=2, le=36)] | None = None
     precision: Precision | None = None
@@ -87,8 +88,8 @@ class DraftSection(_Section):
 
     @model_validator(mode="after")
     def _source_where_needed(self) -> DraftSection:
-        if (self.source is not None) != (self.kind in NETWORKS):
-            unused = f"is not used, leave it out or set kind to one of {', '.join(NETWORKS)}"
+        if (self.source is not None) != (self.kind in SOURCED):
+            unused = f"is not used, leave it out or set kind to one of {', '.join(SOURCED)}"
             raise ValueError(f"kind is {self.kind}, for which source {unused if self.source else 'is missing, add it'}")
         if self.block is not None and self.kind != "block":
             raise ValueError(f"block is {self.block}, but kind is {self.kind}, which has none; leave it out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import shutil
 import tempfile
@@ -45,14 +46,16 @@ from echo_trt.models.decoder import Decoder
 from echo_trt.models.families import FAMILIES
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.models.fp8_linear import E4M3
+from echo_trt.models.hybrid_config import HybridConfig
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.open_tokenizer import check_same_tokens, read_template, read_tokenizer
 from echo_trt.models.ranks import Shard
 from echo_trt.models.read_config import check_context, decoder_config
-from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, Role, TargetModule
-from echo_trt.models.weights import load_decoder, load_eagle3, release_weights
+from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, MtpModule, Role, TargetModule
+from echo_trt.models.weights import load_decoder, load_eagle3, load_mtp, release_weights
 from echo_trt.sizing.needs import check_space
 from echo_trt.sizing.networks import decoder_sizes
+from echo_trt.speculation.paths import MAX_ROWS
 from echo_trt.speculation.policies import reserve_for
 
 #: Of the engines that are not TensorRT's.
@@ -145,6 +148,8 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
     if ranks > 1:
         check_space(recipe, recipe_folder, work)
     dtype = _loaded_type(recipe, recipe.precision)
+    if isinstance(decoder_config(checkpoint.config, str(checkpoint.path)), HybridConfig):
+        _check_hybrid(recipe)
     target = load_decoder(checkpoint, positions, dtype, Shard(0, ranks))
     digest = weights_sha256(checkpoint.path)
     tokenizer = read_tokenizer(checkpoint, recipe.target.tokenizer and recipe_folder / recipe.target.tokenizer)
@@ -243,6 +248,31 @@ def _check_block(recipe: Recipe, recipe_folder: Path, target: DecoderConfig) -> 
         )
 
 
+def _check_hybrid(recipe: Recipe) -> None:
+    """Refuse what a target with delta-net layers does not have."""
+    if recipe.engine not in ("openvino", "torch"):
+        raise UserError(
+            f"engine is {recipe.engine}, but a target with delta-net layers runs on openvino and torch alone; use one "
+            "of these."
+        )
+    if recipe.precision not in ("fp32", "bf16", "fp16"):
+        raise UserError(
+            f"precision is {recipe.precision}, but a target with delta-net layers is built in fp32 or bf16 so far; use "
+            "one of these."
+        )
+    if recipe.tensor_parallel > 1:
+        raise UserError(
+            f"tensor_parallel is {recipe.tensor_parallel}, but a target with delta-net layers is not divided; set it "
+            "to 1."
+        )
+    tree = max(recipe.decoding.per_request, recipe.decoding.static.tokens)
+    if tree > MAX_ROWS:
+        raise UserError(
+            f"decoding.per_request or static.tokens is {tree}, but a target with delta-net layers verifies {MAX_ROWS} "
+            "tokens of a request at most; lower it."
+        )
+
+
 def _calibration(recipe: Recipe, recipe_folder: Path, digest: str, draft_digest: str) -> Calibration | None:
     if recipe.calibration is None:
         return None
@@ -255,6 +285,11 @@ def _calibration(recipe: Recipe, recipe_folder: Path, digest: str, draft_digest:
 def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str, tokenizer, progress: Progress):
     """Return the draft's role, None without a network; the target's layers whose inputs it reads; its weights' hash."""
     draft = recipe.draft
+    if draft.kind == "mtp":
+        progress("reading the draft")
+        checkpoint, dtype = _open(recipe.target, recipe_folder), _loaded_type(recipe, recipe.draft_precision)
+        head = load_mtp(checkpoint, target.rotary.cos.shape[0], target, dtype)
+        return MtpModule(head, draft.top_k), (target.config.num_layers,), digest
     if draft.source is None:
         return None, (), ""
     progress("reading the draft")
@@ -267,6 +302,10 @@ def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str,
         folder = draft.source.tokenizer and recipe_folder / draft.source.tokenizer
         check_same_tokens(tokenizer, read_tokenizer(checkpoint, folder), where)
         decoder, maximum = load_decoder(checkpoint, positions, dtype), target.config.vocab_size
+        if isinstance(decoder.config, HybridConfig):
+            raise UserError(
+                f"{where} has delta-net layers, which no draft model may have; use draft.kind mtp or lookup."
+            )
         if decoder.config.vocab_size > maximum:  # its padding would be proposed as tokens that the target cannot read
             raise UserError(
                 f"{where}: vocab_size is {decoder.config.vocab_size}, but the target's is {maximum}; "
@@ -341,16 +380,10 @@ def _facts(role: Role, files: list[str]) -> NetworkFacts:
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         parameters=sum(p.numel() for p in role.parameters()),
-        feature_size=_feature_size(role),
+        feature_size=config.feature_size if isinstance(role, (HeadModule, BlockModule)) else 0,
         block=block_facts(config) if isinstance(role, BlockModule) else None,
+        state_values=sum(math.prod(shape) for shape in getattr(role, "states", {}).values()),
     )
-
-
-def _feature_size(role: Role) -> int:
-    config = role.network.config
-    if isinstance(role, BlockModule):
-        return config.feature_size
-    return 3 * config.target_hidden_size if isinstance(role, HeadModule) else 0
 
 
 def block_facts(config: BlockConfig) -> BlockFacts:

@@ -25,6 +25,7 @@ from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.engine.synthetic import SyntheticText
 from echo_trt.errors import UserError
 from echo_trt.files.extras import extra
+from echo_trt.speculation.paths import MAX_ROWS
 from echo_trt.speculation.planner import Planner
 from echo_trt.speculation.policies import reserve_for
 
@@ -73,6 +74,8 @@ class Networks:
         """Make an engine core over these networks; one core at a time may have running requests."""
         manifest = self.manifest
         chunk = manifest.recipe.limits.prefill_chunk
+        if manifest.target.state_values:
+            chunk = min(chunk, MAX_ROWS)
         return EngineCore(self.target, self.drafter, self.batch, planner, manifest.eos_token_ids, chunk, self.synthetic)
 
     def over(self, batch: InputBatch) -> Networks:
@@ -105,8 +108,10 @@ def load_networks(
     count = batch or limits.batch
     contiguous = manifest.engine == "tensorrt-rtx"  # its engines have a cache per slot instead of one pool
     pool = kv_pool(folder, manifest, count, kv_cache_memory)
-    cached = limits.prefix_cache if prefix_cache is None else prefix_cache
+    states = manifest.target.state_values > 0  # a cached block has KV rows, but not the states behind it
+    cached = (limits.prefix_cache if prefix_cache is None else prefix_cache) and not states
     input_batch = InputBatch(count, limits.context, reserve, None if contiguous else pool.blocks, cached)
+    input_batch.divisible = not (contiguous or states)
     target = _engine(folder, manifest, manifest.target, input_batch, pool.blocks)
     draft = _engine(folder, manifest, manifest.draft, input_batch, pool.blocks) if manifest.draft else None
     path = folder / CALIBRATION
@@ -138,7 +143,7 @@ def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputB
         from echo_trt.backends.openvino.engine import OpenVINOEngine
 
         draft_precision = manifest.recipe.draft.precision if network == "draft" else None
-        engine = OpenVINOEngine(folder / facts.file, draft_precision or manifest.precision, blocks)
+        engine = OpenVINOEngine(folder / facts.file, draft_precision or manifest.precision, blocks, slots=slots)
         _check_network(engine.widths, folder / MANIFEST, manifest, network)
         return engine
     if network == "target" and facts.rank_files:  # divided, in a process per rank; the draft stands whole in this one
@@ -153,7 +158,7 @@ def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputB
 def _check_network(widths: dict[str, int], path: Path, manifest: Manifest, network: str) -> None:
     """Refuse a manifest that names another network's file, or sizes that are not this one's."""
     facts, kind = getattr(manifest, network), manifest.recipe.draft.kind
-    head, reads = kind == "eagle3", kind in ("eagle3", "block")
+    head, reads = kind in ("eagle3", "mtp"), kind in ("eagle3", "mtp", "block")
     if network == "target":
         right, sizes = "logits" in widths and (not reads or "features" in widths), {"vocab_size": "logits"}
     else:

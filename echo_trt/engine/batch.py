@@ -68,6 +68,7 @@ class InputBatch:
         self.adjusted = np.zeros(count, bool)  # whether anything comes between the target's logits and the choice
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
         blocks, self.contiguous = blocks_for(context + reserve), num_blocks is None
+        self.divisible = not self.contiguous  # whether several loops may have a part of the pool each
         self.block_table = np.zeros((count, blocks), np.int32)
         if self.contiguous:
             self.block_table[:] = np.arange(count * blocks).reshape(count, blocks)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.backends.base import Engine
+from echo_trt.backends.base import Engine, commit_states
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.drafters.eagle3 import Drafter
 from echo_trt.engine.drafters.grammars import GuidedDraft
@@ -280,7 +280,7 @@ class EngineCore:
             logit_rows=np.concatenate((np.arange(len(tree)), last, requested)),
             mask=ancestor_mask(tree) if len(tree) > len(slots) else None,
             padded_to=0 if len(chunks.slots) else plan.padded_to,
-        )
+        )._replace(state_slots=call_slots)
 
     def _prompt_logprobs_requested(self, chunks: Chunks) -> np.ndarray:
         """Whether log-probabilities are asked for of the prompt's token behind each token of ``chunks``: bool [n]."""
@@ -310,9 +310,11 @@ class EngineCore:
         owner = slots[tree.request[nodes]]
         position = batch.committed[owner] + ragged_arange(counts[:decoding])
         self._move_accepted(tree, nodes, owner, position)
+        # Packed rows are the nodes of the decoding requests, then the chunks' tokens (``_build_call``).
+        chunk_rows = len(verified.call.token_ids) - len(chunks.owner) + np.arange(len(chunks.owner))
+        lengths = np.concatenate((counts[:decoding], chunks.counts))
+        commit_states(self.target, np.concatenate((nodes, chunk_rows)), lengths)
         if self.drafter:
-            # Packed rows are the nodes of the decoding requests, then the chunks' tokens (``_build_call``).
-            chunk_rows = len(verified.call.token_ids) - len(chunks.owner) + np.arange(len(chunks.owner))
             rows = batch.rows(np.concatenate((owner, chunks.owner)), np.concatenate((position, chunks.position)))
             self.drafter.observe(rows, verified.outputs, np.concatenate((nodes, chunk_rows)))
         batch.committed[slots[:decoding]] += counts[:decoding]

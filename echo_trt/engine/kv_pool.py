@@ -25,6 +25,8 @@ class KVPool:
     block_bytes     of a block, with the features of its tokens, which a draft reads
     request_blocks  of a request of ``context`` tokens, the longest
     available       bytes of this machine's memory that the weights leave free; None: of a GPU, whose engine checks it
+    states          bytes of the states of all running requests, of a target with delta-net layers; it has no prefix
+                    cache
     """
 
     blocks: int
@@ -32,6 +34,7 @@ class KVPool:
     request_blocks: int
     context: int
     available: int | None = None
+    states: int = 0
 
     @property
     def bytes(self) -> int:
@@ -45,7 +48,8 @@ class KVPool:
     @property
     def sentence(self) -> str:
         full = f"{self.requests:,} request{'s' * (self.requests != 1)} of {self.context:,} tokens"
-        return f"KV pool: {gigabytes(self.bytes)}, {self.blocks * BLOCK:,} tokens, {full}"
+        states = f"; {gigabytes(self.states)} of states beside it, and no prefix cache" if self.states else ""
+        return f"KV pool: {gigabytes(self.bytes)}, {self.blocks * BLOCK:,} tokens, {full}{states}"
 
     @property
     def warning(self) -> str:
@@ -74,8 +78,9 @@ def kv_pool(
     networks = [(manifest.target, manifest.precision), *([(manifest.draft, own)] if manifest.draft else [])]
     size, needed = block_bytes(manifest.engine, networks), manifest.recipe.request_blocks
     wanted, available = needed * (batch or limits.batch), None
+    states = 4 * manifest.target.state_values * (batch or limits.batch)
     if on_cpu(manifest.engine):
-        available = available_memory() // processes - _weights(folder, manifest)
+        available = available_memory() // processes - _weights(folder, manifest) - states
     if memory is not None:
         blocks = _chosen(manifest, memory, size)
     elif manifest.engine == "tensorrt-rtx":  # its engines have a cache for each running request instead of one pool
@@ -85,7 +90,7 @@ def kv_pool(
     else:
         _check_available(available, size, needed, limits.context)
         blocks = min(wanted, max(int(SHARE * available) // size, needed))
-    return KVPool(blocks, size, needed, limits.context, available)
+    return KVPool(blocks, size, needed, limits.context, available, states)
 
 
 def _chosen(manifest: Manifest, memory: int, size: int) -> int:

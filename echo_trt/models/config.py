@@ -109,6 +109,11 @@ class Eagle3Config(NetworkConfig):
     target_layers: int = 0
     target_sha256: str = ""
 
+    @property
+    def feature_size(self) -> int:
+        """Numbers of a token's features."""
+        return 3 * self.target_hidden_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig(Eagle3Config):

@@ -77,7 +77,12 @@ class Decoder(nn.Module):
                 x, delta = x if delta is None else x + delta, None
                 features[i] = x
             x, delta = layer.advance(x, delta, *(local if self.config.window_of(i) else angles), attend)
-        rows = self.norm((x if delta is None else x + delta)[logit_rows])
+        x = x if delta is None else x + delta
+        if self.config.num_layers in feature_layers:  # of an MTP head: the last hidden states, behind the norm
+            features[self.config.num_layers] = x = self.norm(x)
+            rows = x[logit_rows]
+        else:
+            rows = self.norm(x[logit_rows])
         head = widened(self.embed.weight if self.lm_head is None else self.lm_head.weight, rows)
         if len(head) < self.config.vocab_size:
             logits = all_gather(torch.nn.functional.linear(head, rows), self.config.ranks).t()

@@ -87,18 +87,23 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [N, H, 1, D] by the angles of its tokens' positions.
+    """Rotate x [N, H, 1, D] by the angles of its tokens' positions; narrower angles rotate a head's first numbers.
 
     Compilers recognise these very steps on four axes as rotary embedding, and make one kernel of them.
     """
-    half = x.shape[-1] // 2
+    turned, rest = cos.shape[-1], x.shape[-1] - cos.shape[-1]
+    if rest:
+        part, kept = x.split((turned, rest), dim=-1)
+        return torch.cat((rotate(part, cos, sin), kept), dim=-1)
+    half = turned // 2
     first, second = x.split((half, half), dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
     """Return inverse frequencies, float32 [D/2], and the factor on cos and sin."""
-    dim, scaling = config.head_dim, {"rope_theta": config.rope_theta, **config.rope_scaling}
+    dim = getattr(config, "rotary_dim", config.head_dim)
+    scaling = {"rope_theta": config.rope_theta, **config.rope_scaling}
     if "rope_type" not in scaling:
         return config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
     from transformers import LlamaConfig  # takes a second, and few networks need it

@@ -27,6 +27,8 @@ ROPE_REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
 }
+#: Keys that a family reads, and that concern images alone: a text has one position in all their sections.
+ROPE_OTHERS = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
 ROPE_OPTIONAL = ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
 
 
@@ -36,17 +38,26 @@ LAYER_KEYS = {"target_layer_ids": 1, "aux_hidden_state_layer_ids": 0}
 
 def decoder_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     """Read a Hugging Face ``config.json``. ``where`` names the file in errors."""
+    raw = text_config(raw)
     family = family_of((raw.get("architectures") or ["none"])[0], where)
     raw = family.completed(raw, where)
     shape = _shape(raw, where, family.fixed)
     eos = raw.get("eos_token_id")
-    return DecoderConfig(
+    return family.config(
         family=family.name,
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         **shape,
         **family.options(raw, shape["num_layers"], where),
     )
+
+
+def text_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the network of text where a checkpoint also reads images (Qwen3.5), else ``raw``."""
+    nested = raw.get("text_config")
+    if nested is None or raw.get("architectures") != ["Qwen3_5ForConditionalGeneration"]:
+        return raw
+    return {"tie_word_embeddings": raw.get("tie_word_embeddings"), **nested, "architectures": ["Qwen3_5ForCausalLM"]}
 
 
 def check_context(config: DecoderConfig, context: int) -> None:
@@ -196,7 +207,7 @@ def _shape(raw: dict[str, Any], where: str, fixed: Mapping[str, Any] | None = No
 def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
     # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
     stated = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope = {key: value for key, value in stated.items() if value is not None}
+    rope = {key: value for key, value in stated.items() if value is not None and key not in ROPE_OTHERS}
     theta = rope.pop("rope_theta", None) or raw.get("rope_theta", 10000.0)
     kind = rope.pop("type", "default")
     kind = rope.setdefault("rope_type", kind)

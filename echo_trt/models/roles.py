@@ -10,25 +10,40 @@ from torch import Tensor, nn
 
 from echo_trt.models.block import BlockNetwork
 from echo_trt.models.decoder import Decoder
+from echo_trt.models.delta_net import DeltaCall
 from echo_trt.models.eagle3 import Eagle3Head, top_candidates
+from echo_trt.models.hybrid_config import state_shapes
 from echo_trt.models.layers import Attend
+from echo_trt.models.mtp import MtpHead
+from echo_trt.speculation.paths import COMMIT_OUTPUTS, TREE_INPUTS
 
 
 class TargetModule(nn.Module):
-    """The target: logits [R, V] and, where ``feature_layers`` names layers, features [N, len * H] for a head."""
+    """The target: logits [R, V] and, where ``feature_layers`` names layers, features [N, len * H] for a head.
 
-    inputs = ("token_ids", "positions")
+    A hybrid has further inputs and outputs (``models.delta_net``): its states, and what a commit of them takes.
+    """
+
+    inputs: tuple[str, ...] = ("token_ids", "positions")
 
     def __init__(self, decoder: Decoder, feature_layers: tuple[int, ...] = ()):
         super().__init__()
         self.network, self.feature_layers = decoder, feature_layers
         self.num_layers = decoder.config.num_layers
         self.outputs = ("logits", "features") if feature_layers else ("logits",)
+        self.states = state_shapes(decoder.config)
+        if self.states:
+            self.num_layers = decoder.config.attention_layers
+            self.inputs = (*self.inputs, *TREE_INPUTS, *self.states)
+            self.outputs = (*self.outputs, *COMMIT_OUTPUTS)
 
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
         tokens, positions = inputs["token_ids"], inputs["positions"]
-        logits, features = self.network(tokens, positions, logit_rows, attend, self.feature_layers)
-        return (logits,) if features is None else (logits, features)
+        states = {name: inputs[name] for name in self.states}
+        call = DeltaCall(attend, *(inputs[name] for name in TREE_INPUTS), states) if states else attend
+        logits, features = self.network(tokens, positions, logit_rows, call, self.feature_layers)
+        outputs = (logits,) if features is None else (logits, features)
+        return (*outputs, *call.stacked()) if isinstance(call, DeltaCall) else outputs
 
 
 def _features(inputs: dict[str, Tensor]) -> tuple[Tensor, bool]:
@@ -60,7 +75,7 @@ class HeadModule(nn.Module):
     outputs = ("scores", "candidates", "state")
     num_layers = 1
 
-    def __init__(self, head: Eagle3Head, top_k: int):
+    def __init__(self, head: Eagle3Head | MtpHead, top_k: int):
         super().__init__()
         self.network, self.top_k = head, top_k
 
@@ -70,6 +85,15 @@ class HeadModule(nn.Module):
         state = self.network(tokens, features, inputs["hidden"], positions, attend, rows, combined)
         scores, index = top_candidates(self.network.logits(state[logit_rows]), self.top_k)
         return scores, self.network.target_ids[index], state
+
+
+class MtpModule(HeadModule):
+    """An MTP head, which proposes any token of the vocabulary."""
+
+    def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
+        tokens, positions = inputs["token_ids"], inputs["positions"]
+        state = self.network(tokens, inputs["features"], inputs["hidden"], positions, attend)
+        return *top_candidates(self.network.logits(state[logit_rows]), self.top_k), state
 
 
 class BlockModule(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,10 @@ from echo_trt.models.families import FAMILIES
 from echo_trt.models.families.family import NORMS
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, takes
+from echo_trt.models.hybrid_config import OTHERS, HybridConfig, MtpConfig
 from echo_trt.models.layers import Config, Linear, RMSNorm, Rotary
+from echo_trt.models.mtp import MtpHead
+from echo_trt.models.qwen3_5 import HybridDecoder, delta_net_sources
 from echo_trt.models.ranks import Shard
 from echo_trt.models.read_config import check_fits, decoder_config, eagle3_config, rank_config
 
@@ -47,18 +50,24 @@ def load_decoder(
     config = rank_config(whole, shard.ranks)
     with torch.device("meta"):
         # A rank's output matrix is a parameter apart, also where it is a part of the embedding.
-        model, undivided = Decoder(config, positions), Decoder(replace(whole, tie_embeddings=False), positions)
+        network = decoder_class(config)
+        model, undivided = network(config, positions), network(replace(whole, tie_embeddings=False), positions)
     sources = decoder_sources(config, set(checkpoint.names()))
     if whole.tie_embeddings and not config.tie_embeddings:
         sources["lm_head.weight"] = sources["embed.weight"]
-    _assign(model, checkpoint, sources, dtype, undivided, shard)
+    others = [name for name in checkpoint.names() if isinstance(config, HybridConfig) and name.startswith(OTHERS)]
+    _assign(model, checkpoint, sources, dtype, undivided, shard, others)
     _complete_norms(model)
     model.rotary = Rotary(config, positions)
     return model.eval()
 
 
+def decoder_class(config: DecoderConfig) -> type[Decoder]:
+    return HybridDecoder if isinstance(config, HybridConfig) else Decoder
+
+
 @torch.no_grad()
-def _complete_norms(model: Decoder) -> None:
+def _complete_norms(model: Decoder | MtpHead) -> None:
     """Give norms what their weights are stored without, and the norms of queries the factor on queries."""
     for name, module in model.named_modules():
         if isinstance(module, RMSNorm) and model.config.norm_offset:
@@ -92,6 +101,31 @@ def load_eagle3(
     _assign(model, checkpoint, sources, dtype)
     model.rotary = Rotary(config, positions)
     model.target_ids = _target_ids(config, checkpoint, names)
+    return model.eval()
+
+
+def load_mtp(
+    checkpoint: Checkpoint, positions: int, target: Decoder, dtype: torch.dtype | None = torch.float32
+) -> MtpHead:
+    """Load the MTP head in the checkpoint of ``target``, whose embedding and output matrix it shares.
+
+    positions, dtype  as of ``load_decoder``
+    """
+    names = set(checkpoint.names())
+    if not isinstance(target.config, HybridConfig) or "mtp.fc.weight" not in names:
+        raise UserError(
+            f"draft.kind is mtp, but {checkpoint.path} has no MTP head that is known (mtp.fc.weight of Qwen3.5); use "
+            "another kind of draft."
+        )
+    config = MtpConfig(**{field.name: getattr(target.config, field.name) for field in fields(target.config)})
+    with torch.device("meta"):
+        model = MtpHead(config, positions)
+    _assign(model, checkpoint, mtp_sources(), dtype, read_apart=[name for name in names if not name.startswith("mtp.")])
+    _complete_norms(model)
+    model.embed.weight = target.embed.weight
+    if model.lm_head is not None:
+        model.lm_head.weight = target.lm_head.weight
+    model.rotary = Rotary(config, positions)
     return model.eval()
 
 
@@ -131,12 +165,18 @@ def head_tensor_name(name: str, layer: str = "midlayer.") -> str:
 
 
 def decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]:
-    sources: dict[str, Any] = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
+    root = "model.language_model." if any(name.startswith("model.language_model.") for name in present) else "model."
+    sources: dict[str, Any] = {"embed.weight": [root + "embed_tokens.weight"], "norm.weight": [root + "norm.weight"]}
+    linear = config.linear_layers if isinstance(config, HybridConfig) else ()
     if not config.tie_embeddings:
         sources["lm_head.weight"] = ["lm_head.weight"]
     for i in range(config.num_layers):
-        theirs, ours = f"model.layers.{i}.", f"layers.{i}."
-        sources |= _layer_sources(ours, theirs, config.qk_norm, FAMILIES[config.family].norms)
+        theirs, ours = f"{root}layers.{i}.", f"layers.{i}."
+        norms = FAMILIES[config.family].norms
+        if i in linear:
+            sources |= _norm_sources(ours, theirs, norms) | delta_net_sources(ours, theirs)
+        else:
+            sources |= _layer_sources(ours, theirs, config.qk_norm, norms)
         if config.attention_bias:
             sources[ours + "attention.qkv.bias"] = [f"{theirs}self_attn.{p}_proj.bias" for p in "qkv"]
         if config.has_experts(i):
@@ -152,12 +192,22 @@ def decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]:
     return sources
 
 
+def _norm_sources(ours: str, theirs: str, norms: Mapping[str, str]) -> Sources:
+    return {f"{ours}{norm}.weight": [f"{theirs}{name}.weight"] for norm, name in norms.items()}
+
+
 def _layer_sources(ours: str, theirs: str, qk_norm: bool, norms: Mapping[str, str] = NORMS) -> Sources:
     return {
-        **{f"{ours}{norm}.weight": [f"{theirs}{name}.weight"] for norm, name in norms.items()},
+        **_norm_sources(ours, theirs, norms),
         **_attention_sources(ours, theirs),
         **{f"{ours}attention.{n}_norm.weight": [f"{theirs}self_attn.{n[0]}_norm.weight"] for n in QK[: 2 * qk_norm]},
     }
+
+
+def mtp_sources() -> Sources:
+    norms = {"embed_norm": "pre_fc_norm_embedding", "hidden_norm": "pre_fc_norm_hidden", "norm": "norm", "fc": "fc"}
+    shared = {f"{ours}.weight": [f"mtp.{theirs}.weight"] for ours, theirs in norms.items()}
+    return shared | _layer_sources("layer.", "mtp.layers.0.", qk_norm=True) | _mlp_sources("layer.", "mtp.layers.0.")
 
 
 def eagle3_sources(config: Eagle3Config, names: dict[str, str]) -> dict[str, Any]:
@@ -278,8 +328,8 @@ class _Filling:
     def _parts(self, slot: Tensor, shape: torch.Size, names: list[str]) -> Iterator[tuple[str, Tensor, int]]:
         """Yield the named tensors, which are checked, their parts of ``slot`` and their stored heights."""
         filled, stored = ([size // len(names)] * len(names) for size in (len(slot), shape[0]))
-        if len(names) == 3:  # a merged qkv
-            filled, stored = (heights(network.config) for network in (self.model, self.whole))
+        if len(names) > 2:  # a merged qkv, or a delta net's projection
+            filled, stored = (heights(network.config, len(names)) for network in (self.model, self.whole))
         for name, part, height in zip(names, slot.split(filled), stored, strict=True):
             self._check(name, (height, *shape[1:]))
             yield name, part, height
@@ -308,8 +358,12 @@ def _stored_type(filling: _Filling, shape: torch.Size, parts: list) -> torch.dty
     return types.pop() if len(types) == 1 and types <= NARROW else torch.float32
 
 
-def heights(config: Config) -> list[int]:
-    return [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+def heights(config: Config, parts: int = 3) -> list[int]:
+    """Return the rows of the ``parts`` that a merged projection is made of."""
+    if parts > 3:
+        return config.delta_net.projected
+    queries = config.num_heads * (2 if isinstance(config, HybridConfig) else 1)  # gated: a gate beside each
+    return [heads * config.head_dim for heads in (queries, config.num_kv_heads, config.num_kv_heads)]
 
 
 def _shape_error(checkpoint: Checkpoint, name: str, got: Any, expected: Any) -> UserError:

@@ -34,6 +34,7 @@ class Needs:
     features_token  bytes of a token's features, which a draft reads and the card keeps beside the KV pool
     request_blocks  the most blocks of one request
     contiguous      whether a running request has a cache for the whole context, whatever limits.kv_blocks is
+    states          bytes of all running requests' states, in delta-net layers
     """
 
     target_weights: int
@@ -48,6 +49,7 @@ class Needs:
     blocks: int
     request_blocks: int
     contiguous: bool
+    states: int = 0
 
     @property
     def kv_token(self) -> int:
@@ -70,7 +72,7 @@ class Needs:
     @property
     def fixed(self) -> int:
         """Bytes of everything but the pool and the features of its tokens."""
-        return self.target_weights + self.draft_weights + self.working + self.reserved.total
+        return self.target_weights + self.draft_weights + self.working + self.reserved.total + self.states
 
 
 def recipe_needs(recipe: Recipe, folder: Path) -> Needs:
@@ -119,6 +121,7 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
         blocks=math.ceil(calls.batch * slot_blocks) if contiguous else calls.pool,
         request_blocks=math.ceil(slot_blocks),
         contiguous=contiguous,
+        states=4 * target.state_values * calls.batch,
     )
 
 

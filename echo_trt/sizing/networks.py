@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
+from echo_trt.models.hybrid_config import HybridConfig, state_shapes
 
 #: Bytes of a weight and of a KV value, by the recipe's precision. int8 concerns weights alone, fp8 a layer's matrices
 #: alone (``Sizes.weight_bytes``): there both reading and arithmetic take half the time, so that K_max is bf16's.
@@ -40,6 +42,7 @@ class Sizes:
     experts_per_token: int = 0
     gpus: int = 1
     feature_size: int = 0  # numbers of the target's features that a draft reads of a token
+    state_values: int = 0  # float32 values of a request's states, in delta-net layers
 
     @property
     def total(self) -> int:
@@ -78,15 +81,19 @@ def decoder_sizes(config: DecoderConfig, gpus: int = 1) -> Sizes:
     hidden, layers = config.hidden_size, config.num_layers
     sparse = sum(config.has_experts(i) for i in range(layers))
     table, norms = config.vocab_size * hidden, 4 if config.post_norms else 2
+    hybrid = config if isinstance(config, HybridConfig) else None
+    linear = len(hybrid.linear_layers) if hybrid else 0
+    full = layers - linear  # layers with attention, and so with KV rows
     return Sizes(
         embedding=table,
         output=0 if config.tie_embeddings else table,
-        attention=layers * _attention(config, hidden),
-        kv_matrices=layers * _kv_matrices(config, hidden),
+        attention=full * _attention(config, hidden) + (linear * _delta_net(hybrid) if hybrid else 0),
+        kv_matrices=full * _kv_matrices(config, hidden),
         mlp=(layers - sparse) * 3 * hidden * config.intermediate_size,
         router=sparse * hidden * config.num_experts,
-        norms=hidden + layers * (norms * hidden + (2 * config.head_dim if config.qk_norm else 0)),
-        num_layers=layers,
+        norms=hidden + layers * norms * hidden + (full * 2 * config.head_dim if config.qk_norm else 0),
+        num_layers=full,
+        state_values=sum(math.prod(shape) for shape in state_shapes(config).values()),
         **_heads(config),
         vocab_size=config.vocab_size,
         intermediate_size=config.num_experts * config.expert_size if sparse else config.intermediate_size,
@@ -111,6 +118,23 @@ def head_sizes(config: Eagle3Config) -> Sizes:
         vocab_size=config.draft_vocab_size,
         intermediate_size=config.intermediate_size,
         feature_size=features,
+    )
+
+
+def mtp_sizes(config: HybridConfig) -> Sizes:
+    """Count an MTP head, with the embedding and the output matrix that its engine holds, which are the target's."""
+    hidden, table = config.hidden_size, config.vocab_size * config.hidden_size
+    return Sizes(
+        embedding=table,
+        output=0 if config.tie_embeddings else table,
+        attention=2 * hidden * hidden + _attention(config, hidden),
+        kv_matrices=_kv_matrices(config, hidden),
+        mlp=3 * hidden * config.intermediate_size,
+        norms=5 * hidden + 2 * config.head_dim,
+        **_heads(config),
+        vocab_size=config.vocab_size,
+        intermediate_size=config.intermediate_size,
+        feature_size=hidden,
     )
 
 
@@ -148,5 +172,13 @@ def _kv_matrices(config: Config, inputs: int) -> int:
 
 
 def _attention(config: Config, inputs: int) -> int:
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    gates = config.num_heads if isinstance(config, HybridConfig) else 0
+    heads = (config.num_heads + gates + 2 * config.num_kv_heads) * config.head_dim
     return (inputs + config.attention_bias) * heads + config.num_heads * config.head_dim * config.hidden_size
+
+
+def _delta_net(config: HybridConfig) -> int:
+    """Count a delta-net layer: its projections, the convolution of four, decays and the norm of its heads."""
+    sizes = config.delta_net
+    small = 4 * sizes.channels + 2 * sizes.value_heads + sizes.value_dim
+    return config.hidden_size * (sum(sizes.projected) + sizes.values) + small

@@ -14,8 +14,9 @@ from echo_trt.bundle.recipe import Recipe, Source
 from echo_trt.bundle.sources import CONFIG, from_hub
 from echo_trt.errors import UserError
 from echo_trt.models.block_config import block_config, fitted
+from echo_trt.models.hybrid_config import HybridConfig
 from echo_trt.models.read_config import check_division, decoder_config, eagle3_config, is_eagle3
-from echo_trt.sizing.networks import Sizes, block_sizes, decoder_sizes, head_sizes
+from echo_trt.sizing.networks import Sizes, block_sizes, decoder_sizes, head_sizes, mtp_sizes
 
 HEAD_VOCABULARY = 32000  # of published EAGLE-3 heads for vocabularies of 150,000
 UNQUANTISED = {"quantization_config": None}  # shapes are those of the weights that a quantised checkpoint stands for
@@ -42,6 +43,8 @@ def shapes(recipe: Recipe, recipe_folder: Path) -> tuple[Shape, Shape | None]:
     check_division(config, recipe.tensor_parallel)
     target = Shape(decoder_sizes(config, recipe.tensor_parallel), origin)
     source = recipe.draft.source
+    if recipe.draft.kind == "mtp" and isinstance(config, HybridConfig):
+        return target, Shape(mtp_sizes(config), origin)
     if source is None:
         return target, None
     raw, origin = config_of(source, recipe_folder, recipe.draft.kind)

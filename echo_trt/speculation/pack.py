@@ -21,7 +21,8 @@ class ForwardBatch(NamedTuple):
 
     token_ids, positions int64 [N]; past_lens int32 [B]; seq_begins, block_begins, tree_mask_begins int32 [B+1];
     block_indices int32; tree_mask uint8; logit_rows int64 [R]: rows whose next token is asked for; padded_to: tokens to
-    which an engine pads the pass; 0: the engine chooses.
+    which an engine pads the pass; 0: the engine chooses; state_slots int64 [B]: a request's slot, for networks with
+    states; empty: any.
     """
 
     token_ids: np.ndarray
@@ -34,6 +35,7 @@ class ForwardBatch(NamedTuple):
     tree_mask_begins: np.ndarray
     logit_rows: np.ndarray
     padded_to: int = 0
+    state_slots: np.ndarray = np.zeros(0, np.int64)
 
 
 #: Rows up to which a pass of a draft takes a GPU as long as one row, since reading the weights takes longer than

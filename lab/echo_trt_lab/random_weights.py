@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from echo_trt.models.block import block_network
 from echo_trt.models.block_config import block_config, is_block
 from echo_trt.models.block_weights import CONFIDENCE, MARKOV, anchored_sources, dflash_sources
 from echo_trt.models.checkpoint import Part
-from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.models.hybrid_config import HybridConfig, MtpConfig
+from echo_trt.models.mtp import MtpHead
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.open_tokenizer import read_template
 from echo_trt.models.read_config import decoder_config, eagle3_config, is_eagle3
 from echo_trt.models.tokenizer import load_tokenizer
-from echo_trt.models.weights import decoder_sources, eagle3_sources, heights
+from echo_trt.models.weights import decoder_class, decoder_sources, eagle3_sources, heights, mtp_sources
 from echo_trt.sizing.shapes import config_of
 
 STAND_IN = "smollm2-135m.yaml"  # the recipe whose tokenizer stands in
@@ -53,7 +55,8 @@ def with_random_weights(recipe: Recipe) -> Recipe:
         widest = max(recipe.decoding.width, recipe.decoding.static.top_k)
         named = {key: raw["target"].get(key) for key in ("path", "hub", "wheel", "file")}
         draft = {"kind": "eagle3", "source": named, "top_k": max(widest, recipe.draft.top_k)}
-    draft["source"] = {**draft["source"], "random_weights": True}
+    if "source" in draft:
+        draft["source"] = {**draft["source"], "random_weights": True}
     return parse_recipe({**raw, "draft": draft}, recipe.name)
 
 
@@ -140,7 +143,11 @@ def _shapes(raw: dict[str, Any], where: str) -> Shapes:
             sources = eagle3_sources(draft, {})
         else:
             config = decoder_config(raw, where)
-            return tensor_shapes(Decoder(config, 1), decoder_sources(config, set()))
+            shapes = tensor_shapes(decoder_class(config)(config, 1), decoder_sources(config, set()))
+            if isinstance(config, HybridConfig):
+                head = MtpHead(MtpConfig(**{key.name: getattr(config, key.name) for key in fields(config)}), 1)
+                shapes |= tensor_shapes(head, mtp_sources())
+            return shapes
     shapes = tensor_shapes(network, sources)
     shapes.pop("embed_tokens.weight", None)
     if draft.draft_vocab_size != draft.vocab_size:
@@ -160,6 +167,6 @@ def tensor_shapes(model: nn.Module, sources: dict[str, Any]) -> dict[str, tuple[
         shape, nested = model.get_parameter(ours).shape, isinstance(parts[0], list)
         for names in parts if nested else [parts]:
             whole = shape[1:] if nested else shape
-            each = heights(model.config) if len(names) == 3 else [whole[0] // len(names)] * len(names)
+            each = heights(model.config, len(names)) if len(names) > 2 else [whole[0] // len(names)] * len(names)
             shapes |= {name: (height, *whole[1:]) for name, height in zip(names, each, strict=True)}
     return shapes

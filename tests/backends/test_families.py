@@ -14,7 +14,7 @@ from models.checkpoints import BUILDERS
 from pairs import SIZES, VOCAB
 from transformers import AutoModelForCausalLM
 
-from echo_trt.backends.base import METADATA
+from echo_trt.backends.base import METADATA, commit_states
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnx_export import export
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
@@ -34,6 +34,7 @@ BLOCKS, PROMPT, MORE = 3, 37, 9
 CHANGES: dict[str, dict[str, Any]] = {
     "gemma3": {"sliding_window": 20},
     "mistral": {"sliding_window": 20},
+    "qwen3_5": {"num_hidden_layers": 4},
     "smollm3": {"no_rope_layer_interval": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
@@ -111,7 +112,9 @@ def logits_of_both(folder: Path, engine: str, path: Path, precision: str) -> tup
 
     def call(ids: np.ndarray, positions: np.ndarray, past: int, mask: Any = None) -> np.ndarray:
         packed = pack(ids, positions, np.array([past]), np.array([len(ids)]), table, np.arange(len(ids)), mask)
-        return np.array(ours.run(packed)["logits"], np.float32)
+        logits = np.array(ours.run(packed)["logits"], np.float32)
+        commit_states(ours, np.arange(len(ids)), np.array([len(ids)]))
+        return logits
 
     begins = [(0, PROMPT), (PROMPT, text)]
     got = [call(tokens[begin:end], np.arange(begin, end), begin) for begin, end in begins]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -77,6 +79,38 @@ def qwen3_moe(**changes: Any) -> PreTrainedModel:
     return randomise(Qwen3MoeForCausalLM(config))
 
 
+def qwen3_5(**changes: Any) -> PreTrainedModel:
+    linear = {f"linear_num_{kind}_heads": heads for kind, heads in (("key", 2), ("value", 4))}
+    linear |= {"linear_key_head_dim": 8, "linear_value_head_dim": 12}
+    sizes = SIZES | {"num_attention_heads": 4, "head_dim": 16} | linear
+    model = randomise(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**sizes, **changes})))
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):  # a state that lasts for some tokens
+            parameter.data.sub_(2)
+        if name.endswith("out_proj.weight"):  # whose inputs are normed by head, unlike attention's
+            parameter.data.mul_(0.3)
+    model.get_output_embeddings().weight.data.mul_(0.2)  # norms of 1 + w
+    return model
+
+
+def mtp_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return an MTP head for ``model``, of a full-attention layer's shapes, by the names of published checkpoints."""
+    full = f"layers.{model.config.layer_types.index('full_attention')}."
+    own = {name.replace(full, "layers.0."): p for name, p in model.model.named_parameters() if name.startswith(full)}
+    generator, hidden = torch.Generator().manual_seed(19), model.config.hidden_size
+    tensors = {f"mtp.{name}": torch.randn(p.shape, generator=generator) * 0.1 for name, p in own.items()}
+    for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+        tensors[f"mtp.{name}.weight"] = 0.3 * torch.randn(hidden, generator=generator)
+    tensors["mtp.fc.weight"] = torch.randn(hidden, 2 * hidden, generator=generator) * (2 * hidden) ** -0.5
+    return tensors
+
+
+def add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Put further ``tensors`` into the one file of a checkpoint."""
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {name: t.contiguous() for name, t in tensors.items()}, file, {"format": "pt"})
+
+
 #: family -> what makes a network of it
 BUILDERS = {
     "gemma3": gemma3,
@@ -84,6 +118,7 @@ BUILDERS = {
     "mistral": mistral,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_5": qwen3_5,
     "qwen3_moe": qwen3_moe,
     "smollm3": smollm3,
 }

@@ -12,12 +12,15 @@ from echo_trt.backends import base
 from echo_trt.backends.openvino import cpu
 from echo_trt.backends.openvino.graph import FEATURES, compile_graph, read_graph, tree_context
 from echo_trt.backends.openvino.sequence_split import as_sequences, pad_requests
+from echo_trt.backends.states import RequestStates
 from echo_trt.speculation.arrays import next_size
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
+from echo_trt.speculation.paths import COMMIT_OUTPUTS, TREE_INPUTS
 
 MIN_BF16_TOKENS = 4  # least padded size in bf16 without AMX, where 1 to 3 tokens are slower. Larger: more padding
 PREPARED = 32  # tokens up to which kernels are prepared at the start; larger: a longer start, fewer slow first passes
 PREPARE_SECONDS = 1.0  # after which no further size is prepared; larger: likewise
+SLOTS = 32  # of requests' states, where nobody says how many run at once
 #: Padded sizes. Finer: less padding, more changes of size. A target's steps are two tokens, or an eighth of the size; a
 #: draft's passes up to PREPARED are not padded, since a change between prepared sizes costs little.
 TARGET_SIZES = (*range(2, 32, 2), *range(32, 64, 4), *range(64, 128, 8), *range(128, 256, 16), *range(256, 513, 32))
@@ -35,7 +38,8 @@ class OpenVINOEngine:
     One more block takes the rows of padding.
     """
 
-    def __init__(self, graph: Path, precision: str, num_blocks: int, threads: int = 0):
+    def __init__(self, graph: Path, precision: str, num_blocks: int, threads: int = 0, slots: int = SLOTS):
+        """``slots``: of requests' states, where the network has any."""
         self.num_blocks = num_blocks
         model = read_graph(graph)
         self.tree_context = tree_context(model)
@@ -44,7 +48,8 @@ class OpenVINOEngine:
         inputs = [i.get_any_name() for i in compiled.inputs if "_cache." not in i.get_any_name()]
         self._outputs = [o.get_any_name() for o in compiled.outputs]
         self._short = any(FEATURES in o.names and o.element_type == ov.Type.bf16 for o in compiled.outputs)
-        tables = [port for port in (*compiled.inputs, *compiled.outputs) if len(port.partial_shape) == 2]
+        ports = [port for port in (*compiled.inputs, *compiled.outputs) if port.get_any_name() not in TREE_INPUTS]
+        tables = [port for port in ports if len(port.partial_shape) == 2]
         #: Columns of inputs and outputs with one row per token, by name.
         self.widths = {name: port.partial_shape[1].get_length() for port in tables for name in port.names}
         self._target = "logits" in self._outputs
@@ -56,6 +61,8 @@ class OpenVINOEngine:
         usual = TARGET_SIZES if self._target else DRAFT_SIZES
         self.sizes = (minimum, *(size for size in usual if size > minimum))
         self._pool = self._bind_pool(compiled, cpu.compute_type(precision))
+        self._states, self._span = self._make_states(compiled, slots), slice(0)
+        inputs = [name for name in inputs if "_state." not in name]
         self._bound = {name: self._request.get_tensor(name) for name in inputs}
         self._views = {name: tensor.data for name, tensor in self._bound.items()}
         self._prepare({name: self.widths[name] for name in inputs if name in self.widths})
@@ -74,6 +81,21 @@ class OpenVINOEngine:
             self._request.set_tensor(node.get_any_name(), tensor)
         return pool
 
+    def _make_states(self, compiled: ov.CompiledModel, slots: int) -> RequestStates | None:
+        ports = {port.get_any_name(): port for port in compiled.inputs if "_state." in port.get_any_name()}
+        if not ports:
+            return None
+        shapes = {name: tuple(d.get_length() for d in list(port.partial_shape)[1:]) for name, port in ports.items()}
+        return RequestStates(shapes, slots)
+
+    def _bind_span(self, states: RequestStates) -> None:
+        """Let the pass read the states of its slots in place."""
+        if self._span != states.span:
+            self._span = states.span
+            self._state_tensors = {name: ov.Tensor(part, shared_memory=True) for name, part in states.inputs.items()}
+            for name, tensor in self._state_tensors.items():
+                self._request.set_tensor(name, tensor)
+
     def _prepare(self, widths: dict[str, int]) -> None:
         """Run a pass of every usual size, whose first pass takes 2 to 10 ms more.
 
@@ -81,7 +103,7 @@ class OpenVINOEngine:
         """
         begin = time.perf_counter()
         for count in (size for size in self.sizes if size <= PREPARED):
-            if time.perf_counter() - begin > PREPARE_SECONDS:
+            if time.perf_counter() - begin > PREPARE_SECONDS or (self._states and count > self._states.slots):
                 return
             for used in widths or [""]:  # a head reads features, or its state where it goes on from a drafted token
                 shapes = {name: (count if name == used else 0, width) for name, width in widths.items()}
@@ -92,7 +114,7 @@ class OpenVINOEngine:
         height = dict.fromkeys((FEATURES, "state"), len(call.token_ids))
         rows = len(call.logit_rows)
         drafts = not self._target
-        verifies = len(call.tree_mask) > 0
+        verifies, whole = len(call.tree_mask) > 0, call
         # A verified chain gets the bits of plain decoding, unless products of a single row have others; a draft, speed.
         if drafts or len(call.past_lens) > 1 or self.sizes[0] > 1:
             call = as_sequences(call, unmasked=drafts)
@@ -101,10 +123,16 @@ class OpenVINOEngine:
         size = max(size, call.padded_to)
         if drafts:
             inputs = _longer(inputs, size - tokens)
+        if self._states:
+            inputs |= self._states.begin(whole, size)
+            self._bind_span(self._states)
         call = pad_requests(call, size, self.num_blocks, pad_rows=self._target)
         self._feed(call._asdict() | inputs)
         outputs = self._request.infer(share_outputs=True).values()  # a copy of the logits would take half a millisecond
-        read = {name: values[: height.get(name, rows)] for name, values in zip(self._outputs, outputs, strict=True)}
+        read = dict(zip(self._outputs, outputs, strict=True))
+        if self._states:
+            self._states.keep(read)
+        read = {name: read[name][: height.get(name, rows)] for name in self._outputs if name not in COMMIT_OUTPUTS}
         if self._short:
             read[FEATURES] = _from_bf16(read[FEATURES])
         return read
@@ -117,6 +145,10 @@ class OpenVINOEngine:
                 self._bound[name].shape = values.shape
                 self._views[name] = view = self._bound[name].data
             view[...] = values
+
+    def commit_states(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        if self._states:
+            self._states.commit(rows, counts)
 
     def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
         rows = self._pool[:, source // BLOCK, :, source % BLOCK]

@@ -29,6 +29,7 @@ from echo_trt.backends.cuda.sizes import (
 from echo_trt.backends.cuda.transfers import PACKED, pack_results, send
 from echo_trt.backends.padded import ROW_OUTPUTS
 from echo_trt.backends.parallel.rank_group import RankGroup
+from echo_trt.backends.states import RequestStates
 from echo_trt.errors import UserError
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.layers import Config
@@ -70,6 +71,13 @@ class TorchEngine(DeviceEngine):
         self._dtype = role.network.norm.weight.dtype  # matrices may be stored in a narrower one
         self._collectives = collectives or Alone()
         self._operator = operator or _operator_for(self.device, config)
+        states = getattr(role, "states", {})
+        if states and self.device.type != "cpu":
+            raise UserError(
+                "this network has delta-net layers, which run on a CPU alone so far; set CUDA_VISIBLE_DEVICES to "
+                "nothing, or build with --engine openvino."
+            )
+        self._states = RequestStates(states, bounds.requests if bounds else MAX_REQUESTS) if states else None
         shape = 2 * role.num_layers, num_blocks, config.num_kv_heads, BLOCK, config.head_dim
         if self.device.type == "cuda":
             needed = int(np.prod(shape)) * self._dtype.itemsize
@@ -126,9 +134,18 @@ class TorchEngine(DeviceEngine):
     def run(self, call: ForwardBatch, **inputs: Any) -> dict[str, np.ndarray]:
         if self._resident:
             return super().run(call, **inputs)
+        if self._states:
+            inputs |= self._states.begin(call, len(call.token_ids)) | self._states.inputs
         arrays = self._arrays_of(call, inputs)
         outputs = self._forward({name: torch.from_numpy(array) for name, array in arrays.items()})
-        return {name: _as_array(o) for name, o in zip(self._role.outputs, outputs, strict=True)}
+        named = {name: _as_array(o) for name, o in zip(self._role.outputs, outputs, strict=True)}
+        if self._states:
+            self._states.keep(named)
+        return named
+
+    def commit_states(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        if self._states:
+            self._states.commit(rows, counts)
 
     def _arrays_of(self, call: ForwardBatch, inputs: dict[str, np.ndarray]) -> Arrays:
         arrays = {"token_ids": call.token_ids, "positions": call.positions, **inputs}
@@ -146,7 +163,9 @@ class TorchEngine(DeviceEngine):
         named = {name: gathered(name, tensors[name], self._feature_caches) for name in self._role.inputs}
         if "features" in self._feature_caches and tensors["features"].ndim == 1:
             named["combined"] = named.pop("features")
-        named = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in named.items()}
+        own = {"ancestors", *(self._states.inputs if self._states else ())}  # float32, as delta-net layers compute
+        narrow = {name for name, tensor in named.items() if tensor.is_floating_point()} - own
+        named |= {name: named[name].to(self._dtype) for name in narrow}
         metadata = [tensors[name] for name in METADATA]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -14,14 +14,16 @@ from torch import nn
 from echo_trt.errors import UserError
 from echo_trt.models.block import block_network
 from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
-from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, dequantise, has_row_products
+from echo_trt.models.hybrid_config import HybridConfig, MtpConfig
 from echo_trt.models.layers import Rotary
-from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, Role, TargetModule
+from echo_trt.models.mtp import MtpHead
+from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, MtpModule, Role, TargetModule
+from echo_trt.models.weights import decoder_class
 
-ROLES = {"target": TargetModule, "draft": DraftModule, "head": HeadModule, "block": BlockModule}
-CONFIGS = {"head": Eagle3Config, "block": BlockConfig}
+ROLES = {"target": TargetModule, "draft": DraftModule, "mtp": MtpModule, "head": HeadModule, "block": BlockModule}
+CONFIGS = {"head": Eagle3Config, "block": BlockConfig, "mtp": MtpConfig}
 #: The type of a recipe's precision, but for the matrices in FP8.
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 SCALE = ".scale"  # ends the name of an FP8 matrix's scales
@@ -59,14 +61,17 @@ def load_role(path: Path, device: str = "cpu", in_fp8: bool | None = None) -> Ro
         raise UserError(f"{path} holds no network of echo-trt ({error}); build the bundle again.") from error
     kind, setting, positions = header["role"], header["setting"], header["positions"]
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in header["config"].items()}
-    config = CONFIGS.get(kind, DecoderConfig)(**values)
+    default = HybridConfig if "linear_layers" in values else DecoderConfig
+    config = CONFIGS.get(kind, default)(**values)
     with torch.device("meta"):
         if kind == "head":
             network = Eagle3Head(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
+        elif kind == "mtp":
+            network = MtpHead(config, positions)
         elif kind == "block":
             network = block_network(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
         else:
-            network = Decoder(config, positions)
+            network = decoder_class(config)(config, positions)
     rows = [name for name in weights if name.endswith(SCALE)]
     for name in rows:
         module = name.removesuffix(SCALE)

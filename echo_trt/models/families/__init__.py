@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from echo_trt.errors import UserError
-from echo_trt.models.families import gemma3, llama, mistral, qwen2, qwen3, qwen3_moe, smollm3
+from echo_trt.models.families import gemma3, llama, mistral, qwen2, qwen3, qwen3_5, qwen3_moe, smollm3
 from echo_trt.models.families.family import Family
 
 FAMILIES = {
@@ -16,6 +16,7 @@ FAMILIES = {
         mistral.FAMILY,
         qwen2.FAMILY,
         qwen3.FAMILY,
+        qwen3_5.FAMILY,
         qwen3_moe.FAMILY,
         smollm3.FAMILY,
     )

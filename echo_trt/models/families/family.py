@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from echo_trt.errors import UserError
+from echo_trt.models.config import DecoderConfig
 
 #: (config.json, its number of layers, its name in errors) -> fields of DecoderConfig beside the sizes.
 ReadOptions = Callable[[dict[str, Any], int, str], dict[str, Any]]
@@ -30,6 +31,7 @@ class Family:
     fixed         switches of config.json that change the arithmetic, with the one value that is implemented
     options       reads what is more than sizes
     norms         our name of a layer's norm -> the checkpoint's
+    config        what it is read into
     end_of_turn   token that ends an answer, beside those that a checkpoint names; "": none
     sampling      what requests that say nothing get where a checkpoint recommends nothing, as GGUF files do
 
@@ -48,6 +50,7 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     options: ReadOptions = lambda raw, layers, where: {}
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
+    config: type[DecoderConfig] = DecoderConfig
     end_of_turn: str = ""
     sampling: Mapping[str, float] = field(default_factory=dict)
     engines: tuple[str, ...] = ENGINES

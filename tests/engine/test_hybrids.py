@@ -1,0 +1,90 @@
+"""Targets with delta-net layers: states beside the KV rows change nothing in what is written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from batches import PROMPTS, REQUESTS, assert_same
+from driving import assert_all_free, goodput_planner, machine, prompt_ids
+from pairs import recipe_of
+from transformers import AutoModelForCausalLM
+
+from echo_trt.cli.build import build
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import SamplingParams
+from echo_trt.errors import UserError
+from echo_trt.speculation.policies import BUILT_IN, POLICIES
+
+MATRIX = [
+    (policy, batch, ("openvino", "torch")[(i + batch) % 2]) for i, policy in enumerate(BUILT_IN) for batch in (1, 4, 8)
+]
+
+
+def plan_by(llm: LLM, policy: str) -> None:
+    """Set ``policy``, a goodput one with costs that are not measured."""
+    if policy.startswith("goodput"):
+        llm.loop.planner = goodput_planner(llm, machine(), policy)
+    else:
+        llm.set_policy(policy)
+
+
+def test_plain_decoding_is_the_models_own(networks, llm_of):
+    prompts = [prompt_ids(n, i) for i, n in enumerate(PROMPTS)][:4]
+    ours = llm_of("mtp", "autoregressive", 3).generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
+    model = AutoModelForCausalLM.from_pretrained(networks / "hybrid")
+    for prompt, completion in zip(prompts, ours, strict=True):
+        asked = torch.tensor([prompt])
+        more = {"attention_mask": torch.ones_like(asked), "max_new_tokens": 20, "do_sample": False}
+        theirs = model.generate(asked, **more, eos_token_id=None)
+        assert completion.token_ids == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(("policy", "batch", "engine"), MATRIX)
+def test_policies_write_the_same(policy, batch, engine, llm_of, plain):
+    """Greedy and seeded requests, cut prompts among them (``LIMITS``)."""
+    prompts, params = REQUESTS["mixed"]()
+    count = 4 if batch == 1 else len(prompts)
+    llm = llm_of("mtp", "autoregressive", batch, engine)
+    plan_by(llm, policy)
+    drafted = llm.counters.drafted_tokens
+    assert_same(llm.generate(prompts[:count], params[:count]), plain("mtp", "mixed")[:count])
+    assert (llm.counters.drafted_tokens > drafted) == bool(POLICIES[policy].shape)
+    assert_all_free(llm.loop)
+
+
+@pytest.mark.parametrize("policy", ["autoregressive", "echo", "static"])
+def test_preempted_requests_begin_their_states_again(policy, with_limits, plain):
+    llm = LLM(with_limits("mtp", kv_blocks=9), policy, 8)
+    prompts, params = REQUESTS["mixed"]()
+    assert_same(llm.generate(prompts, params), plain("mtp", "mixed"))
+    assert llm.counters.preemptions > 0
+
+
+def test_the_mtp_head_drafts_a_tree_that_is_accepted(llm_of):
+    for policy in ("static", "echo"):
+        answer = llm_of("mtp", policy, 1).generate([prompt_ids(5, 0)], SamplingParams(max_tokens=40, ignore_eos=True))
+        assert answer[0].accepted_length > 1.5
+
+
+def test_a_hybrid_has_no_prefix_cache_and_its_states_are_counted(bundle_of):
+    llm = LLM(bundle_of("mtp"), "autoregressive", 4, prefix_cache=True)
+    prompt = prompt_ids(100, 0)
+    for _ in range(2):
+        llm.generate([prompt], SamplingParams(max_tokens=4))
+    assert llm.counters.cached_tokens == 0
+    config = llm.manifest.target
+    assert llm.pool.states == 4 * 4 * config.state_values > 0
+    assert "no prefix cache" in llm.pool.sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"precision": "int8"}, "precision is int8"),
+        ({"engine": "tensorrt-rtx", "precision": "bf16"}, "engine is tensorrt-rtx"),
+        ({"decoding": {"per_request": 65}}, "verifies 64 tokens"),
+    ],
+)
+def test_what_a_hybrid_does_not_have_is_refused(changes, named, networks, tmp_path):
+    with pytest.raises(UserError, match=named):
+        build(recipe_of("mtp", networks, **changes), networks, tmp_path / "out")
