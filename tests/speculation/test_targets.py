@@ -115,6 +115,9 @@ def test_others_sit_out_where_that_makes_passes_shorter_and_not_where_it_does_no
     late = pace_of([9] * 2 + [0] * 30, [100] * 2 + [0] * 30)
     steep, flat = (server_of(curve, DRAFT, CHILDREN, 32).planner for curve in (linear(1e-3, 1e-3), linear(1e-2, 0)))
     assert steep.seats(late, 0).sum() < 32
+    steep.costs.change = 1.0  # seconds that a pass of another size takes longer
+    assert steep.seats(late, 0).all()
+    steep.costs.change = 0.0
     seats = flat.seats(late, 0)
     assert seats is None or seats.all()
     assert steep.seats(pace_of([-99] * 2 + [0] * 30, [100] * 2 + [0] * 30), 0) is None

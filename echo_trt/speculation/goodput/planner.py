@@ -170,6 +170,7 @@ class GoodputPlanner:
             return None
         left = count - np.arange(len(may) + 1)  # of a pass without 0, 1, ... of them
         seconds = self.costs.target.base(count)[left] + self.costs.target.per_context * context * left / count
+        seconds[1:] += 2 * self.costs.change  # there and back
         out = int(((usual + added) * (seconds[0] - seconds) - np.arange(len(may) + 1)).argmax())
         seated = np.ones(count, bool)
         seated[may[np.argsort(pace.waited[may], kind="stable")[:out]]] = False
