@@ -1,19 +1,25 @@
-"""Write what the package's registries say elsewhere.
+"""Write what the code says elsewhere, as tables; ``tests/test_parameters.py`` compares them.
 
     python scripts/parameter_tables.py
 
 Sampling parameters (``echo_trt/engine/params.py``) are the inputs of model_repo/echo/config.pbtxt, and tables of
-docs/triton-api.md and docs/openai-api.md; families (``echo_trt/models/families``) are the table of docs/models.md;
-metric names (``echo_trt/engine/service/metric_aliases.py``) are a table of docs/operations.md.
+docs/triton-api.md, docs/openai-api.md and docs/python-api.md; families (``echo_trt/models/families``) are the table of
+docs/models.md; metrics, errors of the API server and environment variables have pages of their own.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import yaml
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from echo_trt.engine.params import PARAMETERS, Counters
 from echo_trt.engine.process.inputs import ALIASES, INPUTS, Tensor
@@ -22,6 +28,7 @@ from echo_trt.engine.service.metric_aliases import TENSORRT_LLM, VLLM
 from echo_trt.engine.service.metrics import EngineMetrics, Statistics
 from echo_trt.models.families import FAMILIES
 from echo_trt.models.families.family import ENGINES
+from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.schemas import ChatRequest, CompletionRequest
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +89,15 @@ def openai_table() -> str:
     return table(("field", "type", "default", "values", ""), *rows)
 
 
+def python_table() -> str:
+    """Return the fields of SamplingParams."""
+    rows = (
+        (f"`{name}`", "" if known.default is None else f"`{known.default!r}`", known.values, known.doc)
+        for name, known in PARAMETERS.items()
+    )
+    return table(("field", "default", "values", ""), *rows)
+
+
 def type_and_bounds(schema: dict[str, Any]) -> tuple[str, str]:
     schema = next((each for each in schema.get("anyOf", ()) if each["type"] != "null"), schema)
     if schema["type"] == "array":
@@ -98,21 +114,6 @@ def type_and_bounds(schema: dict[str, Any]) -> tuple[str, str]:
     if "exclusiveMinimum" in schema:
         return schema["type"], f"above {low}, up to {high}"
     return schema["type"], f"{low} to {high}{' characters' * (schema['type'] == 'string')}" if high else ""
-
-
-def metrics_table() -> str:
-    """Return the series that have names of other servers, with those names."""
-    metrics = EngineMetrics("echo")
-    metrics.flush(Statistics(0, 0, 1, 1, 0, 0, "echo", 1, Counters(accepted=Counter({1: 1})), {}, {"stop": 1}))  # type: ignore
-    rows = []
-    for metric in metrics.collect():
-        if theirs := SERIES.get(metric.name.removeprefix("echo_"), "").split():
-            total = "_total" * (metric.type == "counter")
-            names = [
-                [f"`{each}{total}`" for each in theirs if each.startswith(start)] for start in (VLLM, TENSORRT_LLM)
-            ]
-            rows.append((f"`{metric.name}{total}`", *map(", ".join, names)))
-    return table(("series", "vLLM's name", "name on Triton's port"), *rows)
 
 
 def config_inputs() -> str:
@@ -138,21 +139,113 @@ def models_table() -> str:
     )
 
 
+def metrics_table(text: str) -> str:
+    """Return a row for each family of Prometheus' text; the label that all of the engine's have is left out."""
+    rows = []
+    for family in text_string_to_metric_families(text):
+        if family.name.endswith("_created") or not family.name.startswith("echo_"):
+            continue
+        labels = sorted({label for sample in family.samples for label in sample.labels} - {"le", "model_name"})
+        name = family.name + "_total" * (family.type == "counter") + f"{{{', '.join(labels)}}}" * bool(labels)
+        rows.append((f"`{name}`", family.type, family.documentation.rstrip(".")))
+    return table(("name", "type", "meaning"), *sorted(rows))
+
+
+def measured() -> EngineMetrics:
+    """Return an engine's metrics with a value for every label."""
+    metrics = EngineMetrics("echo")
+    metrics.refuse("refused")
+    counters = Counters(reached=Counter({0: 1}), accepted=Counter({1: 1}))
+    kept, errors = {"interactive": (1, {"both": 1})}, {"tpot": 0.1}
+    ended = {"stop": 1}
+    metrics.flush(Statistics(0, 0, 1, 1, 0, 0, "goodput", 1, counters, {}, ended, latency=kept, forecast_error=errors))
+    return metrics
+
+
+def aliases_table() -> str:
+    """Return the series that have names of other servers, with those names."""
+    rows = []
+    for metric in measured().collect():
+        if theirs := SERIES.get(metric.name.removeprefix("echo_"), "").split():
+            total = "_total" * (metric.type == "counter")
+            names = [
+                [f"`{each}{total}`" for each in theirs if each.startswith(start)] for start in (VLLM, TENSORRT_LLM)
+            ]
+            rows.append((f"`{metric.name}{total}`", *map(", ".join, names)))
+    return table(("series", "vLLM's name", "name on Triton's port"), *rows)
+
+
+def engine_metrics() -> str:
+    return metrics_table(generate_latest(measured().registry).decode())
+
+
+def server_metrics() -> str:
+    metrics = ServerMetrics()
+    metrics.requests.labels("/health", "200")
+    return metrics_table(metrics.text())
+
+
+def raised_errors() -> Iterator[tuple[int, str, str]]:
+    """(status, type, code) of the errors that the API server's code makes."""
+    none = ast.Constant("")
+    for path in sorted((ROOT / "echo_trt/server").glob("**/*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or getattr(call.func, "id", "") != "ApiError":
+                continue
+            given = {word.arg: word.value for word in call.keywords}
+            given |= dict(zip(("status", "message", "kind"), call.args, strict=False))
+            status, kind, code = (given.get(name, none) for name in ("status", "kind", "code"))
+            if isinstance(status, ast.Constant) and isinstance(kind, ast.Constant):
+                for each in (code.body, code.orelse) if isinstance(code, ast.IfExp) else (code,):
+                    assert isinstance(each, ast.Constant)
+                    yield status.value, kind.value or "invalid_request_error", each.value or ""
+
+
+def errors_table() -> str:
+    rows = [
+        (str(status), f"`{kind}`", f"`{code}`" * bool(code), NOTES["errors"][f"{status} {code}".strip()])
+        for status, kind, code in sorted(set(raised_errors()))
+    ]
+    return table(("status", "`type`", "`code`", "meaning and remedy"), *rows)
+
+
+def variables_table(title: str) -> str:
+    rows = ((f"`{name}`", *text.rsplit("; ", 1)) for name, text in NOTES["variables"][title].items())
+    return table(("variable", "sets", "default"), *((*row, "")[:3] for row in rows))
+
+
+def section(title: str) -> str:
+    """Return the pattern of the table below a heading."""
+    return rf"(^## {re.escape(title)}\n(?:(?!\n##|\n\|).)*\n)\|(?:[^\n]*\n\|)*[^\n]*\n()"
+
+
+#: Sentences about errors and environment variables, which the code alone does not say.
+NOTES = yaml.safe_load((ROOT / "scripts/reference_notes.yaml").read_text())
 #: File -> what its text lies between (a group each before and behind), and who writes it.
-WRITTEN = {
-    "model_repo/echo/config.pbtxt": (r"(^input \[\n)(?:.*?\n)(\]$)", config_inputs),
-    "docs/triton-api.md": (r"(^)\| input \|(?:[^\n]*\n\|)*[^\n]*\n()", triton_table),
-    "docs/operations.md": (r"(^)\| series \|(?:[^\n]*\n\|)*[^\n]*\n()", metrics_table),
-    "docs/openai-api.md": (r"(^)\| field \| type \|(?:[^\n]*\n\|)*[^\n]*\n()", openai_table),
-    "docs/models.md": (r"(^)\| family \|(?:[^\n]*\n\|)*[^\n]*\n()", models_table),
+WRITTEN: dict[str, list[tuple[str, Callable[[], str]]]] = {
+    "model_repo/echo/config.pbtxt": [(r"(^input \[\n)(?:.*?\n)(\]$)", config_inputs)],
+    "docs/triton-api.md": [(r"(^)\| input \|(?:[^\n]*\n\|)*[^\n]*\n()", triton_table)],
+    "docs/openai-api.md": [(r"(^)\| field \| type \|(?:[^\n]*\n\|)*[^\n]*\n()", openai_table)],
+    "docs/models.md": [(r"(^)\| family \|(?:[^\n]*\n\|)*[^\n]*\n()", models_table)],
+    "docs/python-api.md": [(section("Sampling parameters"), python_table)],
+    "docs/metrics.md": [
+        (section("The engine's"), engine_metrics),
+        (section("The API server's"), server_metrics),
+        (section("Names of other servers"), aliases_table),
+    ],
+    "docs/errors.md": [(section("The API server's answers"), errors_table)],
+    "docs/environment.md": [(section(title), partial(variables_table, title)) for title in NOTES["variables"]],
 }
 
 
 def rewritten(name: str) -> str:
     """Return the text of a file as it should be."""
-    pattern, write = WRITTEN[name]
-    found = re.search(pattern, text := (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
-    return text[: found.end(1)] + write() + text[found.start(2) :]
+    text = (ROOT / name).read_text()
+    for pattern, write in WRITTEN[name]:
+        found = re.search(pattern, text, re.MULTILINE | re.DOTALL)
+        assert found, f"{name} has no place for {pattern}"
+        text = text[: found.end(1)] + write() + text[found.start(2) :]
+    return text
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A sampling parameter is defined once: what Triton's configuration, the docs and the command line say is compared."""
+"""What the docs say of the code is compared with it: sampling parameters, metrics, errors and environment variables."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ TABLES = runpy.run_path(str(ROOT / "scripts/parameter_tables.py"))
 @pytest.mark.parametrize("name", TABLES["WRITTEN"])
 def test_what_is_written_elsewhere_is_the_table_s(name):
     assert TABLES["rewritten"](name) == (ROOT / name).read_text(), "run python scripts/parameter_tables.py"
+
+
+def test_the_docs_name_every_variable_that_the_package_reads():
+    """By a method of ``os.environ`` or of a mapping so named, or as a constant; the value may be the package's own."""
+    read = set()
+    for path in [*ROOT.glob("echo_trt/**/*.py"), *ROOT.glob("lab/**/*.py")]:
+        text = path.read_text()
+        read |= set(re.findall(r"environ(?:\.get\(|\.pop\(|\.setdefault\(|\[)\"(\w+)\"", text))
+        read |= set(re.findall(r"\b(?:ECHO_TRT|DYN|HF|CUDA_VISIBLE)_[A-Z_]*[A-Z]\b", text))
+    model = (ROOT / "echo_trt/adapters/triton/model.py").read_text()
+    read |= {f"ECHO_TRT_{name.upper()}" for name in re.findall(r"_(?:setting|whole|truth)\(config, \"(\w+)\"", model)}
+    assert read - {"HF_HUB_CACHE"} == read & {name for names in TABLES["NOTES"]["variables"].values() for name in names}
 
 
 def test_the_docs_name_every_alias_of_an_input():

@@ -40,6 +40,17 @@ NAMES = {
     "settling": "warm_up",
     "told": "reported",
 }
+#: Words of this project alone -> what readers know.
+PRIVATE = {
+    "default pair": "default model",
+    "departed": "disconnected",
+    "free nodes": "candidates that need no draft pass",
+    "open answer": "request in flight",
+    "pending token": "last token",
+    "restless": "noisy",
+    "stand-ins": "mocks",
+    "texts part": "texts diverge",
+}
 #: "a" for "per", as in "tokens a second".
 RATE = re.compile(
     r"\b(tokens|requests|rows|nodes|blocks|passes|entries|bytes|seconds|milliseconds)"
@@ -71,3 +82,10 @@ def test_a_class_name_is_defined_once():
 def test_a_rate_is_per_something(path):
     found = [match.group(0) for match in RATE.finditer(path.read_text())]
     assert not found, f"write per in {found}"
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_page_has_words_that_readers_know(path):
+    text = " ".join(path.read_text().split())
+    found = [f"{known} for {word}" for word, known in PRIVATE.items() if word in text]
+    assert not found, f"write {', '.join(found)}"

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from echo_trt.adapters.triton.server import TritonServer, find_server, own_prefix, remove_folders, remove_regions
+from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.errors import UserError
 from echo_trt.server.keys import Keys
@@ -76,7 +77,11 @@ def _check(job: ServeOptions) -> None:
     if job.api_keys and not job.api_keys.is_file():
         raise UserError(f"--api-keys-file is {job.api_keys}, which is no file; name one with a key a line.")
     if job.api_keys:
-        Keys(job.api_keys)  # refuses what the API server would, before Triton starts
+        unknown = Keys(job.api_keys).classes - {
+            *LatencyClasses(job.latency_classes)
+        }  # what the API server refuses, too
+        if unknown:
+            raise UserError(f"--api-keys-file has latency={min(unknown)}; name it in --latency-classes.")
     checked_origins(job.allowed_origins)
 
 

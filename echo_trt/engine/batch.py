@@ -11,6 +11,7 @@ from echo_trt.engine.params import MAX_BIASED, MAX_STOP_TOKENS, SINGLE, Sampling
 from echo_trt.engine.prefix_cache import PrefixCache
 from echo_trt.speculation.arrays import compiled, ragged_arange
 from echo_trt.speculation.pack import BLOCK
+from echo_trt.speculation.targets import Targets
 
 #: A slot's parameters of one number or switch; -1 stands for None.
 _TYPES = {int: np.int64, float: np.float64, bool: np.bool_}
@@ -56,6 +57,7 @@ class InputBatch:
         self.length, self.committed, self.limit, self.prompt_length = ints(count), ints(count), ints(count), ints(count)
         self.admitted = ints(count)  # serial number of the admission: the youngest has the highest
         self.verifications = ints(count)
+        self.targets = Targets(count)
         self.text_key = ints(count)  # of a synthetic text, by prompt and seed
         self.sampling = np.array([_row(SamplingParams())] * count, SAMPLING)
         self.biased = ints(count)

@@ -30,6 +30,7 @@ from echo_trt.speculation.pack import ForwardBatch, pack
 from echo_trt.speculation.planner import RECENT, Iteration, Plan, Planner, StepContext
 from echo_trt.speculation.sources import DRAFT, LOOKUP
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
+from echo_trt.speculation.targets import Pace
 
 #: Requests with their new tokens.
 Emitted = list[tuple[Request, list[int]]]
@@ -112,8 +113,10 @@ class EngineCore:
     def step(self) -> Emitted:
         """Run one iteration; return requests with their new tokens. The finished have a finish_reason."""
         self.scheduler.admit()
-        slots = self._hold_for_decoding()
-        chunks = self._plan_chunks(alone=len(slots) == 0)
+        decoding = self._hold_for_decoding()
+        slots, pace = self._seat(decoding)
+        context = int(self.batch.committed[slots].sum())
+        chunks = self._plan_chunks(pace, context, alone=len(decoding) == 0)
         if len(slots) + len(chunks.slots) == 0:
             return []
         begin = time.perf_counter()
@@ -122,13 +125,15 @@ class EngineCore:
         # Where all requests have opted out of speculation, the planner is skipped, and learns nothing.
         speculates = len(slots) == 0 or bool(self.batch.sampling["speculate"][slots].any())
         draft = self.drafter.begin(slots) if self.drafter and speculates else None
-        load = self._load(slots, len(chunks.owner))
+        load = self._load(slots, context, len(chunks.owner), pace)
         plan, planning = self._plan(slots, draft, load)
         verified, target = self._verify(plan, slots, chunks)
         with self._timed("accept"):
             path, tokens = accept(verified.tree, verified.next_token)
         with self._timed("commit"):
             emitted = self._commit(verified, path, tokens, chunks)
+        if pace:
+            self.batch.targets.sat_out(np.setdiff1d(decoding, slots))
         drafting = draft.seconds if draft else 0.0
         seconds = time.perf_counter() - begin
         iteration = Iteration(
@@ -157,13 +162,26 @@ class EngineCore:
                 return slots
             self.scheduler.preempt_least_urgent()
 
-    def _plan_chunks(self, alone: bool) -> Chunks:
-        """Divide this iteration's prompt budget among prefilling slots, oldest first.
+    def _seat(self, decoding: np.ndarray) -> tuple[np.ndarray, Pace | None]:
+        """Return the ones of ``decoding`` slots that are in this pass, and how they keep their latency targets.
 
-        ``alone``: no request decodes, whose next tokens would wait for a longer call.
+        Where those with targets are late, the planner may let others sit out.
         """
-        batch, slots = self.batch, self.batch.prefilling()
+        pace = self.batch.targets.pace(decoding, time.monotonic())
+        seats = self.planner.seats(pace, int(self.batch.committed[decoding].sum())) if pace else None
+        return (decoding, pace) if pace is None or seats is None else (decoding[seats], pace.of(seats))
+
+    def _plan_chunks(self, pace: Pace | None, context: int, alone: bool) -> Chunks:
+        """Divide this iteration's prompt budget among prefilling slots, oldest first, or by when they are due.
+
+        context  cached tokens of the requests that decode beside it, which keep ``pace``
+        alone    whether no request decodes, whose next tokens would wait for a longer call
+        """
+        batch = self.batch
+        slots = batch.targets.by_due(batch.prefilling())
         chunk = max(self.chunk, getattr(self.target, "prefill_alone", 0)) if alone else self.chunk
+        if pace and len(slots) and not batch.targets.hurry(slots, time.monotonic()):
+            chunk = self.planner.chunk(pace, context, len(slots), chunk)
         if len(slots) == 0:
             return Chunks(slots, slots, slots, slots)
         self.counters.cached_tokens += batch.skip(slots, chunk)
@@ -178,15 +196,15 @@ class EngineCore:
         owner = np.repeat(slots, counts)
         return Chunks(slots, counts, owner, batch.committed[owner] + ragged_arange(counts))
 
-    def _load(self, slots: np.ndarray, prompt_tokens: int) -> StepContext:
+    def _load(self, slots: np.ndarray, context: int, prompt_tokens: int, pace: Pace | None) -> StepContext:
         batch = self.batch
         # The verification emits one token beside the drafted
         max_draft_len = batch.limit[slots] - batch.length[slots] - 1
         max_draft_len[~batch.sampling["speculate"][slots]] = 0
         max_draft_len[batch.committed[slots] == 0] = 0  # a head has nothing to look at yet
         draft_lag = self.drafter.draft_lag(slots) if self.drafter else np.zeros(len(slots), np.int64)
-        context, recent = int(batch.committed[slots].sum()), batch.recent(slots, RECENT)
-        return StepContext(slots, max_draft_len, draft_lag, context, recent, batch.admitted[slots], prompt_tokens)
+        recent = batch.recent(slots, RECENT)
+        return StepContext(slots, max_draft_len, draft_lag, context, recent, batch.admitted[slots], prompt_tokens, pace)
 
     def _plan(self, slots: np.ndarray, draft: TimedDraft | None, load: StepContext) -> tuple[Plan, float]:
         """Ask the planner. Returns its plan for decoding ``slots`` int64 [B], and seconds beside the draft's passes."""
@@ -332,6 +350,7 @@ class EngineCore:
             return []
         logprobs, sources = verified.logprobs(path, emitted), verified.sources(path, emitted)
         kept, stopped, full = batch.append(slots, counts, emitted)
+        batch.targets.observe(slots, kept, time.monotonic())
         batch.verifications[slots] += 1
         self.counters.verifications += len(slots)
         self.counters.verified_tokens += len(verified.tree)

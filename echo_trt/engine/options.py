@@ -147,3 +147,33 @@ class EngineOptions:
     def words(self) -> list[str]:
         """The options but ``bundle``, as the command line of another process has them."""
         return [f"--{name}={value}" for name, value in self.given.items()]
+
+
+def _classes(_: object, tokens: Sequence[Token]) -> str:
+    from echo_trt.engine.latency import LatencyClasses
+
+    LatencyClasses(tokens[-1].value)
+    return tokens[-1].value
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyOptions(EngineOptions):
+    """How a service keeps latency targets."""
+
+    latency_classes: Annotated[
+        str,
+        Parameter(
+            metavar="NAME=TTFT/TPOT",
+            converter=_classes,
+            help="Latency targets in ms by names that requests and keys give, such as interactive=300/25,batch.",
+        ),
+    ] = ""
+    latency_admission: Annotated[
+        Flag, Parameter(help="Refuse a request whose latency targets cannot be kept (429 with Retry-After).")
+    ] = False
+
+    @property
+    def given(self) -> dict[str, str]:
+        """See ``EngineOptions``."""
+        options = {"latency-classes": self.latency_classes, "latency-admission": "true" * self.latency_admission}
+        return super().given | {name: value for name, value in options.items() if value}

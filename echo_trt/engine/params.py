@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from echo_trt.engine.latency import RULE as RULE_OF_LATENCY
+from echo_trt.engine.latency import checked as check_latency
 from echo_trt.engine.parameter import Parameter, parameter
 from echo_trt.errors import UserError
 from echo_trt.grammar.requested import RULE, checked
@@ -50,6 +52,9 @@ class SamplingParams:
     ``structured`` makes the text fit a grammar, whatever the policy: {"json": schema}, {"json_object": True},
     {"regex": ...}, {"choice": [...]} or {"grammar": Lark or GBNF}. Tokens that it forbids are shut out after the bias.
     A reasoning model's thought is free, and takes up to ``thinking_token_budget`` tokens.
+
+    ``latency`` has targets in milliseconds, {"ttft_ms": 300, "tpot_ms": 25} or one of them. The policy goodput keeps
+    them as far as it can; the text does not depend on them.
 
     ``logprobs`` asks for the log-probability of every emitted token and of this number of best tokens at its position;
     None is off. They are the log-softmax of the target's own logits, before all of these and temperature.
@@ -175,6 +180,13 @@ class SamplingParams:
     thinking_token_budget: int | None = parameter(
         None, "tokens of a reasoning model's thought before it is ended", kind=int
     )
+    latency: Mapping[str, Any] | None = parameter(
+        None,
+        "targets: `ttft_ms` to the first token, `tpot_ms` per token behind it, or a class's name ([how]"
+        "(latency-targets.md))",
+        rule=f"{RULE_OF_LATENCY}, or None",
+        kind=dict,
+    )
     token_sources: bool = parameter(False, "tells who proposed each token of the answer, with which probability")
     speculate: bool = parameter(True, "false: the request decodes plainly, one token per pass")
 
@@ -183,6 +195,8 @@ class SamplingParams:
             value = getattr(self, name)
             if not known.allows(value) or (name == "min_tokens" and value > self.max_tokens):
                 raise UserError(f"{name} is {_SHORT.repr(value)}; give {known.remedy.format(self)}.", name)
+        if self.latency is not None:
+            check_latency(self.latency)
         if self.structured is not None:
             checked(self.structured)
             if self.min_tokens:

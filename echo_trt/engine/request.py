@@ -63,8 +63,9 @@ class Request:
     ``generated`` is its text so far whenever it is not running (slot -1); a finish_reason says that it has ended.
     ``logprobs`` and ``sources`` have an entry for each token that was emitted, where the request asks for them.
     ``cached_tokens`` of the prompt were in the prefix cache when the request first got a slot. Of running requests the
-    one with the highest ``priority`` number gives way first. Turns the tokens of one request into text. ``reported``
-    counts the tokens that ``take`` has returned.
+    one with the highest ``priority`` number gives way first. It was ``submitted`` and had its first token (``started``)
+    at times of time.monotonic(). Turns the tokens of one request into text. ``reported`` counts the tokens that
+    ``take`` has returned.
 
     drafted, accepted  draft tokens of each verification that had any, and those that the text went on behind
     """
@@ -83,6 +84,8 @@ class Request:
     finish_reason: str = ""
     slot: int = -1
     priority: int = 0
+    submitted: float = 0.0
+    started: float | None = None
     grammar: State | None = None  # what may follow its text so far, None: anything; while it runs its slot has it
     failure: str = ""  # why, where the finish_reason is "failed"
     keys: list[bytes] = field(default_factory=list)  # of its text's blocks in the prefix cache

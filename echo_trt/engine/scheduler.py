@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from echo_trt.engine.batch import InputBatch, blocks_for
 from echo_trt.engine.params import MAX_STOP_TOKENS, Counters, SamplingParams
 from echo_trt.engine.request import Request
 from echo_trt.errors import TooLong, UserError
+from echo_trt.speculation.targets import Latency
 
 
 class Scheduler:
@@ -41,6 +43,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         self.check(request)
+        request.submitted = request.submitted or time.monotonic()
         self.waiting.append(request)
 
     def check(self, request: Request) -> None:
@@ -51,7 +54,8 @@ class Scheduler:
         if free_tokens < 1:
             raise TooLong(
                 f"the prompt has {len(request.prompt)} tokens, but this model's maximum context length is "
-                f"{self._batch.context} tokens; shorten it, or raise limits.context in the recipe and build again.",
+                f"{self._batch.context} tokens for prompt and answer; shorten it, or raise limits.context in the "
+                "recipe and build again.",
                 "prompt",
             )
         batch = self._batch
@@ -104,6 +108,7 @@ class Scheduler:
             request.cached_tokens = int(batch.found[slot])
         request.generated = batch.tokens[slot, batch.prompt_length[slot] : batch.length[slot]].tolist()
         request.grammar = batch.grammar[slot]
+        request.started = batch.targets.end(slot)
         batch.release(slot)
         self.forget(slot)
         self._request_in[slot], request.slot = None, -1
@@ -135,6 +140,8 @@ class Scheduler:
         batch.stop_tokens[slot] = -1
         batch.stop_tokens[slot, : len(stops)] = stops
         batch.verifications[slot] = request.verifications
+        latency, behind_first = Latency.of(params.latency), max(len(request.generated) - 1, 0)
+        batch.targets.begin(slot, latency, request.submitted, request.started, behind_first)
         batch.admitted[slot], self.admissions = self.admissions, self.admissions + 1
         batch.active[slot] = True
         self._request_in[slot], request.slot = request, slot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -41,7 +42,7 @@ from echo_trt.server.options import checked_names, checked_origins
 from echo_trt.server.page_files import PageFiles
 from echo_trt.server.responses.answer import Response as ResponsesAnswer
 from echo_trt.server.responses.request import ResponsesRequest
-from echo_trt.server.schemas import ChatRequest, CompletionRequest
+from echo_trt.server.schemas import ChatRequest, CompletionRequest, ForecastRequest
 from echo_trt.server.served import check_model, models, one_model
 from echo_trt.server.tokens import detokenize, token_ids, tokenize
 from echo_trt.server.translated import TranslatedAnswer, TranslatedRequest
@@ -108,6 +109,7 @@ def create_app(
             Route("/api/tags", ollama_models.tags),
             Route("/api/show", ollama_models.show, methods=["POST"]),
             Route("/api/version", ollama_models.version),
+            Route("/v1/forecast", forecast, methods=["POST"]),
             Route("/health", health),
             Route("/ping", health, methods=["GET", "POST"]),  # SageMaker's name for it
             Route("/version", version),
@@ -161,6 +163,16 @@ def translated(kind: type[TranslatedRequest], answer_type: type[TranslatedAnswer
         return response
 
     return endpoint
+
+
+async def forecast(request: Request) -> Response:
+    """POST /v1/forecast: what a request of this shape has to expect as things stand."""
+    state = request.app.state
+    requested = await state.bodies.read(request, ForecastRequest)
+    latency = requested.latency or request.scope.get("latency") or ""
+    text = latency if isinstance(latency, str) else json.dumps(latency)
+    reply = await state.client.forecast(requested.prompt_tokens, requested.max_tokens, text)
+    return JSONResponse(json.loads(reply.text))
 
 
 async def health(request: Request) -> Response:
@@ -228,7 +240,9 @@ def _pieces(
     prompts: list[dict[str, Any]],
     names: dict[str, str],
 ) -> PieceStream:
-    inputs = [prompt | _params(requested, info, seed) for prompt in prompts for seed in requested.seeds()]
+    latency = requested.latency or request.scope.get("latency")  # of the key
+    targets = {"latency": latency if isinstance(latency, str) else json.dumps(latency)} if latency else {}
+    inputs = [prompt | _params(requested, info, seed) | targets for prompt in prompts for seed in requested.seeds()]
     return merged(request, inputs, names)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +59,6 @@ class Calls:
 def chat_for(requested: ChatRequest, info: ModelInfo) -> Chat:
     """Translate a chat into the engine's inputs. Raises ApiError for what this model cannot do."""
     messages = [turn.for_engine() for turn in requested.messages]
-    if "!= 9" in info.template:
-        _shorten_ids(messages)
     tools = [] if requested.tool_choice == "none" else [tool.for_engine() for tool in requested.tools]
     if tools and info.takes_tools and not format_of(info.template, info.tokens):  # calls that cannot be read
         messages, tools = tools_as_text(messages, tools), []
@@ -82,13 +79,6 @@ def chat_for(requested: ChatRequest, info: ModelInfo) -> Chat:
         message = f"thinking_token_budget is {requested.thinking_token_budget}, but {NO_THOUGHT}."
         raise ApiError(400, message, param="thinking_token_budget")
     return Chat(inputs, names, info.thinking, calls)
-
-
-def _shorten_ids(messages: list[dict[str, Any]]) -> None:
-    """Write ids of calls as Mistral's templates demand them: nine letters and digits, the last of each id."""
-    for part in [*messages, *(call for message in messages for call in message.get("tool_calls", ()))]:
-        for name in {"id", "tool_call_id"} & part.keys():
-            part[name] = re.sub(r"[^A-Za-z0-9]", "", part[name])[-9:].rjust(9, "0")
 
 
 def _calls(requested: ChatRequest, info: ModelInfo) -> Calls | None:

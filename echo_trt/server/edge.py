@@ -20,7 +20,16 @@ OPEN = ("/health", "/ping", "/metrics", "/version")
 #: Answered by the engine.
 ANSWERED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/api/chat", "/api/generate")
 #: Others are "other": no endless labels.
-COUNTED = (*OPEN, *ANSWERED, "/v1/models", "/v1/messages/count_tokens", "/tokenize", "/detokenize", "/live")
+COUNTED = (
+    *OPEN,
+    *ANSWERED,
+    "/v1/forecast",
+    "/v1/models",
+    "/v1/messages/count_tokens",
+    "/tokenize",
+    "/detokenize",
+    "/live",
+)
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # of a client, that is sent back
 
 
@@ -59,6 +68,9 @@ class AuthMiddleware:
 
         if path in ANSWERED:
             self.metrics.running.inc()
+        if self.keys:
+            given = headers.get(b"authorization") or b"Bearer " + headers.get(b"x-api-key", b"")
+            scope["latency"] = self.keys.latency(given)
         try:
             self._admit(scope["path"], headers)
             await self.app(scope, self._measured(receive), counted_send)

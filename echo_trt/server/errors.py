@@ -83,6 +83,9 @@ def from_engine(error: EngineError, names: Mapping[str, str] | None = None) -> A
         if field and error.field and field != error.field and sentence.startswith(error.field):
             sentence = f"{field} {sentence.partition(' ')[2]}"
         return ApiError(400, sentence, param=field, code="context_length_exceeded" if code == "OUT_OF_RANGE" else None)
+    if code == "RESOURCE_EXHAUSTED":
+        seconds = int(re.findall(r"\d+", sentence)[-1])
+        return ApiError(429, sentence, "rate_limit_error", param="latency", code="latency", retry_after=seconds)
     if code == "UNAVAILABLE" and "queue" in sentence:
         message = "The server's queue is full; retry in a second."
         return ApiError(429, message, "rate_limit_error", code="queue_full", retry_after=1)

@@ -7,33 +7,67 @@ import hmac
 from pathlib import Path
 
 from echo_trt.errors import UserError
+from echo_trt.server.errors import log
 
 SHORTEST = 16  # characters; what is shorter can be guessed
 
 
 class Keys:
-    """The API keys of a file, one per line, kept as digests."""
+    """The API keys of a file, kept as digests. A file that has changed is read again.
+
+    A line is a key, or ``KEY latency=CLASS``: the latency class of its requests.
+    """
 
     def __init__(self, path: Path):
         """Blank lines and lines that begin with # are skipped. Raises UserError where the file holds no usable key."""
+        self._path, self._digests = path, read(path)
+        self._read = path.stat().st_mtime_ns
+
+    def _follow(self) -> None:
+        """Read the file again if it has changed; the keys stay while it is away or holds none that can be used."""
         try:
-            lines = path.read_bytes().splitlines()
-        except OSError as error:
-            raise UserError(f"API keys file {path} cannot be read ({error.strerror}); name a file of keys.") from None
-        keys = [key for line in lines if (key := line.strip()) and not key.startswith(b"#")]
-        if not keys:
-            raise UserError(f"API keys file {path} holds no key; write one key per line.")
-        for number, key in enumerate(keys, 1):
-            if len(key) < SHORTEST or len(key.split()) > 1:
-                raise UserError(
-                    f"API keys file {path}: key {number} is shorter than {SHORTEST} characters or holds a blank; "
-                    "write one longer key per line."
-                )
-        self._digests = [hashlib.sha256(key).digest() for key in keys]
+            changed = self._path.stat().st_mtime_ns
+        except OSError:
+            return
+        if changed != self._read:
+            self._read = changed
+            try:
+                self._digests = read(self._path)
+            except UserError as error:
+                log.warning("the API keys stay as they were: %s", error)
+
+    @property
+    def classes(self) -> set[str]:
+        return set(filter(None, self._digests.values()))
+
+    def latency(self, authorization: bytes) -> str | None:
+        """Return the latency class of the key in a header; None: it has none."""
+        self._follow()
+        return self._digests.get(hashlib.sha256(authorization.strip().partition(b" ")[2].strip()).digest())
 
     def allow(self, authorization: bytes) -> bool:
         """Whether the header ``Authorization: Bearer KEY`` names a key. Takes as long for any wrong one."""
+        self._follow()
         scheme, _, key = authorization.strip().partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
         matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them, always
         return scheme.lower() == b"bearer" and any(matches)
+
+
+def read(path: Path) -> dict[bytes, str | None]:
+    """Read a file of keys: digest -> latency class. Raises UserError where the file holds no usable key."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"API keys file {path} cannot be read ({error.strerror}); name a file of keys.") from None
+    parts = [line.strip().partition(b" latency=") for line in lines]
+    keys = {key: name.strip().decode() or None for key, _, name in parts if key and not key.startswith(b"#")}
+    if not keys:
+        raise UserError(f"API keys file {path} holds no key; write one key per line.")
+    for number, key in enumerate(keys, 1):
+        if len(key) < SHORTEST or len(key.split()) > 1:
+            raise UserError(
+                f"API keys file {path}: key {number} is shorter than {SHORTEST} characters or holds a blank; "
+                "write one longer key per line."
+            )
+    return {hashlib.sha256(key).digest(): name for key, name in keys.items()}

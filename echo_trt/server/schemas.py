@@ -7,8 +7,18 @@ from collections.abc import Collection
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, FailFast, Field, create_model, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    FailFast,
+    Field,
+    WithJsonSchema,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
+from echo_trt.engine.latency import RULE
 from echo_trt.engine.parameter import INT32
 from echo_trt.engine.params import MAX_STOP_TOKENS, PARAMETERS, SINGLE
 from echo_trt.models.messages import MAX_TOOLS
@@ -80,6 +90,20 @@ Alternatives = Annotated[int, within("logprobs")]
 Stop = Annotated[str, within("stop")]
 
 
+def _targets(latency: Any) -> Any:
+    """Refuse what is neither a class's name nor numbers by name; the engine knows which there are."""
+    numbers = isinstance(latency, dict) and all(type(value) in (int, float) for value in latency.values())
+    if not (numbers or isinstance(latency, str | None)):
+        raise ValueError(f"give {RULE}, or a class's name")
+    return latency
+
+
+_TARGETS = {"type": "object", "additionalProperties": {"type": "number"}}
+Targets = Annotated[
+    Any, AfterValidator(_targets), WithJsonSchema({"anyOf": [{"type": "string"}, _TARGETS, {"type": "null"}]})
+]
+
+
 class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False  # vLLM's: with include_usage, every chunk tells its choice's tokens so far
@@ -128,6 +152,7 @@ class Params(Sampled):
     guided_choice: Any = None
     guided_grammar: Any = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] = 1
+    latency: Targets = None
     priority: Annotated[int, Field(ge=0, le=INT32)] | None = None
     deadline_ms: Annotated[int, Field(ge=1, le=INT32)] | None = None
 
@@ -303,3 +328,11 @@ class CompletionRequest(Params):
     def names(self) -> dict[str, str]:
         """The engine's inputs that have another name here."""
         return {"structured": self.structured.field} if self.structured else {}
+
+
+class ForecastRequest(Strict):
+    """The body of /v1/forecast: the shape of a request."""
+
+    prompt_tokens: Annotated[int, Field(ge=1, le=INT32)]
+    max_tokens: Limit = 256
+    latency: Targets = None

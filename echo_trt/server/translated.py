@@ -32,6 +32,7 @@ SHARED = (
     "stop_token_ids",
     "priority",
     "deadline_ms",
+    "latency",
     "structured_outputs",
     "chat_template_kwargs",
     "parallel_tool_calls",

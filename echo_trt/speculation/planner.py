@@ -12,6 +12,7 @@ from echo_trt.speculation.drafts import Draft, Pass
 from echo_trt.speculation.pack import LevelShape
 from echo_trt.speculation.policy_names import PLAIN
 from echo_trt.speculation.super_tree import SuperTree
+from echo_trt.speculation.targets import Pace
 
 RECENT = 16  # tokens before each root that a planner may look at: the longest context of an n-gram table
 
@@ -27,6 +28,7 @@ class StepContext:
     recent         int64 [B, RECENT], tokens before a root, -1 where the text is shorter
     epoch          int64 [B], admission number of the request
     prompt_tokens  tokens of prompts computed in the same pass
+    pace           how requests keep their latency targets; None: no request has a target
     """
 
     slots: np.ndarray
@@ -36,6 +38,7 @@ class StepContext:
     recent: np.ndarray
     epoch: np.ndarray
     prompt_tokens: int = 0
+    pace: Pace | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,21 @@ class Planner(Protocol):
 
     def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
         """Choose the super-tree to verify for ``roots`` int64 [B], the requests' pending tokens."""
+
+    def seats(self, pace: Pace, context: int) -> np.ndarray | None:
+        """Say which requests are in the next pass, bool [B]; None, the default: all of them.
+
+        context  cached tokens of all B requests
+        """
+        return None
+
+    def chunk(self, pace: Pace, context: int, waiting: int, maximum: int) -> int:
+        """Return the prompt tokens that the next pass computes at most, ``maximum`` or fewer.
+
+        context  cached tokens of all B requests
+        waiting  requests whose prompts are to be computed
+        """
+        return maximum
 
     def level_shapes(self, requests: int) -> Collection[LevelShape]:
         """List what a device may be asked to draft in one go for ``requests``, so that it can prepare; by default

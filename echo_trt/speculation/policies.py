@@ -31,7 +31,7 @@ MakePlanner = Callable[[str, Settings, MakeGoodput], Planner]
 class Policy:
     """A registered policy.
 
-    summary        one clause for the list in docs/recipes.md
+    summary        one clause for the list in docs/policies.md
     make           makes a planner, from the policy's name, a recipe's settings, and a function that makes a goodput
                    planner with this machine's costs and the draft's calibration
     shape          the largest trees that the policy drafts and verifies, from a recipe's settings; None: no drafts

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.engine.options import EngineOptions, Flag, Port, SpecialTokens, bounds
+from echo_trt.engine.options import Flag, LatencyOptions, Port, SpecialTokens, bounds
 from echo_trt.files.extras import extra
 from echo_trt.server.options import ApiOptions
 
@@ -16,7 +16,7 @@ TRITON_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(ApiOptions, EngineOptions):
+class ServeOptions(ApiOptions, LatencyOptions):
     """What ``serve`` is asked to do. ``openai_port`` 0: no API server."""
 
     http_port: Annotated[Port | None, Parameter(help="Triton's HTTP endpoint, with --triton. Default: 8000.")] = None

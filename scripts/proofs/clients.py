@@ -29,7 +29,8 @@ OUTCOMES = ("works", "refused", "broken")
 PAGE = """# Tested clients
 
 `scripts/proofs/clients.py` installs each client in an environment of its own, asks a server of the default bundle, and
-writes this page. A feature works, is *refused* by a sentence that the client shows, or is broken.
+writes this page. A feature works, is *refused* by a sentence that the client shows, or is broken. Claude Code
+asked a bundle of the same weights with a context of 32,768 tokens.
 
 | client | version | works | refused or broken |
 |---|---|---|---|
@@ -104,12 +105,12 @@ def main(
     facts = {"URL": url, "GRPC": grpc, "HTTP": http, "MODEL": model, "TOKENIZER": str(tokenizer.resolve())}
     folder.mkdir(parents=True, exist_ok=True)
     stored = folder / "rows.json"
-    known: dict[str, list[list[str]]] = json.loads(stored.read_text()) if stored.exists() else {}
     print("| client | version | feature | | said |\n|---|---|---|---|---|")
     broken = 0
     for name in only.split(";"):
         home = folder / "".join(letter for letter in name if letter.isalnum())
         version, rows = _rows(CLIENTS[name], home.resolve(), facts | {"CONTEXT": str(context)})
+        known: dict[str, list[list[str]]] = json.loads(stored.read_text()) if stored.exists() else {}
         known[name] = [[version, *row] for row in rows]
         for feature, outcome, output in rows:
             print(f"| {name} | {version} | {feature} | {outcome} | {output.replace('|', '/')} |", flush=True)
@@ -122,7 +123,7 @@ def main(
 
 def _line(name: str, rows: list[list[str]]) -> str:
     """Return a client's row of the page."""
-    works = ", ".join(feature for _, feature, outcome, _ in rows if outcome == "works")
+    works = "; ".join(feature for _, feature, outcome, _ in rows if outcome == "works")
     others = [f"{feature} {outcome}: {output}" for _, feature, outcome, output in rows if outcome != "works"]
     return f"| {name} | {rows[0][0]} | {works} | {'; '.join(others).replace('|', '/')} |\n"
 

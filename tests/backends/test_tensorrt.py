@@ -13,7 +13,7 @@ import pytest
 import torch
 from models.block_checkpoints import block_raw, write_block
 from models.checkpoints import head_config, head_tensors, qwen3_moe, write_head
-from pairs import BLOCK, VOCAB, recipe_of, roles_of
+from pairs import BLOCK, FAMILY_PAIRS, VOCAB, recipe_of, roles_of
 from refusal import refused
 from stand_ins import built, with_stand_ins
 
@@ -152,6 +152,14 @@ def test_a_bundle(kind, networks, with_head, with_block, tmp_path):
         assert all(0 < max(c.prompt_error, c.tree_error) < 0.02 for c in manifest.checks.values())
         with refused("no CUDA device", "NVIDIA GPU", "--engine openvino"):
             LLM(tmp_path / "bundle")
+
+
+@rtx
+@pytest.mark.parametrize("family", FAMILY_PAIRS)
+def test_a_family_compiles_and_its_graph_is_checked(family, networks, tmp_path):
+    manifest = build(recipe_of(family, networks, draft={"kind": "lookup"}, **RTX), networks, tmp_path / "bundle")
+    assert (tmp_path / "bundle" / "target.engine").stat().st_size > 2 * manifest.target.parameters
+    assert 0 < manifest.checks["target"].tree_error < 0.02
 
 
 @rtx

@@ -198,13 +198,13 @@ def test_memory_of_a_gpu_is_nothing_to_a_cpu():
         sized(recipe, Path(), BuildOptions("", gpu_memory_utilization=0.9))
 
 
-@pytest.mark.parametrize("name", ["docs/quickstart-gpu.md", "docs/migrating-from-tensorrt-llm.md"])
+@pytest.mark.parametrize("name", ["docs/beside-other-engines.md", "docs/migrating-from-tensorrt-llm.md"])
 def test_engines_that_share_a_card_share_its_memory(name):
     """The bundle beside another engine is built for less than half of an H100, where it still holds a few requests."""
     beside = (
         (RECIPES.parent / name)
         .read_text()
-        .split("that takes the rest of the card" if "migrating" in name else "## Beside")[1]
+        .split("that takes the rest of the card" if "migrating" in name else "# Beside")[1]
     )
     ours = re.search(r"build (\S+) --engine (\w+) --gpu-memory-utilization ([\d.]+) -o (\S+)", beside)
     assert f"bench {ours[4]} " in beside

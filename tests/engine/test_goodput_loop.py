@@ -49,6 +49,34 @@ def test_block_drafters_of_other_families_write_the_same_tokens(family, batch, o
         assert_all_free(llm.loop)
 
 
+@pytest.mark.parametrize("pair", PAIRS)
+def test_latency_targets_change_no_token(pair, open_llm, plain_ids, monkeypatch):
+    """Every fourth request wants more than the machine has, so that others sit out passes, and chunks are small."""
+    monkeypatch.setattr("echo_trt.speculation.goodput.planner.MIN_CHUNK", 3)
+    llm = open_llm(pair, "autoregressive", 8)
+    llm.loop.planner = planner = goodput_planner(llm, machine(each=0.1))
+    seats, chunks = planner.seats, planner.chunk
+    sat_out, computed = [], []
+
+    def noted_seats(*given):
+        seated = seats(*given)
+        sat_out.append(0 if seated is None else int((~seated).sum()))
+        return seated
+
+    def noted_chunk(*given):
+        computed.append((chunk := chunks(*given), given[-1]))
+        return chunk
+
+    planner.seats, planner.chunk = noted_seats, noted_chunk
+    prompts, params = repeated()
+    latency = {"ttft_ms": 1e6, "tpot_ms": 1e-3}
+    params = [replace(each, latency=None if i % 4 else latency) for i, each in enumerate(params)]
+    assert [c.token_ids for c in llm.generate(prompts, params)] == plain_ids(pair)
+    assert max(sat_out) > 0
+    assert any(chunk < maximum for chunk, maximum in computed)
+    assert_all_free(llm.loop)
+
+
 class Turns(Ladder):
     """Plain decoding and every size in turn, each for one iteration."""
 

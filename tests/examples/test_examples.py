@@ -40,28 +40,30 @@ def test_chat(with_limits, text, answers):
     assert run(sys.executable, EXAMPLES / "chat.py", bundle, text=text).count("it:  ") == answers
 
 
-def test_a_policy_in_one_file_writes_plain_decoding_s_text(bundle_of, tmp_path):
-    """In each command that takes it; ``serve`` is tried in tests/engine/service."""
-    chain = ["--policy-file", EXAMPLES / "chain_policy.py"]
+@pytest.mark.parametrize("name", ["chain", "confident"])
+def test_a_policy_in_one_file_writes_plain_decoding_s_text(name, bundle_of, tmp_path):
+    """The example's, and that of docs/write-a-policy.md, in each command that takes a file but ``serve``."""
+    page = (ROOT / "docs/write-a-policy.md").read_text()
+    [text] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "confident.py").write_text(text)
+    chain = ["--policy-file", EXAMPLES / "chain_policy.py" if name == "chain" else tmp_path / "confident.py"]
     prompts, trees, figures = (tmp_path / name for name in ("p.jsonl", "trees.npz", "figures.json"))
     prompts.write_text("".join(f'{{"id": "{i}", "prompt": "the theme {i}"}}\n' for i in range(8)))
     bundle = shutil.copytree(bundle_of("close"), tmp_path / "close")
     echo = Path(sys.executable).with_name("echo-trt")
     words = ["--prompts", prompts, "--max-tokens", 24, "--json", figures]
-    run(echo, "generate", bundle, *words, *chain, "--policy", "chain", "--compare")
+    run(echo, "generate", bundle, *words, *chain, "--policy", name, "--compare")
     rows = json.loads(figures.read_text())["summary"]
-    assert rows["policy"] == "chain"
+    assert rows["policy"] == name
     assert rows["accepted_length"] > 1
-    run(
-        echo, "bench", bundle, *words, *chain, "--policies", "chain", "--batch", "1,2", "--rounds", 1, "--record", trees
-    )
-    rows = [row for row in json.loads(figures.read_text())["results"] if row["policy"] == "chain"]
+    run(echo, "bench", bundle, *words, *chain, "--policies", name, "--batch", "1,2", "--rounds", 1, "--record", trees)
+    rows = [row for row in json.loads(figures.read_text())["results"] if row["policy"] == name]
     assert [row["same_texts"].split(" of ")[0] for row in rows] == [row["same_texts"].split(" of ")[1] for row in rows]
     words = ["--prompts", prompts, "--max-tokens", 24]
     run(echo, "calibrate", bundle, *words)
     words = ["--calibration", bundle / "calibration.json", "--machine", "h100-qwen3-8b", "--batch", 1, "--tokens", 200]
-    run(echo, "simulate", trees, *words, *chain, "--policies", "chain", "--static", "2,2,4", "--json", figures)
-    assert {row["policy"] for row in json.loads(figures.read_text())["results"]} == {"autoregressive", "chain"}
+    run(echo, "simulate", trees, *words, *chain, "--policies", name, "--static", "2,2,4", "--json", figures)
+    assert {row["policy"] for row in json.loads(figures.read_text())["results"]} == {"autoregressive", name}
 
 
 def test_readme_s_python(bundle_of):

@@ -144,6 +144,34 @@ def test_tools_as_text_go_behind_a_system_prompt_and_write_no_control_token():
     assert ids.count(tokenizer.eos_token_id) == 2
 
 
+#: As SmolLM3's: tools under another name, calls of earlier turns left out, and a mode of thinking in the system prompt.
+SMOLLM3 = (
+    "{%- if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
+    "{%- set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{%- set thinks = enable_thinking and '/no_think' not in system %}"
+    "<|im_start|>system\n{{ '/think' if thinks else '/no_think' }}\n{{ system.replace('/no_think', '') }}"
+    "{% if xml_tools %}{{ xml_tools | tojson }}{% endif %}<|im_end|>\n"
+    "{%- for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not thinks %}<think>\n\n</think>\n{% endif %}{% endif %}"
+)
+
+
+def test_a_template_with_tools_under_another_name_gets_them_as_text_and_has_its_thinking():
+    tokenizer = tool_models.qwen3_tokenizer(SMOLLM3)
+    encoder = ChatEncoder(tokenizer)
+    assert encoder.variables == {"enable_thinking", "xml_tools"}
+    chat = checked_messages([{"role": "system", "content": "Be brief."}, *turns({"a": 1}, "5")], "messages", RULE)
+    thinking = tokenizer.decode(encoder.ids(chat, [TOOL]))
+    assert thinking.startswith(f"<|im_start|>system\n/think\nBe brief.\n\n{LISTED}<|im_end|>")
+    assert CALLED in thinking
+    assert thinking.endswith("<|im_start|>assistant\n")
+    chat[0]["content"] += "/no_think"
+    for asked in (encoder.ids(chat), encoder.ids(chat[1:], kwargs={"enable_thinking": False})):
+        assert tokenizer.decode(asked).endswith("<|im_start|>assistant\n<think>\n\n</think>\n")
+        assert "system\n/no_think\n" in tokenizer.decode(asked)
+
+
 def test_ids_of_calls_are_as_mistral_s_templates_insist():
     tokenizer = tool_models.mistral_tokenizer()
     written = tokenizer.decode(ChatEncoder(tokenizer).ids(checked_messages(turns({"a": 1}, "5"), "messages", RULE)))

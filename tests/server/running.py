@@ -89,8 +89,11 @@ def is_up(client: httpx.Client) -> bool:
 
 
 @contextmanager
-def engine_of(bundle: Path, queue: int = 256, **options: Any) -> Iterator[Path]:
+def engine_of(
+    bundle: Path, queue: int = 256, classes: str = "", keeps_latency: bool = False, **options: Any
+) -> Iterator[Path]:
     """Return the socket of an engine in this process; ``options`` are of ``LLM``."""
+    from echo_trt.engine.latency import LatencyClasses
     from echo_trt.engine.llm import LLM
     from echo_trt.engine.process.host import Host
     from echo_trt.engine.process.request import Reader
@@ -98,8 +101,8 @@ def engine_of(bundle: Path, queue: int = 256, **options: Any) -> Iterator[Path]:
     from echo_trt.engine.service.service import Service
 
     llm = LLM(bundle, **options)
-    service = Service(llm, queue)
-    reader = Reader(bundle, llm.loop.batch.context, False, llm.manifest.sampling.given())
+    service = Service(llm, queue, keeps_latency)
+    reader = Reader(bundle, llm.loop.batch.context, False, llm.manifest.sampling.given(), LatencyClasses(classes))
     host = Host(service, reader, EngineMetrics("echo"))
     folder = Path(tempfile.mkdtemp())  # pytest's own are too long for a socket
     loop, stop = asyncio.new_event_loop(), asyncio.Event()

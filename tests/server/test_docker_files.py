@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from answering import answering
 from command_line import options_of
 from engine.service.served import free_ports
@@ -161,6 +162,21 @@ def test_manifests_fit_kubernetes_own_schemas(name):
         manifests = [{"apiVersion": "v1", "kind": "Pod", "metadata": manifests[0]["metadata"], "spec": pod}]
     for manifest in manifests:
         validate(manifest, KUBERNETES, strict=True)
+
+
+def test_manifests_in_the_walk_through_fit_too():
+    validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate").validate
+    [block] = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/kubernetes.md").read_text(), re.MULTILINE | re.DOTALL)
+    claim, pod = yaml.safe_load_all(block)
+    validate(claim, KUBERNETES, strict=True)
+    validate(pod, KUBERNETES, strict=True)
+    mounted = _pod(documents("kubernetes/deployment.yaml")[0])["volumes"][0]["persistentVolumeClaim"]["claimName"]
+    assert claim["metadata"]["name"] == mounted == pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]
+
+
+def test_the_docs_say_what_to_do_at_each_alert():
+    rules = {rule["alert"] for group in documents("alerts.yml")[0]["groups"] for rule in group["rules"]}
+    assert set(re.findall(r"^\| `(\w+)`", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE)) == rules
 
 
 def test_prometheus_asks_the_server_s_port_and_the_dashboard_its_datasource():

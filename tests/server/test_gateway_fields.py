@@ -57,6 +57,7 @@ VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
         "chat_template_kwargs": (["enable_thinking"],),
         "reasoning_effort": ("much",),
         "thinking_token_budget": (-1,),
+        "latency": (5, ["interactive"], {"tpot_ms": "fast"}),
     },
     "/v1/completions": {
         "prompt": ([], 5, [1, "a"], [[1], []], [True], [-1], [[5, 2**31]]),

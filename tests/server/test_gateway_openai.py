@@ -341,6 +341,7 @@ def test_the_engines_refusals_name_the_field_and_come_before_a_stream(client):
             limit = f"this model's maximum context length is {CONTEXT} tokens"
             assert limit in str(error.value)  # litellm looks for it
             assert size in str(error.value)
+            assert ("for prompt and answer" in str(error.value)) == size.endswith("tokens")
     for requested, sentence in (
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": [5000]}, "token id 5000"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import socket
 import sys
@@ -281,16 +282,43 @@ def test_without_a_right_key_nothing_but_health_and_metrics(keys_file):
         assert "API key" in client.get("/api/tags").json()["error"]
 
 
-def test_keys_are_neither_kept_nor_logged(keys_file, caplog):
+def test_keys_are_neither_kept_nor_logged_and_prompts_not_logged(keys_file, caplog):
     caplog.set_level("DEBUG")
     keys = Keys(keys_file)
     with running(api_keys_file=keys_file) as client:
         for key in (KEY, KEY + "wrong"):
-            client.post("/v1/completions", json=COMPLETION, headers={"Authorization": f"Bearer {key}"})
+            body = COMPLETION | {"prompt": "a private question"}
+            client.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"})
         assert KEY not in client.get("/metrics").text
     assert "the engine" in caplog.text  # the failure was logged, so the log is not empty by accident
     assert KEY not in caplog.text
+    assert "private" not in caplog.text
     assert KEY.encode() not in repr(vars(keys)).encode()
+
+
+def test_a_keys_file_that_changes_is_read_again(tmp_path, caplog):
+    file = tmp_path / "keys"
+    file.write_text(KEY)
+
+    def replaced(text: str) -> None:
+        new = tmp_path / "new"
+        new.write_text(text)
+        os.utime(new, ns=(0, file.stat().st_mtime_ns + 1))
+        new.replace(file)
+
+    with running(api_keys_file=file) as client:
+
+        def statuses() -> list[int]:
+            headers = ({"Authorization": f"Bearer {key}"} for key in (KEY, OTHER_KEY))
+            return [client.get("/v1/models", headers=each).status_code for each in headers]
+
+        assert statuses() == [200, 401]
+        for text, allowed in ((f"{KEY}\n{OTHER_KEY}", [200, 200]), ("short", [200, 200]), (OTHER_KEY, [401, 200])):
+            replaced(text)
+            assert statuses() == allowed
+        file.unlink()
+        assert statuses() == [401, 200]
+    assert caplog.text.count("the API keys stay as they were: API keys file") == 1
 
 
 @pytest.mark.parametrize("text", [None, "", "# only this\n", "short\n", f"{KEY} {OTHER_KEY}\n"])

@@ -131,6 +131,6 @@ def test_a_policy_whose_trees_a_bundle_has_no_rows_for_is_refused(registry, tmp_
 
 
 def test_the_docs_list_the_policies():
-    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
     rows = "".join(f"| `{name}` | {POLICIES[name].summary} |\n" for name in BUILT_IN)
     assert f"| policy | behaviour |\n|---|---|\n{rows}\n" in page

@@ -25,6 +25,7 @@ from echo_trt.adapters.dynamo.discovery import Lease
 from echo_trt.adapters.dynamo.events import BlockEvents
 from echo_trt.adapters.dynamo.options import WorkerOptions
 from echo_trt.adapters.dynamo.request import read
+from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.service.job import Overloaded
 from echo_trt.engine.service.metrics import EngineMetrics, Statistics
@@ -99,7 +100,8 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
         log.info(llm.pool.sentence)
         tokenizer = load_tokenizer(job.bundle)  # the engine's thread uses another
         self._texts, self._recommended = TokenTexts(tokenizer), llm.manifest.sampling.given()
-        self._service = Service(llm, job.queue)
+        self._classes = LatencyClasses(job.latency_classes)
+        self._service = Service(llm, job.queue, job.latency_admission)
 
     async def on_endpoint_ready(self, endpoint: Any) -> None:
         self._passes = FpmDirectPublisher(endpoint, str(self._worker_id))
@@ -150,7 +152,8 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
         if service is None:
             raise EngineShutdown("the worker is shutting down; send the request to another one.")
         with self._refusals():
-            answer = read(request, dict(context.metadata.items()), self._recommended, service.loop.scheduler.eos)
+            eos, metadata = service.loop.scheduler.eos, dict(context.metadata.items())
+            answer = read(request, metadata, self._recommended, eos, self._classes)
         self._open[answer] = context
         answer.arrived = arrived
         try:

@@ -9,11 +9,11 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.engine.options import EngineOptions, bounds
+from echo_trt.engine.options import LatencyOptions, bounds
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerOptions(EngineOptions):
+class WorkerOptions(LatencyOptions):
     """What ``worker`` is asked to do."""
 
     name: Annotated[str, Parameter(help="What clients call the model. Default: the bundle's name.")] = ""

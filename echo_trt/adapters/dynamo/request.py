@@ -11,12 +11,14 @@ import numpy as np
 
 from echo_trt.adapters.dynamo.answers import DynamoAnswer
 from echo_trt.adapters.dynamo.migration import Boundary, boundary_of, migrated
+from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.params import SINGLE, SamplingParams
 from echo_trt.engine.service.protocol import FIRST
 from echo_trt.errors import UserError, shown
 
 #: Key of a request's metadata, which a client sends as the header x-dynamo-meta-deadline-ms.
 DEADLINE = "deadline-ms"
+LATENCY = "latency"  # of its targets, JSON or a class's name
 HEALTH_CHECK = "_HEALTH_CHECK"  # Dynamo's mark of a probe
 INT32, INT63 = 2**31 - 1, 2**63
 #: Fields that Dynamo's frontend understands and this engine does not: field -> what it is.
@@ -44,12 +46,14 @@ def read(
     metadata: Mapping[str, str],
     recommended: Mapping[str, float],
     eos: Sequence[int],
+    classes: LatencyClasses | None = None,
 ) -> DynamoAnswer:
     """Read a request as Dynamo's ``GenerateRequest`` has it.
 
     metadata     what came in headers x-dynamo-meta-*
     recommended  sampling parameters of requests that leave them out (``Manifest.sampling``)
     eos          the model's own end tokens, which the frontend sends along as stop tokens
+    classes      of latency targets
     Raises UserError for what this engine cannot do.
     """
     _refuse_unknown(request)
@@ -87,6 +91,7 @@ def read(
         logprobs=wanted.get("logprobs"),
         prompt_logprobs=wanted.get("prompt_logprobs"),
         structured=_structured(requested.get("guided_decoding")),
+        latency=(classes or LatencyClasses()).read(metadata.get(LATENCY, "")),
         thinking_token_budget=stops.get("max_thinking_tokens"),
         **given,
     )

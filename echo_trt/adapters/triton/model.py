@@ -20,6 +20,7 @@ import triton_python_backend_utils as pb_utils
 
 from echo_trt.adapters.triton.replies import FINAL, Replies, Reply, failed
 from echo_trt.engine.host_memory import bytes_in
+from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.process.host import Host
 from echo_trt.engine.process.inputs import INPUTS
@@ -65,8 +66,9 @@ class TritonPythonModel:
             llm.loop.batch.context,
             _truth(config, "special_tokens_in_content"),
             llm.manifest.sampling.given(),
+            LatencyClasses(_setting(config, "latency_classes")),
         )
-        self._service = Service(llm, queue or QUEUE)
+        self._service = Service(llm, queue or QUEUE, _truth(config, "latency_admission"))
         signals = os.environ.get("ECHO_TRT_SIGNALS")
         name, self._metrics = args["model_name"], EngineMetrics(args["model_name"])
         self._replies = Replies(self._service, self._metrics, name, Path(signals) if signals else None)

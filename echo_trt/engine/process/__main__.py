@@ -15,8 +15,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from echo_trt.backends import base
+from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.llm import LLM
-from echo_trt.engine.options import EngineOptions, SpecialTokens, command, run_alone
+from echo_trt.engine.options import LatencyOptions, SpecialTokens, command, run_alone
 from echo_trt.engine.process.host import Host
 from echo_trt.engine.process.request import Reader
 from echo_trt.engine.service.metrics import EngineMetrics
@@ -28,7 +29,7 @@ log = logging.getLogger("engine")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostOptions(EngineOptions):
+class HostOptions(LatencyOptions):
     """What the engine's process is asked to do."""
 
     socket: Annotated[Path, Parameter(help="Path of the socket to listen on.")]
@@ -48,8 +49,9 @@ def run(options: HostOptions) -> int:
     llm = LLM(bundle, options.policy, options.batch, note=log.info, kv_cache_memory=memory, synthetic_text=text)
     log.info(llm.pool.warning or llm.pool.sentence)
     context, sampling = llm.loop.batch.context, llm.manifest.sampling.given()
-    reader = Reader(bundle, context, options.special_tokens_in_content, sampling)
-    service = Service(llm, options.queue)
+    classes = LatencyClasses(options.latency_classes)
+    reader = Reader(bundle, context, options.special_tokens_in_content, sampling, classes)
+    service = Service(llm, options.queue, options.latency_admission)
     gc.freeze()  # what was loaded lives as long as the process
 
     async def serve() -> bool:

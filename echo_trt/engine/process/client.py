@@ -65,6 +65,12 @@ class Client:
         assert isinstance(answer, wire.TokensReply)
         return answer
 
+    async def forecast(self, prompt_tokens: int, max_tokens: int, latency: str) -> wire.TextReply:
+        """Return what a request of this shape has to expect, as JSON. Raises EngineError."""
+        answer = await self._single(wire.AskForecast(next(self._ids), prompt_tokens, max_tokens, latency))
+        assert isinstance(answer, wire.TextReply)
+        return answer
+
     async def metrics(self) -> str | None:
         """Return the engine's metrics in Prometheus' text format; None where they do not come in time."""
         try:

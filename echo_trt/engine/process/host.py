@@ -7,6 +7,7 @@ out as one piece. Prompts are read on a thread of their own, so that a long one 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections import deque
@@ -27,6 +28,7 @@ from echo_trt.engine.service.job import ERRORS, Overloaded
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
 from echo_trt.engine.service.snapshots import SnapshotRecorder
+from echo_trt.speculation.targets import Latency
 
 log = logging.getLogger(__name__)
 BEAT = 0.05  # seconds between two looks at what has changed; larger: a drained engine ends later
@@ -159,6 +161,8 @@ class Host:
                 else:
                     sentence = f"{MAX_VIEWERS} clients get snapshots; close one."
                     connection.send(wire.Failure(message.id, "UNAVAILABLE", sentence))
+            case wire.AskForecast():
+                self._start(self._forecast(connection, message))
             case wire.Scrape():
                 connection.send(wire.TextReply(message.id, generate_latest(self._metrics.registry).decode()))
 
@@ -181,6 +185,17 @@ class Host:
         found: list[tuple[list[int], str | None]] = []
         failure = await self._refusal(lambda: found.append(self._reader.tokenized(message.inputs)))
         connection.send(wire.Failure(message.id, *failure) if failure else wire.TokensReply(message.id, *found[0]))
+
+    async def _forecast(self, connection: ClientConnection, message: wire.AskForecast) -> None:
+        found: list[dict[str, Any]] = []
+
+        def work() -> None:
+            latency = Latency.of(self._reader.latency(message.latency))
+            found.append(self._service.forecasts(message.prompt_tokens, message.max_tokens, latency))
+
+        failure = await self._refusal(work)
+        reply = wire.Failure(message.id, *failure) if failure else wire.TextReply(message.id, json.dumps(found[0]))
+        connection.send(reply)
 
     async def _refusal(self, work: Callable[[], None]) -> tuple[str, str, str | None] | None:
         return await self._loop.run_in_executor(self._reading, refusal, self._metrics, work)

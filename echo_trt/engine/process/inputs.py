@@ -52,6 +52,7 @@ def _sampling(name: str) -> Tensor:
 DIFFERENT: dict[str, dict[str, Any]] = {
     "stop": {"doc": f"up to {MAX_STOP_WORDS}; {PARAMETERS['stop'].doc}"},
     "structured": {"doc": f"JSON: {PARAMETERS['structured'].doc}"},
+    "latency": {"doc": f"JSON, or a class's name: {PARAMETERS['latency'].doc}"},
     "logprobs": {
         "default": 0,
         "doc": "log-probabilities of this number of best tokens at each position, with `return_log_probs`",
@@ -80,7 +81,7 @@ INPUTS: tuple[Tensor, ...] = (
         "stream",
         "BOOL",
         False,
-        "several responses; over HTTP use `generate_stream` then ([why](operations.md#what-to-know-of-triton))",
+        "several responses; over HTTP use `generate_stream` then ([why](#limits-of-triton))",
     ),
     Tensor("exclude_input_in_output", "BOOL", True, "false: the prompt precedes the answer, unless it is a chat"),
     Tensor("return_perf_metrics", "BOOL", False, "the statistics below"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from echo_trt.engine.process.entries import OutgoingLogprobs, OutgoingSources
 from echo_trt.engine.request import Event
-from echo_trt.engine.service.job import Overloaded, ServiceRequest
+from echo_trt.engine.service.job import Late, Overloaded, ServiceRequest
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.protocol import FIRST
 from echo_trt.errors import TooLong, UserError
@@ -79,6 +79,8 @@ def refusal(metrics: EngineMetrics, work: Callable[[], None]) -> tuple[str, str,
         outcome, code, sentence, field = "invalid", "INVALID_ARGUMENT", str(mistake), mistake.field
         if isinstance(mistake, TooLong):
             code = "OUT_OF_RANGE"
+    except Late as late:
+        outcome, code, sentence, field = "refused", "RESOURCE_EXHAUSTED", str(late), "latency"
     except Overloaded as full:
         outcome, code, sentence, field = "refused", "UNAVAILABLE", str(full), None
     except Exception as failure:  # logged; others go on

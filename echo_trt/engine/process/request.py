@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.params import MAX_LOGPROBS, SINGLE, SamplingParams
 from echo_trt.engine.process import wire
 from echo_trt.engine.process.inputs import ALIASES, DEFAULTS, MAX_STOP_WORDS
@@ -33,9 +34,14 @@ class Reader:
         context: int,
         special_tokens_in_content: bool = False,
         sampling: Mapping[str, float] | None = None,
+        classes: LatencyClasses | None = None,
     ):
-        """Prepare to read requests. ``sampling``: parameters of requests that leave them out (``Manifest``)."""
-        self._sampling = dict(sampling or {})
+        """Prepare to read requests.
+
+        sampling  parameters of requests that leave them out (``Manifest``)
+        classes   of latency targets
+        """
+        self._sampling, self._classes = dict(sampling or {}), classes or LatencyClasses()
         self._tokenizer = load_tokenizer(bundle)
         self._chat = ChatEncoder(self._tokenizer, special_tokens_in_content)
         self._texts = TokenTexts(self._tokenizer)
@@ -68,6 +74,7 @@ class Reader:
                 "logprobs": _logprobs(inputs),
                 "logit_bias": _logit_bias(inputs),
                 "structured": _json(inputs, "structured"),
+                "latency": self.latency(inputs.get("latency", "")),
             }
         )
         answer.prompt = np.asarray(prompt, np.int64)
@@ -77,6 +84,10 @@ class Reader:
             last = next((token for token in reversed(prompt[-AT_END:]) if token in self._marks), None)
             answer.in_thought = last == self._marks[0]
         answer.begin("" if _value(inputs, "exclude_input_in_output") else echoed, self._texts)
+
+    def latency(self, text: str) -> dict[str, Any] | None:
+        """Return the targets of a class's name or of JSON. Raises UserError."""
+        return self._classes.read(text)
 
     def tokenized(self, inputs: Mapping[str, Any]) -> tuple[list[int], str | None]:
         """Token ids of a prompt; for ``input_ids`` their text, too. Raises UserError."""

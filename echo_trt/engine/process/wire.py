@@ -46,6 +46,14 @@ class WatchSnapshots(Numbered):
     """A question for snapshots (``engine.service.snapshots``)."""
 
 
+class AskForecast(Numbered):
+    """A question for what a request of this shape has to expect. ``latency``: as the input of that name."""
+
+    prompt_tokens: int
+    max_tokens: int
+    latency: str
+
+
 class Scrape(Numbered):
     """A question for the engine's metrics in Prometheus' text format."""
 
@@ -94,7 +102,7 @@ class TokensReply(Numbered):
 
 
 class TextReply(Numbered):
-    """The answer to ``Scrape``, or a snapshot."""
+    """The answer to ``Scrape`` or ``AskForecast``, or a snapshot."""
 
     text: str
 
@@ -128,7 +136,7 @@ class ModelInfo(Numbered):
     sampling: dict[str, float]
 
 
-ToEngine = Submit | Cancel | Describe | Tokenize | WatchSnapshots | Scrape
+ToEngine = Submit | Cancel | Describe | Tokenize | WatchSnapshots | AskForecast | Scrape
 FromEngine = TextPiece | Failure | TokensReply | TextReply | ModelInfo
 _decode_request = msgpack.Decoder(ToEngine).decode
 _decode_answer = msgpack.Decoder(FromEngine).decode

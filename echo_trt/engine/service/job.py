@@ -10,23 +10,42 @@ import numpy as np
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Event, Request
 from echo_trt.engine.service.protocol import FIRST
+from echo_trt.speculation.targets import Latency
 
 #: Ends that are errors -> their codes, gRPC statuses by name.
 ERRORS = {"failed": "INTERNAL", "cancelled": "CANCELLED", "invalid": "INVALID_ARGUMENT"}
+
+
+@dataclass(frozen=True)
+class ExpectedLatency:
+    """Seconds to the first token, and per token behind it; None: nothing like it has run yet."""
+
+    ttft: float | None = None
+    tpot: float | None = None
 
 
 class Overloaded(Exception):
     """No request is taken now; another time or another server may. The message is one sentence."""
 
 
+class Late(Overloaded):
+    """A request's latency targets, or those of running requests, cannot be kept now."""
+
+    def __init__(self, seconds: int):
+        super().__init__(f"latency cannot be kept now; try again in {seconds} s.")
+
+
 @dataclass(eq=False, kw_only=True)
 class ServiceRequest(Request):
-    """A request that the service answers. Jobs are ordered as they are served: by priority, lowest first, then arrival.
+    """A request that the service answers. Jobs are ordered as they are served: by priority, lowest first, then by when
+    the first token is due, which without targets is by arrival.
 
     on_event                                 takes the answer's events; it must not block
     seconds                                  from submission to the deadline, which ends the answer; None: no deadline
     deadline, submitted, taken, first_token  time.monotonic(); None: there is none, or it has not come
     failures                                 of the engine while this request was running, in a row
+    expected                                 what was forecast when it came
+    emitted                                  time.monotonic() of its latest tokens; None: there are none
     """
 
     id: int = -1  # the service's, by arrival
@@ -35,10 +54,15 @@ class ServiceRequest(Request):
     on_event: Callable[[Event], None] = lambda event: None
     seconds: float | None = None
     deadline: float | None = None
-    submitted: float = 0.0
     taken: float | None = None
     first_token: float | None = None
     failures: int = 0
+    expected: ExpectedLatency = ExpectedLatency()
+    emitted: float | None = None
+
+    @property
+    def latency(self) -> Latency:
+        return Latency.of(self.params.latency)
 
     @property
     def probe(self) -> bool:
@@ -46,4 +70,8 @@ class ServiceRequest(Request):
         return self.priority == FIRST and self.params.max_tokens == 1
 
     def __lt__(self, other: ServiceRequest) -> bool:
-        return (self.priority, self.id) < (other.priority, other.id)
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[int, float, int]:
+        return self.priority, self.latency.due(self.submitted), self.id

@@ -22,6 +22,7 @@ from echo_trt.speculation.sources import SOURCES
 SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0]
 TOKENS = [1.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5]
 
+KEPT = ("ttft", "tpot", "both")  # targets of a request, as metrics name them
 #: name -> what it says, of Statistics.counters
 COUNTERS = {
     "iterations": "Iterations of the engine core",
@@ -85,6 +86,8 @@ class Statistics:
     engine_failures: int = 0
     queued_tokens: int = 0  # of the prompts that wait
     gain: float | None = None  # tokens per second over plain decoding's at the latest load; None: not known
+    latency: dict[str, tuple[int, dict[str, int]]] = field(default_factory=dict)  # class -> finished requests, kept
+    forecast_error: dict[str, float | None] = field(default_factory=dict)
 
     block_size = BLOCK
 
@@ -184,6 +187,12 @@ class EngineMetrics(Collector):
         yield self._counter("gates", gates, self._gates, "depth", "decision")
         sums = {what: now.drafts.get(what, {}) for what in ("expected", "accepted", "silent")}
         drafts = {(source, what): sums[what].get(source, 0) for source in SOURCES for what in ("expected", "accepted")}
+        finished = {(name,): count for name, (count, _) in now.latency.items()}
+        yield self._counter("latency_requests", "Finished requests by class of latency targets", finished, "class")
+        kept = {(name, what): n for name, (_, each) in now.latency.items() for what, n in each.items()}
+        yield self._counter("latency_kept", "Those whose targets were kept", kept, "class", "target")
+        errors = {(what,): value for what, value in now.forecast_error.items() if value is not None}
+        yield self._gauge("forecast_error", "Median relative error of the latest forecasts", errors, "what")
         yield self._counter("goodput_drafts", DRAFTS, drafts, "source", "what")
         silent = {(source,): sums["silent"].get(source, 0) for source in SOURCES}
         yield self._counter("silent_drafts_minutes", SILENT, silent, "source")

@@ -8,22 +8,31 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
+import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
+from typing import Any
+
+import numpy as np
 
 from echo_trt.backends.base import overlap
 from echo_trt.engine.core import Emitted
 from echo_trt.engine.llm import LLM
-from echo_trt.engine.params import check_prompt_logprobs
+from echo_trt.engine.params import SamplingParams, check_prompt_logprobs
 from echo_trt.engine.request import Event, Request
 from echo_trt.engine.service.fault_isolation import FaultIsolation
+from echo_trt.engine.service.forecast import Forecaster
 from echo_trt.engine.service.grammars import GrammarQueue
-from echo_trt.engine.service.job import Overloaded, ServiceRequest
-from echo_trt.engine.service.metrics import Statistics
+from echo_trt.engine.service.job import ExpectedLatency, Late, Overloaded, ServiceRequest
+from echo_trt.engine.service.metrics import KEPT, Statistics
+from echo_trt.engine.service.protocol import FIRST
 from echo_trt.errors import described
+from echo_trt.speculation.targets import Latency
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +42,10 @@ MANY = 8  # running requests from which on a pass hides the reporting; larger: s
 class Service:
     """Answers requests with ``llm``, which nobody else may use. ``queue``: how many requests may wait for a slot."""
 
-    def __init__(self, llm: LLM, queue: int = 256):
-        self.llm, self.loop, self._max_waiting = llm, llm.loop, queue
+    def __init__(self, llm: LLM, queue: int = 256, keeps_latency: bool = False):
+        """``keeps_latency``: whether a request is refused whose latency targets cannot be kept."""
+        self.llm, self.loop, self._max_waiting, self._keeps_latency = llm, llm.loop, queue, keeps_latency
+        self._forecaster = Forecaster()
         # Guards the attributes up to the blank line, but for reads of ``_open`` by the engine's thread, which alone
         # removes from it.
         self._changed = threading.Condition()
@@ -48,6 +59,8 @@ class Service:
         # The engine thread's own.
         self._isolation = FaultIsolation()  # requests that were running when the engine failed
         self._ended: Counter[str] = Counter()
+        self._of_class: Counter[str] = Counter()  # finished requests by class of latency targets
+        self._kept: Counter[tuple[str, str]] = Counter()  # those that were kept, by class and target
         self._engine_failures = 0
         # Tokens to tell, and when the engine had them
         self._due: deque[tuple[ServiceRequest, Sequence[int], float]] = deque()
@@ -89,6 +102,9 @@ class Service:
             ahead = waiting if grammar else len(self._open) - len(self._probes) - waiting
             if ahead >= self.loop.batch.count + self._max_waiting and not job.probe:
                 raise Overloaded(f"the queue is full, {self._max_waiting} requests wait; try again in a second.")
+            job.expected = self._forecast(job)
+            if self._keeps_latency:
+                self._refuse_late(job)
             if grammar:
                 self._grammars.add(grammar, job)
             else:
@@ -97,6 +113,45 @@ class Service:
             if job.probe:
                 self._probes[job] = job
             self._changed.notify_all()
+
+    def _forecast(self, job: ServiceRequest) -> ExpectedLatency:
+        """Forecast a job as things stand; the lock is held."""
+        batch, before = self.loop.batch, [other for other in self._pending if other < job]
+        prefilling = batch.prefilling()
+        tokens = int((batch.length[prefilling] - batch.committed[prefilling]).sum())
+        tokens += sum(len(other.prompt) for other in before)
+        targeted, running = job.latency.tpot is not None, self.loop.scheduler.running
+        return self._forecaster.forecast(len(job.prompt), targeted, running, batch.count, len(before), tokens)
+
+    def _refuse_late(self, job: ServiceRequest) -> None:
+        """Refuse a job whose targets, or those of running ones, cannot be kept. Raises Late; the lock is held."""
+        expected, wanted = job.expected, job.latency
+        others = [other.latency.tpot for other in self._open.values() if other.latency.tpot is not None]
+        tpot = min([*others, wanted.tpot] if wanted.tpot else others, default=None)
+        if tpot is not None and not wanted.tpot:  # what those who run have to expect beside one more
+            batch, running = self.loop.batch, self.loop.scheduler.running
+            expected = replace(expected, tpot=self._forecaster.forecast(0, True, running, batch.count, 0, 0).tpot)
+        if not replace(wanted, tpot=tpot).kept(expected.ttft or 0.0, expected.tpot or 0.0):
+            raise Late(max(math.ceil((expected.ttft or 0.0) - (wanted.ttft or 0.0)), 1))
+
+    def forecasts(self, prompt_tokens: int, max_tokens: int, latency: Latency) -> dict[str, Any]:
+        """Return what a request of this shape has to expect in milliseconds, and the error of forecasts so far."""
+        targets = {"tpot_ms": 1e3 * latency.tpot} if latency.tpot else {}
+        targets |= {"ttft_ms": 1e3 * latency.ttft} if latency.ttft else {}
+        params = SamplingParams(max_tokens=max_tokens, latency=targets or None)
+        job = ServiceRequest(id=sys.maxsize, params=params, submitted=time.monotonic())
+        job.prompt = np.zeros(prompt_tokens, np.int8)
+        with self._changed:
+            found = self._forecast(job)
+        total = None
+        if found.ttft is not None and found.tpot is not None:
+            total = found.ttft + (max_tokens - 1) * found.tpot
+        seconds = {"ttft_ms": found.ttft, "tpot_ms": found.tpot, "total_ms": total}
+        errors = self._forecaster.errors()
+        return {
+            **{name: None if value is None else round(1e3 * value, 2) for name, value in seconds.items()},
+            "error": {name: None if value is None else round(value, 4) for name, value in errors.items()},
+        }
 
     @property
     def alive(self) -> bool:
@@ -119,7 +174,7 @@ class Service:
 
     def statistics(self) -> Statistics:
         """Return the current figures. Any thread may ask at any time."""
-        loop, batch, planner = self.loop, self.loop.batch, self.loop.planner
+        loop, batch, planner, of_class = self.loop, self.loop.batch, self.loop.planner, list(self._of_class.items())
         return Statistics(
             queued=len(self._grammars) + len(self._pending) + len(loop.scheduler.waiting),
             running=loop.scheduler.running,
@@ -135,6 +190,8 @@ class Service:
             engine_failures=self._engine_failures,
             queued_tokens=sum(len(job.prompt) for job in list(self._pending)),
             gain=planner.gain(),
+            latency={name: (count, {what: self._kept[name, what] for what in KEPT}) for name, count in of_class},
+            forecast_error=self._forecaster.errors(),
         )
 
     def drain(self, seconds: float | None = None) -> bool:
@@ -207,7 +264,8 @@ class Service:
             loop.scheduler.add(job)
 
     def _iterate(self) -> None:
-        before = self.loop.counters.iterations
+        before, prompt_tokens = self.loop.counters.iterations, self.loop.counters.prompt_tokens
+        begin = time.monotonic()
         with self._changed:
             probes = list(self._probes.values())
         try:
@@ -217,7 +275,10 @@ class Service:
             return
         self._report_due()
         self._end_broken()
-        self._hand_over(emitted)
+        now = time.monotonic()
+        jobs = [(job, len(tokens)) for request, tokens in emitted if (job := self._open.get(request))]
+        self._forecaster.observe(jobs, now, now - begin, self.loop.counters.prompt_tokens - prompt_tokens)
+        self._hand_over(emitted, now)
         if self.loop.counters.iterations > before:
             for job in probes:
                 self._end(job, "busy")  # no effect on a probe that has had its token
@@ -225,12 +286,12 @@ class Service:
             self.loop.scheduler.preempt_all()
             self._requeue([cleared])
 
-    def _hand_over(self, emitted: Emitted) -> None:
+    def _hand_over(self, emitted: Emitted, now: float) -> None:
         """Report an iteration's tokens now, or during the next pass, where reporting takes no extra time.
 
         A stop string may end a request, which cannot be done during a pass, so tokens of such requests do not wait.
         """
-        now, many = time.monotonic(), len(emitted) >= MANY
+        many = len(emitted) >= MANY
         waits = self._overlaps and self.loop.scheduler.busy and self._isolation.on_trial is None and many
         for request, tokens in emitted:
             if (job := self._open.get(request)) is None:
@@ -293,11 +354,24 @@ class Service:
         event.queue_seconds = job.taken and job.taken - job.submitted
         event.first_token_seconds = job.first_token and job.first_token - job.submitted
         self._ended[reason] += 1
+        if reason in ("stop", "length", "deadline"):
+            self._compare(job)
         self._send(job, event)
         with self._changed:
             del self._open[job]
             self._probes.pop(job, None)
             self._changed.notify_all()
+
+    def _compare(self, job: ServiceRequest) -> None:
+        """Compare a finished job's times with its targets, and with what was forecast."""
+        if job.first_token is None or job.emitted is None or job.priority == FIRST:
+            return
+        ttft, tpot = job.first_token - job.submitted, (job.emitted - job.first_token) / max(job.reported - 1, 1)
+        self._forecaster.ended(job.expected, ttft, tpot if job.reported > 1 else 0.0)
+        if name := job.latency.name:
+            self._of_class[name] += 1
+            kept = (job.latency.kept(ttft, 0.0), job.latency.kept(0.0, tpot), job.latency.kept(ttft, tpot))
+            self._kept.update((name, what) for what, each in zip(KEPT, kept, strict=True) if each)
 
     def _send(self, job: ServiceRequest, event: Event) -> None:
         try:

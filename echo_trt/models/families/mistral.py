@@ -18,5 +18,5 @@ FAMILY = Family(
     gguf="llama",
     interleaved=True,
     options=_options,
-    tools="Mistral's list behind `[TOOL_CALLS]`",
+    tools="Mistral's, behind `[TOOL_CALLS]`",
 )

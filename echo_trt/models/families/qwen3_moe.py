@@ -27,6 +27,6 @@ FAMILY = Family(
     models="Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder-30B-A3B",
     options=_options,
     drafts="EAGLE-3 heads, a smaller model",
-    tools="Hermes' JSON in `<tool_call>`; Coder's as text",
+    tools="Hermes' JSON in `<tool_call>`; Coder's tags",
     thinking="yes, `enable_thinking`; Coder no",
 )

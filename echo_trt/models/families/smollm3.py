@@ -29,6 +29,6 @@ FAMILY = Family(
     gguf="smollm3",
     interleaved=True,
     options=_options,
-    tools="Hermes' JSON in `<tool_call>`, asked for as text",
+    tools="Hermes' JSON in `<tool_call>`, as text",
     thinking="yes, `enable_thinking`, or `/no_think` in the system prompt",
 )

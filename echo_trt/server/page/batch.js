@@ -96,7 +96,9 @@ function draw() {
   const said = drawTree($("tree"), now?.last);
   drawStrip();
   if (!now) return;
-  $("policy").textContent = `policy ${now.policy}${now.budget ? `, K_max ${now.budget}` : ""}`;
+  const kept = Object.entries(now.latency).map(([name, [all, kept]]) => `${name} ${Math.round((100 * kept) / all)} %`);
+  const targets = kept.length ? `, targets kept: ${kept.join(", ")}` : "";
+  $("policy").textContent = `policy ${now.policy}${now.budget ? `, K_max ${now.budget}` : ""}${targets}`;
   tile("rate", short(now.rate, 0), "");
   tile("length", short(now.length, 2), "tokens per verification");
   tile("gain", now.gain ? `${short(now.gain, 2)} ×` : "–", now.gain ? "by the policy" : "");

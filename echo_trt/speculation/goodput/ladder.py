@@ -33,9 +33,13 @@ Forecast = Callable[[], tuple[np.ndarray, np.ndarray]]
 class Ladder:
     """Holds a size at each load. ``size`` begins an iteration, and ``observe`` ends one that had no prompts."""
 
-    def __init__(self, tuning: GoodputTuning = _USUAL, trusts: bool = False) -> None:
-        """``trusts``: whether forecasts come from a calibration; then the first trial waits, too."""
-        self._tuning, self._trusts = tuning, trusts
+    def __init__(self, tuning: GoodputTuning = _USUAL, trusts: bool = False, beside: Ladder | None = None) -> None:
+        """Begin with nothing measured.
+
+        trusts  whether forecasts come from a calibration; then the first trial waits, too
+        beside  a ladder that has measured, by which the first forecasts are corrected
+        """
+        self._tuning, self._trusts, self._beside = tuning, trusts, beside
         self._bandits: dict[int, _Bandit] = {}
         self._now: _Bandit | None = None
 
@@ -46,7 +50,8 @@ class Ladder:
         """
         load, before = load_of(requests), self._now
         if load not in self._bandits:
-            prior_error = before.prior_error if before else 0.0
+            known = before or (self._beside and self._beside._now)
+            prior_error = known.prior_error if known else 0.0
             self._bandits[load] = _Bandit(requests, *forecast(), prior_error, self._trusts, self._tuning)
         self._now = self._bandits[load]
         return self._now.begin(resumed=self._now is not before)

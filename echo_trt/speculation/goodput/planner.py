@@ -31,6 +31,7 @@ from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt.speculation.goodput.model.costs import Costs
 from echo_trt.speculation.goodput.model.iteration import TOKENS_PER_REQUEST, IterationModel
 from echo_trt.speculation.goodput.model.ngrams import NGrams
+from echo_trt.speculation.goodput.model.prices import prices
 from echo_trt.speculation.goodput.optimiser.candidates import Candidates, ContinueLeaves
 from echo_trt.speculation.goodput.optimiser.levels import LevelSearch
 from echo_trt.speculation.goodput.optimiser.nodes import paying_nodes, select
@@ -39,8 +40,11 @@ from echo_trt.speculation.pack import LevelShape
 from echo_trt.speculation.planner import Explanation, Iteration, Plan, StepContext
 from echo_trt.speculation.sources import NGRAM
 from echo_trt.speculation.super_tree import SuperTree
+from echo_trt.speculation.targets import Pace
 
 ABOVE_PLAIN = 1e-12  # log gain that always begins above plain decoding, since the search may choose no draft
+FEW_PRICES = 0.1  # usual price of targets up to which the size is that without targets; larger: fewer changes
+MIN_CHUNK, CHUNKS = 32, 8  # tokens of the smallest chunk beside late requests, and sizes tried; larger: dearer, finer
 
 
 class GrammarSource(PromptLookup, Protocol):
@@ -88,7 +92,9 @@ class GoodputPlanner:
         self.grammars = grammars if settings.free_candidates else None
         self._head = head
         self.learner = Learner(costs, acceptance, slots, settings.tuning, block)
-        self.ladder = Ladder(settings.tuning, acceptance.calibrated)
+        self._ladder = self.ladder = Ladder(settings.tuning, acceptance.calibrated)
+        # Where targets weigh tokens, other sizes are best.
+        self.priced_ladder = Ladder(settings.tuning, acceptance.calibrated, beside=self.ladder)
 
     @property
     def costs(self) -> Costs:
@@ -102,7 +108,9 @@ class GoodputPlanner:
         self.learner.forget_departed(load)
         model = self.learner.model(load, self._settings(load))
         settings, costs, count = model.settings, model.costs, len(roots)
-        size = self.ladder.size(count, lambda: self._forecast(model))
+        priced = model.prices is not None and model.usual_price > FEW_PRICES
+        self._ladder = self.priced_ladder if priced else self.ladder
+        size = self._ladder.size(count, lambda: self._forecast(model))
         constrained = self.grammars is not None and bool(self.grammars.constrained(load.slots).any())
         drafts = size != UNDRAFTED
         if not drafts and not constrained:  # what a grammar forces is worth a verification by itself
@@ -110,16 +118,21 @@ class GoodputPlanner:
         size = max(size, costs.padded(count + 1)) if drafts else costs.padded(TOKENS_PER_REQUEST * count)
         fills = drafts and self._fills_size
         copier = self.grammars if constrained else self.copier
+        weights, time_price = self.learner.history.weights(load.slots), model.time_price
+        if model.prices is not None:
+            weights = weights * model.prices.weights
+            scale = weights.max()  # the search takes a node for worth 1 at most
+            weights, time_price = weights / scale, time_price / scale
         candidates = Candidates(
             SuperTree.from_roots(roots),
             self.acceptance,
-            weights=self.learner.history.weights(load.slots),
+            weights=weights,
             max_draft_len=load.max_draft_len,
             copied=copier.chains(load.slots, settings.max_depth) if copier else None,
             one_path=settings.one_path,
             continue_leaves=self._continuations(model, constrained),
         )
-        search = LevelSearch(model, candidates, model.verifying(size - count, fills), model.time_price)
+        search = LevelSearch(model, candidates, model.verifying(size - count, fills), time_price)
         if drafts and self._head and load.max_draft_len.any():
             self._draft(draft, search)
         candidates.append_continuations()
@@ -145,6 +158,51 @@ class GoodputPlanner:
 
         return chains
 
+    def seats(self, pace: Pace, context: int) -> np.ndarray | None:
+        """Let requests without a target sit out where their time is worth more than a token of each, the latest first.
+
+        Those that have waited longest go on first, and nobody waits for more than ``max_sat_out`` passes.
+        """
+        tuning, count = self.settings.tuning, len(pace.wanted)
+        may = np.flatnonzero((pace.wanted == 0) & (pace.waited < tuning.max_sat_out))
+        usual, added = self._time_prices(pace, context)
+        if len(may) == 0 or added == 0:
+            return None
+        left = count - np.arange(len(may) + 1)  # of a pass without 0, 1, ... of them
+        seconds = self.costs.target.base(count)[left] + self.costs.target.per_context * context * left / count
+        seconds[1:] += 2 * self.costs.change  # there and back
+        out = int(((usual + added) * (seconds[0] - seconds) - np.arange(len(may) + 1)).argmax())
+        seated = np.ones(count, bool)
+        seated[may[np.argsort(pace.waited[may], kind="stable")[:out]]] = False
+        return seated
+
+    def chunk(self, pace: Pace, context: int, waiting: int, maximum: int) -> int:
+        """Return the chunk whose tokens are worth their time; without prices that is the largest one.
+
+        The more requests wait for their prompts, beside those that decode, the more a prompt's token is worth.
+        """
+        count = len(pace.wanted)
+        usual, added = self._time_prices(pace, context)
+        if added == 0 or maximum < MIN_CHUNK:
+            return maximum
+        sizes = np.unique(np.linspace(MIN_CHUNK, maximum, CHUNKS).astype(np.int64))
+        seconds = self.costs.target.base(count + maximum)[count + sizes]
+        worth = (
+            self.settings.tuning.prompt_worth
+            * (1 + waiting / count)
+            * usual
+            * (seconds[-1] - seconds[0])
+            / max(maximum - MIN_CHUNK, 1)
+        )
+        return int(sizes[(worth * sizes - (usual + added) * seconds).argmax()])
+
+    def _time_prices(self, pace: Pace, context: int) -> tuple[float, float]:
+        """Return the tokens that a second is worth without targets, and how much more targets make of it."""
+        count, history = len(pace.wanted), self.learner.history
+        found = prices(pace, self.settings.tuning, history.usual_price)
+        seconds = self.costs.plain(count, context) + history.host_seconds
+        return history.speedup * count / seconds, found.time if found else 0.0
+
     def level_shapes(self, requests: int) -> list[LevelShape]:
         settings = self._alone if requests == 1 else self.settings
         beams = min(settings.level_beams(requests), settings.width)
@@ -153,13 +211,13 @@ class GoodputPlanner:
     def observe(self, iteration: Iteration) -> None:
         tokens = self.learner.observe(iteration, self.settings)
         if tokens is not None:
-            self.ladder.observe(tokens, iteration.seconds)
+            self._ladder.observe(tokens, iteration.seconds)
 
     def totals(self) -> dict[str, dict[str, float]]:
         return self.learner.sources.totals()
 
     def gain(self) -> float | None:
-        return self.ladder.gain
+        return self._ladder.gain
 
     def _settings(self, load: StepContext) -> GoodputSettings:
         """Return how far the search may go under a load."""

@@ -37,6 +37,14 @@ class GoodputTuning:
     catch_up_iterations  iterations at most that a long catch-up serves; larger: drafts sooner for long prompts
     fairness             power of a request's lag in the weight of its nodes; larger: those behind get more nodes
     min_continuation     least P(accept) of an n-gram continuation; larger: shorter continuations
+
+    Latency targets (``model.prices``):
+    lag_price            price of a token for each token that its request is behind; larger: targets are kept closer
+    lead                 tokens by which requests are to be ahead of their targets; larger: fewer are missed
+    carried_price        share of the usual price that a request begins with; larger: fewer misses, slower to forget
+    max_price            highest price; larger: a target that cannot be kept costs other requests more
+    max_sat_out          passes in a row that a request without a target may sit out; larger: longer waits for a token
+    prompt_worth         worth of a prompt token in time, over what it takes; larger: larger chunks beside late requests
     """
 
     trial_iterations: int = 12
@@ -58,6 +66,12 @@ class GoodputTuning:
     catch_up_iterations: int = 32
     fairness: float = 0.25
     min_continuation: float = 0.015
+    lag_price: float = 1.0
+    lead: float = 4.0
+    carried_price: float = 0.75
+    max_price: float = 8.0
+    max_sat_out: int = 3
+    prompt_worth: float = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from echo_trt.engine.params import Counters, SamplingParams
 from echo_trt.engine.request import Request
 from echo_trt_lab.benchmark.peer import Work
 
+TARGETED = 4  # every so many requests have latency targets, where there are any
 SLICE = 1.0  # seconds of a turn; larger: a machine that slows down meanwhile favours a policy more
 PHASES = ("draft", "plan", "pack", "verify", "accept", "commit")
 
@@ -56,6 +57,7 @@ class StepSample:
     progress  tokens per iteration of a request
     accepted  draft tokens by source, where the policy counts them
     texts     request -> token ids
+    targeted  (seconds to the first token, per token behind it) of the requests with latency targets
     """
 
     decode: PhaseSums = field(default_factory=PhaseSums)
@@ -67,6 +69,7 @@ class StepSample:
     progress: list[float] = field(default_factory=list)
     accepted: Counter[str] = field(default_factory=Counter)
     texts: dict[int, list[int]] = field(default_factory=dict)
+    targeted: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def prefill(self) -> Work:
@@ -82,8 +85,17 @@ class ClosedLoop:
     kept. ``seconds`` is a clock that stands still between iterations, so that other runs may take turns.
     """
 
-    def __init__(self, loop: EngineCore, prompts: list[list[int]], batch: int, max_tokens: int):
+    def __init__(
+        self,
+        loop: EngineCore,
+        prompts: list[list[int]],
+        batch: int,
+        max_tokens: int,
+        latency: dict[str, float] | None = None,
+    ):
+        """``latency``: targets of every TARGETED-th request; None: the policy is told of none."""
         self.loop, self.batch, self.sample = loop, batch, StepSample()
+        self._targeted = SamplingParams(max_tokens, latency=latency)
         self.seconds, self.emitted = 0.0, 0
         self._prompts, self._params = [np.asarray(ids) for ids in prompts], SamplingParams(max_tokens)
         self._begun = 0
@@ -105,7 +117,8 @@ class ClosedLoop:
     def _step(self) -> None:
         loop, sample, running = self.loop, self.sample, self._running
         while len(running) < self.batch:
-            request = Request(self._begun, self._prompts[self._begun % len(self._prompts)], self._params)
+            params = self._params if self._begun % TARGETED else self._targeted
+            request = Request(self._begun, self._prompts[self._begun % len(self._prompts)], params)
             loop.scheduler.add(request)
             running[request] = _Clock(self.seconds, first_answer=self._begun < len(self._prompts))
             self._begun += 1
@@ -165,4 +178,6 @@ class _Clock:
         length = len(request.generated)
         if length > 1:
             sample.pace.append((self.last - self.first) / (length - 1))
+            if request.id % TARGETED == 0:
+                sample.targeted.append((self.first - self.arrived, sample.pace[-1]))
             sample.progress.append(length / max(request.verifications, 1))

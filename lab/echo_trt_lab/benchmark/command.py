@@ -25,14 +25,17 @@ from echo_trt.files.prompts import Prompt, read_prompts
 from echo_trt.speculation.echo.settings import EchoSettings
 from echo_trt.speculation.policies import POLICIES, policy_named
 from echo_trt.speculation.policy_names import PLAIN
+from echo_trt.speculation.targets import Latency
 from echo_trt_lab.benchmark.closed_loop import ClosedLoop, StepSample, run_side_by_side
-from echo_trt_lab.benchmark.figures import figures, peer_figures
+from echo_trt_lab.benchmark.figures import attainment, figures, peer_figures
 from echo_trt_lab.benchmark.options import BenchOptions
 from echo_trt_lab.benchmark.peer import Peer, PeerRun
 from echo_trt_lab.benchmark.peers import check_peers, open_peer
 from echo_trt_lab.benchmark.report import html_report, latency_table, results_table
 from echo_trt_lab.calibration.record import record
 from echo_trt_lab.side_by_side import side_by_side
+
+WITH_TARGETS = " with targets"  # behind the name of a policy that is told of latency targets
 
 
 def run(job: BenchOptions, out: Console, messages: Console) -> dict[str, Any]:
@@ -56,6 +59,8 @@ def run(job: BenchOptions, out: Console, messages: Console) -> dict[str, Any]:
                 check_lengths(llm, rows)
             peers = [open_peer(name, job.bundle, llm.manifest, job.recipes) for name in job.peers]
         policies = list(dict.fromkeys((PLAIN, *job.policies)))
+        if job.targets:  # goodput with targets beside goodput that knows of none
+            policies += [name + WITH_TARGETS for name in policies if name.startswith("goodput")]
         result: dict[str, Any] = {
             "machine": machine(llm.manifest),
             "bundle": llm.manifest.name,
@@ -102,7 +107,8 @@ def _loops(llm: LLM, policies: list[str], budget: int | None) -> dict[str, Engin
     """Make a loop for every policy, over the same engines; none where they have one pool for each slot, or states."""
     if not llm.loop.batch.divisible:
         return {}
-    return dict(zip(policies, side_by_side(llm, policies, budget), strict=True))
+    names = [policy.removesuffix(WITH_TARGETS) for policy in policies]
+    return dict(zip(policies, side_by_side(llm, names, budget), strict=True))
 
 
 def _have_room(loops: dict[str, EngineCore], prompts: list[list[int]], batch: int, max_tokens: int) -> bool:
@@ -135,16 +141,19 @@ def _cell(
         turn = number % len(policies)
         runs = []
         for policy in policies[turn:] + policies[:turn]:
-            runs.append(ClosedLoop(loops[policy] if beside else llm.loop, prompts, batch, job.max_tokens))
+            latency = job.latency if policy.endswith(WITH_TARGETS) else None
+            runs.append(ClosedLoop(loops[policy] if beside else llm.loop, prompts, batch, job.max_tokens, latency))
             samples[policy].append(runs[-1].sample)
             if not beside:
-                llm.set_policy(policy, job.budget)
+                llm.set_policy(policy.removesuffix(WITH_TARGETS), job.budget)
                 runs.pop().run()
         run_side_by_side(runs)
         for peer in peers:
             peer_runs[peer.name].append(peer.run(prompts, batch, job.max_tokens))
     k_max = job.budget or llm.tuning.costs.hinge.k_max
     rows = [figures(policy, batch, samples[policy], samples[PLAIN], k_max) for policy in policies]
+    if job.targets:
+        rows = [row | attainment(samples[row["policy"]], Latency.of(job.latency)) for row in rows]
     rows = [row | {"side_by_side": beside} for row in rows]
 
     def text_of(ids: list[int]) -> str:

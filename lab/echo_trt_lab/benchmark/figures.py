@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from echo_trt.speculation.targets import Latency
 from echo_trt_lab.benchmark.closed_loop import PHASES, PhaseSums, StepSample
 from echo_trt_lab.benchmark.peer import PeerRun, Work
 
@@ -43,6 +44,17 @@ def figures(policy: str, batch: int, rounds: list[StepSample], plain: list[StepS
         "progress_spread": round(_variation([x for s in rounds for x in s.progress]), 4),
         "same_texts": _same(rounds, plain),
         "accepted_by_source": dict(sum((s.accepted for s in rounds), Counter())),
+    }
+
+
+def attainment(rounds: list[StepSample], latency: Latency) -> dict[str, Any]:
+    """Return what came of requests with latency targets: the share that kept them, and their seconds per token."""
+    times = [each for sample in rounds for each in sample.targeted]
+    kept = [latency.kept(*each) for each in times]
+    paces = [1e3 * pace for _, pace in times]
+    return {
+        "attained": round(kept.count(True) / max(len(kept), 1), 4),
+        "targeted_per_token_ms": {f"p{p}": round(float(np.percentile(paces, p)), 2) for p in (50, 90)},
     }
 
 

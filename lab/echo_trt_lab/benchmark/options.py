@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from echo_trt.engine.options import Bundle, Flag, PolicyFile, SyntheticText, bounds
-from echo_trt_lab.options import NUMBERS, WORDS, HtmlFile, JsonFile, PromptFiles
+from echo_trt_lab.options import NUMBERS, WORDS, HtmlFile, JsonFile, PromptFiles, Targets, latency_of
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,14 @@ class BenchOptions:
         ),
     ] = ()
     recipes: Annotated[Path, Parameter(help="The folder of the bundle's recipe, for peers.")] = Path("build")
+    targets: Targets = ()
     synthetic_text: SyntheticText = None
     json_file: JsonFile = None
     html_file: HtmlFile = None
     record_file: Annotated[
         Path | None, Parameter("--record", help="Write the draft trees of the prompts here, for simulate.")
     ] = None
+
+    @property
+    def latency(self) -> dict[str, float]:
+        return latency_of(self.targets)

@@ -27,7 +27,10 @@ COLUMNS = {
     "time_per_token_ms": "a token p50 / p99 ms",
     "ttft_ms": "first token p50 / p99 ms",
     "same_texts": "same texts",
+    "attained": "targets kept",
+    "targeted_per_token_ms": "a token with a target p50 / p90 ms",
 }
+TARGETED = ("attained", "targeted_per_token_ms")
 KEY_HEADS = tuple(COLUMNS[name] for name in ("set", "batch", "policy"))
 LATENCY_HEADS = tuple(
     COLUMNS[name]
@@ -38,6 +41,7 @@ LATENCY_HEADS = tuple(
         "prefill_tokens_per_s",
         "end_to_end_tokens_per_s",
         "end_to_end_ratio",
+        *TARGETED,
     )
 )
 SPEED_HEADS = tuple(head for head in COLUMNS.values() if head not in LATENCY_HEADS)
@@ -64,6 +68,8 @@ LATENCY = {
     "prefill_tokens_per_s": "prefill/s",
     "end_to_end_tokens_per_s": "whole/s",
     "end_to_end_ratio": "ratio",
+    "attained": "targets kept",
+    "targeted_per_token_ms": "with target ms",
 }
 
 
@@ -80,7 +86,7 @@ def latency_table(result: dict[str, Any]) -> Table:
 
 def _table(result: dict[str, Any], figures: dict[str, str], title: str) -> Table:
     several = len({row["set"] for row in result["results"]}) > 1
-    columns = {name: head for name, head in (KEYS | figures).items() if name != "set" or several}
+    columns = {name: head for name, head in _known(result, KEYS | figures).items() if name != "set" or several}
     table = Table(title=title, title_justify="left")
     table.collapse_padding = True  # 80 columns are enough
     for name, head in columns.items():
@@ -100,10 +106,11 @@ def html_report(result: dict[str, Any]) -> bytes:
     rows = result["results"]
     pooled = [row for row in rows if row["set"] == "all"]
     pictures = [speedup(pooled), accepted_length(pooled), drafted(pooled), iteration(pooled)]
-    cells = [[_shown(name, row.get(name)) for name in COLUMNS] for row in _named(rows)]
+    columns = _known(result, COLUMNS)
+    cells = [[_shown(name, row.get(name)) for name in columns] for row in _named(rows)]
     words, keys = frozenset(COLUMNS[name] for name in ("set", "policy")), frozenset((COLUMNS["batch"],))
     groups = [(row["set"], row["batch"]) for row in rows]
-    whole, alike = Figures("", "", list(COLUMNS.values()), cells, groups, words).without_constants(keys)
+    whole, alike = Figures("", "", list(columns.values()), cells, groups, words).without_constants(keys)
     return Report(
         f"{result['bundle']} in {result['precision']}: speculation against plain decoding",
         _lead(result),
@@ -111,6 +118,12 @@ def html_report(result: dict[str, Any]) -> bytes:
         [_part(whole, SPEED_HEADS, *SPEED_WORDS), _part(whole, LATENCY_HEADS, *LATENCY_WORDS)],
         _facts(result) | {f"{name}, in every row": value for name, value in alike.items() if value != "all"},
     ).html()
+
+
+def _known(result: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:
+    """Leave out the columns of latency targets where there were none."""
+    rows = result["results"]
+    return {name: head for name, head in columns.items() if name not in TARGETED or any(name in row for row in rows)}
 
 
 def _named(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

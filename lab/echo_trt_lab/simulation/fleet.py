@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from echo_trt_lab.simulation.arrivals import BURSTS, Bursts, times
+
 BLOCK = 32  # tokens of a KV block
 EPSILON = 1e-9  # seconds or tokens below which rounding is taken for the cause
 
@@ -41,8 +43,7 @@ class ConversationTurn:
 class TraceSettings:
     """Conversations and their turns; seconds and tokens.
 
-    rate     conversations per second on average; in the first ``bursts`` seconds of a ``period`` ``height`` times as
-             many
+    rate     conversations per second on average
     shared   tokens that all prompts of a family begin with
     think    seconds between an answer and the next turn, on average
     """
@@ -52,9 +53,7 @@ class TraceSettings:
     turns: int = 4
     families: int = 16
     shared: int = 384
-    period: float = 60.0
-    bursts: float = 15.0
-    height: float = 3.0
+    bursts: Bursts = BURSTS
     think: float = 8.0
     seed: int = 0
 
@@ -62,16 +61,8 @@ class TraceSettings:
 def make_trace(settings: TraceSettings) -> list[list[ConversationTurn]]:
     """Draw conversations, each a list of turns; first turns ascend in time."""
     rng = np.random.default_rng(settings.seed)
-    quiet = (settings.period - settings.height * settings.bursts) / (settings.period - settings.bursts)
     conversations: list[list[ConversationTurn]] = []
-    now = 0.0
-    while True:  # thinning of a Poisson process at the bursts' rate
-        now += rng.exponential(1 / (settings.rate * settings.height))
-        if now >= settings.seconds:
-            return conversations
-        busy = now % settings.period < settings.bursts
-        if rng.random() >= (1.0 if busy else quiet / settings.height):
-            continue
+    for now in times(settings.rate, settings.seconds, rng, settings.bursts):
         family = int(rng.zipf(1.3) - 1) % settings.families
         turns, prompt = [], settings.shared
         for number in range(settings.turns):
@@ -81,6 +72,7 @@ def make_trace(settings: TraceSettings) -> list[list[ConversationTurn]]:
             turns.append(ConversationTurn(len(conversations), family, number, arrival, prompt, settings.shared, answer))
             prompt += answer
         conversations.append(turns)
+    return conversations
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from echo_trt.engine.options import PolicyFile, bounds
-from echo_trt_lab.options import NUMBERS, WORDS, HtmlFile, JsonFile
+from echo_trt_lab.options import FRACTIONS, NUMBERS, WORDS, HtmlFile, JsonFile, Targets
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class SimulateOptions:
     prompt  cached tokens before every answer
     tokens  measured for a policy and batch; None: by the batch
     ngrams  file of the target's n-grams, with which goodput and the oracle go on where drafts end
+    targets of a quarter of the requests, the class interactive, in milliseconds; empty: no requests come or go
     block   rows of a block drafter: one pass computes all levels of the recorded trees; None: a pass per level
     """
 
@@ -54,5 +55,16 @@ class SimulateOptions:
     ] = None
     ngrams: Annotated[Path | None, Parameter(help="ngrams.npz of the bundle, for goodput and the oracle.")] = None
     block: Annotated[int | None, Parameter(help="Charge the trees as one pass of N rows.", validator=bounds(1))] = None
+    targets: Targets = ()
+    arrivals: Annotated[
+        str, Parameter(help="With --targets: poisson, bursts, or a trace, JSONL of time, prompt_tokens and class.")
+    ] = "poisson"
+    loads: Annotated[
+        tuple[float, ...], FRACTIONS, Parameter(help="With --targets: arrivals over what goodput can answer.")
+    ] = (0.5, 0.75, 1.0, 1.25, 1.5)
+    slots: Annotated[int, Parameter(help="With --targets: requests at once, at most.", validator=bounds(1))] = 64
+    seconds: Annotated[
+        float, Parameter(help="With --targets: seconds in which requests come.", validator=bounds(1))
+    ] = 30.0
     json_file: JsonFile = None
     html_file: HtmlFile = None

@@ -216,4 +216,4 @@ class Oracle:
         seconds = self._host + choice.draft_seconds + self._costs.target.per_context * context
         seconds += float(_verifying(self._costs, self._batch, context, np.array([verified]))[0])
         kept = walk.advance(choice.verified + 1)
-        return Step(kept.tokens, verified, verified, choice.levels, seconds)
+        return Step(kept, verified, verified, choice.levels, seconds)

@@ -14,25 +14,31 @@ from echo_trt.speculation.drafts import Pass, Proposals, TimedDraft
 from echo_trt.speculation.goodput.model.costs import Costs
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.pack import LevelShape
-from echo_trt.speculation.planner import RECENT, Iteration, Planner, StepContext
+from echo_trt.speculation.planner import RECENT, Iteration, Plan, Planner, StepContext
 from echo_trt.speculation.super_tree import SuperTree
+from echo_trt.speculation.targets import Pace
 from echo_trt_lab.calibration.observe import recorded_chains
 from echo_trt_lab.calibration.trees import RecordedDraft
 from echo_trt_lab.simulation.machines import DeviceCosts, Machine
-from echo_trt_lab.simulation.walk import BEYOND, Walk
+from echo_trt_lab.simulation.walk import BEYOND, Kept, Walk
 
 WARM_UP = 40  # iterations before those that count; larger: a policy has learnt more when it is measured
 
 
 @dataclass(frozen=True)
 class Step:
-    """Results of one iteration; ``tokens``, int [B], are emitted by the slots, ``levels`` counts draft passes."""
+    """Results of one iteration; ``kept`` is emitted by the slots, ``levels`` counts draft passes."""
 
-    tokens: np.ndarray
+    kept: Kept
     verified: int
     accepted: int
     levels: int
     seconds: float
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens of the running slots: int [B]."""
+        return self.kept.tokens
 
 
 @dataclass
@@ -105,8 +111,9 @@ class ClockedDraft(TimedDraft):
 
     def _catch_up(self, requests: np.ndarray) -> int:
         """Return the missing entries of ``requests``, which are not missing any more."""
-        lag = int(self._walk.draft_lag[requests].clip(1).sum())
-        self._walk.draft_lag[requests] = 0
+        slots = self._walk.running[requests]
+        lag = int(self._walk.draft_lag[slots].clip(1).sum())
+        self._walk.draft_lag[slots] = 0
         return lag
 
     def _pass(self, *tokens: int, launches: int = 1) -> None:
@@ -165,7 +172,7 @@ class RecordedCopier:
 
     def chains(self, slots: np.ndarray, length: int) -> Chains:
         walk = self._walk
-        return recorded_chains(walk.recording.trees, walk.positions[slots], self._lookup, length)
+        return recorded_chains(walk.recording.trees, walk.positions_of(slots), self._lookup, length)
 
 
 class Replay:
@@ -191,27 +198,30 @@ class Replay:
             tally.add(self.step())
         return tally
 
-    def step(self) -> Step:
-        walk, batch, trees = self.walk, self.walk.batch, self.walk.recording.trees
-        positions, context = walk.positions, int(walk.context.sum())
-        max_draft_len, draft_lag, recent = walk.max_draft_len.clip(0), walk.draft_lag.clip(1), walk.recent(RECENT)
-        load = StepContext(np.arange(batch), max_draft_len, draft_lag, context, recent=recent, epoch=walk.epoch.copy())
+    def step(self, prompt_tokens: int = 0, prompt_context: int = 0, pace: Pace | None = None) -> Step:
+        """Iterate over the running slots, beside ``prompt_tokens`` of prompts with ``prompt_context`` cached tokens."""
+        walk, slots, trees = self.walk, self.walk.running, self.walk.recording.trees
+        batch, positions, context = len(slots), walk.positions, int(walk.context.sum())
+        max_draft_len, recent = walk.max_draft_len.clip(0), walk.recent(RECENT)
+        draft_lag, epoch = walk.draft_lag[slots].clip(1), walk.epoch[slots]
+        load = StepContext(slots, max_draft_len, draft_lag, context, recent, epoch, prompt_tokens, pace)
         known, device = RecordedDraft(trees, positions, walk.recording.width), self._machine.device
         draft = self._draft(known, walk, self._clock, self._block, device)
-        plan = self.planner.plan(walk.roots, draft, load)
+        plan = self.planner.plan(walk.roots, draft, load) if batch else Plan.undrafted(walk.roots)
         tree = plan.tree
         candidates = len(plan.explanation.candidates)
         levels = draft.levels
         planning = levels * self._machine.level_seconds + candidates * self._candidate_seconds
         again = int(((tree.sizes - 1) * walk.context).sum())
-        target = self._verification(max(len(tree), plan.padded_to), context, again)
+        padded_to = 0 if prompt_tokens else plan.padded_to
+        target = self._verification(max(len(tree) + prompt_tokens, padded_to), context + prompt_context, again)
         path, _ = accept(tree, lambda nodes: self._next_token(positions[tree.request[nodes]], tree.depth[nodes] + 1))
         host = self._machine.host_seconds
         seconds = draft.seconds + planning + target.seconds + host
         passes = tuple(draft.passes)
         self.planner.observe(Iteration(plan, load, path, target, passes, levels, planning, seconds, host))
         kept = walk.advance(np.bincount(tree.request[path], minlength=batch))
-        return Step(kept.tokens, len(tree) - batch, len(path) - batch, len(passes), seconds)
+        return Step(kept, len(tree) - batch, len(path) - batch, len(passes), seconds)
 
     def _verification(self, tokens: int, context: int, again: int) -> Pass:
         """Time the target's pass; ``again``: cached tokens that draft nodes attend."""

@@ -66,7 +66,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Kept:
-    """An iteration's commit: ``tokens`` of the slots, int [B], and the slots whose answers ``ended``, int [m]."""
+    """An iteration's commit: ``tokens`` of the running slots, int [B], and slots whose answers ``ended``, int [m]."""
 
     tokens: np.ndarray
     ended: np.ndarray
@@ -75,15 +75,18 @@ class Kept:
 class Walk:
     """``batch`` slots that walk recorded answers, with ``prompt`` cached tokens before every answer.
 
-    answer     int [B], a slot's answer
-    index      int [B], tokens of the answer so far
-    draft_lag  int64 [B], entries that the slot's draft has to catch up
-    epoch      int [B], number of the slot's admission
+    running    int64 [B], slots of this iteration's requests, here all S of them
+    answer     int [S], a slot's answer
+    index      int [S], tokens of the answer so far
+    prompt     int [S], cached tokens before the answer
+    draft_lag  int64 [S], entries that the slot's draft has to catch up
+    epoch      int [S], number of the slot's admission
     Slots begin spread over their answers. With more slots than answers several walk one, from different places.
     """
 
     def __init__(self, recording: Recording, batch: int, prompt: int):
-        self.recording, self.batch, self._prompt = recording, batch, prompt
+        self.recording, self.batch = recording, batch
+        self.running, self.prompt = np.arange(batch), np.full(batch, prompt)
         self._admissions = 0
         self.restart()
 
@@ -100,17 +103,20 @@ class Walk:
 
     @property
     def positions(self) -> np.ndarray:
-        return self.recording.position(self.answer, self.index)
+        return self.positions_of(self.running)
+
+    def positions_of(self, slots: np.ndarray) -> np.ndarray:
+        return self.recording.position(self.answer[slots], self.index[slots])
 
     @property
     def left(self) -> np.ndarray:
-        """Tokens that a slot's answer still has, 1 or more: int [B]."""
-        return self.recording.lengths[self.answer] - self.index
+        """Tokens that a running slot's answer still has, 1 or more: int [B]."""
+        return self.recording.lengths[self.answer[self.running]] - self.index[self.running]
 
     @property
     def max_draft_len(self) -> np.ndarray:
         """Draft tokens in a row that a slot may still use: int [B]. The limit counts, as an answer's end is unknown."""
-        return self.recording.longest - self.index - 1
+        return self.recording.longest - self.index[self.running] - 1
 
     @property
     def roots(self) -> np.ndarray:
@@ -119,26 +125,35 @@ class Walk:
 
     def recent(self, count: int, before: int = 1) -> np.ndarray:
         """Return ``count`` tokens up to ``before`` ahead of a slot's newest, -1 before the answer: int64 [B, count]."""
-        where = self.index[:, None] - before - np.arange(count, 0, -1)
-        begin = self.recording.trees.answer_begins[self.answer]
+        where = self.index[self.running][:, None] - before - np.arange(count, 0, -1)
+        begin = self.recording.trees.answer_begins[self.answer[self.running]]
         tokens = self.recording.trees.answers[begin[:, None] + np.maximum(where, 0)]
         return np.where(where >= 0, tokens, -1).astype(np.int64)
 
     @property
     def context(self) -> np.ndarray:
-        """Tokens of a slot in the cache, all but the newest: int [B]."""
-        return self.index + self._prompt - 1
+        """Tokens of a running slot in the cache, all but the newest: int [B]."""
+        return self.index[self.running] + self.prompt[self.running] - 1
 
     def advance(self, counts: np.ndarray) -> Kept:
-        """Emit ``counts``, int [B], tokens of the slots; tokens beyond an answer's end are dropped."""
+        """Emit ``counts``, int [B], tokens of the running slots; tokens beyond an answer's end are dropped."""
         kept = np.minimum(counts, self.left)
-        self.index += kept
-        self.draft_lag += kept
-        ended = np.flatnonzero(self.left == 0)
+        self.index[self.running] += kept
+        self.draft_lag[self.running] += kept
+        ended = self.running[self.left == 0]
         for slot in ended:
-            self.answer[slot] = self.recording.answers[self._next % len(self.recording.answers)]
-            self.index[slot], self.draft_lag[slot] = 1, self._prompt + 1  # a draft begins with the prompt
-            self.epoch[slot] = self._admissions
-            self._admissions += 1
-            self._next += 1
+            self._end(int(slot))
         return Kept(kept, ended)
+
+    def _end(self, slot: int) -> None:
+        """Take up another answer."""
+        self._begin(slot, int(self.prompt[slot]))
+
+    def _begin(self, slot: int, prompt: int) -> None:
+        """Begin the next answer, whose first token is there, behind a prompt."""
+        self.answer[slot] = self.recording.answers[self._next % len(self.recording.answers)]
+        self.prompt[slot] = prompt
+        self.index[slot], self.draft_lag[slot] = 1, prompt + 1  # a draft begins with the prompt
+        self.epoch[slot] = self._admissions
+        self._admissions += 1
+        self._next += 1

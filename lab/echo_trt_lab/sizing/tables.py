@@ -48,8 +48,7 @@ def manifest_table(manifest: Manifest, folder: Path) -> Table:
         table.add_row(
             f"self-check, {name}",
             f"{'its graph, by ONNX Runtime: ' * (check.of == 'graph')}"
-            f"error {max(check.prompt_error, check.tree_error):.1e} of the largest logit (bound {check.bound:g}), "
-            f"same best token at {check.same_argmax:.0%}",
+            f"{check.sentence}, same best token at {check.same_argmax:.0%}",
         )
     _add_recipe_rows(table, manifest.recipe)
     table.add_row("KV pool here", _pool_here(manifest, folder))

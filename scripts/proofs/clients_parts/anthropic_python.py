@@ -22,7 +22,9 @@ def stream() -> str:
 
 
 def calls() -> list:
-    called = client.messages.create(**asked, tools=[TOOL], tool_choice={"type": "any"})
+    called = client.messages.create(
+        **asked, tools=[TOOL], tool_choice={"type": "any", "disable_parallel_tool_use": True}
+    )
     [call] = [block for block in called.content if block.type == "tool_use"]
     result = [{"type": "tool_result", "tool_use_id": call.id, "content": "noted"}]
     turns = [*asked["messages"], {"role": "assistant", "content": called.content}, {"role": "user", "content": result}]

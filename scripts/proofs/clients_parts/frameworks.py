@@ -50,11 +50,11 @@ def langgraph() -> None:
 
 
 def ag2() -> None:
-    from autogen import ConversableAgent, LLMConfig
+    from ag2 import Agent
+    from ag2.config import OpenAIConfig
 
-    config = LLMConfig({"model": MODEL, "base_url": BASE, "api_key": "none", "max_tokens": 48})
-    agent = ConversableAgent("a", llm_config=config, human_input_mode="NEVER")
-    tried("chat", lambda: agent.generate_reply(messages=[{"role": "user", "content": HELLO}]))
+    agent = Agent("a", config=OpenAIConfig(MODEL, base_url=BASE, api_key="none", max_tokens=48))
+    tried("chat", lambda: asyncio.run(agent.ask(HELLO)).body)
 
 
 def semantic_kernel() -> None:

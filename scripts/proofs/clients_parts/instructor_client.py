@@ -2,14 +2,14 @@
 
 import instructor
 from openai import OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from tried import BASE, MODEL, QUESTION, tried
 
 
 class City(BaseModel):
     name: str
     country: str
-    population: int
+    population: int = Field(ge=0, le=50_000_000)
 
 
 for mode in (instructor.Mode.JSON_SCHEMA, instructor.Mode.TOOLS):

@@ -33,7 +33,7 @@ def test_every_parameter_arrives():
         stop_conditions=stops,
         output_options={"logprobs": 2, "prompt_logprobs": 1},
         routing={"priority": 5},
-        metadata={"deadline-ms": "1500"},
+        metadata={"deadline-ms": "1500", "latency": '{"tpot_ms": 20}'},
     )
     assert requested.params == SamplingParams(
         max_tokens=9,
@@ -52,6 +52,7 @@ def test_every_parameter_arrives():
         prompt_logprobs=1,
         structured={"json": {"type": "object"}},
         thinking_token_budget=4,
+        latency={"tpot_ms": 20},
     )
     assert (requested.prompt.tolist(), requested.generated, requested.priority, requested.seconds) == (
         [5, 6, 7],

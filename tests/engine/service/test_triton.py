@@ -173,7 +173,7 @@ def test_metrics_tell_what_was_done(server):
 NONSENSE = [None, True, -1, 0, 3, 2**31, -(2**63), 2**70, 1e308, -0.0, "", "x", "\x00", [], [1], ["a", "b"], [[1]], {}]
 NAMES = ["text_input", "chat_messages", "input_ids", "max_tokens", "stop_words", "temperature", "top_k", "top_p"]
 NAMES += ["presence_penalty", "repetition_penalty", "return_log_probs", "top_logprobs"]
-NAMES += ["seed", "stream", "priority", "deadline_ms", "chat", "unknown"]
+NAMES += ["seed", "stream", "priority", "deadline_ms", "latency", "chat", "unknown"]
 
 
 def test_nonsense_over_http_is_answered(server):

@@ -53,6 +53,17 @@ def test_a_budget_bounds_the_policies_that_share_one(bundle_of, prompts):
         bench(job(bundle_of("close"), prompts, policies=["goodput"], budget=8))
 
 
+def test_targets_are_shown_beside_the_policy_that_knows_of_none(bundle_of, prompts):
+    given = {"policies": ("goodput",), "batches": (2,), "rounds": 1, "targets": (60_000.0, 60_000.0)}
+    result = bench(job(bundle_of("close"), prompts, **given))
+    assert [(row["policy"], row["attained"]) for row in result["results"]] == [
+        ("autoregressive", 1.0),
+        ("goodput", 1.0),
+        ("goodput with targets", 1.0),
+    ]
+    assert all(row["targeted_per_token_ms"]["p90"] > 0 for row in result["results"])
+
+
 def test_every_policy_has_a_row_at_every_batch_and_the_texts_of_plain_decoding(bundle_of, prompts, tmp_path):
     json_file, html_file = tmp_path / "r.json", tmp_path / "r.html"
     result = bench(job(bundle_of("close"), prompts, json_file=json_file, html_file=html_file, each_file=True))

@@ -83,5 +83,6 @@ def test_a_trace_has_its_rate_and_its_bursts():
     settings = TraceSettings(rate=5, seconds=600)
     begins = np.array([turns[0].arrival for turns in make_trace(settings)])
     assert len(begins) == pytest.approx(3000, rel=0.1)
-    busy = (begins % settings.period < settings.bursts).mean()
-    assert busy == pytest.approx(settings.height * settings.bursts / settings.period, rel=0.1)
+    bursts = settings.bursts
+    busy = (begins % bursts.period < bursts.length).mean()
+    assert busy == pytest.approx(bursts.height * bursts.length / bursts.period, rel=0.1)

@@ -27,7 +27,8 @@ class Learner:
         """Return the model of an iteration of ``load``."""
         history = self.history
         seconds = history.host_seconds, history.level_seconds
-        return IterationModel(self.costs, self.acceptance, settings, load, self._block, *seconds, history.speedup)
+        known = self.costs, self.acceptance, settings, load, self._block
+        return IterationModel(*known, *seconds, history.speedup, history.usual_price)
 
     def forget_departed(self, load: StepContext) -> None:
         """Start afresh where another request has taken a slot."""
@@ -36,7 +37,8 @@ class Learner:
         self._epoch[load.slots] = load.epoch
 
     def observe(self, iteration: Iteration, settings: GoodputSettings) -> float | None:
-        """Learn from an iteration. Returns the tokens that it was worth, or None where it computed prompts.
+        """Learn from an iteration. Returns the tokens that it was worth, weighed by the prices of targets, or None
+        where it computed prompts.
 
         Its accepted tokens are too few to count, so the worth is what was expected of its nodes.
         """
@@ -51,9 +53,13 @@ class Learner:
         self.sources.observe(*(column[drafted] for column in columns))
         self.sources.elapsed(iteration.seconds)
         history.observe(load.slots, np.bincount(tree.request[iteration.path], minlength=count), iteration.seconds)
+        if (found := self.model(load, settings).prices) is not None:
+            history.priced(found.usual)
         if load.prompt_tokens or not count:
             return None
-        tokens = float(plan.probability.sum())
-        plain = self.model(load, settings).plain_rate * iteration.seconds
-        history.spent(tokens, plain, iteration.host)
-        return tokens
+        tokens, model = float(plan.probability.sum()), self.model(load, settings)
+        history.spent(tokens, model.plain_rate * iteration.seconds, iteration.host)
+        if model.prices is None:
+            return tokens
+        weights = model.prices.weights / model.prices.mean  # plain decoding is worth a token per request at any price
+        return float(plan.probability @ weights[tree.request])

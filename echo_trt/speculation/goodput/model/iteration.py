@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from echo_trt.speculation.goodput.model.acceptance import Acceptance, Forecast
 from echo_trt.speculation.goodput.model.costs import Costs
+from echo_trt.speculation.goodput.model.prices import Prices, prices
 from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt.speculation.planner import StepContext
 
@@ -21,6 +23,7 @@ class IterationModel:
     block          rows that a block drafter's only pass computes for a request; 0: the draft takes one pass per level
     host_seconds   of an iteration, beside passes and planning
     level_seconds  of planning a draft level
+    usual_price    mean price of late of requests with latency targets
     speedup        tokens committed lately, divided by those of plain decoding in the same time
     """
 
@@ -32,6 +35,7 @@ class IterationModel:
     host_seconds: float
     level_seconds: float
     speedup: float
+    usual_price: float = 0.0
 
     @property
     def requests(self) -> int:
@@ -45,7 +49,12 @@ class IterationModel:
     @property
     def time_price(self) -> float:
         """The tokens that a second is worth: plain decoding's rate, times what speculation has gained."""
-        return self.speedup * self.plain_rate
+        price = self.speedup * self.plain_rate
+        return price if self.prices is None else price + self.prices.time
+
+    @cached_property
+    def prices(self) -> Prices | None:
+        return prices(self.load.pace, self.settings.tuning, self.usual_price)
 
     def forecast(self, levels: int) -> Forecast:
         return self.acceptance.forecast(self.settings.width, levels)

@@ -1,0 +1,102 @@
+"""Latency targets over HTTP: by a field, by a class's name, by a key; forecasts, refusals and who kept what."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from refusal import refused as raises
+from server.running import KEY, engine_of, refused, running
+
+from echo_trt.engine.latency import LatencyClasses
+from echo_trt.server.keys import Keys
+
+CLASSES = "interactive=60000/60000,batch"
+ASKED = {"model": "echo", "prompt": [5, 6, 7], "max_tokens": 6, "ignore_eos": True, "temperature": 0}
+HASTY = "sk-of-someone-in-a-hurry"
+
+
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(f"{KEY}\n{HASTY} latency=interactive\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def client(long_bundle, keys_file):
+    with engine_of(long_bundle, classes=CLASSES) as engine, running(engine, api_keys_file=keys_file) as client:
+        client.headers["Authorization"] = f"Bearer {KEY}"
+        yield client
+
+
+def finished(client) -> dict[str, float]:
+    """Return how many requests of a class have kept both of their targets."""
+    text = client.get("/metrics").text
+    found = re.findall(r'echo_latency_kept_total{class="(\w+)",model_name="echo",target="both"} (\S+)', text)
+    return {name: float(number) for name, number in found}
+
+
+def test_targets_come_by_field_by_name_and_by_key_and_are_counted_by_class(client):
+    bodies = [
+        ASKED | {"latency": "interactive"},
+        ASKED | {"latency": {"tpot_ms": 60_000, "ttft_ms": 60_000}},
+        ASKED | {"latency": {"tpot_ms": 0.0001}},
+        ASKED,
+    ]
+    texts = {client.post("/v1/completions", json=body).json()["choices"][0]["text"] for body in bodies}
+    hasty = {"Authorization": f"Bearer {HASTY}"}
+    texts.add(client.post("/v1/completions", json=ASKED, headers=hasty).json()["choices"][0]["text"])
+    body = {"model": "echo", "input": "x", "max_output_tokens": 3, "latency": "batch"}
+    client.post("/v1/responses", json=body, headers=hasty).raise_for_status()  # the field goes before the key
+    assert len(texts) == 1
+    time.sleep(0.6)  # metrics are flushed four times per second
+    assert finished(client) == {"interactive": 2, "custom": 1, "batch": 1}
+
+
+def test_what_is_no_target_is_refused_by_name(client):
+    for latency in ("fast", {"tpot_ms": 0}, {"tpot": 5}, {"ttft_ms": 9e9}):
+        sentence = refused(client.post("/v1/completions", json=ASKED | {"latency": latency}), 400, "latency")
+        assert "latency" in sentence
+    unknown = client.post("/v1/completions", json=ASKED | {"latency": "fast"})
+    assert "interactive, batch" in refused(unknown, 400, "latency")
+
+
+def test_a_forecast_says_what_to_expect_and_how_wrong_forecasts_were(client):
+    for _ in range(3):
+        client.post("/v1/completions", json=ASKED | {"max_tokens": 40}).raise_for_status()
+    found = client.post("/v1/forecast", json={"prompt_tokens": 20, "max_tokens": 10}).json()
+    assert found["total_ms"] == pytest.approx(found["ttft_ms"] + 9 * found["tpot_ms"], rel=0.01)
+    assert min(found["ttft_ms"], found["tpot_ms"], found["error"]["tpot"]) > 0
+    longer = client.post("/v1/forecast", json={"prompt_tokens": 500, "latency": "interactive"}).json()
+    assert longer["ttft_ms"] > found["ttft_ms"]
+    assert 'echo_forecast_error{model_name="echo",what="tpot"}' in client.get("/metrics").text
+    assert "prompt_tokens" in refused(client.post("/v1/forecast", json={"prompt_tokens": 0}), 400, "prompt_tokens")
+    unknown = client.post("/v1/forecast", json={"prompt_tokens": 1, "latency": "fast"})
+    assert "latency is" in refused(unknown, 400, "latency")
+
+
+def test_with_the_switch_on_a_target_that_cannot_be_kept_is_refused_with_when_to_come_back(long_bundle):
+    hopeless = ASKED | {"latency": {"tpot_ms": 0.0001}}
+    with engine_of(long_bundle, keeps_latency=True) as engine, running(engine) as client:
+        client.post("/v1/completions", json=hopeless).raise_for_status()  # nothing is known yet
+        answer = client.post("/v1/completions", json=hopeless)
+        assert "latency cannot be kept" in refused(answer, 429, "latency")
+        assert int(answer.headers["Retry-After"]) >= 1
+        client.post("/v1/completions", json=ASKED | {"latency": {"tpot_ms": 60_000}}).raise_for_status()
+        client.post("/v1/completions", json=ASKED).raise_for_status()
+
+
+@pytest.mark.parametrize("text", ["interactive=fast", "a b=1/2", "a=1/2/3", "a=1,a=2", "a=0/5"])
+def test_classes_that_are_none(text):
+    with raises("--latency-classes", "NAME=TTFT_MS/TPOT_MS"):
+        LatencyClasses(text)
+
+
+def test_a_key_may_name_a_class(keys_file):
+    keys = Keys(keys_file)
+    assert keys.classes == {"interactive"}
+    assert keys.allow(f"Bearer {HASTY}".encode())
+    assert keys.latency(f"Bearer {HASTY}".encode()) == "interactive"
+    assert keys.latency(f"Bearer {KEY}".encode()) is None

@@ -1,0 +1,131 @@
+"""Latency targets: who is late, what that is worth, who sits out, and how long prompts hold others up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from machines import SHAPE, TUNING, linear, load_of, server_of
+from seeded_draft import SteadyDraft
+
+from echo_trt.speculation.goodput.model.costs import Curve
+from echo_trt.speculation.goodput.model.prices import prices
+from echo_trt.speculation.targets import HASTE, PATIENCE, Latency, Pace, Targets
+
+KNEE = Curve([1, 8, 16, 32, 64, 256], [10e-3, 10e-3, 12e-3, 20e-3, 38e-3, 150e-3])
+DRAFT, CHILDREN = linear(1e-4, 1e-6), [0.7, 0.1, 0.05]
+ALL = np.arange(3)
+
+
+def pace_of(lag: list[float], wanted: list[float], waited: list[int] | None = None) -> Pace:
+    return Pace(np.array(wanted, float), np.array(lag, float), np.array(waited or [0] * len(lag)))
+
+
+def test_a_request_is_behind_by_the_tokens_that_its_target_asks_for_since_the_first():
+    targets = Targets(3)
+    targets.begin(0, Latency(tpot=0.1), arrived=0.0)
+    targets.begin(1, Latency(), arrived=0.0)
+    targets.begin(2, Latency(tpot=0.1), 0.0, started=1.0, tokens=7)  # it was preempted
+    assert targets.pace(np.array([1]), 5.0) is None
+    targets.observe(np.array([0, 1]), np.array([1, 1]), 2.0)
+    assert targets.pace(ALL, 3.0).lag == pytest.approx([10, 0, 13])
+    targets.observe(ALL, np.array([4, 9, 2]), 3.0)
+    assert targets.pace(ALL, 3.5).lag == pytest.approx([11, 0, 16])
+    assert (targets.end(0), targets.end(2)) == (2.0, 1.0)
+
+
+def test_prompts_come_by_when_they_are_due_and_a_late_one_hurries():
+    targets = Targets(3)
+    for slot, (ttft, arrived) in enumerate(((None, 0.0), (0.4, 1.0), (0.2, 1.1))):
+        targets.begin(slot, Latency(ttft), arrived)
+    assert targets.by_due(ALL).tolist() == [2, 1, 0]
+    assert targets.hurry(ALL, 1.1 + HASTE * 0.2 + 0.01)
+    assert not targets.hurry(ALL, 1.1)
+    targets.end(1), targets.end(2)
+    assert targets.by_due(np.array([2, 0, 1])).tolist() == [2, 0, 1]  # where nobody has a target they stay as they are
+    assert Latency().due(0.0) == PATIENCE
+
+
+def test_prices_rise_with_the_lag_up_to_a_bound_and_raise_the_price_of_time():
+    found = prices(pace_of([-99, 0, 1, 999, 5], [10, 10, 20, 20, 0]), TUNING)
+    price = TUNING.lag_price * (np.array([TUNING.lead, TUNING.lead + 1]))
+    assert found.weights == pytest.approx([1, 1 + price[0], 1 + price[1], 1 + TUNING.max_price, 1])
+    assert found.time == pytest.approx(10 * price[0] + 20 * price[1] + 20 * TUNING.max_price)
+    assert prices(None, TUNING) is None
+
+
+def plan_of(server, pace: Pace | None):
+    count = len(server.slots)
+    load = replace(load_of(count, max_draft_len=np.full(count, 99)), pace=pace, epoch=server.epoch)
+    return server.planner.plan(np.zeros(count), SteadyDraft([CHILDREN] * count), load)
+
+
+@pytest.mark.parametrize("count", [1, 4, 24])
+def test_targets_that_are_kept_anyway_change_no_decision(count):
+    plain, kept = (
+        plan_of(server_of(KNEE, DRAFT, CHILDREN, count), pace) for pace in (None, pace_of([-99] * count, [50] * count))
+    )
+    assert plain.tree.parent.tolist() == kept.tree.parent.tolist()
+    assert plain.probability.tolist() == kept.probability.tolist()
+
+
+def test_a_late_request_gets_the_nodes():
+    server = server_of(KNEE, DRAFT, CHILDREN, 16)
+    before = plan_of(server, None).tree.sizes
+    sizes = plan_of(server, pace_of([6] + [0] * 15, [60] + [0] * 15)).tree.sizes
+    assert sizes[0] > before[0]
+    assert sizes[0] > 2 * sizes[1:].mean()
+
+
+def test_the_size_controller_learns_what_tokens_are_worth():
+    """It holds a size that serves the late ones, where the tokens of all would not pay for it."""
+    worth = []
+    server = server_of(KNEE, DRAFT, CHILDREN, 8)
+    server.planner.priced_ladder.observe = lambda tokens, seconds: worth.append(tokens)
+    server.run(1)
+    plan = plan_of(server, pace_of([50] + [0] * 7, [60] + [0] * 7))
+    assert plan.tree.sizes[0] > 1
+    assert worth == []
+
+
+@given(
+    count=st.integers(2, 40),
+    late=st.integers(1, 5),
+    lag=st.floats(0, 100),
+    context=st.integers(0, 10**6),
+    seed=st.integers(0, 99),
+)
+def test_nobody_waits_longer_than_a_bound_and_who_has_a_target_never_does(count, late, lag, context, seed):
+    rng, server = np.random.default_rng(seed), server_of(linear(1e-3, 1e-3), DRAFT, CHILDREN, count)
+    server.planner.costs.target.per_context = 1e-7
+    wanted, waited = np.where(np.arange(count) < late, 100.0, 0.0), np.zeros(count, np.int64)
+    for _ in range(12):
+        pace = Pace(wanted, np.where(wanted > 0, lag * rng.random(count), 0.0), waited)
+        seats = server.planner.seats(pace, context)
+        seats = np.ones(count, bool) if seats is None else seats
+        assert seats[:late].all()
+        waited = np.where(seats, 0, waited + 1)
+        assert waited.max() <= TUNING.max_sat_out
+
+
+def test_others_sit_out_where_that_makes_passes_shorter_and_not_where_it_does_not():
+    late = pace_of([9] * 2 + [0] * 30, [100] * 2 + [0] * 30)
+    steep, flat = (server_of(curve, DRAFT, CHILDREN, 32).planner for curve in (linear(1e-3, 1e-3), linear(1e-2, 0)))
+    assert steep.seats(late, 0).sum() < 32
+    steep.costs.change = 1.0  # seconds that a pass of another size takes longer
+    assert steep.seats(late, 0).all()
+    steep.costs.change = 0.0
+    seats = flat.seats(late, 0)
+    assert seats is None or seats.all()
+    assert steep.seats(pace_of([-99] * 2 + [0] * 30, [100] * 2 + [0] * 30), 0) is None
+
+
+def test_chunks_shrink_beside_late_requests_and_are_whole_beside_others():
+    planner = server_of(KNEE, DRAFT, CHILDREN, 8).planner
+    late, early = (pace_of([lag] + [0] * 7, [100] + [0] * 7) for lag in (9, -99))
+    assert planner.chunk(late, 0, 1, 256) < planner.chunk(late, 0, 40, 256)
+    assert planner.chunk(early, 0, 1, 256) == 256
+    assert SHAPE.tuning.max_sat_out < 10
