@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from echo_trt.engine.params import Completion, SamplingParams
 
 __all__ = ["LLM", "Completion", "SamplingParams"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -84,6 +84,7 @@ class NetworkFacts(_Facts):
 class SelfCheck(_Facts):
     """Compares a compiled engine with the PyTorch reference, on a prompt and on a tree: error over largest logit.
 
+    By ``measure`` perplexity, errors are rises of the perplexity of the reference's text: a target's in few bits.
     ``of`` is "graph" where no card was there to run the engine: ONNX Runtime then ran the graph that it was compiled
     from. The ranks of a divided network are checked one by one, and the largest error is kept.
     """
@@ -93,6 +94,19 @@ class SelfCheck(_Facts):
     bound: float
     same_argmax: float
     of: Literal["engine", "graph"] = "engine"
+    measure: Literal["logits", "perplexity"] = "logits"
+
+    @property
+    def error(self) -> float:
+        return max(self.prompt_error, self.tree_error)
+
+    @property
+    def sentence(self) -> str:
+        """Say how far the engine is off, and how far it may be."""
+        if self.measure == "perplexity":
+            rises = f"{self.prompt_error:+.1%} on the target's own text, {self.tree_error:+.1%} on a tree"
+            return f"a perplexity of {rises} (bound {self.bound:+.0%})"
+        return f"an error of {self.error:.1e} of the largest logit (bound {self.bound:g})"
 
 
 class TensorRTFacts(_Facts):

@@ -79,7 +79,7 @@ class DraftSection(_Section):
     kind: Literal["eagle3", "block", "model", "mtp", "lookup", "none"] = "none"
     source: Source | None = None
     block: Annotated[int, Field(ge=2, le=36)] | None = None
-    precision: Precision | None = None
+    precision: Literal["fp32", "bf16", "fp16", "fp8", "int8"] | None = None
     copy_text: bool = True
     ngrams: str | None = None
     top_k: Annotated[int, Field(ge=1, le=64)] = 16
@@ -194,8 +194,10 @@ class Recipe(_Section):
 
     @property
     def draft_precision(self) -> Precision:
-        """Return the draft's precision: its own, else the target's, but for FP8, which only some checkpoints have."""
-        return self.draft.precision or ("bf16" if self.precision == "fp8" else self.precision)
+        """Return the draft's precision: its own, else the target's, but for FP8, which only some checkpoints have, and
+        int4, which is fitted to a text of the target."""
+        instead: dict[Precision, Precision] = {"fp8": "bf16", "int4": "int8"}
+        return self.draft.precision or instead.get(self.precision, self.precision)
 
     @property
     def request_blocks(self) -> int:

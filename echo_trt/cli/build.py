@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from echo_trt import __version__
-from echo_trt.backends.openvino.export import export_parted
+from echo_trt.backends.openvino.build import compile_role
 from echo_trt.backends.self_check import block_shape, check_engine, worst
 from echo_trt.backends.torch.files import TYPES
 from echo_trt.bundle.calibration import Calibration, read_calibration
@@ -162,7 +162,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         read_ngrams(ngrams, digest, config.vocab_size)  # if they are refused, then before the hours of compiling
         shutil.copyfile(ngrams, work / NGRAMS)
 
-    compile_role, tensorrt = _compiler(recipe, work, detail)
+    compile_as, tensorrt = _compiler(recipe, work, detail)
     checks: dict[str, SelfCheck | None] = {}
     facts: dict[str, NetworkFacts] = {}
     role, files = TargetModule(target, feature_layers), []
@@ -175,7 +175,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
             role = TargetModule(load_decoder(checkpoint, positions, dtype, Shard(rank, ranks)), feature_layers)
         progress(f"compiling the {which}")
         name = f"target.rank{rank}" if ranks > 1 else "target"
-        file, check = compile_role(role, name, recipe.precision)
+        file, check = compile_as(role, name, recipe.precision)
         files.append(file)
         checks["target"] = worst(checks.get("target"), check)
     facts["target"] = _facts(role, files)
@@ -183,7 +183,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         facts["target"].parameters = decoder_sizes(config).total
     if draft is not None:
         progress("compiling the draft")
-        file, checks["draft"] = compile_role(draft, "draft", recipe.draft_precision)
+        file, checks["draft"] = compile_as(draft, "draft", recipe.draft_precision)
         facts["draft"] = _facts(draft, [file])
     progress("writing the bundle")
     tokenizer.save_pretrained(work)
@@ -332,28 +332,13 @@ def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str,
 def _compiler(recipe: Recipe, work: Path, detail: Detail) -> tuple[Compile, TensorRTFacts | None]:
     """How the recipe's engine compiles a role into ``work``, and what TensorRT engines will be bound to."""
     if recipe.engine == "openvino":
-        return lambda role, name, precision: _compile_openvino(role, work / f"{name}.onnx", precision), None
+        return lambda role, name, precision: compile_role(role, work / f"{name}.onnx", precision), None
     if recipe.engine == "torch":
         return lambda role, name, precision: _save_for_torch(role, work / f"{name}.safetensors", precision), None
     from echo_trt.backends.tensorrt.build import TensorRTBuild
 
     build = TensorRTBuild(recipe, work, work / TIMINGS, detail)
     return build.compile, build.facts()
-
-
-def _compile_openvino(role: Role, path: Path, precision: str) -> tuple[str, SelfCheck]:
-    from echo_trt.backends.openvino.engine import OpenVINOEngine
-    from echo_trt.backends.openvino.quantise import quantise
-
-    export_parted(role, path)
-    if precision in ("int8", "int4"):
-        quantise(path, precision)
-
-    def opened(blocks: int) -> OpenVINOEngine:
-        release_weights(role)
-        return OpenVINOEngine(path, precision, blocks)
-
-    return path.name, check_engine(role, opened, precision)
 
 
 def _save_for_torch(role: Role, path: Path, precision: str) -> tuple[str, SelfCheck]:

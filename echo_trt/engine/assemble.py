@@ -142,8 +142,8 @@ def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputB
     else:
         from echo_trt.backends.openvino.engine import OpenVINOEngine
 
-        draft_precision = manifest.recipe.draft.precision if network == "draft" else None
-        engine = OpenVINOEngine(folder / facts.file, draft_precision or manifest.precision, blocks, slots=slots)
+        precision = manifest.recipe.draft_precision if network == "draft" else manifest.precision
+        engine = OpenVINOEngine(folder / facts.file, precision, blocks, slots=slots)
         _check_network(engine.widths, folder / MANIFEST, manifest, network)
         return engine
     if network == "target" and facts.rank_files:  # divided, in a process per rank; the draft stands whole in this one

@@ -10,7 +10,7 @@ from echo_trt.models.hybrid_config import HybridConfig, state_shapes
 
 #: Bytes of a weight and of a KV value, by the recipe's precision. int8 concerns weights alone, fp8 a layer's matrices
 #: alone (``Sizes.weight_bytes``): there both reading and arithmetic take half the time, so that K_max is bf16's.
-WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "int8": 1, "int4": 0.5625}
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "int8": 1, "int4": 0.625}
 KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "int8": 2, "int4": 2}
 Config = DecoderConfig | Eagle3Config | BlockConfig
 

@@ -14,8 +14,10 @@ from echo_trt.models.block import block_network
 from echo_trt.models.block_config import block_config
 from echo_trt.models.config import BlockConfig
 from echo_trt.models.decoder import Decoder
+from echo_trt.models.delta_net import DeltaNet
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.read_config import decoder_config, eagle3_config, rank_config
+from echo_trt.models.weights import decoder_class
 from echo_trt.sizing.networks import block_sizes, decoder_sizes, head_sizes
 from echo_trt.sizing.shapes import published, shapes
 from echo_trt_lab.sizing.hardware import active_parameters, share_of
@@ -61,11 +63,14 @@ def test_a_model_has_the_published_number_of_parameters(name):
 def test_a_decoders_sizes_are_those_of_the_network_that_is_built(name):
     config = decoder_config(published()[name], name)
     with torch.device("meta"):
-        network = Decoder(config, 1)
+        network = decoder_class(config)(config, 1)
     sizes = decoder_sizes(config)
     assert sizes.total == counted(network)
     layers = network.layers
-    assert sizes.attention == sum(counted(layer.attention.qkv) + counted(layer.attention.out) for layer in layers)
+    mixers = [layer.attention for layer in layers]
+    assert sizes.attention == sum(
+        counted(each) if isinstance(each, DeltaNet) else counted(each.qkv) + counted(each.out) for each in mixers
+    )
     experts = sum(p.numel() for layer in layers for p in layer.mlp.parameters() if p.dim() == 3)
     assert sizes.expert * sizes.experts == experts
     assert sizes.mlp + sizes.router == sum(counted(layer.mlp) for layer in layers) - experts

@@ -28,7 +28,7 @@ SLIDING_WINDOW, MAX_CONTEXT = 10, 12  # indices of these inputs of PagedAttentio
 BF16_WEIGHTS = 64 << 20
 NARROW = (ov.Type.bf16, ov.Type.f16)
 DECOMPRESSION = "decompression_0"  # OpenVINO's mark of a conversion that stays in the graph
-GROUP = 64  # weights of a row that share a 4-bit scale; larger: a smaller file, and larger errors
+GROUP = 32  # weights of a row that share a 4-bit scale; larger: a smaller file, and larger errors
 MAX_GROUP = 192  # activations that share a scale; larger: faster and less exact
 
 
@@ -62,7 +62,7 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
     if precision == "int8" and cpu.has_amx() and _weights(model) <= BF16_WEIGHTS:
         _decompress(model)
     elif precision in ("int8", "int4"):
-        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_size(model) if precision == "int8" else GROUP
+        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_size(model)  # of 8-bit matrices: zero points forbid it
     if compute == "bf16":
         model = _with_short_features(model)
         if cpu.has_amx():

@@ -1,7 +1,8 @@
 """Weight matrices of an exported graph in 8 or 4 bits, one matrix in memory at a time.
 
-The numbers are NNCF's: symmetric, with a scale per channel in 8 bits, and a scale per group of GROUP weights in 4 bits.
-Embedding, output matrix and routers have 8 bits in both, since 4 change the choice of tokens most there.
+In 8 bits they are NNCF's: symmetric, with a scale per channel. In 4 bits GROUP weights of a row share a scale and a
+zero point that is no whole number, so that weights of a GGUF file in Q4_0 or Q4_1 keep their values. Embedding, output
+matrix and routers have 8 bits in both, since 4 change the choice of tokens most there.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ def quantise(path: Path, precision: str) -> None:
     with new.open("wb") as file:
         for tensor in model.graph.initializer:
             if found := uses.get(tensor.name):
-                parts, node = _quantised(tensor, found[0], precision, path.parent)
+                quantised = _in_groups if _has_four(tensor, found[0], precision) else _quantised
+                parts, made = quantised(tensor, found[0], path.parent)
                 for use in found:
-                    use.node.input[use.input_index] = node.output[0]
-                nodes.append(node)
+                    use.node.input[use.input_index] = made[-1].output[0]
+                nodes += made
             else:
                 parts = [(tensor, None)]
             for part, values in parts:
@@ -91,22 +93,57 @@ def _uses(graph: onnx.GraphProto) -> dict[str, list[_Use]]:
     return uses
 
 
-def _quantised(
-    tensor: TensorProto, use: _Use, precision: str, folder: Path
-) -> tuple[list[tuple[TensorProto, np.ndarray]], onnx.NodeProto]:
-    """Quantise one matrix: its integers, its scales, and the node that multiplies them."""
+def _has_four(tensor: TensorProto, use: _Use, precision: str) -> bool:
+    rows = len(tensor.dims) == 2 and use.summed == -1 and tensor.dims[1] % GROUP == 0
+    return precision == "int4" and rows and not tensor.name.endswith(EIGHT_BITS)
+
+
+Quantised = tuple[list[tuple[TensorProto, np.ndarray]], list[onnx.NodeProto]]
+
+
+def _quantised(tensor: TensorProto, use: _Use, folder: Path) -> Quantised:
+    """Quantise one matrix to 8 bits: its integers, its scales, and the node that multiplies them."""
     weight = numpy_helper.to_array(tensor, str(folder))
-    four = precision == "int4" and weight.ndim == 2 and use.summed == -1 and weight.shape[1] % GROUP == 0
-    four = four and not tensor.name.endswith(EIGHT_BITS)
-    pieces = [_compress(piece, use.summed % weight.ndim, four) for piece in _pieces(weight, use.summed % weight.ndim)]
+    pieces = [_compress(piece, use.summed % weight.ndim) for piece in _pieces(weight, use.summed % weight.ndim)]
     integers, scales = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-    kind = TensorProto.INT4 if four else TensorProto.INT8
-    named = (("quantized", kind, integers.shape), ("scale", TensorProto.FLOAT, scales.shape))
-    parts = [TensorProto(name=f"{tensor.name}_{name}", data_type=kind, dims=shape) for name, kind, shape in named]
-    settings = {"axis": 1, "block_size": GROUP} if four else {"axis": use.axis}
+    parts = _parts(tensor.name, (TensorProto.INT8, integers.shape), (TensorProto.FLOAT, scales.shape))
     names = [part.name for part in parts]
-    node = helper.make_node("DequantizeLinear", names, [f"{tensor.name}_dequantized"], **settings)
-    return list(zip(parts, (_packed(integers) if four else integers, scales), strict=True)), node
+    node = helper.make_node("DequantizeLinear", names, [f"{tensor.name}_dequantized"], axis=use.axis)
+    return list(zip(parts, (integers, scales), strict=True)), [node]
+
+
+def _in_groups(tensor: TensorProto, use: _Use, folder: Path) -> Quantised:
+    """Quantise one matrix [O, I] to 4 bits: integers, scales, zero points, and the nodes that compute its numbers."""
+    weight, name = numpy_helper.to_array(tensor, str(folder)), tensor.name
+    groups = weight.shape[0], weight.shape[1] // GROUP, GROUP
+    pieces = [_fit(piece.reshape(-1, *groups[1:])) for piece in _pieces(weight, 1)]
+    arrays = [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+    one = TensorProto.FLOAT16, (*groups[:2], 1)
+    parts = _parts(name, (TensorProto.UINT4, groups), one, one)
+    parts.append(numpy_helper.from_array(np.array(weight.shape), f"{name}_shape"))
+    integers, scale, zero, shape = (part.name for part in parts)
+    steps = (
+        ("Cast", [integers], "wide", {"to": TensorProto.FLOAT16}),
+        ("Sub", [f"{name}_wide", zero], "shifted", {}),
+        ("Mul", [f"{name}_shifted", scale], "scaled", {}),
+        ("Reshape", [f"{name}_scaled", shape], "rows", {}),
+        ("Cast", [f"{name}_rows"], "dequantized", {"to": TensorProto.FLOAT}),
+    )
+    nodes = [helper.make_node(kind, inputs, [f"{name}_{output}"], **more) for kind, inputs, output, more in steps]
+    return list(zip(parts, (*arrays, None), strict=True)), nodes
+
+
+def _parts(name: str, *kinds: tuple[int, tuple[int, ...]]) -> list[TensorProto]:
+    named = zip(("quantized", "scale", "zero"), kinds, strict=False)
+    return [TensorProto(name=f"{name}_{part}", data_type=kind, dims=shape) for part, (kind, shape) in named]
+
+
+def _fit(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the integers of ``groups`` float32 [O, groups, GROUP], packed, their scales and their zero points."""
+    low, high = groups.min(2, keepdims=True), groups.max(2, keepdims=True)
+    scale = np.maximum((high - low) / 15, np.finfo(np.float16).tiny).astype(np.float16)
+    zero = np.clip(-low / scale, -6e4, 6e4).astype(np.float16)
+    return _packed(np.clip(np.rint(groups / scale + zero), 0, 15)), scale, zero
 
 
 def _pieces(weight: np.ndarray, summed: int) -> Iterator[np.ndarray]:
@@ -116,19 +153,18 @@ def _pieces(weight: np.ndarray, summed: int) -> Iterator[np.ndarray]:
         yield weight[begin : begin + rows].astype(np.float32)
 
 
-def _compress(weight: np.ndarray, summed: int, four: bool) -> tuple[np.ndarray, np.ndarray]:
+def _compress(weight: np.ndarray, summed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return NNCF's integers, int8 in the shape of ``weight``, and scales, float32 without the summed axis."""
     from nncf import CompressWeightsMode  # slow to import, and only a build in few bits needs it
     from nncf.quantization.algorithms.weight_compression.config import WeightCompressionConfig
     from nncf.quantization.algorithms.weight_compression.weight_lowering import compress_weight
     from nncf.tensor import Tensor
 
-    mode = CompressWeightsMode.INT4_SYM if four else CompressWeightsMode.INT8_SYM
-    compressed = compress_weight(Tensor(weight), (summed,), WeightCompressionConfig(mode, GROUP if four else -1))
+    compressed = compress_weight(Tensor(weight), (summed,), WeightCompressionConfig(CompressWeightsMode.INT8_SYM))
     # Copies: OpenVINO, which NNCF computes with, may write its next results over these.
     integers = compressed.tensor.as_numpy_tensor().data.reshape(weight.shape).copy()
     scale = compressed.scale.as_numpy_tensor().data.copy()
-    return integers, scale.squeeze(axis=summed + 1 if four else summed)
+    return integers, scale.squeeze(axis=summed)
 
 
 def _packed(integers: np.ndarray) -> np.ndarray:

@@ -48,8 +48,7 @@ def manifest_table(manifest: Manifest, folder: Path) -> Table:
         table.add_row(
             f"self-check, {name}",
             f"{'its graph, by ONNX Runtime: ' * (check.of == 'graph')}"
-            f"error {max(check.prompt_error, check.tree_error):.1e} of the largest logit (bound {check.bound:g}), "
-            f"same best token at {check.same_argmax:.0%}",
+            f"{check.sentence}, same best token at {check.same_argmax:.0%}",
         )
     _add_recipe_rows(table, manifest.recipe)
     table.add_row("KV pool here", _pool_here(manifest, folder))
@@ -136,6 +135,8 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
         table.add_row("taken at the start", f"about {gigabytes(need.reserved.total)}: {need.reserved.sentence}")
     if need.features:
         table.add_row("features", f"{need.features_token:,} bytes of a token of the pool, {gigabytes(need.features)}")
+    if need.states:
+        table.add_row("states", f"{gigabytes(need.states)}, of all running requests")
     table.add_row("in all", gigabytes(need.fixed + need.pool + need.features))
     if draft and draft.sizes.feature_size and not need.features:
         features = 4 * draft.sizes.feature_size
