@@ -87,7 +87,7 @@ def generate(options: GenerateOptions) -> None:
 def serve(options: ServeOptions) -> int:
     """Serve a bundle by OpenAI's API; with Triton Inference Server beside it, or with several workers of Dynamo.
 
-    Prints where it listens once a real answer has come. What dies starts again. SIGTERM lets open answers finish.
+    Prints where it listens once a real answer has come. What dies starts again. SIGTERM lets requests in flight finish.
 
     Example: `echo-trt serve bundles/smollm2-135m`
     """
@@ -106,7 +106,7 @@ def worker(options: WorkerOptions) -> int:
     """Serve a bundle as a worker of NVIDIA Dynamo, whose frontend finds it.
 
     Dynamo's own settings are environment variables: DYN_DISCOVERY_BACKEND (here file by default), DYN_FILE_KV,
-    DYN_NAMESPACE and others. SIGTERM lets open answers finish; unfinished ones continue at other workers.
+    DYN_NAMESPACE and others. SIGTERM lets requests in flight finish; unfinished ones continue at other workers.
 
     Example: `echo-trt worker bundles/smollm2-135m --system-port 9191`
     """

@@ -38,7 +38,7 @@ def run(options: ServerOptions) -> int:
     names, origins = list(options.served_model_names) or [MODEL], list(options.allowed_origins)
     app = create_app(options.engine_socket, options.api_keys, options.largest_body, names, origins, options.page)
     server = server_of(app, host=options.host, port=options.port, timeout_graceful_shutdown=options.drain_seconds)
-    with suppress(KeyboardInterrupt):  # raised once open answers have ended
+    with suppress(KeyboardInterrupt):  # raised once requests in flight have ended
         server.run()
     return 0 if server.started else 1
 
@@ -58,7 +58,7 @@ def server_of(app: Starlette, **options: Any) -> DrainingServer:
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server, which ends the streams of viewers before it waits for open answers."""
+    """uvicorn's server, which ends the streams of viewers before it waits for requests in flight."""
 
     def __init__(self, config: uvicorn.Config, app: Starlette):
         super().__init__(config)

@@ -30,7 +30,8 @@ class ServeOptions(ApiOptions, LatencyOptions):
         int, Parameter("--start-timeout", help="Seconds until the first answer, at most.", validator=bounds(1))
     ] = 300
     drain_seconds: Annotated[
-        int, Parameter("--drain-timeout", help="Seconds that SIGTERM waits for open answers.", validator=bounds(1))
+        int,
+        Parameter("--drain-timeout", help="Seconds that SIGTERM waits for requests in flight.", validator=bounds(1)),
     ] = 60
     special_tokens_in_content: SpecialTokens = False
     triton: Annotated[

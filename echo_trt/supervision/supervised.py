@@ -153,7 +153,7 @@ class Supervisor:
 
     groups         the processes of a group are drained at once; without the first of all, nothing is open
     announcement   what to say once all serve; None: not yet
-    drain_seconds  for open answers of the first group, in which clients' requests come
+    drain_seconds  for requests in flight of the first group, in which clients' requests come
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Supervisor:
         self._announcement: Callable[[], str | None] | None = announcement
 
     def run(self) -> int:
-        """Run until ``stop`` is set; returns the exit code, 1 where open answers were lost.
+        """Run until ``stop`` is set; returns the exit code, 1 where requests in flight were lost.
 
         Raises UserError when it gives up.
         """
@@ -183,7 +183,7 @@ class Supervisor:
                     self._announcement = None
             return self._drain()
         except UserError:
-            self._drain()  # others still have open answers
+            self._drain()  # others still have requests in flight
             raise
         finally:
             for process in self._all:
@@ -192,7 +192,7 @@ class Supervisor:
     def _drain(self) -> int:
         if not self._groups[0][0].serving:  # nothing is open
             return 0
-        self._log.say("stopping; open answers are finished")
+        self._log.say("stopping; requests in flight are finished")
         end = time.monotonic() + self._drain_seconds
         for group in self._groups:
             draining = [process for process in group if process.serving]
@@ -202,7 +202,9 @@ class Supervisor:
                 dead = [process for process in left if process.process and not process.process.alive]
                 if dead or time.monotonic() > end:
                     late = f"not finished in {self._drain_seconds} s"
-                    self._log.say(f"open answers were {f'lost with {dead[0].name}, which died' if dead else late}")
+                    self._log.say(
+                        f"requests in flight were {f'lost with {dead[0].name}, which died' if dead else late}"
+                    )
                     return 1
                 time.sleep(0.05)
             for process in draining:

@@ -292,7 +292,7 @@ def test_an_engine_is_drained_where_the_gateway_is_given_up(pair, tmp_path):
         pair.run()
     shooter.join()
     assert (tmp_path / "drained").exists()
-    assert pair.log.lines[-1] == "stopping; open answers are finished"
+    assert pair.log.lines[-1] == "stopping; requests in flight are finished"
 
 
 def test_a_stop_in_the_midst_of_a_restart_is_no_return(pair):

@@ -130,7 +130,7 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
         return payload
 
     async def cleanup(self) -> None:
-        """Let open answers finish for ``drain_seconds``; other workers go on with the rest."""
+        """Let requests in flight finish for ``drain_seconds``; other workers go on with the rest."""
         self._closing = True
         if self._lease:
             self._lease.close()

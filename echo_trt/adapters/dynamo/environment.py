@@ -73,7 +73,7 @@ def of_worker(environment: Mapping[str, str], slots: int, system_port: int, drai
 
     slots          requests that the worker takes; the frontend sends others elsewhere, or refuses them (HTTP 529)
     system_port    port of metrics and health; 0: the environment's, else none
-    drain_seconds  seconds that open answers have; Dynamo would end the process after 30
+    drain_seconds  seconds that requests in flight have; Dynamo would end the process after 30
     """
     defaults = {
         "DYN_ENGINE_REQUEST_LIMIT": str(slots),

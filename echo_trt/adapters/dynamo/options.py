@@ -21,7 +21,8 @@ class WorkerOptions(LatencyOptions):
         256
     )
     drain_seconds: Annotated[
-        int, Parameter("--drain-timeout", help="Seconds that SIGTERM waits for open answers.", validator=bounds(1))
+        int,
+        Parameter("--drain-timeout", help="Seconds that SIGTERM waits for requests in flight.", validator=bounds(1)),
     ] = 60
     system_port: Annotated[
         int, Parameter(help="Metrics and health; 0: DYN_SYSTEM_PORT, else none.", validator=bounds(0, 32767))

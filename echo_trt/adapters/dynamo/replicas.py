@@ -106,7 +106,7 @@ class Frontend(Supervised):
             if self.lists(self._job.model_name) or not served or self._reported is self.process:
                 break
             if time.monotonic() > end and self.process:
-                self._log.say(f"{self.name} has lost its workers; it ends once open answers have")
+                self._log.say(f"{self.name} has lost its workers; it ends once requests in flight have")
                 self._reported = self.process
                 self.process.terminate()
                 break

@@ -39,7 +39,7 @@ class HostOptions(LatencyOptions):
 
 @command
 def run(options: HostOptions) -> int:
-    """Open a bundle and answer on a socket until SIGTERM; open answers finish."""
+    """Open a bundle and answer on a socket until SIGTERM; requests in flight finish."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     if options.policy:
         policy_named(options.policy, "--policy")

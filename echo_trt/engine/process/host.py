@@ -99,7 +99,7 @@ class Host:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self, path: Path, stop: asyncio.Event) -> bool:
-        """Answer until ``stop`` is set and all open answers have ended. Returns whether the engine works still."""
+        """Answer until ``stop`` is set and requests in flight have ended. Returns whether the engine works still."""
         self._loop = asyncio.get_running_loop()
         server = await asyncio.start_unix_server(self._connected, path)
         path.chmod(0o600)  # for its user alone
