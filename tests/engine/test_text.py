@@ -136,7 +136,7 @@ def test_stop_strings_before_min_tokens_are_text(tokenizer):
     for minimum, want in ((0, ""), (3, ""), (4, "the "), (7, "the "), (8, "the the ")):
         text = TextStream(tokenizer, ["the"], minimum)
         text.push(ids)
-        assert (text.text, text.stopped) == (want, True)
+        assert (text.text, text.stopped) == (want, "the")
 
 
 def test_a_stop_string_before_half_a_character_is_left_out(tokenizer):

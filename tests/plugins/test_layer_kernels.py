@@ -91,7 +91,7 @@ def launches_of(layers_of: int, counted, monkeypatch) -> int:
     network = Decoder(dataclasses.replace(CONFIG, num_layers=layers_of), 64).to(torch.bfloat16)
     network.rotary.float()
 
-    def operator(*arguments):
+    def operator(*arguments, sliding_window):
         for tensor in arguments[:3]:
             tensor.contiguous()
         counts.counts.update(["attention", "combine"])

@@ -45,9 +45,9 @@ FAULTS = {
         "            self._forward(inputs)\n            scores, candidates, *rest = self._forward(inputs)\n",
     ),
     "echo_trt/backends/torch/engine.py": (
-        "self._operator(query, key, value, self._pool[2 * layer], self._pool[2 * layer + 1], *metadata)",
-        "[self._operator(query, key, value, keys := self._pool[2 * layer].clone(), self._pool[2 * layer + 1], "
-        "*metadata), self._pool[2 * layer].copy_(keys)][0]",
+        "self._operator(query, key, value, *pools, *metadata, sliding_window=window)",
+        "[self._operator(query, key, value, keys := pools[0].clone(), pools[1], *metadata, sliding_window=window), "
+        "pools[0].copy_(keys)][0]",
     ),
 }
 

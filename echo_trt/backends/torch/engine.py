@@ -171,7 +171,8 @@ class TorchEngine(DeviceEngine):
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             # Rotation is in float32, so query and key are converted back to the network's type.
             query, key = query.to(value.dtype), key.to(value.dtype)
-            pools, window = self._pool[2 * layer : 2 * layer + 2], self._role.network.config.window_of(layer)
+            pools = self._pool[2 * layer], self._pool[2 * layer + 1]
+            window = self._role.network.config.window_of(layer)
             return self._operator(query, key, value, *pools, *metadata, sliding_window=window)
 
         with among(self._collectives):

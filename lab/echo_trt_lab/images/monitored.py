@@ -89,7 +89,7 @@ def wait_for(url: str) -> None:
 
 
 def ask(url: str, load: int, seconds: float) -> None:
-    """Keep ``load`` requests running for some ``seconds``; one client leaves early."""
+    """Keep ``load`` requests running for some ``seconds``; one client leaves early, and every other has targets."""
     prompts = [
         json.loads(line)["prompt"] for line in (ROOT / "scripts" / "demo_prompts.jsonl").read_text().splitlines()
     ]
@@ -101,6 +101,8 @@ def ask(url: str, load: int, seconds: float) -> None:
             while time.monotonic() < end:
                 message = {"role": "user", "content": prompts[turn % len(prompts)]}
                 body = {"model": "echo", "messages": [message], "max_tokens": 64, "stream": True}
+                if number % 2:
+                    body["latency"] = {"ttft_ms": 300, "tpot_ms": 25}
                 with session.stream("POST", "/v1/chat/completions", json=body) as answer:
                     for _ in answer.iter_lines():
                         if number == 0 and turn == 3:

@@ -293,9 +293,17 @@ def test_a_worker_that_joins_takes_requests_and_hands_them_on_when_it_is_told_to
 
 
 def test_a_launcher_that_is_told_to_stop_finishes_what_is_open(cluster, offline):
+    begun = threading.Barrier(7, timeout=60)
+
+    def answered(i: int) -> Reply:
+        streamed = cluster.stream(prompt_ids(30, i), **GREEDY | {"max_tokens": 300})
+        first = next(streamed)
+        begun.wait()
+        return [first, *streamed][-1]
+
     with ThreadPoolExecutor(6) as pool:
-        requested = [pool.submit(cluster.ask, prompt_ids(30, i), **GREEDY | {"max_tokens": 300}) for i in range(6)]
-        time.sleep(0.3)
+        requested = [pool.submit(answered, i) for i in range(6)]
+        begun.wait()
         cluster.process.send_signal(signal.SIGTERM)
         replies = [future.result() for future in requested]
     assert cluster.process.wait(60) == 0

@@ -110,11 +110,10 @@ def test_targets_are_kept_more_often_and_nobody_starves(job, tmp_path):
     assert 0 <= rows["adaserve"]["attained"] <= 1
 
 
-@pytest.mark.parametrize("arrivals", ["bursts", "trace"])
-def test_other_arrivals(job, arrivals, tmp_path):
-    if arrivals == "trace":
-        arrivals = str(tmp_path / "trace.jsonl")
-        lines = [json.dumps({"time": i / 9, "prompt_tokens": 50, "class": "interactive"}) for i in range(9)]
-        (tmp_path / "trace.jsonl").write_text("\n".join(lines))
-    result = run(replace(job, arrivals=arrivals, seconds=0.5), Console(file=io.StringIO()), Console(file=io.StringIO()))
+def test_a_trace_is_replayed(job, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    lines = [json.dumps({"time": i / 9, "prompt_tokens": 50, "class": "interactive"}) for i in range(9)]
+    trace.write_text("\n".join(lines))
+    traced = replace(job, arrivals=str(trace), slots=8, seconds=0.2)
+    result = run(traced, Console(file=io.StringIO()), Console(file=io.StringIO()))
     assert all(row["tokens_per_s"] > 0 for row in result["results"])
