@@ -39,7 +39,7 @@ COLUMNS = {
     "attained": "targets kept",
     "first_kept": "first token",
     "pace_kept": "per token",
-    "interactive_ms": "ms a token p50 / p90",
+    "interactive_ms": "ms per token p50 / p90",
     "batch_ms": "batch's",
     "first_ms": "first token ms p90",
     "batch_first_ms": "batch's",
