@@ -3,9 +3,7 @@
 import io
 
 import numpy as np
-import openvino as ov
 import pytest
-from openvino import opset13 as ops
 from pairs import SIZES, VOCAB, recipe_of, reference_engines
 from random_calls import Script, inputs_for
 from rich.console import Console
@@ -258,11 +256,3 @@ def test_int8_keeps_its_8_bits_unless_matrix_units_like_two_bytes_better(network
     assert "i8" in weights(amx=False, small=1 << 20)
     assert "i8" in weights(amx=True, small=0)
     assert weights(amx=True, small=1 << 20) == {"f32"}
-
-
-@pytest.mark.parametrize(("rows", "size"), [((576, 1728), 192), ((4096, 12288), 128), ((576, 320), 64), ((48,), 32)])
-def test_activations_share_a_scale_in_groups_that_divide_every_row(rows, size):
-    tokens = [ops.parameter([-1, row], np.float32) for row in rows]
-    matrices = [ops.convert(ops.constant(np.ones((4, row), np.int8)), "f32") for row in rows]
-    products = [ops.matmul(x, w, False, True) for x, w in zip(tokens, matrices, strict=True)]
-    assert compiler._group_size(ov.Model(products, tokens)) == size
