@@ -209,13 +209,13 @@ def written(arguments: Any) -> str:
 
 
 class Scan:
-    """Where an object ends in a text that comes in pieces: it also ends where no JSON can go on."""
+    """Finds where an object ends in a text that comes in pieces: a "<" outside of strings ends it, too."""
 
     def __init__(self) -> None:
         self._depth, self._in_string, self._escaped, self.over = 0, False, False, False
 
     def end(self, piece: str) -> int:
-        """How many characters of the next piece belong to the object."""
+        """Count the characters of the next piece that belong to the object."""
         for offset, letter in enumerate(piece):
             if self.over:
                 return offset
