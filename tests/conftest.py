@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 from filelock import FileLock
 from hypothesis import settings
-from layers import HEAVY, layer
+from layers import HEAVY, has_pure, layer
 
 if TYPE_CHECKING:
     from echo_trt.engine.llm import LLM
@@ -31,7 +31,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "dev")
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Spare a run of the pure layer the imports of the others."""
     if config.option.markexpr == "pure" and Path(__file__).parent in collection_path.parents:
-        return layer(collection_path) != "pure" or None
+        return not has_pure(collection_path) or None
     return None
 
 
