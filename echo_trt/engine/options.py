@@ -177,3 +177,36 @@ class LatencyOptions(EngineOptions):
         """See ``EngineOptions``."""
         options = {"latency-classes": self.latency_classes, "latency-admission": "true" * self.latency_admission}
         return super().given | {name: value for name, value in options.items() if value}
+
+
+def _events(_: object, tokens: Sequence[Token]) -> str:
+    from echo_trt.engine.service.kv_events import read_config
+
+    read_config(tokens[-1].value)
+    return tokens[-1].value
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostedOptions(LatencyOptions):
+    """How an engine's host serves, with Triton or without."""
+
+    queue: Annotated[int, Parameter(help="Requests that may wait; more are refused.", validator=bounds(1))] = 256
+    special_tokens_in_content: SpecialTokens = False
+    kv_events_config: Annotated[
+        str,
+        Parameter(
+            metavar="JSON",
+            converter=_events,
+            help="Publish over ZMQ what the prefix cache holds, as vLLM does: endpoint, topic, replay_endpoint and "
+            "others of its fields.",
+        ),
+    ] = ""
+
+    @property
+    def given(self) -> dict[str, str]:
+        """See ``EngineOptions``."""
+        options = {
+            "special-tokens-in-content": "true" * self.special_tokens_in_content,
+            "kv-events-config": self.kv_events_config,
+        }
+        return super().given | {"queue": str(self.queue)} | {name: value for name, value in options.items() if value}
