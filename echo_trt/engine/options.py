@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 from cyclopts import App, CycloptsError, Parameter, Token
 
@@ -129,6 +129,7 @@ class EngineOptions:
     batch: Batch = None
     kv_cache_memory: KVCacheMemory = None
     synthetic_text: SyntheticText = None
+    others: ClassVar[tuple[str, ...]] = ()  # names of a subclass's options that are handed on
 
     @property
     def given(self) -> dict[str, str]:
@@ -140,8 +141,9 @@ class EngineOptions:
             "batch": self.batch,
             "kv-cache-memory": None if self.kv_cache_memory is None else f"{self.kv_cache_memory}B",
             "synthetic-text": rates,
+            **{name.replace("_", "-"): getattr(self, name) for name in self.others},
         }
-        return {name: str(value) for name, value in options.items() if value is not None}
+        return {name: "true" if value is True else str(value) for name, value in options.items() if value}
 
     @property
     def words(self) -> list[str]:
@@ -171,12 +173,7 @@ class LatencyOptions(EngineOptions):
     latency_admission: Annotated[
         Flag, Parameter(help="Refuse a request whose latency targets cannot be kept (429 with Retry-After).")
     ] = False
-
-    @property
-    def given(self) -> dict[str, str]:
-        """See ``EngineOptions``."""
-        options = {"latency-classes": self.latency_classes, "latency-admission": "true" * self.latency_admission}
-        return super().given | {name: value for name, value in options.items() if value}
+    others: ClassVar[tuple[str, ...]] = ("latency_classes", "latency_admission")
 
 
 def _events(_: object, tokens: Sequence[Token]) -> str:
@@ -201,12 +198,9 @@ class HostedOptions(LatencyOptions):
             "others of its fields.",
         ),
     ] = ""
-
-    @property
-    def given(self) -> dict[str, str]:
-        """See ``EngineOptions``."""
-        options = {
-            "special-tokens-in-content": "true" * self.special_tokens_in_content,
-            "kv-events-config": self.kv_events_config,
-        }
-        return super().given | {"queue": str(self.queue)} | {name: value for name, value in options.items() if value}
+    others: ClassVar[tuple[str, ...]] = (
+        *LatencyOptions.others,
+        "queue",
+        "special_tokens_in_content",
+        "kv_events_config",
+    )
