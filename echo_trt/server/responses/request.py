@@ -66,7 +66,7 @@ class EventOptions(Strict):
 
 
 class ResponsesRequest(TranslatedRequest):
-    """What is asked. ``top_k`` and others of SHARED are not OpenAI's (docs/openai-api.md)."""
+    """What is asked. ``top_k`` and others of SHARED are not OpenAI's (docs/request-fields.md)."""
 
     REFUSED, IGNORED = REFUSED, IGNORED
 
