@@ -60,7 +60,6 @@ class CountTokensRequest(TranslatedRequest):
     system: Any = None
     max_tokens: int | None = None
     stop_sequences: list[str] = Field([])
-    stream: bool = False
     tools: Annotated[list[Fields], at_most(MAX_TOOLS, "tools")] = Field([])
     tool_choice: ToolChoice = ToolChoice(type="auto")
     thinking: Thinking = Thinking(type="disabled")

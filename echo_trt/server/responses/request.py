@@ -22,7 +22,6 @@ from echo_trt.server.responses.tools import (
 from echo_trt.server.schemas import IGNORED as CHAT_IGNORED
 from echo_trt.server.translated import TranslatedRequest, renamed
 
-#: Fields that ask for something we don't have, unless they hold one of these values (null asks for nothing).
 REFUSED: dict[str, tuple[Any, ...]] = {
     "store": (False, True),  # nothing is stored either way, as answers say
     "background": (False,),
@@ -33,7 +32,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "context_management": (),
     "truncation": ("disabled", "auto"),  # nothing is cut off: a prompt that does not fit is refused
 }
-#: Fields that say something about the caller and nothing about the text.
 IGNORED = (*(name for name in CHAT_IGNORED if name != "metadata"), "client_metadata")
 LOGPROBS = "message.output_text.logprobs"
 Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]  # the latter: nothing here is
@@ -70,13 +68,11 @@ class EventOptions(Strict):
 class ResponsesRequest(TranslatedRequest):
     """What is asked. ``top_k`` and others of CHAT_FIELDS are not OpenAI's (docs/request-fields.md)."""
 
-    REFUSED = REFUSED
-    IGNORED = IGNORED
+    REFUSED, IGNORED = REFUSED, IGNORED
 
     input: Any
     instructions: str | None = None
     max_output_tokens: int | None = None
-    stream: bool = False
     stream_options: EventOptions | None = None
     tools: ToolList = Field([])
     tool_choice: Choice | None = None
