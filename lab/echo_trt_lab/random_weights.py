@@ -97,8 +97,8 @@ def _bytes() -> PreTrainedTokenizerFast:
 class RandomCheckpoint:
     """Weights in bf16 as an initialisation has them, always the same ones; norms are 1.
 
-    A hybrid's are drawn as its published code draws them: with larger ones, which keep the size of what they multiply,
-    its gated norms enlarge differences of nearly nothing, and bf16 is another network than fp32.
+    A hybrid's have the deviation and decays of transformers' initialisation: with larger weights, transformers' network
+    in bf16 is half of the largest logit off its network in fp32, too.
     """
 
     def __init__(self, config: dict[str, Any], name: str, tokenizer: Callable[[], Any]):
