@@ -157,7 +157,7 @@ def translated(kind: type[TranslatedRequest], answer_type: type[TranslatedAnswer
             pieces = _pieces(request, wanted, info, [chat.inputs], chat.names)
             response = await _sent(answer_type(requested, chat.turn(), state.metrics), pieces, requested.stream)
         except ApiError as error:
-            raise requested.ours(error) from None
+            raise requested.in_client_fields(error) from None
         if requested.left_out:
             response.headers["X-Tools-Left-Out"] = ", ".join(requested.left_out)
         return response

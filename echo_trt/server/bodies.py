@@ -40,7 +40,7 @@ class Bodies:
             finally:
                 await asyncio.sleep(time.monotonic() - begin)
         n = getattr(requested, "n", 1)
-        if n > 1 and n * len(body) > self._largest:  # Triton is sent the prompt for each choice
+        if n > 1 and n * len(body) > self._largest:  # the engine is sent the prompt for each choice
             maximum = max(self._largest // len(body), 1)
             message = f"n is {n} for a body of {len(body)} bytes; ask for at most {maximum} choices."
             raise ApiError(400, message, param="n")

@@ -18,7 +18,7 @@ from echo_trt.server.ollama.request import GenerateRequest, OllamaChatRequest, O
 from echo_trt.server.responses.request import ResponsesRequest
 from echo_trt.server.schemas import ChatRequest, CompletionRequest
 from echo_trt.server.tokens import DetokenizeRequest, TokenizeRequest
-from echo_trt.server.translated import SHARED, TranslatedRequest
+from echo_trt.server.translated import CHAT_FIELDS, TranslatedRequest
 
 BODIES = {
     "/v1/chat/completions": ChatRequest,
@@ -74,7 +74,7 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
             properties = schemas[body.__name__]["properties"]
             del properties["shared"]
             if not issubclass(body, OllamaRequest):  # whose clients know options alone
-                properties |= {name: schemas["ChatRequest"]["properties"][name] for name in SHARED} | properties
+                properties |= {name: schemas["ChatRequest"]["properties"][name] for name in CHAT_FIELDS} | properties
     paths: dict[str, Any] = {}
     for route in routes:
         if isinstance(route, Route) and route.include_in_schema:

@@ -19,13 +19,12 @@ from echo_trt.server.choices import ClientGone, PieceStream
 from echo_trt.server.errors import ApiError, from_validation
 from echo_trt.server.fields import Strict, bounded, check_supported
 from echo_trt.server.metrics import ServerMetrics
-from echo_trt.server.schemas import SHARED as SAMPLED
-from echo_trt.server.schemas import ChatRequest
+from echo_trt.server.schemas import SHARED, ChatRequest
 from echo_trt.server.turns import OutputParser
 
-#: Fields that are a chat's too, by the same name; the chat checks them.
-SHARED = (
-    *(name for name in SAMPLED if name != "token_sources"),
+#: Fields that these APIs have by the chat's names; the chat checks them.
+CHAT_FIELDS = (
+    *(name for name in SHARED if name != "token_sources"),
     "top_logprobs",
     "logit_bias",
     "stop",
@@ -95,16 +94,16 @@ class TranslatedRequest(Strict):
             if name == "shared":
                 raise ApiError(400, "shared is not known here; leave it out.", param="shared")
             if not check_supported(name, value, cls.REFUSED):
-                (shared if name in SHARED else kept)[name] = value
+                (shared if name in CHAT_FIELDS else kept)[name] = value
         return kept | {"shared": shared}
 
+    @abstractmethod
     def body(self) -> dict[str, Any]:
-        """Return the chat's fields but the shared ones. Raises ApiError, in the names of these fields."""
-        raise NotImplementedError
+        """Return the chat's fields but CHAT_FIELDS. Raises ApiError, in the client's names of fields."""
 
-    def field(self, theirs: str) -> str:
-        """Return the name that a chat's field has here."""
-        raise NotImplementedError
+    @abstractmethod
+    def client_field(self, chat_field: str) -> str:
+        """Return the client's name of a chat's field."""
 
     @property
     def left_out(self) -> list[str]:
@@ -123,9 +122,9 @@ class TranslatedRequest(Strict):
         try:
             return ChatRequest.model_validate(body)
         except ValidationError as error:
-            raise self.ours(from_validation(error.errors(include_url=False))) from None
+            raise self.in_client_fields(from_validation(error.errors(include_url=False))) from None
         except ApiError as error:
-            raise self.ours(error) from None
+            raise self.in_client_fields(error) from None
 
     def chat_for_model(self, info: ModelInfo) -> ChatRequest:
         """Return the chat, with what is asked of thoughts as far as the model takes it."""
@@ -144,21 +143,21 @@ class TranslatedRequest(Strict):
         _ = self.left_out, self.chat
         return self
 
-    def ours(self, error: ApiError) -> ApiError:
-        """Rewrite a chat's refusal in the names of these fields."""
+    def in_client_fields(self, error: ApiError) -> ApiError:
+        """Rewrite a chat's refusal in the client's names of fields."""
         reported: dict[str, Any] = error.body["error"]
-        theirs, message = reported["param"], reported["message"]
-        if not theirs:
+        chat_field, message = reported["param"], reported["message"]
+        if not chat_field:
             return error
-        field = self.field(theirs)
-        message = field + message.removeprefix(theirs) if message.startswith(theirs + " ") else message
+        field = self.client_field(chat_field)
+        message = field + message.removeprefix(chat_field) if message.startswith(chat_field + " ") else message
         return ApiError(error.status_code, message, reported["type"], field, reported["code"], error.retry_after)
 
 
-def renamed(theirs: str, names: dict[str, str]) -> str:
-    """Return a chat's field by its name in ``names``, where a longer name stands before its beginning."""
-    longest = next((name for name in names if theirs == name or theirs.startswith(name + ".")), None)
-    return names[longest] + theirs.removeprefix(longest) if longest else theirs
+def renamed(chat_field: str, names: dict[str, str]) -> str:
+    """Return the client's name of a chat's field. ``names``: chat field -> client field, a field's parts before it."""
+    longest = next((name for name in names if chat_field == name or chat_field.startswith(name + ".")), None)
+    return names[longest] + chat_field.removeprefix(longest) if longest else chat_field
 
 
 def arguments_of(text: str) -> dict[str, Any]:
@@ -200,7 +199,7 @@ class TranslatedAnswer(ABC, Generic[Requested]):
             for event in self.end():
                 yield self.written(event)
         except ApiError as error:
-            for event in self.failed(self._requested.ours(error)):
+            for event in self.failed(self._requested.in_client_fields(error)):
                 yield self.written(event)
         except ClientGone:
             self._metrics.disconnects.inc()

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from pairs import ASSISTANT, END, USER, recipe_of
+from byte_tokenizer import ASSISTANT, END, USER
+from pairs import recipe_of
 
 from echo_trt.cli.app import main
 from echo_trt.engine.llm import LLM

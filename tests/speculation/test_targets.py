@@ -57,6 +57,13 @@ def test_prices_rise_with_the_lag_up_to_a_bound_and_raise_the_price_of_time():
     assert prices(None, TUNING) is None
 
 
+def test_targets_that_cannot_be_kept_are_half_as_dear_where_they_are_many():
+    alone, usual = prices(pace_of([999, 0], [20, 0]), TUNING).usual, 0.0
+    for _ in range(200):
+        usual += 0.1 * (prices(pace_of([999] * 9, [20] * 9), TUNING, usual).usual - usual)
+    assert (alone, usual) == pytest.approx((TUNING.max_price, TUNING.max_price / 2))
+
+
 def plan_of(server, pace: Pace | None):
     count = len(server.slots)
     load = replace(load_of(count, max_draft_len=np.full(count, 99)), pace=pace, epoch=server.epoch)
@@ -126,6 +133,6 @@ def test_others_sit_out_where_that_makes_passes_shorter_and_not_where_it_does_no
 def test_chunks_shrink_beside_late_requests_and_are_whole_beside_others():
     planner = server_of(KNEE, DRAFT, CHILDREN, 8).planner
     late, early = (pace_of([lag] + [0] * 7, [100] + [0] * 7) for lag in (9, -99))
-    assert planner.chunk(late, 0, 1, 256) < planner.chunk(late, 0, 40, 256)
-    assert planner.chunk(early, 0, 1, 256) == 256
+    assert planner.prompt_budget(late, 0, 1, 256) < planner.prompt_budget(late, 0, 40, 256)
+    assert planner.prompt_budget(early, 0, 1, 256) == 256
     assert SHAPE.tuning.max_sat_out < 10

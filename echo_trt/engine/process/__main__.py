@@ -1,4 +1,4 @@
-"""``python -m echo_trt.engine.process``: the engine's process, which ``echo-trt serve`` starts beside the door."""
+"""``python -m echo_trt.engine.process``: the engine's process, beside the API server of ``echo-trt serve``."""
 
 from __future__ import annotations
 

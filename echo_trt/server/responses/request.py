@@ -38,7 +38,7 @@ IGNORED = (*(name for name in CHAT_IGNORED if name != "metadata"), "client_metad
 LOGPROBS = "message.output_text.logprobs"
 Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]  # the latter: nothing here is
 #: The chat's names of fields that are called otherwise here. A longer one stands before its beginning.
-OURS = {
+CLIENT_FIELDS = {
     "response_format.json_schema": "text.format",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
@@ -68,7 +68,7 @@ class EventOptions(Strict):
 
 
 class ResponsesRequest(TranslatedRequest):
-    """What is asked. ``top_k`` and others of SHARED are not OpenAI's (docs/request-fields.md)."""
+    """What is asked. ``top_k`` and others of CHAT_FIELDS are not OpenAI's (docs/request-fields.md)."""
 
     REFUSED = REFUSED
     IGNORED = IGNORED
@@ -124,12 +124,12 @@ class ResponsesRequest(TranslatedRequest):
             raise ApiError(400, message, param="stream_options")
         return self
 
-    def field(self, theirs: str) -> str:
-        if theirs == "messages":
+    def client_field(self, chat_field: str) -> str:
+        if chat_field == "messages":
             return "input"
-        if theirs.startswith("messages."):
-            return self.turns.field(theirs)
-        if theirs.startswith("tools."):
-            _, index, *rest = theirs.split(".")
+        if chat_field.startswith("messages."):
+            return self.turns.field(chat_field)
+        if chat_field.startswith("tools."):
+            _, index, *rest = chat_field.split(".")
             return ".".join([self.functions[int(index)].field, *rest[1:]])
-        return renamed(theirs, OURS)
+        return renamed(chat_field, CLIENT_FIELDS)
