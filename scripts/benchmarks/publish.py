@@ -1,7 +1,7 @@
 """Measure the published figures, and write docs/benchmarks.*, its plots and README's table from that one run.
 
     python scripts/benchmarks/publish.py bundles/smollm2-135m --prompts mt_bench.jsonl --prompts gsm8k.jsonl \
-        --lossless bundles/smollm2-135m-fp32
+        --lossless bundles/smollm2-135m-fp32 --second bundles/gemma3-270m
     python scripts/benchmarks/publish.py --from docs/benchmarks.json       # render again, measure nothing
 
 The demo's prompts are always among those that are asked. Nothing else should run on the machine meanwhile. A bundle in
@@ -65,6 +65,8 @@ PROCESSORS = {
     "family 6, model 207": "5th Xeon, AMX",
 }
 WIDTH = 100  # of README's lines
+SECOND_POLICIES, SECOND_BATCHES = ("static", EXACT, DEFAULT), "1,4,16"  # of a second model
+SECOND = "It is pretrained, not tuned: its texts repeat themselves, which prompt lookup finds."
 DATA = (
     "The four sets are the evaluation prompts of EAGLE's repository (SafeAILab/EAGLE, eagle/data, Apache-2.0): MT-bench"
     " and 80 each of GSM8K's tests, HumanEval and Alpaca. A row of a prompts file is a JSON object with `id` and "
@@ -82,6 +84,7 @@ def main(
     rounds: Annotated[int, Parameter(help="Rounds, which are pooled.")] = ROUNDS,
     max_tokens: Annotated[int, Parameter(help="New tokens per request.")] = MAX_TOKENS,
     lossless: Annotated[Path | None, Parameter(help="The bundle in fp32 whose texts are compared.")] = None,
+    second: Annotated[Path | None, Parameter(help="The bundle of another model, measured in fewer cells.")] = None,
     stored: Annotated[Path | None, Parameter("--from", help="Render this run again and measure nothing.")] = None,
 ) -> None:
     if (bundle is None) == (stored is None):
@@ -90,16 +93,23 @@ def main(
         run = json.loads(stored.read_text())
     else:
         files = [DEMO, *(prompts or [])]
-        run = measure(bundle, files, requests, rounds, max_tokens, lossless)
+        run = measure(bundle, files, requests, rounds, max_tokens, lossless, second)
     write(run, ROOT)
 
 
 def measure(
-    bundle: Path, prompts: list[Path], requests: int, rounds: int, max_tokens: int, lossless: Path | None = None
+    bundle: Path,
+    prompts: list[Path],
+    requests: int,
+    rounds: int,
+    max_tokens: int,
+    lossless: Path | None = None,
+    second: Path | None = None,
 ) -> Run:
     """Run ``echo-trt bench``; its figures, with the commit, the date and the command in ``published``.
 
-    With a bundle ``lossless`` its texts are compared, too: rows of ``lossless.py`` by mode, greedy or sampled.
+    With a bundle ``lossless`` its texts are compared, too: rows of ``lossless.py`` by mode, greedy or sampled. With a
+    bundle ``second`` its run is in ``second``.
     """
     options = ["--requests", str(requests), "--rounds", str(rounds), "--max-tokens", str(max_tokens)]
     git = subprocess.run(
@@ -107,14 +117,22 @@ def measure(
     )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run.json"
-        words = ["bench", str(bundle), "--policies", ",".join(p for p in NAMES if p != PLAIN), "--batch", BATCHES]
-        words += [word for file in prompts for word in ("--prompts", str(file))]
-        subprocess.run([sys.executable, "-m", "echo_trt.cli.app", *words, *options, "--json", str(out)], check=True)
-        run = json.loads(out.read_text())
+
+        def bench(measured: Path, policies: Iterable[str], batches: str) -> Run:
+            words = ["bench", str(measured), "--policies", ",".join(policies), "--batch", batches]
+            words += [word for file in prompts for word in ("--prompts", str(file))]
+            subprocess.run([sys.executable, "-m", "echo_trt.cli.app", *words, *options, "--json", str(out)], check=True)
+            found: Run = json.loads(out.read_text())
+            return found
+
+        run = bench(bundle, (policy for policy in NAMES if policy != PLAIN), BATCHES)
+        if second:
+            run["second"] = bench(second, SECOND_POLICIES, SECOND_BATCHES)
         if lossless:
             run["lossless"] = {mode: _compared(lossless, prompts, more, out) for mode, more in LOSSLESS.items()}
     named = [word for file in prompts if file != DEMO for word in ("--prompts", file.name)]
-    named += ["--lossless", f"bundles/{lossless.name}"] if lossless else []
+    for option, other in (("--lossless", lossless), ("--second", second)):
+        named += [option, f"bundles/{other.name}"] if other else []
     command = ["python", "scripts/benchmarks/publish.py", f"bundles/{bundle.name}", *named, *options]
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     made = {"commit": git.stdout.strip(), "date": today, "command": shlex.join(command)}
@@ -170,8 +188,20 @@ def block(run: Run) -> str:
             "",
             _prose(_proposers(run), WIDTH),
             "",
+            *([_prose(_second(run["second"]), WIDTH), ""] if "second" in run else []),
             _table(["Texts beside plain decoding's", "promise", "equal in this run"], _equal_rows(run)),
         ]
+    )
+
+
+def _second(run: Run) -> str:
+    """Say what the default gains on a second model."""
+    rows = [row for row in run["results"] if (row["set"], row["policy"]) == ("all", DEFAULT)]
+    gains = ", ".join(f"{_ratio(row['ratio'])} at {row['batch']}" for row in rows)
+    plain = ", ".join(_rate(_row(run, PLAIN, row["batch"])["decode_tokens_per_s"]) for row in rows)
+    return (
+        f"A second model, {run['bundle']}, without a draft network: `{DEFAULT}` {gains} requests (plain decoding: "
+        f"{plain} tokens/s). {SECOND}"
     )
 
 
@@ -269,6 +299,7 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
         by_batch(lambda row: _rate(row["decode_tokens_per_s"]), NAMES),
         "## Tokens per verification",
         by_batch(lambda row: _ratio(row["accepted_length"])),
+        *_second_model(run.get("second")),
         "## Where an iteration's time goes",
         "![Milliseconds of an iteration by phase and load](img/iteration.svg)",
         "## Texts equal to plain decoding's",
@@ -283,6 +314,22 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
         _table(["what", "machine", "version", "figures"], old),
     ]
     return "\n\n".join(part if part.startswith(("|", "`")) else _prose(part) for part in sections) + "\n"
+
+
+def _second_model(run: Run | None) -> list[str]:
+    """Return the sections of a second model, which the same command measured."""
+    if run is None:
+        return []
+    batches = sorted({row["batch"] for row in run["results"]})
+    rows = [[NAMES[p], *(_speed(_row(run, p, batch)) for batch in batches)] for p in (PLAIN, *SECOND_POLICIES)]
+    same = [[NAMES[p], *(_row(run, p, batch)["same_texts"] for batch in batches)] for p in SECOND_POLICIES]
+    return [
+        "## A second model",
+        f"{_second(run)} {_proposers(run)} Decode tokens/s (times plain decoding), then texts equal to plain "
+        "decoding's:",
+        _table(["requests", *map(str, batches)], rows),
+        _table(["requests", *map(str, batches)], same),
+    ]
 
 
 def plots(run: Run) -> dict[str, str]:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 BEAT = 0.05  # seconds between two looks at what has changed; larger: a drained engine ends later
 FLUSH = 0.25  # seconds between two updates of metrics
 SNAPSHOT, IDLE_SNAPSHOT = 0.2, 1.0  # seconds between two snapshots, and where nothing happens
-MAX_VIEWERS = 8  # clients that get snapshots; a door is one of them, with all its viewers
+MAX_VIEWERS = 8  # clients that get snapshots; an API server is one of them, with all its viewers
 
 
 @dataclass(eq=False)

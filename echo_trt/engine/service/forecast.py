@@ -64,7 +64,7 @@ class Forecaster:
     def forecast(
         self, prompt: int, targeted: bool, running: int, slots: int, ahead: int, tokens_ahead: int
     ) -> ExpectedLatency:
-        """ExpectedLatency a request.
+        """Forecast a request's latency.
 
         prompt    tokens of its prompt
         running   requests that run

@@ -126,7 +126,7 @@ class Traffic(Walk):
         if pace and (seats := planner.seats(pace, int(self.context.sum()))) is not None:
             self.running, pace = decoding[seats], pace.of(seats)
         if pace and len(prefilling) and not self.targets.hurry(prefilling, self.now):
-            maximum = planner.chunk(pace, int(self.context.sum()), len(prefilling), CHUNK)
+            maximum = planner.prompt_budget(pace, int(self.context.sum()), len(prefilling), CHUNK)
         counts = np.clip(maximum - begins(self._missing[prefilling])[:-1], 0, self._missing[prefilling])
         chunked = prefilling[counts > 0]
         cached = int((self.prompt[chunked] - self._missing[chunked]).sum())
