@@ -11,6 +11,7 @@ from rich.console import Console
 from echo_trt.bundle.manifest import read_manifest, verify_files
 from echo_trt.bundle.read_recipe import load_recipe
 from echo_trt.bundle.recipe import Recipe
+from echo_trt.cli.recipes import shipped_folder
 from echo_trt.errors import UserError
 from echo_trt_lab.sizing.cards import CARDS, parse_cards
 from echo_trt_lab.sizing.fit import fit
@@ -22,7 +23,9 @@ def run(options: InspectOptions, console: Console) -> int:
     """Print the tables; returns the exit code, 1 where a recipe does not fit."""
     path, cards = options.path, options.cards
     if not os.path.exists(path):
-        raise UserError(f"{path} does not exist; name a bundle's folder, or a recipe's YAML file.")
+        path, named = shipped_folder() / f"{path}.yaml", path
+        if not path.is_file():
+            raise UserError(f"{named} does not exist; name a bundle's folder, a recipe's file or a shipped recipe.")
     if not path.is_dir():
         return 0 if print_recipe(load_recipe(path), path.parent, cards, console) else 1
     if cards is not None:

@@ -13,7 +13,9 @@ from cyclopts import Parameter
 class InspectOptions:
     """What ``inspect`` is asked to do."""
 
-    path: Annotated[Path, Parameter(help="A bundle folder, or a recipe.", metavar="BUNDLE|RECIPE")]
+    path: Annotated[
+        Path, Parameter(help="A bundle folder, a recipe, or a shipped one's name.", metavar="BUNDLE|RECIPE")
+    ]
     _: KW_ONLY
     cards: Annotated[
         str | None,
