@@ -17,10 +17,10 @@ from echo_trt.server.choices import ClientGone, PieceStream
 from echo_trt.server.errors import ApiError
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.schemas import ChatRequest, CompletionRequest
-from echo_trt.server.turns import Delta, OutputParser
+from echo_trt.server.turns import MessageDelta, OutputParser
 
 Item = TypeVar("Item")
-Entry = dict[str, Any]  # of a token: token, logprob, bytes, top_logprobs (a list of such), text_offset
+TokenLogprob = dict[str, Any]  # of a token: token, logprob, bytes, top_logprobs (a list of such), text_offset
 
 
 class ApiAnswer:
@@ -153,12 +153,12 @@ async def chained(first: Item, rest: AsyncGenerator[Item]) -> AsyncIterator[Item
             yield item
 
 
-def chat_logprobs(entries: Sequence[Entry]) -> dict[str, Any]:
+def chat_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
     content = [{key: value for key, value in entry.items() if key != "text_offset"} for entry in entries]
     return {"content": content, "refusal": None}
 
 
-def _completion_logprobs(entries: Sequence[Entry]) -> dict[str, Any]:
+def _completion_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
     return {
         "tokens": [entry["token"] for entry in entries],
         "token_logprobs": [entry["logprob"] for entry in entries],
@@ -167,7 +167,7 @@ def _completion_logprobs(entries: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _by_token(entry: Entry) -> dict[str, float] | None:
+def _by_token(entry: TokenLogprob) -> dict[str, float] | None:
     """Return the best tokens' log-probabilities and the token's own, so there may be one more than asked for."""
     if entry["logprob"] is None:  # a prompt's first token
         return None
@@ -178,7 +178,7 @@ def _counts(prompt: int, completion: int) -> dict[str, Any]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _delta(index: int, delta: Delta, reason: str | None = None) -> dict[str, Any]:
+def _delta(index: int, delta: MessageDelta, reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
 
 

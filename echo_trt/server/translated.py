@@ -36,6 +36,7 @@ CHAT_FIELDS = (
     "chat_template_kwargs",
     "parallel_tool_calls",
 )
+AnswerEvent = dict[str, Any]  # as it is sent
 _TURN = re.compile(r"^messages\.(\d+)(?:\.tool_calls\.(\d+))?(?:\.function)?")
 
 
@@ -210,24 +211,24 @@ class TranslatedAnswer(ABC, Generic[Requested]):
         self._metrics.prompt_tokens.inc(self._turn.prompt_tokens)
         self._metrics.completion_tokens.inc(self._turn.completion_tokens)
 
-    def begin(self, first: TextPiece) -> Iterator[dict[str, Any]]:
+    def begin(self, first: TextPiece) -> Iterator[AnswerEvent]:
         """Yield events before the first text."""
         return iter(())
 
     @abstractmethod
-    def take(self, piece: TextPiece) -> Iterator[dict[str, Any]]:
+    def take(self, piece: TextPiece) -> Iterator[AnswerEvent]:
         """Yield events of the text that became certain."""
 
     @abstractmethod
-    def end(self) -> Iterator[dict[str, Any]]: ...
+    def end(self) -> Iterator[AnswerEvent]: ...
 
     @abstractmethod
-    def failed(self, error: ApiError) -> Iterator[dict[str, Any]]: ...
+    def failed(self, error: ApiError) -> Iterator[AnswerEvent]: ...
 
     @abstractmethod
     def complete(self) -> dict[str, Any]:
         """Return the answer, once its text has ended."""
 
-    def written(self, event: dict[str, Any]) -> str:
+    def written(self, event: AnswerEvent) -> str:
         """Return an event as it is sent."""
         return f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"

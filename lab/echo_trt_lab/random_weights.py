@@ -40,7 +40,7 @@ from echo_trt.sizing.shapes import config_of
 STAND_IN = "smollm2-135m.yaml"  # the recipe whose tokenizer stands in
 END = "<|end|>"
 CHAT = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
-Shapes = dict[str, tuple[int, ...]]
+TensorShapes = dict[str, tuple[int, ...]]
 
 
 def with_random_weights(recipe: Recipe) -> Recipe:
@@ -127,7 +127,7 @@ class RandomCheckpoint:
         return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
 
 
-def _shapes(raw: dict[str, Any], where: str) -> Shapes:
+def _shapes(raw: dict[str, Any], where: str) -> TensorShapes:
     """Return the shapes of a network's tensors, by the names of its checkpoint. Raises UserError.
 
     A draft takes the target's embedding, and a block drafter its output matrix, where they may have the same.
