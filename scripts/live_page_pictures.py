@@ -17,7 +17,7 @@ LARGEST = 200_000  # bytes of a picture
 #: name -> width, height, theme, prompt, beside plain decoding, requests of the load
 PICTURES = {
     "live-page": (1360, 860, "light", "Why is the sky blue?", False, 6),
-    "live-page-dark": (1360, 860, "dark", "Write a haiku about the sea.", True, 24),
+    "live-page-dark": (1360, 860, "dark", "Write a haiku about the sea.", True, 8),
     "live-page-phone": (360, 780, "light", "Why is the sky blue?", False, 2),
 }
 
@@ -33,11 +33,10 @@ def take(page: Page, prompt: str, beside: bool, load: int) -> None:
     page.wait_for_selector("#stop:disabled", timeout=300_000)
     page.fill("#load", str(load))
     page.click("#load-switch")
+    page.evaluate("window.scrollTo(0, 0)")
     page.wait_for_timeout(15_000)
     while not page.evaluate("Number(tree.dataset.nodes) > 2 * Number(tree.dataset.requests)"):
         page.wait_for_timeout(20)
-    page.evaluate("window.scrollTo(0, 0)")
-    page.wait_for_timeout(500)
 
 
 def main(url: str) -> None:

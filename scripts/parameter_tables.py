@@ -3,8 +3,8 @@
     python scripts/parameter_tables.py
 
 Sampling parameters (``echo_trt/engine/params.py``) are the inputs of model_repo/echo/config.pbtxt, and tables of
-docs/triton-api.md, docs/openai-api.md and docs/python-api.md; families (``echo_trt/models/families``) are the table of
-docs/models.md; metrics, errors of the API server and environment variables have pages of their own.
+docs/triton-api.md, docs/request-fields.md and docs/python-api.md; families (``echo_trt/models/families``) are the table
+of docs/models.md; metrics, errors of the API server and environment variables have pages of their own.
 """
 
 from __future__ import annotations
@@ -225,14 +225,14 @@ NOTES = yaml.safe_load((ROOT / "scripts/reference_notes.yaml").read_text())
 WRITTEN: dict[str, list[tuple[str, Callable[[], str]]]] = {
     "model_repo/echo/config.pbtxt": [(r"(^input \[\n)(?:.*?\n)(\]$)", config_inputs)],
     "docs/triton-api.md": [(r"(^)\| input \|(?:[^\n]*\n\|)*[^\n]*\n()", triton_table)],
-    "docs/openai-api.md": [(r"(^)\| field \| type \|(?:[^\n]*\n\|)*[^\n]*\n()", openai_table)],
+    "docs/request-fields.md": [(r"(^)\| field \| type \|(?:[^\n]*\n\|)*[^\n]*\n()", openai_table)],
     "docs/models.md": [(r"(^)\| family \|(?:[^\n]*\n\|)*[^\n]*\n()", models_table)],
     "docs/python-api.md": [(section("Sampling parameters"), python_table)],
     "docs/metrics.md": [
         (section("The engine's"), engine_metrics),
         (section("The API server's"), server_metrics),
-        (section("Names of other servers"), aliases_table),
     ],
+    "docs/metric-names.md": [(section("Names of other servers"), aliases_table)],
     "docs/errors.md": [(section("The API server's answers"), errors_table)],
     "docs/environment.md": [(section(title), partial(variables_table, title)) for title in NOTES["variables"]],
 }

@@ -130,6 +130,20 @@ def bundle_of(made_once, networks, tmp_path_factory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def tool_bundle(made_once, tmp_path_factory) -> Callable[[str], Path]:
+    """kind (tool_models.py) -> the bundle of its model. Only to be read."""
+    import tool_models
+
+    from echo_trt.cli.build import build
+
+    def make(kind: str, out: Path) -> None:
+        folder = tmp_path_factory.mktemp(kind)
+        build(tool_models.write(folder, kind), folder, out)
+
+    return lambda kind: made_once(f"tools-{kind}", lambda out: make(kind, out))
+
+
+@pytest.fixture(scope="session")
 def open_llm(bundle_of, networks) -> Callable[..., LLM]:
     """Return an LLM of its own for each test; with engine "torch" the reference runs behind the same loop.
 

@@ -74,8 +74,6 @@ def _check(job: ServeOptions) -> None:
     for option, port in wanted.items():
         if trouble := port_trouble(option, job.host, port):
             raise UserError(f"{trouble}.")
-    if job.api_keys and not job.api_keys.is_file():
-        raise UserError(f"--api-keys-file is {job.api_keys}, which is no file; name one with a key a line.")
     if job.api_keys:
         unknown = Keys(job.api_keys).classes - {
             *LatencyClasses(job.latency_classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 from pathlib import Path
 
 from echo_trt.errors import UserError
@@ -20,21 +21,18 @@ class Keys:
 
     def __init__(self, path: Path):
         """Blank lines and lines that begin with # are skipped. Raises UserError where the file holds no usable key."""
-        self._path, self._digests = path, read(path)
-        self._read = path.stat().st_mtime_ns
+        self._path, self._state, self._digests = path, _state(path), read(path)
 
     def _follow(self) -> None:
         """Read the file again if it has changed; the keys stay while it is away or holds none that can be used."""
-        try:
-            changed = self._path.stat().st_mtime_ns
-        except OSError:
-            return
-        if changed != self._read:
-            self._read = changed
+        if (state := _state(self._path)) != self._state:
+            self._state = state
             try:
                 self._digests = read(self._path)
             except UserError as error:
                 log.warning("the API keys stay as they were: %s", error)
+            else:  # what is below a warning is not shown
+                log.warning("API keys file %s has changed; keys that it holds: %d", self._path, len(self._digests))
 
     @property
     def classes(self) -> set[str]:
@@ -54,12 +52,22 @@ class Keys:
         return scheme.lower() == b"bearer" and any(matches)
 
 
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Return what differs once a file was written, replaced, or given to another user; None: it is not there."""
+    try:
+        now = path.stat()
+    except OSError:
+        return None
+    return now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+
+
 def read(path: Path) -> dict[bytes, str | None]:
     """Read a file of keys: digest -> latency class. Raises UserError where the file holds no usable key."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise UserError(f"API keys file {path} cannot be read ({error.strerror}); name a file of keys.") from None
+        reason = f"{error.strerror}, as user {os.geteuid()}"
+        raise UserError(f"API keys file {path} cannot be read ({reason}); name one that this user may read.") from None
     parts = [line.strip().partition(b" latency=") for line in lines]
     keys = {key: name.strip().decode() or None for key, _, name in parts if key and not key.startswith(b"#")}
     if not keys:

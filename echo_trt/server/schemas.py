@@ -117,7 +117,7 @@ def _field(name: str) -> tuple[Any, Any]:
     return (kind if default is not None else kind | None), default
 
 
-#: Sampling parameters of one value that both endpoints have by their own names (docs/openai-api.md).
+#: Sampling parameters of one value that both endpoints have by their own names (docs/request-fields.md).
 SHARED = tuple(name for name, known in SINGLE.items() if known.openai is not None)
 if TYPE_CHECKING:
 
@@ -129,7 +129,7 @@ else:
 
 
 class Params(Sampled):
-    """What both endpoints share. ``top_k`` and others are not OpenAI's (docs/openai-api.md)."""
+    """What both endpoints share. ``top_k`` and others are not OpenAI's (docs/request-fields.md)."""
 
     model: str
     stream: bool = False

@@ -62,9 +62,9 @@ def demo(
 ) -> int:
     """Run all races and print what came of them. Returns the exit code; ``frame`` gets every picture of the first."""
     coloured, prompts = wants_colour(out, "auto"), read_prompts(PROMPTS)
-    table = Table(title="tokens per second, beside plain decoding", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("policy", "in", "at once", "plain", "drafted", "ratio", "a pass", "same"):  # in 80 columns
-        table.add_column(column, justify="left" if column in ("policy", "in") else "right")
+    table = Table(title="Tokens per second", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("policy, precision, load", "plain decoding", "with drafts", "speedup", "same text"):  # in 80 columns
+        table.add_column(column, justify="right" if table.columns else "left")
     rows: list[tuple[Race, dict[str, Any], dict[str, Any]]] = []
     notes, broken = [], []
     for number, one in enumerate(RACES):
@@ -76,8 +76,9 @@ def demo(
         rows.append((one, plain, other))
         computed, same = computes_in(llm.manifest), f"{other['identical']} of {other['requests']}"
         ratio = f"{other['tokens_per_s'] / plain['tokens_per_s']:.2f}x"
-        speeds = f"{plain['tokens_per_s']:.1f}", f"{other['tokens_per_s']:.1f}"
-        table.add_row(one.policy, computed, str(one.batch), *speeds, ratio, f"{other['accepted_length']:.2f}", same)
+        load = "1 request" if one.batch == 1 else f"{one.batch} at once"
+        speeds = f"{plain['tokens_per_s']:.0f}", f"{other['tokens_per_s']:.0f}"
+        table.add_row(f"{one.policy}, {computed}, {load}", *speeds, ratio, same)
         if first and coloured:
             out.print(legend(sides[1].counts), highlight=False, soft_wrap=True)
         if other["logit_gaps"]:

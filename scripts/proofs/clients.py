@@ -30,7 +30,12 @@ PAGE = """# Tested clients
 
 `scripts/proofs/clients.py` installs each client in an environment of its own, asks a server of the default bundle, and
 writes this page. A feature works, is *refused* by a sentence that the client shows, or is broken. Claude Code
-asked a bundle of the same weights with a context of 32,768 tokens.
+asked a bundle of the same weights with a context of 32,768 tokens. To repeat it, in a clone, with npm for some clients:
+
+```
+echo-trt serve bundles/smollm2-135m
+python scripts/proofs/clients.py --folder clients --page docs/clients.md       # in a second terminal
+```
 
 | client | version | works | refused or broken |
 |---|---|---|---|

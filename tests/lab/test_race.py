@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from itertools import pairwise
 
 import pytest
@@ -77,6 +78,8 @@ def test_the_demo_is_short_and_says_that_texts_are_equal(bundles):
     text = out.file.getvalue()
     assert text.count("same text\n") == 6
     assert text.count("6 of 6") == 3
+    assert re.search(r"policy, precision, load +plain decoding +with drafts +speedup +same text", text)
+    assert re.search(r"goodput, \w+, 2 at once +\d+ +\d+ +\d+\.\d\dx +6 of 6", text)
     assert "The same texts came" in text
     assert len(text.splitlines()) < 30
     assert "\x1b" not in text

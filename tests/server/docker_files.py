@@ -54,7 +54,10 @@ def check_services(services: dict[str, dict[str, Any]]) -> None:
     for name, service in services.items():
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
-        assert service["image"].startswith("echo-trt:") or pinned(service["image"]), name
+        image = re.sub(r"^\$\{IMAGE:-(.+)\}$", r"\1", service["image"])
+        assert image.startswith("echo-trt:") or pinned(image), name
+        for port in service.get("ports", []):
+            assert re.match(r"(\$\{ADDRESS:-)?127\.0\.0\.1\b", port), "who wants it open says so"
         for volume in service.get("volumes", []):
             source = volume.partition(":")[0]
             assert not source.startswith("./") or (DOCKER / source).exists(), source

@@ -32,6 +32,7 @@ from server.docker_files import (
 from echo_trt.supervision.options import TRITON_PORTS, ServeOptions
 
 DOCKERFILES = ("Dockerfile.cpu", "Dockerfile.gpu")
+DEPLOYMENTS = ("deployment", "deployment-gpu")
 PORTS = {
     "Dockerfile.cpu": {ServeOptions.openai_port},
     "Dockerfile.gpu": {*TRITON_PORTS.values(), ServeOptions.openai_port},
@@ -109,6 +110,10 @@ def test_compose_is_hardened_and_its_files_exist():
     compose, over = documents("compose.yaml")[0], documents("compose.gpu.yaml")[0]
     assert {*over["services"]} <= {*compose["services"]} == {"server", "prometheus", "grafana"}
     check_services(compose["services"])
+    server = compose["services"]["server"]
+    assert (server["stop_grace_period"], server["command"][-1]) == ("${STOP_SECONDS:-80}s", "${DRAIN_SECONDS:-60}")
+    keys = Path(server["command"][server["command"].index("--api-keys-file") + 1])
+    assert any(volume.endswith(f":{keys.parent}:ro") for volume in server["volumes"])  # the folder, so that mv is seen
     for build in (service["build"] for service in compose["services"].values() if "build" in service):
         assert (DOCKER / build["context"] / build["dockerfile"]).is_file()
     assert (ROOT / over["services"]["server"]["build"]["dockerfile"]).is_file()
@@ -118,7 +123,7 @@ def test_containers_are_started_with_options_that_exist():
     """Every --option of compose and Kubernetes is one of the command that gets it."""
     for container in (
         *(documents(name)[0]["services"]["server"] for name in ("compose.yaml", "compose.gpu.yaml")),
-        *_pod(documents("kubernetes/deployment.yaml")[0])["containers"],
+        *(_pod(documents(f"kubernetes/{name}.yaml")[0])["containers"][0] for name in DEPLOYMENTS),
         *documents("kubernetes/kserve.yaml")[0]["spec"]["predictor"]["containers"],
     ):
         words = tool(container)
@@ -130,10 +135,10 @@ def _pod(deployment: dict[str, Any]) -> dict[str, Any]:
     return deployment["spec"]["template"]["spec"]
 
 
-@pytest.mark.parametrize("name", ["deployment", "kserve"])
+@pytest.mark.parametrize("name", [*DEPLOYMENTS, "kserve"])
 def test_pods_are_hardened_and_their_names_agree(name):
     documents_ = documents(f"kubernetes/{name}.yaml")
-    pod = _pod(documents_[0]) if name == "deployment" else documents_[0]["spec"]["predictor"]
+    pod = documents_[0]["spec"]["predictor"] if name == "kserve" else _pod(documents_[0])
     check_pod(pod)
     for container in pod["containers"]:
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
@@ -142,8 +147,13 @@ def test_pods_are_hardened_and_their_names_agree(name):
             get = container[probe]["httpGet"]
             assert get["path"] == "/health"
             assert get["port"] in (*ports, *ports.values())
-    if name == "deployment":
-        by_kind = {document["kind"]: document["spec"] for document in documents_}
+        words = container["args"]
+        assert pod["terminationGracePeriodSeconds"] == int(words[words.index("--drain-timeout") + 1]) + 30
+    if name != "kserve":
+        beside = documents("kubernetes/deployment.yaml")
+        by_kind = {document["kind"]: document["spec"] for document in beside}
+        assert documents_[0]["metadata"] == beside[0]["metadata"]  # one Deployment replaces the other
+        assert ("--triton" in words, "nvidia.com/gpu" in container["resources"]["limits"]) == ("gpu" in name,) * 2
         labels = documents_[0]["spec"]["template"]["metadata"]["labels"]
         assert by_kind["Service"]["selector"].items() <= labels.items()
         assert {port["targetPort"] for port in by_kind["Service"]["ports"]} <= set(ports)
@@ -152,7 +162,7 @@ def test_pods_are_hardened_and_their_names_agree(name):
         assert {rule["port"] for rule in by_kind["NetworkPolicy"]["ingress"][0]["ports"]} == {"openai"}
 
 
-@pytest.mark.parametrize("name", ["deployment", "kserve"])
+@pytest.mark.parametrize("name", [*DEPLOYMENTS, "kserve"])
 def test_manifests_fit_kubernetes_own_schemas(name):
     validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate").validate
     manifests = documents(f"kubernetes/{name}.yaml")
@@ -182,6 +192,11 @@ def test_the_docs_say_what_to_do_at_each_alert():
 def test_prometheus_asks_the_server_s_port_and_the_dashboard_its_datasource():
     [job] = documents("prometheus.yml")[0]["scrape_configs"]
     assert job["static_configs"][0]["targets"] == [f"server:{ServeOptions.openai_port}"]
+    monitor, deployment = (documents(f"kubernetes/{name}.yaml")[0] for name in ("podmonitor", "deployment"))
+    assert monitor["spec"]["selector"] == deployment["spec"]["selector"]
+    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] in {port["name"] for port in _pod(deployment)["containers"][0]["ports"]}
+    assert endpoint["relabelings"] == [{"targetLabel": "job", "replacement": job["job_name"]}]
     dashboard = json.loads((DOCKER / "grafana/dashboards/echo.json").read_text())
     [source] = documents("grafana/provisioning/datasources/prometheus.yaml")[0]["datasources"]
     cells = [

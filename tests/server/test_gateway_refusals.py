@@ -303,7 +303,7 @@ def test_a_keys_file_that_changes_is_read_again(tmp_path, caplog):
     def replaced(text: str) -> None:
         new = tmp_path / "new"
         new.write_text(text)
-        os.utime(new, ns=(0, file.stat().st_mtime_ns + 1))
+        os.utime(new, ns=(0, file.stat().st_mtime_ns))  # as a copy that keeps times
         new.replace(file)
 
     with running(api_keys_file=file) as client:
@@ -316,9 +316,14 @@ def test_a_keys_file_that_changes_is_read_again(tmp_path, caplog):
         for text, allowed in ((f"{KEY}\n{OTHER_KEY}", [200, 200]), ("short", [200, 200]), (OTHER_KEY, [401, 200])):
             replaced(text)
             assert statuses() == allowed
+        with file.open("a") as lines:
+            lines.write(f"\n{KEY}\n")
+        assert statuses() == [200, 200]
         file.unlink()
-        assert statuses() == [401, 200]
-    assert caplog.text.count("the API keys stay as they were: API keys file") == 1
+        assert statuses() == [200, 200]
+    assert caplog.text.count("the API keys stay as they were: API keys file") == 2
+    for number, times in ((2, 2), (1, 1)):
+        assert caplog.text.count(f"{file} has changed; keys that it holds: {number}") == times
 
 
 @pytest.mark.parametrize("text", [None, "", "# only this\n", "short\n", f"{KEY} {OTHER_KEY}\n"])

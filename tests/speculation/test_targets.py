@@ -57,6 +57,13 @@ def test_prices_rise_with_the_lag_up_to_a_bound_and_raise_the_price_of_time():
     assert prices(None, TUNING) is None
 
 
+def test_targets_that_cannot_be_kept_are_half_as_dear_where_they_are_many():
+    alone, usual = prices(pace_of([999, 0], [20, 0]), TUNING).usual, 0.0
+    for _ in range(200):
+        usual += 0.1 * (prices(pace_of([999] * 9, [20] * 9), TUNING, usual).usual - usual)
+    assert (alone, usual) == pytest.approx((TUNING.max_price, TUNING.max_price / 2))
+
+
 def plan_of(server, pace: Pace | None):
     count = len(server.slots)
     load = replace(load_of(count, max_draft_len=np.full(count, 99)), pace=pace, epoch=server.epoch)

@@ -81,7 +81,7 @@ INPUTS: tuple[Tensor, ...] = (
         "stream",
         "BOOL",
         False,
-        "several responses; over HTTP use `generate_stream` then ([why](#limits-of-triton))",
+        "several responses; over HTTP use `generate_stream` then ([why](triton-clients.md#limits-of-triton))",
     ),
     Tensor("exclude_input_in_output", "BOOL", True, "false: the prompt precedes the answer, unless it is a chat"),
     Tensor("return_perf_metrics", "BOOL", False, "the statistics below"),

@@ -131,7 +131,7 @@ export class Answer {
     const told = [];
     if (this.first) told.push(["first token", `${short(this.first - this.begin, 0)} ms`]);
     if (this.rate) told.push(["speed", `${short(this.rate)} tokens/s`]);
-    if (this.sources.size) told.push(["accepted length", short(this.acceptedLength, 2)]);
+    if (this.sources.size) told.push(["tokens per pass", short(this.acceptedLength, 2)]);
     if (this.count) told.push(["tokens", String(this.count)]);
     if (this.reason === "length") told.push(["end", "at the limit"]);
     this.figures.replaceChildren(

@@ -103,17 +103,18 @@ function legends() {
   };
   $("legend").replaceChildren(...SOURCES.map(({ name, label, about }) => key(`s-${name}`, label, about)));
   $("fates").replaceChildren(
-    key("f-accepted", "accepted"),
-    key("f-rejected", "verified, rejected"),
-    key("f-pruned", "considered, not verified"),
+    key("f-root", "a request's last token"),
+    key("f-accepted", "draft token, accepted"),
+    key("f-rejected", "rejected"),
+    key("f-pruned", "not worth checking"),
     key("g-open", "gate open"),
     key("g-closed", "gate closed"),
   );
   $("strip-legend").replaceChildren(
-    key("b-roots", "pending token"),
+    key("b-roots", "last token of a request"),
     key("b-accepted", "accepted draft"),
     key("b-rejected", "rejected draft"),
-    key("b-line", "budget or rung"),
+    key("b-line", "limit"),
   );
 }
 

@@ -7,18 +7,18 @@ export const FORMAT = 1;
 const MINUTES = 3, WINDOW = 2; // of the curves; seconds over which rates are taken
 const BARS = 96; // iterations that are drawn
 const PARTS = [
-  ["plan", "planning"],
-  ["draft", "draft"],
-  ["verify", "target"],
+  ["plan", "choosing drafts"],
+  ["draft", "draft network"],
+  ["verify", "target network"],
   ["other", "the rest"],
 ];
 const TILES = [
-  ["rate", "Tokens/s"],
-  ["length", "Accepted length"],
-  ["gain", "Over plain decoding"],
-  ["running", "Requests"],
-  ["blocks", "KV blocks"],
-  ["cache", "Prefix cache"],
+  ["rate", "Tokens per second"],
+  ["length", "Tokens per pass of a request"],
+  ["gain", "Speedup at this load"],
+  ["running", "Requests running"],
+  ["blocks", "KV blocks in use"],
+  ["cache", "Prompt tokens reused"],
 ];
 
 let past = [], curve = [], bars = [], latest = null, paused = false, shownAt = 0, toldAt = -Infinity;
@@ -56,7 +56,7 @@ export function setUp() {
 export function show(now) {
   const time = performance.now() / 1000;
   if (past.length && past.at(-1).totals.iterations > now.totals.iterations) past = [];
-  past.push({ time, totals: now.totals });
+  past.push({ time, totals: now.totals, running: now.running });
   while (past.length > 2 && past[1].time < time - WINDOW) past.shift();
   note(now, time);
   now.last = now.last || latest?.last; // a server at which nobody looked has forgotten it
@@ -66,6 +66,9 @@ export function show(now) {
   shownAt = time;
   requestAnimationFrame(draw);
 }
+
+/** Requests that run now, as far as is known. */
+export const running = () => past.at(-1)?.running || 0;
 
 /** The engine is away. */
 export function away() {
@@ -98,17 +101,18 @@ function draw() {
   if (!now) return;
   const kept = Object.entries(now.latency).map(([name, [all, kept]]) => `${name} ${Math.round((100 * kept) / all)} %`);
   const targets = kept.length ? `, targets kept: ${kept.join(", ")}` : "";
-  $("policy").textContent = `policy ${now.policy}${now.budget ? `, K_max ${now.budget}` : ""}${targets}`;
-  tile("rate", short(now.rate, 0), "");
-  tile("length", short(now.length, 2), "tokens per verification");
-  tile("gain", now.gain ? `${short(now.gain, 2)} ×` : "–", now.gain ? "by the policy" : "");
-  tile("running", `${now.running}`, `of ${now.slots}${now.queued ? `, ${now.queued} wait` : ""}`);
+  const limit = shared(now) ? `, at most ${shared(now)} tokens per pass (K_max)` : "";
+  $("policy").textContent = `policy ${now.policy}${limit}${targets}`;
+  tile("rate", short(now.rate, 0), "all requests");
+  tile("length", short(now.length, 2), "plain decoding: 1");
+  tile("gain", now.gain ? `${short(now.gain, 2)} ×` : "–", now.gain ? "estimated" : "not known");
+  tile("running", `${now.running}`, `of ${now.slots} slots${now.queued ? `, ${now.queued} wait` : ""}`);
   level("running", [["held", now.running / now.slots]]);
   const { all, held, cached } = now.blocks;
-  tile("blocks", `${held}`, `of ${all}, ${cached} cached`);
+  tile("blocks", `${held}`, `of ${all}, ${cached} reusable`);
   level("blocks", [["held", held / all], ["cached", cached / all]]);
   const { asked_tokens: asked, cached_tokens: found } = now.totals;
-  tile("cache", asked ? `${Math.round((100 * found) / asked)} %` : "–", "of all prompts' tokens");
+  tile("cache", asked ? `${Math.round((100 * found) / asked)} %` : "–", "from the prefix cache");
   level("cache", [["held", asked ? found / asked : 0]]);
   spark("rate", curve.map((each) => each.rate));
   spark("length", curve.map((each) => each.length));
@@ -125,6 +129,7 @@ function drawLast(now, said) {
     canvas.setAttribute("aria-label", said); // a screen reader's user reads it when it is wanted
   }
   $("tree-note").textContent = said.replace(/^.*?, /, "");
+  $("fates").classList.toggle("gated", Object.keys(last.gates || {}).length > 0);
   budget(now);
   const total = Object.values(last.milliseconds).reduce((sum, each) => sum + each, 0) || 1;
   $("time").replaceChildren(
@@ -162,8 +167,8 @@ function budget(now) {
       return part;
     }),
   );
-  const of = last.rung ? ` of the rung's ${last.rung}` : most ? ` of K_max ${most}` : "";
-  const told = `${used} tokens verified${of}: ${counts.roots} pending, ${counts.accepted} accepted, ${counts.rejected} rejected`;
+  const of = limit ? ` of at most ${limit}` : "";
+  const told = `${used} tokens verified${of}: ${counts.roots} last tokens, ${counts.accepted} accepted, ${counts.rejected} rejected`;
   box.setAttribute("aria-label", told);
   box.title = told;
 }
@@ -188,7 +193,7 @@ function spark(id, values) {
   const { pen, width } = cleared($(`graph-${id}`), 30), known = values.filter(Number.isFinite);
   const most = Math.max(...known, 1e-9) * 1.1, least = id === "length" ? 1 : 0;
   const y = (value) => 28 - (26 * (value - least)) / Math.max(most - least, 1e-9);
-  const step = width / (60 * MINUTES);
+  const step = width / Math.max(values.length - 1, 30);
   pen.beginPath();
   let on = false;
   values.forEach((value, i) => {
@@ -204,7 +209,7 @@ function spark(id, values) {
   pen.stroke();
 }
 
-/** A bar per iteration: pending tokens, accepted and rejected draft tokens; the line is what a verification may have. */
+/** A bar per iteration: last tokens, accepted and rejected draft tokens; the line is what a verification may have. */
 function drawStrip() {
   const canvas = $("strip"), { pen, width } = cleared(canvas, 104), high = 96;
   const most = Math.max(8, ...bars.map((bar) => Math.max(bar.verified, bar.rung)));

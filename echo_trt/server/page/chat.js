@@ -2,6 +2,7 @@
 
 import { Refused, call, events } from "./api.js";
 import { Answer } from "./answer.js";
+import { running as load } from "./batch.js";
 import { $, make, short } from "./dom.js";
 
 const SAMPLES = [
@@ -160,6 +161,7 @@ async function stream(answer, body, signal) {
       const chunk = JSON.parse(data);
       if (chunk.error) throw new Refused(chunk.error.message, 0);
       answer.take(chunk);
+      answer.load = Math.max(answer.load || 1, load());
     }
     if (!done) answer.fail("The connection was cut, so this answer is not complete.");
   } catch (error) {
@@ -180,7 +182,8 @@ function verdict(plain, drafted) {
   const place = plain.tokens.findIndex((text, i) => text !== drafted.tokens[i]);
   const same = place < 0 && plain.tokens.length === drafted.tokens.length;
   const times = drafted.rate / plain.rate;
-  const speed = Number.isFinite(times) ? `${short(times, 2)} times as fast as plain decoding` : "";
+  const most = Math.max(plain.load || 1, drafted.load || 1), beside = most > 1 ? `while up to ${most} requests ran` : "alone on the server";
+  const speed = Number.isFinite(times) ? `${short(times, 2)} times as fast as plain decoding, ${beside}` : "";
   let text = "The same text, token for token";
   if (!same) text = `The texts part at token ${(place < 0 ? plain.tokens.length : place) + 1}: rounding decides near-ties`;
   if (!plain.error.hidden || !drafted.error.hidden) text = "One of them did not end";

@@ -3,7 +3,7 @@
 import { SOURCES, cleared, colour, showTip } from "./dom.js";
 
 export const [ROOT, ACCEPTED, REJECTED, PRUNED] = [0, 1, 2, 3];
-const FATES = ["pending token", "accepted", "verified, rejected", "considered, not verified"];
+const FATES = ["last token", "accepted", "rejected", "not worth checking"];
 const OTHERS = 3; // children of a node that are drawn though they were not verified
 const CLOSE = 4.5; // pixels between two lines of a tree, at least
 const COLUMN = 230, TALLEST = 360; // pixels: the least width of a column of trees, and the height of all
@@ -162,8 +162,8 @@ function words(requests, last) {
   for (const { fate } of requests) for (const each of fate) counts[each]++;
   const rest = last.omitted ? `; ${last.omitted} more requests are not drawn` : "";
   return (
-    `${requests.length} ${requests.length === 1 ? "request" : "requests"}, ${counts[ACCEPTED]} drafted nodes accepted, ${counts[REJECTED]} rejected, ` +
-    `${counts[PRUNED]} not verified${rest}`
+    `${requests.length} ${requests.length === 1 ? "request" : "requests"}, draft tokens: ${counts[ACCEPTED]} accepted, ${counts[REJECTED]} rejected, ` +
+    `${counts[PRUNED]} not checked${rest}`
   );
 }
 

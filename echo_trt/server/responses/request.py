@@ -68,7 +68,7 @@ class EventOptions(Strict):
 
 
 class ResponsesRequest(TranslatedRequest):
-    """What is asked. ``top_k`` and others of CHAT_FIELDS are not OpenAI's (docs/openai-api.md)."""
+    """What is asked. ``top_k`` and others of CHAT_FIELDS are not OpenAI's (docs/request-fields.md)."""
 
     REFUSED = REFUSED
     IGNORED = IGNORED

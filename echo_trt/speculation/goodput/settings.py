@@ -42,7 +42,8 @@ class GoodputTuning:
     lag_price            price of a token for each token that its request is behind; larger: targets are kept closer
     lead                 tokens by which requests are to be ahead of their targets; larger: fewer are missed
     carried_price        share of the usual price that a request begins with; larger: fewer misses, slower to forget
-    max_price            highest price; larger: a target that cannot be kept costs other requests more
+    max_price            highest price of one late request among many in time; half of it where all are late. Larger:
+                         targets that cannot be kept cost other requests more
     max_sat_out          passes in a row that a request without a target may sit out; larger: longer waits for a token
     prompt_worth         worth of a prompt token in time, over what it takes; larger: larger chunks beside late requests
     """

@@ -15,13 +15,12 @@ def fit_gates(head: Observed, max_depth: int) -> tuple[list[Gate], float]:
     """Fit a gate for every depth, the sparse ones marked, and the best single threshold for those.
 
     Confidence is the best path probability of a depth; the label is whether some path of that depth was accepted. A
-    depth is worth a gate where confidence predicts the label (AUC) and the label varies (its spread).
+    depth is worth a gate where confidence predicts the label and the label varies (``worth``).
     """
     by_depth = [_by_tree(head, depth) for depth in range(1, max_depth + 1)]
     confidence, label = [c for c, _ in by_depth], [y for _, y in by_depth]
     aucs = [auc(c, y) for c, y in zip(confidence, label, strict=True)]
-    spread = [2 * np.sqrt(y.mean() * (1 - y.mean())) if len(y) else 0.0 for y in label]
-    merit = [(a - 0.5) * s for a, s in zip(aucs, spread, strict=True)]
+    merit = [worth(a, y.mean() if len(y) else 0.0) for a, y in zip(aucs, label, strict=True)]
     gated = [0]  # depths less one
     for depth in np.argsort(merit)[::-1].tolist():
         if len(gated) < GATES and all(abs(depth - other) >= 2 for other in gated):
@@ -49,6 +48,14 @@ def _by_tree(head: Observed, depth: int) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(0), np.zeros(0, bool)
     starts = np.flatnonzero(np.concatenate(([True], np.diff(head.tree[at]) != 0)))
     return np.exp(np.maximum.reduceat(head.score[at], starts)), np.logical_or.reduceat(head.accepted[at], starts)
+
+
+def worth(auc: float, accepted: float) -> float:
+    """Return what a gate is worth, 0 to 1: it tells accepted drafts from others, and there are both.
+
+    accepted  share of drafts that are accepted at the gate's depth
+    """
+    return float((2 * auc - 1) * 2 * np.sqrt(accepted * (1 - accepted)))
 
 
 def auc(confidence: np.ndarray, label: np.ndarray) -> float:

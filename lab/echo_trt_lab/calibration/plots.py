@@ -10,6 +10,7 @@ import numpy as np
 
 from echo_trt.bundle.calibration import Calibration
 from echo_trt.bundle.costs import CostTable
+from echo_trt_lab.calibration.gates import worth
 from echo_trt_lab.calibration.reliability import Reliability
 from echo_trt_lab.pictures.by_load import speedup
 from echo_trt_lab.pictures.page import Figures, Report
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PREDICTED = (
-    "Tokens a second, as a multiple of plain decoding's, simulated from these costs and from the draft trees that the "
-    "calibration was fitted to, without n-grams. echo-trt bench measures it."
+    "Tokens per second, as a multiple of plain decoding's, simulated from these costs and from the draft trees that "
+    "the calibration was fitted to, without n-grams. echo-trt bench measures it."
 )
 
 
@@ -50,22 +51,36 @@ def report(
 
 
 def gates(calibration: Calibration) -> Picture:
+    every = calibration.gates
+    value = {gate.depth: worth(gate.auc, gate.accepted) for gate in every}
+    best = max((gate.depth for gate in every if gate.sweet_spot and gate.depth > 1), key=value.__getitem__, default=0)
+
     def draw(axes: Axes) -> None:
-        depth = [g.depth for g in calibration.gates]
-        for sparse, label, strength in ((True, "AUC, a sparse gate", 0.9), (False, "AUC", 0.3)):
-            some = [g for g in calibration.gates if g.sweet_spot == sparse]
-            axes.bar([g.depth for g in some], [g.auc for g in some], color=BLUE, alpha=strength, label=label)
-        axes.plot(depth, [g.threshold for g in calibration.gates], "o-", color=AMBER, label="threshold")
-        axes.plot(depth, [g.accepted for g in calibration.gates], "s--", color=GREEN, label="accepted so deep")
-        axes.set_xticks(depth, [str(d) for d in depth])
-        axes.set(xlabel="depth", ylabel="share", ylim=(0, 1))
+        for chosen, label, strength in ((True, "worth of a gate: taken", 0.9), (False, "not taken", 0.3)):
+            some = [gate.depth for gate in every if gate.sweet_spot == chosen]
+            axes.bar(some, [value[depth] for depth in some], color=BLUE, alpha=strength, label=label)
+        for gate in every:
+            if gate.sweet_spot:
+                why = (
+                    "first:\nalways"
+                    if gate.depth == 1
+                    else "worth\nmost"
+                    if gate.depth == best
+                    else "next, 2 or\nmore off"
+                )
+                axes.text(gate.depth, 0.02, why, ha="center", color="white", fontsize=10.5)
+        depth = [gate.depth for gate in every]
+        axes.plot(depth, [gate.auc for gate in every], "o-", color=AMBER, label="confidence is right (AUC)")
+        axes.plot(depth, [gate.accepted for gate in every], "s--", color=GREEN, label="drafts accepted so deep")
+        axes.set_xticks(depth, [str(number) for number in depth])
+        axes.set(xlabel="depth in the draft, tokens", ylim=(0, 1))
 
     return Picture(
         "gates",
-        "Gates by depth",
-        "How well the draft's confidence tells at each depth whether it will be accepted (AUC: 0.5 is a coin, 1 is "
-        "certain), the confidence below which a draft ends there, and the share of drafts that the target accepts so "
-        "deep. ECHO asks at the dark bars alone.",
+        "Where a gate is worth most",
+        "A gate is worth most where confidence tells accepted drafts from others (AUC: 0.5 is a coin, 1 is certain) "
+        "and where there are both: few drafts live to the last depths, so a gate there has little left to end. ECHO "
+        "has gates at the dark bars, two or more depths from one another, the first at depth 1.",
         draw,
         wide=True,
     )

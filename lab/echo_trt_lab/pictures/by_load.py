@@ -39,7 +39,7 @@ def speedup(rows: Rows, names: dict[str, str] | None = None) -> Picture:
     return Picture(
         "speedup",
         "Speedup by load",
-        "Tokens a second, as a multiple of plain decoding at the same load: above the dashed line speculation pays, "
+        "Tokens per second, as a multiple of plain decoding at the same load: above the dashed line speculation pays, "
         "below it costs. A band reaches from the slowest to the fastest round, where rounds were measured.",
         draw,
         wide=True,
@@ -85,7 +85,10 @@ def _lines(rows: Rows, value: Callable[[dict[str, Any]], float | None], label: s
 
 
 def iteration(rows: Rows) -> Picture | None:
-    """Plot the milliseconds of an iteration's phases, of plain decoding and of goodput, else the first that drafts."""
+    """Plot the milliseconds of phases, of plain decoding and of goodput, else the first that drafts.
+
+    An iteration with drafts takes longer and brings more tokens, so the time of a token stands beside it.
+    """
     timed = [row for row in rows if "phases_ms" in row]
     others = [row["policy"] for row in timed if row["policy"] != PLAIN]
     drafting = "goodput" if "goodput" in others else next(iter(others), None)
@@ -93,26 +96,38 @@ def iteration(rows: Rows) -> Picture | None:
     if not shown:
         return None
 
-    def draw(axes: Axes) -> None:
+    def draw(*both: Axes) -> None:
+        positions = [at + 0.5 * (at // 2) for at in range(len(shown))]
         names = [f"{row['batch']} x {'plain' if row['policy'] == PLAIN else row['policy']}" for row in shown]
-        base = [0.0] * len(shown)
-        for phase, colour in PHASES.items():
-            width = [row["phases_ms"].get(phase, 0.0) for row in shown]
-            axes.barh(names, width, left=base, height=0.72, color=colour, label=phase)
-            base = [b + w for b, w in zip(base, width, strict=True)]
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        axes.grid(axis="x", visible=True)
-        axes.tick_params(axis="y", length=0, labelsize=11 if len(shown) < 13 else 9)
-        axes.set_xlabel("ms an iteration")
+        for axes, title, tokens in (
+            (both[0], "ms per iteration", lambda row: 1.0),
+            (both[1], "ms per token of a request", lambda row: row.get("accepted_length") or 1.0),
+        ):
+            base = [0.0] * len(shown)
+            for phase, colour in PHASES.items():
+                width = [row["phases_ms"].get(phase, 0.0) / tokens(row) for row in shown]
+                axes.barh(positions, width, left=base, height=0.78, color=colour, label=phase)
+                base = [b + w for b, w in zip(base, width, strict=True)]
+            for position, total in zip(positions, base, strict=True):
+                axes.text(total, position, f" {total:.1f}", va="center", fontsize=10)
+            axes.set_title(title, fontsize=12.5)
+            axes.set_xlim(0, 1.12 * max(base))
+            axes.grid(visible=False)
+            axes.tick_params(axis="y", length=0, labelsize=11 if len(shown) < 13 else 9)
+            axes.set_xticks([])
+            axes.spines["bottom"].set_visible(False)
+        both[0].set_yticks(positions, names)
+        both[0].invert_yaxis()
 
     return Picture(
         "iteration",
-        "Where an iteration's time goes",
-        f"Milliseconds of one iteration by phase at each number of requests, plain decoding beside {drafting or 'it'}: "
-        "passes of the two networks (draft, verify), and the host's work between them.",
+        "Where the time goes",
+        f"Milliseconds by phase at each number of requests, plain decoding beside {drafting or 'it'}: passes of the "
+        "two networks (draft, verify), and the host's work between them. Left an iteration; right the same over the "
+        "tokens that it brings a request, which is the time that a reader waits.",
         draw,
         wide=True,
+        panels=2,
     )
 
 

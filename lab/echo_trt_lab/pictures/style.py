@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "osD^vPXp*h"  # lines that lie on one another are told apart by them
-WIDE, HALF = (9.6, 4.0), (6.0, 3.7)  # inches: over the whole page, and two beside one another
+WIDE, HALF = (9.6, 4.2), (6.0, 4.0)  # inches: over the whole page, and two beside one another
 INK = THEMES["light"]["ink"]
-Draw = Callable[["Axes"], None]
+Draw = Callable[..., None]  # of axes, as many as the picture has panels
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Picture:
     sentence  what it shows, for a reader who sees it for the first time
     draw      draws it on empty axes
     wide      whether it takes a page's whole width
+    panels    axes beside one another, with one y axis
     """
 
     name: str
@@ -37,6 +38,7 @@ class Picture:
     sentence: str
     draw: Draw
     wide: bool = False
+    panels: int = 1
 
     def inline(self) -> str:
         """SVG for the inside of an HTML page, in the page's own colour of text."""
@@ -46,25 +48,26 @@ class Picture:
         return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(self.title)}" ', 1)
 
     def file(self) -> str:
-        """SVG as a file of its own; its text is a grey that can be read on white and on dark pages."""
-        return self._svg(GREY)
+        """SVG as a file of its own, with its title; its text is a grey that can be read on white and on dark pages."""
+        return self._svg(GREY, self.title)
 
-    def _svg(self, ink: str) -> str:
+    def _svg(self, ink: str, title: str = "") -> str:
         with styled(ink):
-            figure = self.figure()
+            figure = self.figure(title)
             stream = io.StringIO()
             figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         return stream.getvalue()
 
-    def figure(self) -> Figure:
+    def figure(self, title: str = "") -> Figure:
         """Draw it, in the style that is set."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=WIDE if self.wide else HALF, layout="constrained")
-        axes = figure.subplots()
-        self.draw(axes)
-        axes.spines[["top", "right"]].set_visible(False)
-        legend_above(figure, axes)
+        panels = figure.subplots(1, self.panels, sharey=True, squeeze=False)[0]
+        self.draw(*panels)
+        for axes in panels:
+            axes.spines[["top", "right"]].set_visible(False)
+        legend_above(figure, panels[0], title)
         return figure
 
 
@@ -91,8 +94,8 @@ def styled(ink: str = GREY) -> AbstractContextManager[Any]:
     )
 
 
-def legend_above(figure: Figure, axes: Axes) -> None:
-    """Put the legend over the axes, where it can lie on nothing, in as many columns as fit."""
+def legend_above(figure: Figure, axes: Axes, title: str = "") -> None:
+    """Put title and legend over the axes, where they can lie on nothing, in as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
     if not labels:
         return
@@ -101,7 +104,9 @@ def legend_above(figure: Figure, axes: Axes) -> None:
         columns = [labels[at : at + rows] for at in range(0, len(labels), rows)]
         if sum(max(map(len, column)) + 6 for column in columns) <= letters:
             break
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(columns), columnspacing=1.4, handlelength=1.6)
+    shape = {"ncols": len(columns), "columnspacing": 1.4, "handlelength": 1.6, "alignment": "left"}
+    bold = {"weight": "bold", "size": 14}
+    figure.legend(handles, labels, loc="outside upper left", title=title, title_fontproperties=bold, **shape)
 
 
 def load_axis(axes: Axes, batches: Sequence[int], label: str = "concurrent requests") -> None:

@@ -13,7 +13,10 @@ import pytest
 from served import Served, needs_triton
 
 ROOT = Path(__file__).parents[3]
-DOCS = ("README.md", "docs/triton-api.md", "docs/openai-api.md", "docs/other-apis.md")
+DOCS = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("triton-api", "triton-clients", "openai-api", "responses", "other-apis")),
+)
 EXAMPLE = ROOT / "examples" / "server_client.py"
 QUESTION = {"text_input": "Why is the sky blue?", "chat": True}
 pytestmark = needs_triton

@@ -8,12 +8,21 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import echo_trt
+from echo_trt.bundle.calibration import Calibration, Gate
+from echo_trt_lab.calibration.plots import gates
 from echo_trt_lab.pictures import palette
 from echo_trt_lab.pictures.by_load import accepted_length, drafted, iteration, speedup
 from echo_trt_lab.pictures.page import Figures, Report
 from echo_trt_lab.pictures.palette import PHASES, SERIES, SOURCES, THEMES
 from echo_trt_lab.pictures.style import Picture
 
+GATES = (
+    (1, 0.86, 0.86, True),
+    (2, 0.83, 0.7, False),
+    (3, 0.84, 0.4, True),
+    (4, 0.85, 0.3, False),
+    (5, 0.87, 0.2, True),
+)
 POLICIES = ("autoregressive", "goodput", "goodput-exact", "echo", "static", "dense", "fixed", "openvino-genai-eagle3")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -68,6 +77,18 @@ def test_reports_have_the_live_page_s_colours():
         page = dict(re.findall(r"--([\w-]+): (#\w{6});", block))
         assert {name: page[theirs] for name, theirs in named.items()} == THEMES[theme]
         assert {source: page[source] for source in SOURCES} == palette.SOURCE_TEXTS[theme]
+
+
+def test_a_picture_says_by_itself_what_it_shows():
+    """Its title, and the time of a token beside the time of an iteration, which drafts make longer."""
+    written = re.findall(r"<!-- (.*) -->", iteration(rows()).file())
+    assert {"Where the time goes", "ms per iteration", "ms per token of a request"} <= set(written)
+    first = rows()[1]  # goodput at one request
+    assert f" {(whole := sum(first['phases_ms'].values())):.1f}" in written
+    assert f" {whole / first['accepted_length']:.1f}" in written
+    gated = [Gate(depth=d, auc=a, samples=9, accepted=p, threshold=0.1, sweet_spot=s) for d, a, p, s in GATES]
+    written = re.findall(r"<!-- (.*) -->", gates(Calibration.model_construct(gates=gated)).file())
+    assert {"Where a gate is worth most", "first:", "always", "worth", "most", "next, 2 or", "more off"} <= set(written)
 
 
 class Tags(HTMLParser):

@@ -36,12 +36,13 @@ class Prices:
 def prices(pace: Pace | None, tuning: GoodputTuning, usual: float = 0.0) -> Prices | None:
     """Return the prices of requests that keep ``pace``; None: no request has a target.
 
-    usual  mean price of late, with which a request begins in part; else each would have to fall behind first
+    usual  mean price of late, with which a request begins in part; else each would have to fall behind first. The
+           highest price is less by as much: where many targets cannot be kept, each costs the other requests less.
     """
     if pace is None:
         return None
     lag_price = tuning.lag_price * (pace.lag + tuning.lead)
-    price = np.clip(tuning.carried_price * usual + lag_price, 0.0, tuning.max_price)
+    price = np.clip(tuning.carried_price * usual + lag_price, 0.0, tuning.max_price - usual)
     price[pace.wanted == 0] = 0.0
     targeted = np.count_nonzero(pace.wanted)
     return Prices(1.0 + price, float(price @ pace.wanted), float(price.sum() / max(targeted, 1)))
