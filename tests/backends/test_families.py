@@ -14,7 +14,7 @@ from models.checkpoints import BUILDERS
 from pairs import SIZES, VOCAB
 from transformers import AutoModelForCausalLM
 
-from echo_trt.backends.base import METADATA
+from echo_trt.backends.base import METADATA, Engine
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnx_export import export
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
@@ -40,7 +40,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-class PackedGraph:
+class PackedGraph(Engine):
     """The graph that TensorRT compiles, with the operator's reference in the plugin's place."""
 
     def __init__(self, path: Path):
