@@ -84,6 +84,15 @@ def test_a_recipe_for_a_cpu_has_no_cards(inspect):
     assert "--fit is about GPUs, but the recipe's engine is openvino" in err
 
 
+def test_a_model_is_inspected_as_it_would_be_built_on_a_cpu(inspect, monkeypatch):
+    monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: False)
+    code, out, _ = inspect("Qwen/Qwen3-1.7B", "--precision", "int8", "--max-model-len", 4096, "--max-num-seqs", 8)
+    assert code == 0
+    assert rows(out)["engine"] == "openvino, int8"
+    assert rows(out)["limits"].startswith("batch 8, context 4,096 tokens, as many as the batch needs and memory holds")
+    assert inspect("qwen3-1.7b", "--fit", "L4")[0] == 0
+
+
 def test_shapes_that_are_not_known_are_said_to_be(inspect, tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text("name: own\nengine: tensorrt\ntarget: {path: mine}\n")
