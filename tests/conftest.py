@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 from filelock import FileLock
 from hypothesis import settings
-from layers import HEAVY, layer
+from layers import HEAVY, has_pure, layer
 
 if TYPE_CHECKING:
     from echo_trt.engine.llm import LLM
@@ -31,7 +31,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "dev")
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Spare a run of the pure layer the imports of the others."""
     if config.option.markexpr == "pure" and Path(__file__).parent in collection_path.parents:
-        return layer(collection_path) != "pure" or None
+        return not has_pure(collection_path) or None
     return None
 
 
@@ -127,6 +127,20 @@ def bundle_of(made_once, networks, tmp_path_factory) -> Callable[[str], Path]:
         return folder / pair
 
     return get
+
+
+@pytest.fixture(scope="session")
+def tool_bundle(made_once, tmp_path_factory) -> Callable[[str], Path]:
+    """kind (tool_models.py) -> the bundle of its model. Only to be read."""
+    import tool_models
+
+    from echo_trt.cli.build import build
+
+    def make(kind: str, out: Path) -> None:
+        folder = tmp_path_factory.mktemp(kind)
+        build(tool_models.write(folder, kind), folder, out)
+
+    return lambda kind: made_once(f"tools-{kind}", lambda out: make(kind, out))
 
 
 @pytest.fixture(scope="session")

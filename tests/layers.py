@@ -29,6 +29,7 @@ LAYERS = {
     "plugins": "kernel",
     "adapters": "server",
     "examples": "server",
+    "engine/test_text.py": "pure",
     "engine/service": "server",
     "server": "server",
     "supervision": "server",
@@ -42,3 +43,9 @@ def layer(path: Path) -> str:
     index = path.relative_to(Path(__file__).parent)
     named = (LAYERS.get(str(folder)) for folder in (index, *index.parents))
     return next(filter(None, named), "engine")
+
+
+def has_pure(path: Path) -> bool:
+    """Say whether a file or folder in tests/ is of the pure layer, or has files that are."""
+    below = (kind for name, kind in LAYERS.items() if path in (Path(__file__).parent / name).parents)
+    return "pure" in (layer(path), *below)

@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from byte_tokenizer import CORPUS, END, VOCAB, byte_tokenizer
 from models.block_checkpoints import block_raw, block_tensors, write_block
 from models.checkpoints import BUILDERS, add_tensors, head_config, head_tensors, mtp_tensors, qwen3, qwen3_5, write_head
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from echo_trt.backends.cuda.sizes import CallBounds
@@ -40,7 +39,6 @@ from echo_trt.speculation.policies import reserve_for
 PAIRS = ("lookup", "model", "self", "eagle3", "close", "dflash", "dspark")
 #: Families whose layers are not those of the other pairs' targets.
 FAMILY_PAIRS = ("gemma3", "mistral", "qwen2", "smollm3")
-VOCAB = 300
 #: Beside SIZES, so that three layers have what a family's deeper networks have, and texts outgrow a window;
 #: transformers gives Qwen2's tokenizer one token more.
 CHANGES: dict[str, dict[str, Any]] = {
@@ -48,7 +46,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen2": {"vocab_size": VOCAB + 1},
     "smollm3": {"no_rope_layer_interval": 2},
 }
-END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
 CHAT = (
     "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -158,21 +155,8 @@ def _write_close_block(folder: Path) -> None:
     write_block(folder / "dspark", raw, tensors)
 
 
-def write_tokenizer(
-    folder: Path, corpus: str = "the theme of a thing, naïve café señor, 50 € 😀😎🤖 日本語 and then another; "
-) -> None:
-    """Bytes and their commonest merges, some of which end inside a character."""
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = [END, USER, ASSISTANT]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, initial_alphabet=alphabet, special_tokens=special, show_progress=False
-    )
-    tokenizer.train_from_iterator([corpus * 3], trainer)
-    assert tokenizer.get_vocab_size() == VOCAB
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, chat_template=CHAT)
+def write_tokenizer(folder: Path, corpus: str = CORPUS) -> None:
+    fast = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(corpus), eos_token=END, chat_template=CHAT)
     fast.save_pretrained(folder)
 
 

@@ -126,6 +126,13 @@ LLAMA_SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"
 MISTRAL_SPECIAL = ["<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"]
 MISTRAL_SPECIAL += ["[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"]
 VOCAB = 420
+#: A schema whose texts a random model ends soon, and one that says itself that it takes no other properties.
+NUMBER = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["n"],
+}
+CLOSED_NUMBER = NUMBER | {"additionalProperties": False}
 
 
 def tokenizer(template: str | None, special: list[str], shown: list[str], **more: Any) -> PreTrainedTokenizerFast:

@@ -28,7 +28,7 @@ class FeatureCache(Protocol):
 
 
 class HostFeatureCache:
-    """A bank in the host's memory, which is taken as rows are written."""
+    """A feature cache in the host's memory, which is taken as rows are written."""
 
     def __init__(self, count: int, width: int):
         self._rows = np.zeros((count, width), np.float32)  # calloc: only pages that are used take memory
@@ -59,7 +59,7 @@ def commit_states(engine: Engine, rows: np.ndarray, counts: np.ndarray) -> None:
 
 
 def feature_cache_of(engine: Engine, name: str, count: int, width: int) -> FeatureCache:
-    """Return the bank for the input ``name``: the engine's own, on its device, or one on the host."""
+    """Return the feature cache of the input ``name``: the engine's own, on its device, or one on the host."""
     own = getattr(engine, "feature_cache", lambda name: None)(name)
     return own or HostFeatureCache(count, width)
 
@@ -87,8 +87,8 @@ class Engine(Protocol):
         """Run one forward pass over N packed rows and compute the logits of R logit rows.
 
         Inputs beside ``call``, by the kind of network:
-        features    float32 [M, 3 * H_target], of a head (echo_trt.models.eagle3), or what its bank reads
-        hidden      float32 [P, H], of a head, or what its bank reads
+        features    float32 [M, 3 * H_target], of a head (echo_trt.models.eagle3), or what its feature cache reads
+        hidden      float32 [P, H], of a head, or what its feature cache reads
         state_rows  int64 [N], of a block drafter (echo_trt.models.block): a packed row's state
 
         Returns outputs by name, valid until the next run; a device's large ones are read like arrays, row by row:

@@ -108,8 +108,7 @@ class EngineProcess(Supervised):
     def _spawn(self) -> Process:
         job = self._job
         self.socket.unlink(missing_ok=True)
-        words = [str(job.bundle.resolve()), "--socket", str(self.socket), "--queue", str(job.queue), *job.words]
-        words += ["--special-tokens-in-content"] if job.special_tokens_in_content else []
+        words = [str(job.bundle.resolve()), "--socket", str(self.socket), *job.words]
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
         return Process("engine", [sys.executable, "-m", "echo_trt.engine.process", *words], environment, self._log)
 
@@ -148,9 +147,7 @@ class Triton(EngineProcess):
         self._signals.mkdir()
         given = {
             "BUNDLE": job.bundle.resolve(),
-            "QUEUE": job.queue,
             **{name.replace("-", "_").upper(): value for name, value in job.given.items()},
-            "SPECIAL_TOKENS_IN_CONTENT": str(job.special_tokens_in_content).lower(),
             "SIGNALS": self._signals,
             "SOCKET": self.socket,
         }

@@ -43,12 +43,14 @@ class Chunks:
     slots, counts  int64 [C]: a part's slot and tokens
     owner          int64 [sum counts]: a token's slot
     position       int64 [sum counts]: its position in the text
+    requested      bool [sum counts]: whether the log-probability of the prompt's token after it is asked for
     """
 
     slots: np.ndarray
     counts: np.ndarray
     owner: np.ndarray
     position: np.ndarray
+    requested: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ class EngineCore:
         """Begin without requests. ``planner`` may be replaced between iterations; texts stay the same.
 
         eos: token ids that end a text. chunk: prompt tokens computed in one iteration at most; where no request
-        decodes, an engine may compute more. synthetic: the text that takes the place of the target's and of the
-        draft's choices; None: theirs.
+        decodes, an engine may compute more. synthetic: a text that is emitted in the place of the target's choices
+        and proposed in the place of the draft's, to measure speed without trained weights; None: no such text.
         """
         self.target, self.batch, self.planner, self.chunk, self.synthetic = target, batch, planner, chunk, synthetic
         self.counters = Counters()
@@ -107,7 +109,7 @@ class EngineCore:
 
     @property
     def proposer(self) -> int:
-        """The source of nodes that name the draft alone: DRAFT, or LOOKUP where the draft copies text."""
+        """The source that nodes of the source DRAFT are reported as: LOOKUP where the draft copies text."""
         return LOOKUP if isinstance(self.drafter, LookupDrafter) else DRAFT
 
     def step(self) -> Emitted:
@@ -122,7 +124,8 @@ class EngineCore:
         begin = time.perf_counter()
         step_callback = self.step_callback  # another thread may set it at any time
         ids = [request.id for request in self.scheduler.running_in(slots)] if step_callback else []
-        # Where all requests have opted out of speculation, the planner is skipped, and learns nothing.
+        # Where all decoding requests have opted out of speculation, neither draft nor planner is called, nor taught. A
+        # pass of prompts alone does teach the planner.
         speculates = len(slots) == 0 or bool(self.batch.sampling["speculate"][slots].any())
         draft = self.drafter.begin(slots) if self.drafter and speculates else None
         load = self._load(slots, context, len(chunks.owner), pace)
@@ -139,7 +142,7 @@ class EngineCore:
         iteration = Iteration(
             plan=plan,
             load=load,
-            path=path[path < len(plan.tree)],
+            path=path[path < len(plan.tree)],  # without the roots of prompts that this pass has completed
             target=target,
             drafts=tuple(draft.passes) if draft else (),
             levels=draft.levels if draft else 0,
@@ -163,13 +166,15 @@ class EngineCore:
             self.scheduler.preempt_least_urgent()
 
     def _seat(self, decoding: np.ndarray) -> tuple[np.ndarray, Pace | None]:
-        """Return the ones of ``decoding`` slots that are in this pass, and how they keep their latency targets.
+        """Return the part of ``decoding`` slots that is in this pass, and how its requests keep their latency targets.
 
-        Where those with targets are late, the planner may let others sit out.
+        Where requests with targets are late, the planner may let others sit out.
         """
         pace = self.batch.targets.pace(decoding, time.monotonic())
-        seats = self.planner.seats(pace, int(self.batch.committed[decoding].sum())) if pace else None
-        return (decoding, pace) if pace is None or seats is None else (decoding[seats], pace.of(seats))
+        if pace is None:  # no request has a target
+            return decoding, None
+        seats = self.planner.seats(pace, int(self.batch.committed[decoding].sum()))
+        return (decoding, pace) if seats is None else (decoding[seats], pace.of(seats))
 
     def _plan_chunks(self, pace: Pace | None, context: int, alone: bool) -> Chunks:
         """Divide this iteration's prompt budget among prefilling slots, oldest first, or by when they are due.
@@ -177,24 +182,26 @@ class EngineCore:
         context  cached tokens of the requests that decode beside it, which keep ``pace``
         alone    whether no request decodes, whose next tokens would wait for a longer call
         """
-        batch = self.batch
-        slots = batch.targets.by_due(batch.prefilling())
-        chunk = max(self.chunk, getattr(self.target, "prefill_alone", 0)) if alone else self.chunk
-        if pace and len(slots) and not batch.targets.hurry(slots, time.monotonic()):
-            chunk = self.planner.chunk(pace, context, len(slots), chunk)
+        batch, slots = self.batch, self.batch.prefilling()
         if len(slots) == 0:
-            return Chunks(slots, slots, slots, slots)
-        self.counters.cached_tokens += batch.skip(slots, chunk)
+            return Chunks(slots, slots, slots, slots, slots > 0)
+        slots = batch.targets.by_due(slots)
+        budget = max(self.chunk, getattr(self.target, "prefill_alone", 0)) if alone else self.chunk
+        if pace and not batch.targets.hurry(slots, time.monotonic()):
+            budget = self.planner.prompt_budget(pace, context, len(slots), budget)
+        self.counters.cached_tokens += batch.skip(slots, budget)
         missing = batch.length[slots] - batch.committed[slots]
-        counts = np.clip(chunk - begins(missing)[:-1], 0, missing)
-        if chunk > 2:
+        counts = np.clip(budget - begins(missing)[:-1], 0, missing)  # of what the prompts before it leave
+        if budget > 2:
             # Never prefill exactly one token: the attention kernel rounds a single token differently, and the text
             # would depend on batching.
             counts = np.where(missing - counts == 1, counts - 1, counts)
             counts[counts == 1] = 0
         slots, counts = slots[counts > 0], counts[counts > 0]
         owner = np.repeat(slots, counts)
-        return Chunks(slots, counts, owner, batch.committed[owner] + ragged_arange(counts))
+        position = batch.committed[owner] + ragged_arange(counts)
+        requested = (batch.sampling["prompt_logprobs"][owner] >= 0) & (position + 1 < batch.prompt_length[owner])
+        return Chunks(slots, counts, owner, position, requested)
 
     def _load(self, slots: np.ndarray, context: int, prompt_tokens: int, pace: Pace | None) -> StepContext:
         batch = self.batch
@@ -270,7 +277,7 @@ class EngineCore:
         call_slots = np.concatenate((slots, chunks.slots))
         past = batch.committed[call_slots]
         last = len(tree) + np.cumsum(chunks.counts)[ends] - 1
-        requested = len(tree) + np.flatnonzero(self._prompt_logprobs_requested(chunks))
+        requested = len(tree) + np.flatnonzero(chunks.requested)
         return pack(
             token_ids=np.concatenate((tree.token, batch.tokens[chunks.owner, chunks.position])),
             positions=np.concatenate((past[tree.request] + tree.depth, chunks.position)),
@@ -280,20 +287,12 @@ class EngineCore:
             logit_rows=np.concatenate((np.arange(len(tree)), last, requested)),
             mask=ancestor_mask(tree) if len(tree) > len(slots) else None,
             padded_to=0 if len(chunks.slots) else plan.padded_to,
-        )._replace(state_slots=call_slots)
-
-    def _prompt_logprobs_requested(self, chunks: Chunks) -> np.ndarray:
-        """Whether log-probabilities are asked for of the prompt's token behind each token of ``chunks``: bool [n]."""
-        batch, owner = self.batch, chunks.owner
-        requested: np.ndarray = (batch.sampling["prompt_logprobs"][owner] >= 0) & (
-            chunks.position + 1 < batch.prompt_length[owner]
+            state_slots=call_slots,
         )
-        return requested
 
-    def _note_prompts(self, verified: TargetOutput, chunks: Chunks) -> None:
-        requested = self._prompt_logprobs_requested(chunks)
-        if requested.any():
-            batch, owner, position = self.batch, chunks.owner[requested], chunks.position[requested] + 1
+    def _collect_prompt_logprobs(self, verified: TargetOutput, chunks: Chunks) -> None:
+        if chunks.requested.any():
+            batch, owner, position = self.batch, chunks.owner[chunks.requested], chunks.position[chunks.requested] + 1
             rows, tokens = len(verified.tree) + np.arange(len(owner)), batch.tokens[owner, position].astype(np.int64)
             entries = token_logprobs(verified.outputs["logits"], rows, tokens, batch.sampling["prompt_logprobs"][owner])
             for request, entry in zip(self.scheduler.running_in(owner), entries, strict=True):
@@ -319,7 +318,7 @@ class EngineCore:
             self.drafter.observe(rows, verified.outputs, np.concatenate((nodes, chunk_rows)))
         batch.committed[slots[:decoding]] += counts[:decoding]
         batch.committed[chunks.slots] += chunks.counts
-        self._note_prompts(verified, chunks)
+        self._collect_prompt_logprobs(verified, chunks)
         for slot in slots[decoding:]:  # prompts that are complete
             batch.publish(slot)
         self.counters.prompt_tokens += len(chunks.owner)
@@ -370,11 +369,13 @@ class EngineCore:
                 request.accepted.append(length)
                 self.counters.accepted[length] += 1
         verified.follow(kept, emitted)
-        stopped[[*verified.failures]] = True
+        stopped[[*verified.failures]] = True  # a text whose grammar failed ends here, too
         for i in (stopped | full).nonzero()[0]:
             request = requests[i]
             request.failure = verified.failures.get(i, "")
-            request.finish_reason = "failed" if request.failure else "stop" if stopped[i] else "length"
+            request.finish_reason = "stop" if stopped[i] else "length"
+            if request.failure:
+                request.finish_reason = "failed"
             self.scheduler.leave(request)
         ends, tokens = begins(kept).tolist(), emitted.tolist()
         return [(request, tokens[ends[i] : ends[i + 1]]) for i, request in enumerate(requests)]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 from cyclopts import App, CycloptsError, Parameter, Token
 
@@ -129,6 +129,7 @@ class EngineOptions:
     batch: Batch = None
     kv_cache_memory: KVCacheMemory = None
     synthetic_text: SyntheticText = None
+    others: ClassVar[tuple[str, ...]] = ()  # names of a subclass's options that are handed on
 
     @property
     def given(self) -> dict[str, str]:
@@ -140,8 +141,9 @@ class EngineOptions:
             "batch": self.batch,
             "kv-cache-memory": None if self.kv_cache_memory is None else f"{self.kv_cache_memory}B",
             "synthetic-text": rates,
+            **{name.replace("_", "-"): getattr(self, name) for name in self.others},
         }
-        return {name: str(value) for name, value in options.items() if value is not None}
+        return {name: "true" if value is True else str(value) for name, value in options.items() if value}
 
     @property
     def words(self) -> list[str]:
@@ -171,9 +173,34 @@ class LatencyOptions(EngineOptions):
     latency_admission: Annotated[
         Flag, Parameter(help="Refuse a request whose latency targets cannot be kept (429 with Retry-After).")
     ] = False
+    others: ClassVar[tuple[str, ...]] = ("latency_classes", "latency_admission")
 
-    @property
-    def given(self) -> dict[str, str]:
-        """See ``EngineOptions``."""
-        options = {"latency-classes": self.latency_classes, "latency-admission": "true" * self.latency_admission}
-        return super().given | {name: value for name, value in options.items() if value}
+
+def _events(_: object, tokens: Sequence[Token]) -> str:
+    from echo_trt.engine.service.kv_events import read_config
+
+    read_config(tokens[-1].value)
+    return tokens[-1].value
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostedOptions(LatencyOptions):
+    """How an engine's host serves, with Triton or without."""
+
+    queue: Annotated[int, Parameter(help="Requests that may wait; more are refused.", validator=bounds(1))] = 256
+    special_tokens_in_content: SpecialTokens = False
+    kv_events_config: Annotated[
+        str,
+        Parameter(
+            metavar="JSON",
+            converter=_events,
+            help="Publish over ZMQ what the prefix cache holds, as vLLM does: endpoint, topic, replay_endpoint and "
+            "others of its fields.",
+        ),
+    ] = ""
+    others: ClassVar[tuple[str, ...]] = (
+        *LatencyOptions.others,
+        "queue",
+        "special_tokens_in_content",
+        "kv_events_config",
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Protocol
 
@@ -33,6 +33,15 @@ class Listener(Protocol):
 
     def removed(self, keys: Sequence[bytes]) -> None:
         """Blocks of these keys can be found no longer."""
+
+
+def rows(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield first and last + 1 of the places that follow each other in ``indices``, which ascend."""
+    for i, index in enumerate(indices):
+        if i == 0 or index != indices[i - 1] + 1:
+            first = index
+        if i + 1 == len(indices) or indices[i + 1] != index + 1:
+            yield first, index + 1
 
 
 class PrefixCache:

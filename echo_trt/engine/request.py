@@ -64,7 +64,7 @@ class Request:
     ``logprobs`` and ``sources`` have an entry for each token that was emitted, where the request asks for them.
     ``cached_tokens`` of the prompt were in the prefix cache when the request first got a slot. Of running requests the
     one with the highest ``priority`` number gives way first. It was ``submitted`` and had its first token (``started``)
-    at times of time.monotonic(). Turns the tokens of one request into text. ``reported`` counts the tokens that
+    at times of time.monotonic(). ``text_stream`` turns its tokens into text, and ``reported`` counts the tokens that
     ``take`` has returned.
 
     drafted, accepted  draft tokens of each verification that had any, and those that the text went on behind

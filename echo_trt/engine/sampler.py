@@ -33,7 +33,7 @@ class TargetOutput:
     decoding     number of decoding requests; they come first. Finished prompts follow, with a root alone
     slots        int64 [B]
     probability  float64 [n], the planner's P(accept) of the nodes of decoding requests
-    proposer     source of nodes that name the draft alone (``speculation.sources``: DRAFT or LOOKUP)
+    proposer     source that nodes of the source DRAFT are reported as (``EngineCore.proposer``)
     synthetic    the text that is given in the place of the choices, which are made all the same; None: the choices
     """
 

@@ -37,6 +37,7 @@ class DeltaCall:
                  row i of tree b's convolution state
     states       float32 [B, ...] by name (``hybrid_config.state_shapes``)
     steps        float [T, T], masks of ``inverse``
+    between      float [B, T, T * T], 1 where the row's node is on the path behind j up to t; the column is t * T + j
     results      filled by the layers: keys [B, H, T, dk], U [B, H, T, dv], G [B, H, T], convolution inputs [N, C]
     """
 
@@ -47,10 +48,13 @@ class DeltaCall:
     conv_rows: Tensor
     states: dict[str, Tensor]
     steps: list[Tensor] = field(init=False)
+    between: Tensor = field(init=False)
     results: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.steps = step_masks(self.ancestors)
+        paths = (self.ancestors + identity(self.ancestors)).transpose(1, 2)
+        self.between = (paths.unsqueeze(3) - paths.unsqueeze(2)).flatten(2)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.attend(layer, query, key, value)
@@ -140,7 +144,9 @@ class DeltaNet(nn.Module):
         step = -self.decay_log.float().exp() * F.softplus(decay + self.decay_bias)
         own = call.ancestors + identity(call.ancestors)
         total = (own @ call.padded(step)).transpose(1, 2)  # G, [B, H, T]
-        kept = (total.unsqueeze(-1) - total.unsqueeze(-2)).clamp(max=0).exp()  # of j's writing at t
+        # The decay from j to t is added up by itself: bf16 has 8 bits of G_t, too few for the difference G_t - G_j.
+        faded_since = call.padded(step).transpose(1, 2) @ call.between
+        kept = faded_since.unflatten(-1, ancestors.shape[-2:]).clamp(max=0).exp()  # of j's writing at t
         faded, keys_seen = total.exp().unsqueeze(-1), key.transpose(-1, -2)
         lower = beta * ancestors * kept * (key @ keys_seen)
         update = inverse(lower, call.steps) @ (beta * (value - faded * (key @ state)))

@@ -1,13 +1,14 @@
-"""Pieces of text in the shape of OpenAI's answers, whole and as server-sent events."""
+"""Pieces of text as answers, whole and as events: what all APIs share, and the shape of OpenAI's chats."""
 
 from __future__ import annotations
 
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -15,29 +16,96 @@ from starlette.types import Receive, Scope, Send
 from echo_trt.engine.process.wire import TextPiece
 from echo_trt.server.choices import ClientGone, PieceStream
 from echo_trt.server.errors import ApiError
+from echo_trt.server.fields import RequestBody
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.schemas import ChatRequest, CompletionRequest
 from echo_trt.server.turns import Delta, OutputParser
 
 Item = TypeVar("Item")
+Requested = TypeVar("Requested", bound=RequestBody)
+Event = dict[str, Any]
 Entry = dict[str, Any]  # of a token: token, logprob, bytes, top_logprobs (a list of such), text_offset
 
 
-class ApiAnswer:
-    """One HTTP request's answer: a text for each of ``turns``, of which ``requested.n`` are of one prompt."""
+class Answer(ABC, Generic[Requested]):
+    """One HTTP request's answer: a text for each of ``turns``, the first of which is ``_turn``."""
 
     media_type = "text/event-stream"
+    last = ""  # what is sent behind all events
 
-    def __init__(self, requested: ChatRequest | CompletionRequest, turns: list[OutputParser], metrics: ServerMetrics):
-        self._requested, self._turns, self._metrics = requested, turns, metrics
-        self._chat, self._created = isinstance(requested, ChatRequest), int(time.time())
-        self._id = ("chatcmpl-" if self._chat else "cmpl-") + secrets.token_hex(16)
+    def __init__(self, requested: Requested, turns: list[OutputParser], metrics: ServerMetrics):
+        self._requested, self._turns, self._turn, self._metrics = requested, turns, turns[0], metrics
+        self._prompts = turns  # one of each prompt's
+        self._id, self._created = secrets.token_hex(16), int(time.time())
 
     async def whole(self, pieces: PieceStream) -> dict[str, Any]:
-        """Return the body of an answer that is not streamed, once all choices have ended."""
+        """Return the body of an answer that is not streamed, once all texts have ended."""
         async for choice, piece in pieces:
-            self._turns[choice].take(piece)
+            for _event in self.take(choice, piece):
+                pass
         self._count()
+        return self.complete()
+
+    async def events(self, first: tuple[int, TextPiece], pieces: PieceStream) -> AsyncIterator[str]:
+        """Yield what is sent. A failure on the way is an event too, for the status has long been sent."""
+        try:
+            for event in self.begin(first[1]):
+                yield self.written(event)
+            async for choice, piece in chained(first, pieces):
+                for event in self.take(choice, piece):
+                    yield self.written(event)
+            for event in self.end():
+                yield self.written(event)
+            if self.last:
+                yield self.last
+        except ApiError as error:
+            for event in self.failed(self._requested.in_client_fields(error)):
+                yield self.written(event)
+        except ClientGone:
+            self._metrics.disconnects.inc()
+        finally:
+            self._count()
+
+    def _count(self) -> None:
+        self._metrics.prompt_tokens.inc(sum(turn.prompt_tokens for turn in self._prompts))
+        self._metrics.completion_tokens.inc(sum(turn.completion_tokens for turn in self._turns))
+
+    def begin(self, first: TextPiece) -> Iterator[Event]:
+        """Yield events before the first text."""
+        return iter(())
+
+    @abstractmethod
+    def take(self, choice: int, piece: TextPiece) -> Iterator[Event]:
+        """Yield events of the text that became certain."""
+
+    @abstractmethod
+    def end(self) -> Iterator[Event]: ...
+
+    @abstractmethod
+    def failed(self, error: ApiError) -> Iterator[Event]: ...
+
+    @abstractmethod
+    def complete(self) -> dict[str, Any]:
+        """Return the answer, once its texts have ended."""
+
+    def written(self, event: Event) -> str:
+        """Return an event as it is sent."""
+        kind = f"event: {event['type']}\n" if "type" in event else ""
+        return f"{kind}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+class ApiAnswer(Answer[ChatRequest | CompletionRequest]):
+    """The answer to a chat or completions; ``requested.n`` turns are of one prompt."""
+
+    last = "data: [DONE]\n\n"
+
+    def __init__(self, requested: ChatRequest | CompletionRequest, turns: list[OutputParser], metrics: ServerMetrics):
+        super().__init__(requested, turns, metrics)
+        self._prompts = turns[:: requested.n]
+        self._chat = isinstance(requested, ChatRequest)
+        self._id = ("chatcmpl-" if self._chat else "cmpl-") + self._id
+
+    def complete(self) -> dict[str, Any]:
         kind = "chat.completion" if self._chat else "text_completion"
         choices = []
         for index, turn in enumerate(self._turns):
@@ -45,35 +113,32 @@ class ApiAnswer:
             choices.append({"index": index, **content, **self._details(turn), "finish_reason": turn.finish_reason})
         return self._head(kind) | {"choices": choices, "usage": self._usage(), **self._speculation()}
 
-    async def events(self, first: tuple[int, TextPiece], pieces: PieceStream) -> AsyncIterator[str]:
-        """Yield server-sent events. A failure on the way is an event too, for the status has long been sent."""
-        try:
-            if self._chat:
-                begin = TextPiece(0, prompt_tokens=first[1].prompt_tokens)  # all choices of a chat have one prompt
-                for index in range(len(self._turns)):
-                    yield self._chunk(_delta(index, {"role": "assistant", "content": ""}), begin)
-            async for choice, piece in chained(first, pieces):
-                turn = self._turns[choice]
-                deltas = turn.take(piece)
-                if not self._chat:
-                    reported = {"index": choice, "text": piece.text, **self._details(turn)}
-                    yield self._chunk(reported | {"finish_reason": piece.finish_reason}, piece)
-                    continue
-                for delta in deltas:
-                    yield self._chunk(_delta(choice, delta) | self._details(turn), piece)
-                if turn.finish_reason:
-                    reported = self._details(turn) if turn.logprobs or turn.sources else {}
-                    yield self._chunk(_delta(choice, {}, turn.finish_reason) | reported, piece)
-            if self._requested.wants_usage:
-                last = {"choices": [], "usage": self._usage(), **self._speculation()}
-                yield _event(self._head(self._chunk_kind) | last)
-            yield "data: [DONE]\n\n"
-        except ApiError as error:
-            yield _event(error.body)
-        except ClientGone:
-            self._metrics.disconnects.inc()
-        finally:
-            self._count()
+    def begin(self, first: TextPiece) -> Iterator[Event]:
+        begin = TextPiece(0, prompt_tokens=first.prompt_tokens)  # all choices of a chat have one prompt
+        for index in range(len(self._turns) if self._chat else 0):
+            yield self._chunk(_delta(index, {"role": "assistant", "content": ""}), begin)
+
+    def take(self, choice: int, piece: TextPiece) -> Iterator[Event]:
+        turn = self._turns[choice]
+        deltas = turn.take(piece)
+        if not self._requested.stream:
+            return
+        if not self._chat:
+            reported = {"index": choice, "text": piece.text, **self._details(turn)}
+            yield self._chunk(reported | {"finish_reason": piece.finish_reason}, piece)
+            return
+        for delta in deltas:
+            yield self._chunk(_delta(choice, delta) | self._details(turn), piece)
+        if turn.finish_reason:
+            reported = self._details(turn) if turn.logprobs or turn.sources else {}
+            yield self._chunk(_delta(choice, {}, turn.finish_reason) | reported, piece)
+
+    def end(self) -> Iterator[Event]:
+        if self._requested.wants_usage:
+            yield self._head(self._chunk_kind) | {"choices": [], "usage": self._usage(), **self._speculation()}
+
+    def failed(self, error: ApiError) -> Iterator[Event]:
+        yield error.body
 
     @property
     def _chunk_kind(self) -> str:
@@ -82,13 +147,13 @@ class ApiAnswer:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._requested.model}
 
-    def _chunk(self, choice: dict[str, Any], piece: TextPiece) -> str:
+    def _chunk(self, choice: dict[str, Any], piece: TextPiece) -> Event:
         chunk = self._head(self._chunk_kind) | {"choices": [choice]}
         if self._requested.wants_running_usage:
             chunk["usage"] = _counts(piece.prompt_tokens, piece.completion_tokens)
         elif self._requested.wants_usage:
             chunk["usage"] = None
-        return _event(chunk)
+        return chunk
 
     def _details(self, turn: OutputParser) -> dict[str, Any]:
         """Take a choice's fields of details: ``logprobs``, and ``token_sources`` where the request asks for them."""
@@ -100,17 +165,17 @@ class ApiAnswer:
 
     def _usage(self) -> dict[str, Any]:
         """Count tokens: every prompt once however many choices it has, and every choice."""
-        prompts = self._turns[:: self._requested.n]
-        body = _counts(sum(turn.prompt_tokens for turn in prompts), sum(turn.completion_tokens for turn in self._turns))
-        body["prompt_tokens_details"] = {"cached_tokens": sum(turn.cached_tokens for turn in prompts)}
-        if self._turns[0].thinks:
+        prompt = sum(turn.prompt_tokens for turn in self._prompts)
+        body = _counts(prompt, sum(turn.completion_tokens for turn in self._turns))
+        body["prompt_tokens_details"] = {"cached_tokens": sum(turn.cached_tokens for turn in self._prompts)}
+        if self._turn.thinks:
             reasoning = sum(turn.reasoning_tokens for turn in self._turns)
             body["completion_tokens_details"] = {"reasoning_tokens": reasoning}
         return body
 
     def _speculation(self) -> dict[str, Any]:
         """Return vLLM's field of draft acceptance, where one choice was asked for and drafts were verified."""
-        drafted, accepted = self._turns[0].drafted, self._turns[0].accepted
+        drafted, accepted = self._turn.drafted, self._turn.accepted
         if len(self._turns) > 1 or not drafted:
             return {}
         reported = {
@@ -124,11 +189,6 @@ class ApiAnswer:
             "per_step_drafted": drafted,
         }
         return {"metrics": {"speculative_decoding": reported}}
-
-    def _count(self) -> None:
-        usage = self._usage()
-        self._metrics.prompt_tokens.inc(usage["prompt_tokens"])
-        self._metrics.completion_tokens.inc(usage["completion_tokens"])
 
 
 class EventStream(StreamingResponse):
@@ -180,7 +240,3 @@ def _counts(prompt: int, completion: int) -> dict[str, Any]:
 
 def _delta(index: int, delta: Delta, reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-
-
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -23,10 +23,10 @@ from echo_trt.engine.process.client import Client, EngineError
 from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.errors import UserError
-from echo_trt.server.answers import ApiAnswer, EventStream
+from echo_trt.server.answers import Answer, ApiAnswer, EventStream
 from echo_trt.server.anthropic.answer import MessagesAnswer
 from echo_trt.server.anthropic.request import CountTokensRequest, MessagesRequest
-from echo_trt.server.bodies import Bodies
+from echo_trt.server.bodies import Bodies, reads
 from echo_trt.server.chats import chat_for
 from echo_trt.server.choices import ClientGone, PieceStream, merged
 from echo_trt.server.edge import OPEN, AuthMiddleware, Cors
@@ -43,9 +43,9 @@ from echo_trt.server.page_files import PageFiles
 from echo_trt.server.responses.answer import Response as ResponsesAnswer
 from echo_trt.server.responses.request import ResponsesRequest
 from echo_trt.server.schemas import ChatRequest, CompletionRequest, ForecastRequest
-from echo_trt.server.served import check_model, models, one_model
+from echo_trt.server.served import models, one_model
 from echo_trt.server.tokens import detokenize, token_ids, tokenize
-from echo_trt.server.translated import TranslatedAnswer, TranslatedRequest
+from echo_trt.server.translated import TranslatedRequest
 from echo_trt.server.turns import OutputParser
 from echo_trt.server.unserved import refusal
 
@@ -99,13 +99,13 @@ def create_app(
         routes=[
             Route("/v1/models", models),  # where GET is answered, HEAD is too
             Route("/v1/models/{name:path}", one_model),
-            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/chat/completions", chats(ChatRequest, ApiAnswer), methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/responses", translated(ResponsesRequest, ResponsesAnswer), methods=["POST"]),
-            Route("/v1/messages", translated(MessagesRequest, MessagesAnswer), methods=["POST"]),
-            Route("/v1/messages/count_tokens", translated(CountTokensRequest, None), methods=["POST"]),
-            Route("/api/chat", translated(OllamaChatRequest, OllamaAnswer), methods=["POST"]),
-            Route("/api/generate", translated(GenerateRequest, OllamaAnswer), methods=["POST"]),
+            Route("/v1/responses", chats(ResponsesRequest, ResponsesAnswer), methods=["POST"]),
+            Route("/v1/messages", chats(MessagesRequest, MessagesAnswer), methods=["POST"]),
+            Route("/v1/messages/count_tokens", chats(CountTokensRequest, None), methods=["POST"]),
+            Route("/api/chat", chats(OllamaChatRequest, OllamaAnswer), methods=["POST"]),
+            Route("/api/generate", chats(GenerateRequest, OllamaAnswer), methods=["POST"]),
             Route("/api/tags", ollama_models.tags),
             Route("/api/show", ollama_models.show, methods=["POST"]),
             Route("/api/version", ollama_models.version),
@@ -131,21 +131,11 @@ def create_app(
     return app
 
 
-async def chat(request: Request) -> Response:
-    return await _answer(request, await request.app.state.bodies.read(request, ChatRequest))
+def chats(kind: type[ChatRequest | TranslatedRequest], answer_type: type[Answer[Any]] | None) -> Any:
+    """Return the endpoint of an API that asks for a chat, or, without an answer, for its tokens."""
 
-
-async def completions(request: Request) -> Response:
-    return await _answer(request, await request.app.state.bodies.read(request, CompletionRequest))
-
-
-def translated(kind: type[TranslatedRequest], answer_type: type[TranslatedAnswer[Any]] | None) -> Any:
-    """Return the endpoint of an API that asks for a chat in other words, or, without an answer, for its tokens."""
-
-    async def endpoint(request: Request) -> Response:
+    async def endpoint(request: Request, requested: ChatRequest | TranslatedRequest) -> Response:
         state = request.app.state
-        requested = await state.bodies.read(request, kind)
-        check_model(request, requested.model)
         if isinstance(requested, OllamaRequest) and not requested.turns:  # the model is loaded already
             return JSONResponse(head(requested) | {"done": True, "done_reason": "load"})
         try:
@@ -155,23 +145,33 @@ def translated(kind: type[TranslatedRequest], answer_type: type[TranslatedAnswer
             if answer_type is None:
                 return JSONResponse({"input_tokens": len(await token_ids(state.client, chat.inputs, chat.names))})
             pieces = _pieces(request, wanted, info, [chat.inputs], chat.names)
-            response = await _sent(answer_type(requested, chat.turn(), state.metrics), pieces, requested.stream)
+            turns = [chat.turn() for _ in range(wanted.n)]
+            response = await _sent(answer_type(requested, turns, state.metrics), pieces, requested.stream)
         except ApiError as error:
-            raise requested.ours(error) from None
+            raise requested.in_client_fields(error) from None
         if requested.left_out:
             response.headers["X-Tools-Left-Out"] = ", ".join(requested.left_out)
         return response
 
-    return endpoint
+    return reads(kind)(endpoint)
 
 
-async def forecast(request: Request) -> Response:
+@reads(CompletionRequest)
+async def completions(request: Request, requested: CompletionRequest) -> Response:
+    state, prompts = request.app.state, requested.inputs()
+    info = await state.client.model_info()
+    await _check_echo(requested, prompts, state.client)
+    pieces = _pieces(request, requested, info, prompts, requested.names)
+    turns = [OutputParser() for _ in range(len(prompts) * requested.n)]
+    return await _sent(ApiAnswer(requested, turns, state.metrics), pieces, requested.stream)
+
+
+@reads(ForecastRequest)
+async def forecast(request: Request, requested: ForecastRequest) -> Response:
     """POST /v1/forecast: what a request of this shape has to expect as things stand."""
-    state = request.app.state
-    requested = await state.bodies.read(request, ForecastRequest)
     latency = requested.latency or request.scope.get("latency") or ""
     text = latency if isinstance(latency, str) else json.dumps(latency)
-    reply = await state.client.forecast(requested.prompt_tokens, requested.max_tokens, text)
+    reply = await request.app.state.client.forecast(requested.prompt_tokens, requested.max_tokens, text)
     return JSONResponse(json.loads(reply.text))
 
 
@@ -193,22 +193,7 @@ async def show_metrics(request: Request) -> PlainTextResponse:
     return PlainTextResponse(metrics.text() + (theirs or ""), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _answer(request: Request, requested: ChatRequest | CompletionRequest) -> Response:
-    check_model(request, requested.model)
-    state = request.app.state
-    info = await state.client.model_info()
-    if isinstance(requested, ChatRequest):
-        chat = chat_for(requested, info)
-        prompts, names = [chat.inputs], chat.names
-    else:
-        chat, prompts, names = None, requested.inputs(), requested.names
-        await _check_echo(requested, prompts, state.client)
-    pieces = _pieces(request, requested, info, prompts, names)
-    turns = [chat.turn() if chat else OutputParser() for _ in range(len(prompts) * requested.n)]
-    return await _sent(ApiAnswer(requested, turns, state.metrics), pieces, requested.stream)
-
-
-async def _sent(answer: ApiAnswer | TranslatedAnswer[Any], pieces: PieceStream, stream: bool) -> Response:
+async def _sent(answer: Answer[Any], pieces: PieceStream, stream: bool) -> Response:
     """Answer a chat or a completion. The HTTP status follows the first piece: what fails before it is no 200."""
     if not stream:
         return JSONResponse(await answer.whole(pieces))

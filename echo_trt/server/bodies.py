@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
+from starlette.responses import Response
 
 from echo_trt.server.errors import ApiError, from_validation, no_object
 from echo_trt.server.fields import Strict
+from echo_trt.server.served import check_model
 
 #: Most opening brackets in a body, those in texts included. Each may become a list or a dict, which take the most time:
 #: parsing a megabyte of empty lists holds the loop for 100 ms, as many lists as this for 30 ms.
 BRACKETS = 50_000
 Body = TypeVar("Body", bound=Strict)
+
+
+def reads(kind: type[Body]) -> Callable[[Callable[[Request, Body], Awaitable[Response]]], Any]:
+    """Make an endpoint of a function of a request and its body, a ``kind``, which names the model that is served."""
+
+    def endpoint_of(answer: Callable[[Request, Body], Awaitable[Response]]) -> Any:
+        async def endpoint(request: Request) -> Response:
+            requested = await request.app.state.bodies.read(request, kind)
+            check_model(request, getattr(requested, "model", None))
+            return await answer(request, requested)
+
+        endpoint.body = kind  # type: ignore[attr-defined]
+        return endpoint
+
+    return endpoint_of
 
 
 class Bodies:
@@ -40,7 +58,7 @@ class Bodies:
             finally:
                 await asyncio.sleep(time.monotonic() - begin)
         n = getattr(requested, "n", 1)
-        if n > 1 and n * len(body) > self._largest:  # Triton is sent the prompt for each choice
+        if n > 1 and n * len(body) > self._largest:  # the engine is sent the prompt for each choice
             maximum = max(self._largest // len(body), 1)
             message = f"n is {n} for a body of {len(body)} bytes; ask for at most {maximum} choices."
             raise ApiError(400, message, param="n")

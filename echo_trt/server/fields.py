@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -44,6 +44,39 @@ class Strict(BaseModel):
         if isinstance(raw, dict) and len(raw) > FIELDS:
             raise ValueError(f"give at most {FIELDS} fields")
         return raw
+
+
+class RequestBody(Strict):
+    """What is sent to an endpoint.
+
+    REFUSED  fields that ask for something we don't have, unless they hold one of these values (null asks for nothing)
+    IGNORED  fields that change no text
+    """
+
+    REFUSED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    IGNORED: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_we_have(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        read = {name: value for name, value in bounded(raw).items() if value is not None and name not in cls.IGNORED}
+        return cls.kept({name: read[name] for name in read if not check_supported(name, read[name], cls.REFUSED)})
+
+    @classmethod
+    def kept(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields as they are checked. Raises ApiError."""
+        return given
+
+    @property
+    def left_out(self) -> list[str]:
+        """Types of tools that are not used."""
+        return []
+
+    def in_client_fields(self, error: ApiError) -> ApiError:
+        """Rewrite a refusal in the names of these fields."""
+        return error
 
 
 def at_most(maximum: int, things: str) -> BeforeValidator:

@@ -130,7 +130,7 @@ class Message(Strict):
         return self
 
     def for_engine(self) -> dict[str, Any]:
-        """Return the message as Triton's ``chat_messages`` has it."""
+        """Return the message as the engine's input ``chat_messages`` has it."""
         role = "system" if self.role == "developer" else self.role
         turn = self.model_dump(exclude_none=True, exclude={"role", "content"})
         if not self.tool_calls:

@@ -11,27 +11,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from echo_trt import __version__
-from echo_trt.server.anthropic.request import CountTokensRequest, MessagesRequest
 from echo_trt.server.edge import OPEN
-from echo_trt.server.ollama.models import ShowRequest
-from echo_trt.server.ollama.request import GenerateRequest, OllamaChatRequest, OllamaRequest
-from echo_trt.server.responses.request import ResponsesRequest
-from echo_trt.server.schemas import ChatRequest, CompletionRequest
-from echo_trt.server.tokens import DetokenizeRequest, TokenizeRequest
-from echo_trt.server.translated import SHARED, TranslatedRequest
+from echo_trt.server.ollama.request import OllamaRequest
+from echo_trt.server.translated import CHAT_FIELDS, TranslatedRequest
 
-BODIES = {
-    "/v1/chat/completions": ChatRequest,
-    "/v1/completions": CompletionRequest,
-    "/v1/responses": ResponsesRequest,
-    "/v1/messages": MessagesRequest,
-    "/v1/messages/count_tokens": CountTokensRequest,
-    "/api/chat": OllamaChatRequest,
-    "/api/generate": GenerateRequest,
-    "/api/show": ShowRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-}
 STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/live")
 LINES = ("/api/chat", "/api/generate")
 TEXT, MANY = {"type": "string"}, {"type": "array", "items": {}}
@@ -63,7 +46,8 @@ async def show_openapi(request: Request) -> Response:
 
 def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
     """Describe an application's routes in OpenAPI 3.1."""
-    bodies: dict[str, Any] = BODIES
+    shown = [route for route in routes if isinstance(route, Route) and route.include_in_schema]
+    bodies: dict[str, Any] = {each.path: each.endpoint.body for each in shown if hasattr(each.endpoint, "body")}
     reference = "#/components/schemas/{model}"
     _, known = models_json_schema([(body, "validation") for body in bodies.values()], ref_template=reference)
     schemas = known["$defs"]
@@ -74,12 +58,11 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
             properties = schemas[body.__name__]["properties"]
             del properties["shared"]
             if not issubclass(body, OllamaRequest):  # whose clients know options alone
-                properties |= {name: schemas["ChatRequest"]["properties"][name] for name in SHARED} | properties
+                properties |= {name: schemas["ChatRequest"]["properties"][name] for name in CHAT_FIELDS} | properties
     paths: dict[str, Any] = {}
-    for route in routes:
-        if isinstance(route, Route) and route.include_in_schema:
-            path, methods = route.path.replace(":path", ""), (route.methods or set()) - {"HEAD"}
-            paths[path] = {method.lower(): _operation(path) for method in sorted(methods)}
+    for route in shown:
+        path, methods = route.path.replace(":path", ""), (route.methods or set()) - {"HEAD"}
+        paths[path] = {method.lower(): _operation(path) for method in sorted(methods)}
     for path, body in bodies.items():
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
         paths[path]["post"]["requestBody"] = {"required": True, "content": content}

@@ -21,9 +21,10 @@ from pydantic import (
 from echo_trt.engine.latency import RULE
 from echo_trt.engine.parameter import INT32
 from echo_trt.engine.params import MAX_STOP_TOKENS, PARAMETERS, SINGLE
+from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.errors import ApiError, shown
-from echo_trt.server.fields import FIELDS, MESSAGES, Strict, at_most, bounded, check_supported, within
+from echo_trt.server.fields import FIELDS, MESSAGES, RequestBody, Strict, at_most, within
 from echo_trt.server.messages import Message, few_calls
 from echo_trt.server.structured import FIELDS as STRUCTURED
 from echo_trt.server.structured import Structured, structured_of
@@ -32,7 +33,6 @@ from echo_trt.server.tools import Allowed, Choice, Tool, check
 CHOICES = 128  # of one request, prompts times n
 STOP_STRINGS = 16
 TOKEN_IDS = 2**18  # of all prompts of a request; no model that we know has a longer context
-#: Fields that ask for something we don't have, unless they hold one of these values (null asks for nothing).
 REFUSED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none",),
@@ -56,7 +56,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
 }
-#: Fields that say something about the caller and nothing about the text.
+#: They say something about the caller and nothing about the text.
 IGNORED = (
     "user",
     "metadata",
@@ -122,15 +122,17 @@ def _field(name: str) -> tuple[Any, Any]:
 SHARED = tuple(name for name, known in SINGLE.items() if known.openai is not None)
 if TYPE_CHECKING:
 
-    class Sampled(Strict):
+    class Sampled(RequestBody):
         def __getattr__(self, name: str) -> Any: ...
 
 else:
-    Sampled = create_model("Sampled", __base__=Strict, **{name: _field(name) for name in SHARED})
+    Sampled = create_model("Sampled", __base__=RequestBody, **{name: _field(name) for name in SHARED})
 
 
 class Params(Sampled):
     """What both endpoints share. ``top_k`` and others are not OpenAI's (docs/request-fields.md)."""
+
+    REFUSED, IGNORED = REFUSED, IGNORED
 
     model: str
     stream: bool = False
@@ -156,23 +158,14 @@ class Params(Sampled):
     priority: Annotated[int, Field(ge=0, le=INT32)] | None = None
     deadline_ms: Annotated[int, Field(ge=1, le=INT32)] | None = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _only_what_we_have(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            return raw
-        kept = {}
-        for name, value in bounded(raw).items():
-            if value is None or name in IGNORED:
-                continue
-            if name == "best_of":
-                _check_best_of(value, raw.get("n"))
-                continue
-            if name in ALIASES and raw.get(ALIASES[name]) is not None:
-                raise ApiError(400, f"{name} and {ALIASES[name]} are both given; give the latter.", param=name)
-            if not check_supported(name, value, REFUSED):
-                kept[ALIASES.get(name, name)] = value
-        return kept
+    def kept(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if "best_of" in given:
+            _check_best_of(given.pop("best_of"), given.get("n"))
+        for name, ours in ALIASES.items():
+            if name in given and ours in given:
+                raise ApiError(400, f"{name} and {ours} are both given; give the latter.", param=name)
+        return {ALIASES.get(name, name): value for name, value in given.items()}
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -261,6 +254,9 @@ class ChatRequest(Params):
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             message = "max_tokens and max_completion_tokens are both given; give the latter."
             raise ApiError(400, message, param="max_tokens")
+        return self
+
+    def chat_for_model(self, info: ModelInfo) -> ChatRequest:
         return self
 
     @property

@@ -12,27 +12,17 @@ from starlette.responses import JSONResponse, Response
 from echo_trt.engine.parameter import INT32
 from echo_trt.engine.process.client import Client, EngineError
 from echo_trt.models.messages import MAX_TOOLS
+from echo_trt.server.bodies import reads
 from echo_trt.server.chats import chat_for
 from echo_trt.server.errors import ApiError, from_engine, from_validation
-from echo_trt.server.fields import FIELDS, MESSAGES, Strict, at_most, bounded
+from echo_trt.server.fields import FIELDS, MESSAGES, RequestBody, at_most
 from echo_trt.server.schemas import TOKEN_IDS, ChatRequest
-from echo_trt.server.served import check_model
 
 
-class _Tokens(Strict):
-    model: str | None = None  # None: the one there is
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            return raw
-        return {name: value for name, value in bounded(raw).items() if value is not None}
-
-
-class TokenizeRequest(_Tokens):
+class TokenizeRequest(RequestBody):
     """The body of /tokenize: a text, or a chat as it is put into the chat template."""
 
+    model: str | None = None  # None: the one there is
     prompt: str | None = None
     messages: Annotated[list[Any], at_most(MESSAGES, "messages")] | None = None
     tools: Annotated[list[Any], at_most(MAX_TOOLS, "tools")] = Field([])
@@ -71,9 +61,10 @@ class TokenizeRequest(_Tokens):
         return self
 
 
-class DetokenizeRequest(_Tokens):
+class DetokenizeRequest(RequestBody):
     """The body of /detokenize."""
 
+    model: str | None = None
     tokens: list[int]
 
     @model_validator(mode="before")
@@ -90,10 +81,9 @@ class DetokenizeRequest(_Tokens):
         return raw
 
 
-async def tokenize(request: Request) -> Response:
+@reads(TokenizeRequest)
+async def tokenize(request: Request, requested: TokenizeRequest) -> Response:
     state = request.app.state
-    requested = await state.bodies.read(request, TokenizeRequest)
-    check_model(request, requested.model)
     info = await state.client.model_info()
     inputs = {"text_input": requested.prompt, "add_special_tokens": requested.add_special_tokens is not False}
     names: dict[str, str] = {}
@@ -112,14 +102,12 @@ async def token_ids(client: Client, inputs: dict[str, Any], names: dict[str, str
         raise from_engine(error, names) from None
 
 
-async def detokenize(request: Request) -> Response:
-    state = request.app.state
-    requested = await state.bodies.read(request, DetokenizeRequest)
-    check_model(request, requested.model)
+@reads(DetokenizeRequest)
+async def detokenize(request: Request, requested: DetokenizeRequest) -> Response:
     if not requested.tokens:
         return JSONResponse({"prompt": ""})
     try:
-        reported = await state.client.tokenize({"input_ids": requested.tokens})
+        reported = await request.app.state.client.tokenize({"input_ids": requested.tokens})
     except EngineError as error:
         raise from_engine(error, {"input_ids": "tokens"}) from None
     return JSONResponse({"prompt": reported.text})

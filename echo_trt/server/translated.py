@@ -1,31 +1,24 @@
-"""What the APIs share that ask for a chat in other words (Responses, Anthropic's, Ollama's): requests and answers."""
+"""What the APIs share that ask for a chat in other words (Responses, Anthropic's, Ollama's)."""
 
 from __future__ import annotations
 
-import json
 import re
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator
+from abc import abstractmethod
 from functools import cached_property
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from echo_trt.engine.process.wire import ModelInfo, TextPiece
-from echo_trt.server.answers import chained
+from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.server.chats import SWITCH
-from echo_trt.server.choices import ClientGone, PieceStream
 from echo_trt.server.errors import ApiError, from_validation
-from echo_trt.server.fields import Strict, bounded, check_supported
-from echo_trt.server.metrics import ServerMetrics
-from echo_trt.server.schemas import SHARED as SAMPLED
-from echo_trt.server.schemas import ChatRequest
-from echo_trt.server.turns import OutputParser
+from echo_trt.server.fields import RequestBody
+from echo_trt.server.schemas import SHARED, ChatRequest
 
-#: Fields that are a chat's too, by the same name; the chat checks them.
-SHARED = (
-    *(name for name in SAMPLED if name != "token_sources"),
+#: Fields that these APIs have by the chat's names; the chat checks them.
+CHAT_FIELDS = (
+    *(name for name in SHARED if name != "token_sources"),
     "top_logprobs",
     "logit_bias",
     "stop",
@@ -73,43 +66,27 @@ class TurnList:
         return self._fields[message] + (rest if "." in self._fields[message] else "")
 
 
-class TranslatedRequest(Strict):
+class TranslatedRequest(RequestBody):
     """A body that stands for a chat. Subclasses have their API's fields."""
 
-    REFUSED: ClassVar[dict[str, tuple[Any, ...]]] = {}  # as in ``schemas``
-    IGNORED: ClassVar[tuple[str, ...]] = ()  # fields that change no text
-
     model: str
+    stream: bool = False
     shared: Any = Field(None, exclude=True)
 
-    @model_validator(mode="before")
     @classmethod
-    def _only_what_we_have(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            return raw
-        kept: dict[str, Any] = {}
-        shared: dict[str, Any] = {}
-        for name, value in bounded(raw).items():
-            if value is None or name in cls.IGNORED:
-                continue
-            if name == "shared":
-                raise ApiError(400, "shared is not known here; leave it out.", param="shared")
-            if not check_supported(name, value, cls.REFUSED):
-                (shared if name in SHARED else kept)[name] = value
-        return kept | {"shared": shared}
+    def kept(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if "shared" in given:
+            raise ApiError(400, "shared is not known here; leave it out.", param="shared")
+        shared = {name: given.pop(name) for name in CHAT_FIELDS if name in given}
+        return given | {"shared": shared}
 
+    @abstractmethod
     def body(self) -> dict[str, Any]:
-        """Return the chat's fields but the shared ones. Raises ApiError, in the names of these fields."""
-        raise NotImplementedError
+        """Return the chat's fields but CHAT_FIELDS. Raises ApiError, in the client's names of fields."""
 
-    def field(self, theirs: str) -> str:
-        """Return the name that a chat's field has here."""
-        raise NotImplementedError
-
-    @property
-    def left_out(self) -> list[str]:
-        """Types of tools that are not used."""
-        return []
+    @abstractmethod
+    def client_field(self, chat_field: str) -> str:
+        """Return the client's name of a chat's field."""
 
     @property
     def thoughts(self) -> tuple[bool | None, str | None]:
@@ -123,9 +100,9 @@ class TranslatedRequest(Strict):
         try:
             return ChatRequest.model_validate(body)
         except ValidationError as error:
-            raise self.ours(from_validation(error.errors(include_url=False))) from None
+            raise self.in_client_fields(from_validation(error.errors(include_url=False))) from None
         except ApiError as error:
-            raise self.ours(error) from None
+            raise self.in_client_fields(error) from None
 
     def chat_for_model(self, info: ModelInfo) -> ChatRequest:
         """Return the chat, with what is asked of thoughts as far as the model takes it."""
@@ -144,21 +121,21 @@ class TranslatedRequest(Strict):
         _ = self.left_out, self.chat
         return self
 
-    def ours(self, error: ApiError) -> ApiError:
-        """Rewrite a chat's refusal in the names of these fields."""
+    def in_client_fields(self, error: ApiError) -> ApiError:
+        """Rewrite a chat's refusal in the client's names of fields."""
         reported: dict[str, Any] = error.body["error"]
-        theirs, message = reported["param"], reported["message"]
-        if not theirs:
+        chat_field, message = reported["param"], reported["message"]
+        if not chat_field:
             return error
-        field = self.field(theirs)
-        message = field + message.removeprefix(theirs) if message.startswith(theirs + " ") else message
+        field = self.client_field(chat_field)
+        message = field + message.removeprefix(chat_field) if message.startswith(chat_field + " ") else message
         return ApiError(error.status_code, message, reported["type"], field, reported["code"], error.retry_after)
 
 
-def renamed(theirs: str, names: dict[str, str]) -> str:
-    """Return a chat's field by its name in ``names``, where a longer name stands before its beginning."""
-    longest = next((name for name in names if theirs == name or theirs.startswith(name + ".")), None)
-    return names[longest] + theirs.removeprefix(longest) if longest else theirs
+def renamed(chat_field: str, names: dict[str, str]) -> str:
+    """Return the client's name of a chat's field. ``names``: chat field -> client field, a field's parts before it."""
+    longest = next((name for name in names if chat_field == name or chat_field.startswith(name + ".")), None)
+    return names[longest] + chat_field.removeprefix(longest) if longest else chat_field
 
 
 def arguments_of(text: str) -> dict[str, Any]:
@@ -168,67 +145,3 @@ def arguments_of(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-Requested = TypeVar("Requested", bound=TranslatedRequest)
-
-
-class TranslatedAnswer(ABC, Generic[Requested]):
-    """The answer to one request, of one text. ``turn`` reads that text."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, requested: Requested, turn: OutputParser, metrics: ServerMetrics):
-        self._requested, self._turn, self._metrics = requested, turn, metrics
-
-    async def whole(self, pieces: PieceStream) -> dict[str, Any]:
-        """Return the body of an answer that is not streamed, once its text has ended."""
-        async for _, piece in pieces:
-            for _event in self.take(piece):
-                pass
-        self._count()
-        return self.complete()
-
-    async def events(self, first: tuple[int, TextPiece], pieces: PieceStream) -> AsyncIterator[str]:
-        """Yield what is sent. A failure on the way is an event too, for the status has long been sent."""
-        try:
-            for event in self.begin(first[1]):
-                yield self.written(event)
-            async for _, piece in chained(first, pieces):
-                for event in self.take(piece):
-                    yield self.written(event)
-            for event in self.end():
-                yield self.written(event)
-        except ApiError as error:
-            for event in self.failed(self._requested.ours(error)):
-                yield self.written(event)
-        except ClientGone:
-            self._metrics.disconnects.inc()
-        finally:
-            self._count()
-
-    def _count(self) -> None:
-        self._metrics.prompt_tokens.inc(self._turn.prompt_tokens)
-        self._metrics.completion_tokens.inc(self._turn.completion_tokens)
-
-    def begin(self, first: TextPiece) -> Iterator[dict[str, Any]]:
-        """Yield events before the first text."""
-        return iter(())
-
-    @abstractmethod
-    def take(self, piece: TextPiece) -> Iterator[dict[str, Any]]:
-        """Yield events of the text that became certain."""
-
-    @abstractmethod
-    def end(self) -> Iterator[dict[str, Any]]: ...
-
-    @abstractmethod
-    def failed(self, error: ApiError) -> Iterator[dict[str, Any]]: ...
-
-    @abstractmethod
-    def complete(self) -> dict[str, Any]:
-        """Return the answer, once its text has ended."""
-
-    def written(self, event: dict[str, Any]) -> str:
-        """Return an event as it is sent."""
-        return f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -21,6 +21,7 @@ def accept(tree: SuperTree, next_token: Callable[[np.ndarray], np.ndarray]) -> t
     while len(visited):
         emitted[visited] = next_token(visited)
         depth += 1
+        # A root's parent -1 reads the last element, but no root has this depth.
         visited = ((tree.depth == depth) & (tree.token == emitted[tree.parent])).nonzero()[0]
     path = (emitted >= 0).nonzero()[0]
     path = path[tree.request[path].argsort(kind="stable")]  # a parent always stands before its children

@@ -14,15 +14,23 @@ from echo_trt.speculation.arrays import begins, ragged_arange
 
 BLOCK = 32  # tokens in a KV block
 _CAUSAL = np.zeros(0, np.uint8), np.zeros(1, np.int64)  # no mask, of no request
+_NO_SLOTS = np.zeros(0, np.int64)
 
 
 class ForwardBatch(NamedTuple):
     """The arrays of one call, N tokens of B requests; plugins/super_tree_attention has the table of their meaning.
 
-    token_ids, positions int64 [N]; past_lens int32 [B]; seq_begins, block_begins, tree_mask_begins int32 [B+1];
-    block_indices int32; tree_mask uint8; logit_rows int64 [R]: rows whose next token is asked for; padded_to: tokens to
-    which an engine pads the pass; 0: the engine chooses; state_slots int64 [B]: a request's slot, for networks with
-    states; empty: any.
+    token_ids         int64 [N]
+    positions         int64 [N], of tokens in their texts
+    past_lens         int32 [B], a request's tokens in the KV cache
+    seq_begins        int32 [B+1], where a request's tokens begin
+    block_indices     int32 [sum of blocks], KV blocks, request by request
+    block_begins      int32 [B+1], where a request's blocks begin
+    tree_mask         uint8 [sum K_i^2], as of ``ancestor_mask``
+    tree_mask_begins  int32 [B+1], where a request's matrix begins; an empty one is causal
+    logit_rows        int64 [R], rows whose next token is asked for
+    padded_to         tokens to which an engine pads the pass; 0: the engine chooses
+    state_slots       int64 [B], a request's slot, for networks with states; empty: any
     """
 
     token_ids: np.ndarray
@@ -35,7 +43,7 @@ class ForwardBatch(NamedTuple):
     tree_mask_begins: np.ndarray
     logit_rows: np.ndarray
     padded_to: int = 0
-    state_slots: np.ndarray = np.zeros(0, np.int64)
+    state_slots: np.ndarray = _NO_SLOTS
 
 
 #: Rows up to which a pass of a draft takes a GPU as long as one row, since reading the weights takes longer than
@@ -146,6 +154,7 @@ def pack(
     logit_rows: np.ndarray,
     mask: tuple[np.ndarray, np.ndarray] | None = None,
     padded_to: int = 0,
+    state_slots: np.ndarray = _NO_SLOTS,
 ) -> ForwardBatch:
     """Pack ``counts`` int64 [B] tokens per request behind ``past`` int64 [B] cached ones into one call.
 
@@ -166,6 +175,7 @@ def pack(
         tree_mask_begins=mask_begins[np.minimum(np.arange(requests + 1), len(mask_begins) - 1)].astype(np.int32),
         logit_rows=np.ascontiguousarray(logit_rows, np.int64),
         padded_to=padded_to,
+        state_slots=state_slots,
     )
 
 

@@ -139,7 +139,7 @@ class Planner(Protocol):
         """
         return None
 
-    def chunk(self, pace: Pace, context: int, waiting: int, maximum: int) -> int:
+    def prompt_budget(self, pace: Pace, context: int, waiting: int, maximum: int) -> int:
         """Return the prompt tokens that the next pass computes at most, ``maximum`` or fewer.
 
         context  cached tokens of all B requests

@@ -31,11 +31,11 @@ class SuperTree:
 
     @classmethod
     def from_roots(cls, tokens: np.ndarray) -> SuperTree:
-        """Return trees of a root alone: pending ``tokens`` [B], which are emitted but not yet in the KV cache."""
+        """Return trees without drafts: their roots are the requests' last ``tokens`` [B], not in the KV cache yet."""
         count = len(tokens)
-        none = np.zeros(count, np.int64)
+        zero = np.zeros(count, np.int64)
         score, source = np.zeros(count, np.float32), np.zeros(count, np.int8)
-        return cls(np.asarray(tokens, np.int64), none - 1, np.arange(count), none, score, source, count)
+        return cls(np.asarray(tokens, np.int64), zero - 1, np.arange(count), zero, score, source, count)
 
     def __len__(self) -> int:
         return len(self.token)
@@ -77,12 +77,12 @@ class SuperTree:
         self.source = np.concatenate((self.source, np.zeros(len(parent), np.int8) + np.int8(source)))
 
     def with_roots(self, tokens: np.ndarray) -> SuperTree:
-        """Return the tree with further requests of a root alone: ``tokens`` int64 [m]."""
+        """Return these trees and more behind them, which have nothing but a root: ``tokens`` int64 [m]."""
         if len(tokens) == 0:
             return self
-        requests, none = self.num_requests + np.arange(len(tokens)), np.zeros(len(tokens), np.int64)
+        requests, zero = self.num_requests + np.arange(len(tokens)), np.zeros(len(tokens), np.int64)
         tree = replace(self, num_requests=self.num_requests + len(tokens))
-        tree.add_chains(none - 1, tokens, requests, none, none, 0)
+        tree.add_chains(zero - 1, tokens, requests, depth=zero, score=zero, source=0)
         return tree
 
     def sorted_by_request(self, nodes: np.ndarray) -> tuple[SuperTree, np.ndarray]:
@@ -110,7 +110,7 @@ class SuperTree:
         return marked
 
     def best_paths(self, probability: np.ndarray, requests: np.ndarray) -> np.ndarray:
-        """Mark all nodes, but of ``requests`` bool [B] the path of most expected tokens alone: bool [n].
+        """Mark the nodes to keep, bool [n]: of ``requests`` bool [B] the path of most expected tokens, of others all.
 
         probability  float64 [n], a node's P(accept)
         """
@@ -138,20 +138,21 @@ def ancestor_mask(tree: SuperTree) -> tuple[np.ndarray, np.ndarray]:
 def _by_request(
     chosen: np.ndarray, parent: np.ndarray, request: np.ndarray, requests: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sort ``chosen`` nodes [m] by request and index. Returns them and the indices of their parents, int64 [m]."""
-    index, end = np.full(len(parent), -1), np.zeros(requests + 1, np.int64)
+    """Sort ``chosen`` nodes [m] by request and index. Returns them, and their parents' new indices, int64 [m]."""
+    is_chosen, new_index = np.zeros(len(parent), np.bool_), np.full(len(parent), -1)
+    free = np.zeros(requests + 1, np.int64)  # the next new index of a request
     for node in chosen:
-        index[node] = 0
-        end[request[node] + 1] += 1
-    end = end.cumsum()
-    nodes, above = np.empty(len(chosen), np.int64), np.empty(len(chosen), np.int64)
-    for node in range(len(parent)):
-        if index[node] == 0:
-            index[node] = end[request[node]]
-            end[request[node]] += 1
-            nodes[index[node]] = node
-            above[index[node]] = index[parent[node]] if parent[node] >= 0 else -1  # parents come before children
-    return nodes, above
+        is_chosen[node] = True
+        free[request[node] + 1] += 1
+    free = free.cumsum()
+    nodes, new_parent = np.empty(len(chosen), np.int64), np.empty(len(chosen), np.int64)
+    for node in range(len(parent)):  # a parent has its new index before its children
+        if is_chosen[node]:
+            new_index[node] = free[request[node]]
+            free[request[node]] += 1
+            nodes[new_index[node]] = node
+            new_parent[new_index[node]] = new_index[parent[node]] if parent[node] >= 0 else -1
+    return nodes, new_parent
 
 
 @compiled("i8[::1](i8[::1], i8[::1], f8[::1], i8[::1])")

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-#: Seconds within which a request without a target is to have its first token. Larger: it waits longer for a slot
-#: behind requests with targets, which come by when their first token is due.
-PATIENCE = 10.0
+#: Seconds after which a request goes before all that come later, whatever its target. Larger: requests without a target
+#: wait longer for a slot behind those with targets, which come by when their first token is due.
+PATIENCE = 5.0
 #: Share of the time to the first token after which prompts are computed in the largest chunks, whoever decodes. Larger:
 #: running requests are held up less, and a first token comes later.
 HASTE = 0.5
@@ -36,8 +36,8 @@ class Latency:
         return cls(ttft, tpot, given.get("class", "custom"))
 
     def due(self, arrived: float) -> float:
-        """Return when the first token is due: where slots are short, the earliest comes first."""
-        return arrived + (PATIENCE if self.ttft is None else self.ttft)
+        """Return when the first token is due, PATIENCE at most: where slots are short, the earliest comes first."""
+        return arrived + min(PATIENCE, self.ttft or PATIENCE)
 
     def kept(self, ttft: float, tpot: float) -> bool:
         """Say whether times, in seconds, are within the targets."""

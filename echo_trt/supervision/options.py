@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.engine.options import Flag, LatencyOptions, Port, SpecialTokens, bounds
+from echo_trt.engine.options import Flag, HostedOptions, Port, bounds
 from echo_trt.files.extras import extra
 from echo_trt.server.options import ApiOptions
 
@@ -16,7 +16,7 @@ TRITON_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(ApiOptions, LatencyOptions):
+class ServeOptions(ApiOptions, HostedOptions):
     """What ``serve`` is asked to do. ``openai_port`` 0: no API server."""
 
     http_port: Annotated[Port | None, Parameter(help="Triton's HTTP endpoint, with --triton. Default: 8000.")] = None
@@ -25,7 +25,6 @@ class ServeOptions(ApiOptions, LatencyOptions):
     openai_port: Annotated[int, Parameter(help="The OpenAI-compatible API; 0 is off.", validator=bounds(0, 65535))] = (
         9000
     )
-    queue: Annotated[int, Parameter(help="Requests that may wait; more are refused.", validator=bounds(1))] = 256
     start_seconds: Annotated[
         int, Parameter("--start-timeout", help="Seconds until the first answer, at most.", validator=bounds(1))
     ] = 300
@@ -33,7 +32,6 @@ class ServeOptions(ApiOptions, LatencyOptions):
         int,
         Parameter("--drain-timeout", help="Seconds that SIGTERM waits for requests in flight.", validator=bounds(1)),
     ] = 60
-    special_tokens_in_content: SpecialTokens = False
     triton: Annotated[
         Flag, Parameter(help="Let Triton Inference Server host the engine, with Triton's own HTTP and gRPC.")
     ] = False

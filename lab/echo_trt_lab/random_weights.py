@@ -40,6 +40,7 @@ from echo_trt.sizing.shapes import config_of
 STAND_IN = "smollm2-135m.yaml"  # the recipe whose tokenizer stands in
 END = "<|end|>"
 CHAT = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+DECAY = "linear_attn.A_log"  # of delta-net layers
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -94,7 +95,11 @@ def _bytes() -> PreTrainedTokenizerFast:
 
 
 class RandomCheckpoint:
-    """Weights in bf16 as an initialisation has them, always the same ones; norms are 1."""
+    """Weights in bf16 as an initialisation has them, always the same ones; norms are 1.
+
+    A hybrid's have the deviation and decays of transformers' initialisation: with larger weights, transformers' network
+    in bf16 is half of the largest logit off its network in fp32, too.
+    """
 
     def __init__(self, config: dict[str, Any], name: str, tokenizer: Callable[[], Any]):
         """``config`` has the keys of the config.json of the network ``name``. ``tokenizer`` stands in for its own."""
@@ -104,6 +109,8 @@ class RandomCheckpoint:
         self._shapes = _shapes(config, str(self.path))
         layers = config.get("num_hidden_layers", 1)
         self._residual = 1 / math.sqrt(2 * layers)  # of what a layer adds, so that deep networks stay in range
+        hybrid = any(name.endswith(DECAY) for name in self._shapes)
+        self._deviation = config.get("initializer_range", 0.02) if hybrid else 0.0
 
     def names(self) -> Sequence[str]:
         return list(self._shapes)
@@ -116,15 +123,24 @@ class RandomCheckpoint:
 
     def get(self, name: str, part: Part = ()) -> torch.Tensor:
         shape = self._shapes[name]
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {part}".encode()))
         if len(shape) == 1:
-            return torch.zeros(shape, dtype=torch.int64) if name == "d2t" else torch.ones(shape)[part]
+            return self._vector(name, shape, generator)[part]
         if part:
             shape = tuple(len(range(size)[each]) for size, each in zip(shape, part, strict=True))
-        bound = math.sqrt(3 / self._shapes[name][-1])
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        bound = math.sqrt(3) * self._deviation or math.sqrt(3 / self._shapes[name][-1])
+        if name.endswith(("o_proj.weight", "down_proj.weight")) and not self._deviation:
             bound *= self._residual
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {part}".encode()))
         return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
+
+    def _vector(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        if name == "d2t":
+            return torch.zeros(shape, dtype=torch.int64)
+        if name.endswith(DECAY):
+            return torch.empty(shape).uniform_(0.01, 16, generator=generator).log()
+        # A hybrid's norms are stored without their 1, but for the gated one.
+        stored = self._deviation and "norm" in name and "linear_attn" not in name
+        return torch.zeros(shape) if stored else torch.ones(shape)
 
 
 def _shapes(raw: dict[str, Any], where: str) -> Shapes:

@@ -30,7 +30,8 @@ PAGE = """# Tested clients
 
 `scripts/proofs/clients.py` installs each client in an environment of its own, asks a server of the default bundle, and
 writes this page. A feature works, is *refused* by a sentence that the client shows, or is broken. Claude Code
-asked a bundle of the same weights with a context of 32,768 tokens. To repeat it, in a clone, with npm for some clients:
+asked a bundle of the same weights with a context of 32,768 tokens, GenAI-Perf and tritonclient a server with Triton.
+To repeat it, in a clone, with npm for some clients:
 
 ```
 echo-trt serve bundles/smollm2-135m
@@ -84,6 +85,7 @@ CLIENTS = {
     "smolagents": _framework("smolagents", "smolagents[openai]"),
     "llm": _framework("llm", "llm"),
     "Inspect AI": _framework("inspect_ai", "inspect-ai", "openai"),
+    "Open WebUI": Client("open_webui_client.py", ("open-webui",)),
     "promptfoo": Client("commands.py promptfoo", ("promptfoo",), npm=True),
     "lm-eval": Client("lm_eval_client.py", ("lm-eval[api]", "transformers>=4")),
     "EvalScope": Client("commands.py evalscope", ("evalscope[perf]",)),

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -102,13 +103,16 @@ class Pair:
         return self.plain.generate([prompt], replace(params, speculate=True))[0]
 
 
-def opened(name: str, folder: Path) -> Pair:
-    """Build a pair with a pool of few blocks, and again with one for every request."""
-    for blocks in (0, BLOCKS):
-        limits = {**LIMITS, "batch": BATCH, "context": CONTEXT} | ({"kv_blocks": blocks} if blocks else {})
-        build(recipe_of(name, folder / "networks", limits=limits), folder, folder / f"{name}-{blocks}")
-    plain = LLM(folder / f"{name}-0", "autoregressive", 1, prefix_cache=False)
-    small = folder / f"{name}-{BLOCKS}"
+def opened(name: str, networks: Path, folder: Path) -> Pair:
+    """Build a pair, with a pool for every request, and copy it with one of few blocks."""
+    limits = {**LIMITS, "batch": BATCH, "context": CONTEXT}
+    roomy, small = folder / f"{name}-0", folder / f"{name}-{BLOCKS}"
+    build(recipe_of(name, networks, limits=limits), folder, roomy)
+    shutil.copytree(roomy, small)
+    manifest = json.loads((small / "manifest.json").read_text())
+    manifest["recipe"]["limits"]["kv_blocks"] = BLOCKS
+    (small / "manifest.json").write_text(json.dumps(manifest))
+    plain = LLM(roomy, "autoregressive", 1, prefix_cache=False)
     return Pair(small, LLM(small, "echo", BATCH, prefix_cache=True), plain, Counter())
 
 
@@ -221,14 +225,17 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--minutes", type=float, default=5.0, help="after which no other round begins; 0 is one round")
     options.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="of the first round")
+    options.add_argument("--networks", type=Path, help="those of tests/pairs.py; default: written anew")
     options.add_argument("--pairs", default="close,lookup,dspark", help="of tests/pairs.py, by commas")
     requested = options.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)  # of engines that fail
     serving.MANY = 1  # tokens of a few requests wait for the next pass, too
     with tempfile.TemporaryDirectory(prefix="echo-trt-fuzz-") as folder:
-        write_networks(Path(folder) / "networks")
-        pairs = [opened(name, Path(folder)) for name in requested.pairs.split(",")]
+        networks = requested.networks or Path(folder) / "networks"
+        if not requested.networks:
+            write_networks(networks)
+        pairs = [opened(name, networks, Path(folder)) for name in requested.pairs.split(",")]
         end, seed = time.monotonic() + 60 * requested.minutes, requested.seed
         while seed == requested.seed or time.monotonic() < end:
             draw = random.Random(seed)

@@ -7,14 +7,17 @@ import onnx
 import pytest
 import torch
 from driving import SPECULATION_PAYS, goodput_planner
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from onnx import numpy_helper
 from pairs import recipe_of, roles_of
 
 from echo_trt import LLM, SamplingParams
 from echo_trt.backends.openvino import graph
 from echo_trt.backends.openvino import quantise as quantisation
+from echo_trt.backends.openvino.build import compile_role
 from echo_trt.backends.openvino.export import export_parted
-from echo_trt.backends.openvino.quantise import GROUP, quantise
+from echo_trt.backends.openvino.quantise import quantise
 from echo_trt.backends.self_check import RISES
 from echo_trt.cli.build import build
 
@@ -37,8 +40,9 @@ def quantised(networks, folder, precision: str, role=None) -> tuple[dict[str, np
 def dequantised(stored: dict[str, np.ndarray], name: str) -> np.ndarray:
     integers, scale = (stored[f"{name}_{part}"].astype(np.float32) for part in ("quantized", "scale"))
     if f"{name}_zero" in stored:
-        numbers = (integers - stored[f"{name}_zero"].astype(np.float32)) * scale
-        return numbers.reshape(len(numbers), -1)
+        return ((integers - stored[f"{name}_zero"].astype(np.float32)) * scale).reshape(len(integers), -1)
+    if f"{name}_offset" in stored:
+        return (integers * scale + stored[f"{name}_offset"][:, :, None]).reshape(len(integers), -1)
     return integers * scale[:, None]
 
 
@@ -52,22 +56,33 @@ def test_eight_bits_are_within_a_step(networks, tmp_path):
         assert error.max() <= 1.02 * np.abs(exact[name]).max() / 127
 
 
-def test_four_bits_are_within_half_a_step_and_keep_weights_that_had_four(networks, tmp_path):
-    """Of rows that groups divide, in layers; a network of those numbers has them again."""
-    role = roles_of("lookup", networks)["target"]
-    exact, stored = quantised(networks, tmp_path, "int4", role)
+def test_four_bits_are_about_half_a_step_off(networks, tmp_path):
+    """Of rows that groups divide, in layers. The ends of a group may be clipped by a step more."""
+    exact, stored = quantised(networks, tmp_path, "int4")
     four = {name for name in exact if f"{name}_zero" in stored}
     assert len(four) == 3 * 5 == len({name for name in exact if f"{name}_quantized" in stored}) - 2
     for name in four:
-        step = np.repeat(stored[f"{name}_scale"].reshape(len(exact[name]), -1), GROUP, axis=1).astype(np.float32)
-        assert (np.abs(dequantised(stored, name) - exact[name]) <= 0.52 * step).all()
-    parameters = dict(role.named_parameters(prefix="role"))
-    for name in four & set(parameters):  # others are halves of a parameter
-        parameters[name].data = torch.from_numpy(dequantised(stored, name))
-    same, again = quantised(networks, tmp_path, "int4", role)
-    for name in four & set(parameters):
-        step = again[f"{name}_scale"].max()
-        assert np.abs(dequantised(again, name) - same[name]).max() < 0.02 * step
+        size = 32 if exact[name].shape[1] % 64 else 64
+        step = np.repeat(stored[f"{name}_scale"].reshape(len(exact[name]), -1), size, axis=1).astype(np.float32)
+        error = np.abs(dequantised(stored, name) - exact[name]) / step
+        assert error.max() < 1.6
+        assert np.square(error).mean() < 1.2 / 12
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_weights_of_files_in_four_bits_are_kept(kind, networks, tmp_path):
+    """And products add their offsets: the compiled network writes the text of the network in fp32."""
+    kind, role = GGMLQuantizationType[kind], roles_of("lookup", networks)["target"]
+    for name, parameter in role.named_parameters():
+        if parameter.dim() == 2 and not name.endswith(quantisation.EIGHT_BITS):
+            parameter.data = torch.from_numpy(dequantize(quantize(parameter.detach().numpy(), kind), kind))
+    exact, stored = quantised(networks, tmp_path, "int4", role)
+    four = {name for name in exact if f"{name}_offset" in stored}
+    assert len(four) == 3 * 5
+    for name in four:
+        assert np.abs(dequantised(stored, name) - exact[name]).max() < 2e-3 * np.abs(exact[name]).max()
+    _, check = compile_role(role, tmp_path / "target.onnx", "int4")
+    assert check.error < 0.03  # of activations in 8 bits; 0.5 and more where weights change
 
 
 def test_a_matrix_in_pieces_has_the_same_numbers(networks, tmp_path, monkeypatch):

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from pairs import ASSISTANT, END, USER, recipe_of
+from byte_tokenizer import ASSISTANT, END, USER
+from pairs import recipe_of
 
 from echo_trt.cli.app import main
 from echo_trt.engine.llm import LLM
@@ -156,6 +157,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(echo_trt, bundle_of, tmp_path
         (["build", "a", "--engine", "opnvino"], ["--engine", "opnvino", 'Did you mean "openvino"?']),
         (["serve", "b", "--openai-port", 70000], ["--openai-port", "70000", "Give 0 to 65,535."]),
         (["serve", "b", "--queue", 0], ["--queue", "0", "Give 1 or more."]),
+        (["serve", "b", "--kv-events-config", "tcp://*:5557"], ["'tcp://*:5557'", "JSON", "endpoint, replay_endpoint"]),
+        (["serve", "b", "--kv-events-config", '{"port": 5557}'], ["`port`", "endpoint, replay_endpoint"]),
         (["serve", "b", "--http-port", 8000], ["--http-port", "add --triton"]),
         (["bench", "b", "--prompts", "p", "--requests", 10**20], ["--requests", "Give "]),
         (["bench", "b", "--prompts", "p", "--rounds", 1001], ["--rounds", "Give "]),

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-from batches import REQUESTS
-from pairs import FOLDERS
 
 if TYPE_CHECKING:
     from echo_trt.engine.llm import LLM
@@ -17,6 +15,9 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def plain(open_llm) -> Callable[[str, str], list[Completion]]:
     """pair, requests -> what plain decoding answers, one request at a time."""
+    from batches import REQUESTS
+    from pairs import FOLDERS
+
     known: dict[tuple[str, str], list[Completion]] = {}
 
     def get(pair: str, requests: str) -> list[Completion]:

@@ -13,9 +13,6 @@ from echo_trt.engine.params import MAX_STOP_TOKENS, SamplingParams
 CONTEXT, CHUNK = LIMITS["context"], LIMITS["prefill_chunk"]
 
 
-# -- commit --------------------------------------------------------------------------------------------------------
-
-
 # -- requests come and go ------------------------------------------------------------------------------------------
 
 
@@ -197,49 +194,23 @@ def test_what_is_drafted_is_what_may_still_be_said(open_llm):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"max_tokens": 0}, ("max_tokens", "0", "from 1 to")),
-        ({"max_tokens": 2**31}, ("max_tokens", 2**31, "2^31 - 1")),
-        ({"max_tokens": -3}, ("max_tokens", "-3")),
         ({"max_tokens": 2.5}, ("max_tokens", "2.5")),
         ({"max_tokens": True}, ("max_tokens", "True")),
         ({"max_tokens": "many", "min_tokens": 1}, ("max_tokens is 'many'",)),
-        ({"temperature": -0.1}, ("temperature", "-0.1", "from 0 to 100")),
+        ({"min_tokens": 257}, ("min_tokens is 257", "max_tokens, 256")),
         ({"temperature": float("nan")}, ("temperature", "nan")),
-        ({"temperature": "hot"}, ("temperature", "hot")),
-        ({"top_k": -2}, ("top_k", "-2", "from -1 to")),
-        ({"top_k": 2**63}, ("top_k", 2**63, "2^31 - 1")),
-        ({"top_p": 0.0}, ("top_p", "0.0")),
-        ({"top_p": 1.1}, ("top_p", "1.1")),
-        ({"seed": -1}, ("seed", "-1")),
-        ({"seed": 2**63}, ("seed", 2**63)),
-        ({"stop": ("",)}, ("stop", "1 to 1000 characters")),
-        ({"stop": ("x" * 1001,)}, ("stop", "1 to 1000 characters")),
-        ({"stop": None}, ("stop", "None")),
-        ({"stop": "END"}, ("stop", "END")),
-        ({"stop_token_ids": (-1,)}, ("stop_token_ids", "-1")),
-        ({"stop_token_ids": (2**63,)}, ("stop_token_ids", 2**63, "2^31 - 1")),
-        ({"logit_bias": {2**63: 1.0}}, ("logit_bias",)),
-        ({"stop_token_ids": 7}, ("stop_token_ids", "7")),
-        ({"presence_penalty": 2.1}, ("presence_penalty is 2.1", "from -2 to 2")),
-        ({"presence_penalty": float("nan")}, ("presence_penalty is nan",)),
-        ({"frequency_penalty": -2.5}, ("frequency_penalty is -2.5", "from -2 to 2")),
-        ({"frequency_penalty": "much"}, ("frequency_penalty is 'much'",)),
-        ({"repetition_penalty": 0}, ("repetition_penalty is 0", "above 0")),
-        ({"repetition_penalty": -1.0}, ("repetition_penalty is -1.0",)),
         ({"repetition_penalty": float("inf")}, ("repetition_penalty is inf",)),
-        ({"logit_bias": {5: 101}}, ("logit_bias is {5: 101}", "from -100 to 100")),
+        ({"stop": "END"}, ("stop", "END")),
+        ({"stop_token_ids": 7}, ("stop_token_ids", "7")),
         ({"logit_bias": {5: float("nan")}}, ("logit_bias",)),
         ({"logit_bias": {-1: 1}}, ("logit_bias is {-1: 1}",)),
         ({"logit_bias": [5]}, ("logit_bias is [5]",)),
-        ({"min_tokens": 257}, ("min_tokens is 257", "max_tokens, 256")),
-        ({"min_tokens": -1}, ("min_tokens is -1",)),
-        ({"logprobs": 21}, ("logprobs is 21", "from 0 to 20")),
-        ({"logprobs": -1}, ("logprobs is -1",)),
         ({"logprobs": True}, ("logprobs is True",)),
     ],
     ids=str,
 )
-def test_parameters_are_checked(settings, words):
+def test_what_is_no_number_or_no_list_is_refused(settings, words):
+    """Numbers beyond a parameter's bounds: tests/test_parameters.py."""
     with refused(*words):
         SamplingParams(**settings)
 

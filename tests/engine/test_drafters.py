@@ -220,10 +220,18 @@ def another_turn(llm):
     ],
     ids=lambda event: event.__name__,
 )
-@pytest.mark.parametrize("pair", ["model", "close", *BLOCK_PAIRS])
+@pytest.mark.parametrize("pair", ["model", "close", "dspark"])
 def test_the_draft_is_in_step_after(event, pair, open_llm, from_scratch):
+    """A model, a head and a block drafter: what they keep of a request is each kind's, whatever its network is."""
     llm = open_llm(pair)
     event(llm)
+    assert_in_step(llm.loop, from_scratch(pair))
+
+
+@pytest.mark.parametrize("pair", [pair for pair in BLOCK_PAIRS if pair != "dspark"])
+def test_every_block_drafter_is_in_step_after_a_setback(pair, open_llm, from_scratch):
+    llm = open_llm(pair)
+    being_set_back(llm)
     assert_in_step(llm.loop, from_scratch(pair))
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tool_models
 from batches import structured
 from driving import Counted, Foresight, add, assert_all_free, goodput_planner, prompt_ids, run
 from refusal import refused
 
-from echo_trt.cli.build import build
 from echo_trt.engine.drafters.grammars import prune
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
@@ -23,10 +21,9 @@ def llm(open_llm) -> LLM:
 
 
 @pytest.fixture(scope="module")
-def thinker(made_once, tmp_path_factory) -> LLM:
+def thinker(tool_bundle) -> LLM:
     """Return a model whose prompts open a thought."""
-    recipe = tool_models.write(tmp_path_factory.mktemp("checkpoints"), "thinking")
-    return LLM(made_once("thinking", lambda out: build(recipe, out.parent, out)), "echo", 3)
+    return LLM(tool_bundle("thinking"), "echo", 3)
 
 
 def begin(llm: LLM, **params) -> State:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
-from pairs import ASSISTANT, END, USER
+from byte_tokenizer import ASSISTANT, END, USER
+from driving import assert_all_free, prompt_ids
 from refusal import refused
 
 import echo_trt
@@ -99,3 +101,21 @@ def test_mistakes_name_the_argument(llm):
     with refused("2 entries", "1 conversations", "one per conversation"):
         llm.chat(TURN, [FEW, FEW])
     assert not llm.loop.scheduler.busy
+
+
+def test_a_stop_string_inside_an_accepted_path_drops_what_follows(open_llm):
+    llm = open_llm("self", "autoregressive", 8)
+    prompts = [prompt_ids(8, seed) for seed in range(8)]
+    whole = llm.generate(prompts, params.SamplingParams(60, ignore_eos=True))
+    chosen = [re.search("[^\ufffd]{2,3}", c.text[20:])[0] for c in whole]
+    stopping = [params.SamplingParams(60, ignore_eos=True, stop=(stop, "never said")) for stop in chosen]
+    plain = llm.generate(prompts, stopping)
+    for full, cut, stop in zip(whole, plain, chosen, strict=True):
+        assert (cut.text, cut.finish_reason) == (full.text[: full.text.find(stop)], "stop")
+        assert cut.token_ids == full.token_ids[: len(cut.token_ids)]
+        assert stop in llm.tokenizer.decode(cut.token_ids)
+    for policy in ("static", "dense", "fixed", "echo"):
+        llm.set_policy(policy)
+        completions = llm.generate(prompts, stopping)
+        assert [(c.text, c.token_ids) for c in completions] == [(c.text, c.token_ids) for c in plain]
+        assert_all_free(llm.loop)

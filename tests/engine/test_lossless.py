@@ -146,21 +146,6 @@ def test_plain_decoding_takes_the_best_of_the_penalised_logits(networks, llm_of)
         text.append(token)
 
 
-def test_repetition_is_hugging_faces(networks, llm_of):
-    prompt = prompt_ids(20, 9)
-    ours = llm_of("self", "static", 1).generate([prompt], SamplingParams(24, ignore_eos=True, repetition_penalty=1.2))
-    model, requested = AutoModelForCausalLM.from_pretrained(networks / "target"), torch.tensor([prompt])
-    theirs = model.generate(
-        requested,
-        attention_mask=torch.ones_like(requested),
-        max_new_tokens=24,
-        do_sample=False,
-        eos_token_id=None,
-        repetition_penalty=1.2,
-    )
-    assert ours[0].token_ids == theirs[0, len(prompt) :].tolist()
-
-
 def test_a_stop_string_cuts_logprobs_with_the_tokens(open_llm):
     llm = open_llm("self", "echo")
     params = SamplingParams(60, ignore_eos=True, logprobs=2, frequency_penalty=0.4)
@@ -172,17 +157,3 @@ def test_a_stop_string_cuts_logprobs_with_the_tokens(open_llm):
         assert cut.finish_reason == "stop"
         assert [entry.token for entry in cut.logprobs] == cut.token_ids
         assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_bias_forces_and_bans(temperature, open_llm):
-    llm = open_llm("self", "echo")
-    way = {"ignore_eos": True, "temperature": temperature}
-    free = llm.generate([prompt_ids(8, 1)], SamplingParams(30, **way))[0].token_ids
-    forced, banned = llm.generate(
-        [prompt_ids(8, 1)] * 2,
-        [SamplingParams(30, logit_bias={9: 100}, **way), SamplingParams(30, logit_bias={free[0]: -100.0}, **way)],
-    )
-    assert forced.token_ids == [9] * 30
-    assert free[0] not in banned.token_ids
-    assert banned.token_ids != free

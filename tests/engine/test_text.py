@@ -1,21 +1,17 @@
 """Tokens to text as they come: whole characters, the tokenizer's own text in the end, stop strings anywhere."""
 
 import itertools
-import re
 
 import numpy as np
 import pytest
-from driving import assert_all_free, prompt_ids
+from byte_tokenizer import VOCAB, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from pairs import VOCAB, write_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Request
 from echo_trt.engine.text import TextStream
-from echo_trt.models.token_texts import TokenTexts
-from echo_trt.models.tokenizer import load_tokenizer
 
 #: Bytes, merges that end inside a character, and special tokens, all in the same text.
 ids_of_anything = st.lists(st.integers(0, VOCAB - 1) | st.integers(130, 258), max_size=24)
@@ -26,17 +22,8 @@ text_of_stops = st.lists(st.sampled_from(["t", "h", "e", " ", "a", "th", "the", 
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return load_tokenizer(folder).backend_tokenizer
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> TokenTexts:
-    folder = tmp_path_factory.mktemp("texts")
-    write_tokenizer(folder)
-    return TokenTexts(load_tokenizer(folder))
+def tokenizer():
+    return byte_tokenizer()
 
 
 def byte_ids(tokenizer, text: str) -> list[int]:
@@ -101,12 +88,11 @@ def test_only_the_beginning_of_a_stop_string_is_held_back(tokenizer, text, stops
 
 
 @given(ids=ids_of_anything, sizes=sizes, stops=stops | st.just([]))
-def test_tokens_settle_with_their_text(tokenizer, texts, ids, sizes, stops):
+def test_tokens_settle_with_their_text(tokenizer, ids, sizes, stops):
     text, offsets, used, size = TextStream(tokenizer, stops), [], 0, itertools.cycle(sizes)
 
     def output() -> str:
-        settled = [token for token in ids[: len(offsets)] if not texts.is_special(token)]
-        return b"".join(map(texts.raw, settled)).decode(errors="replace")
+        return tokenizer.decode(ids[: len(offsets)])
 
     while used < len(ids) and not text.stopped:
         used += text.push(ids[used : used + next(size)])[1]
@@ -155,21 +141,3 @@ def test_a_stop_string_that_only_the_end_completes_is_the_reason(stop, reason, t
     request.generated = [half]
     request.take(None, [half])
     assert request.finish_reason == reason
-
-
-def test_a_stop_string_inside_an_accepted_path_drops_what_follows(open_llm):
-    llm = open_llm("self", "autoregressive", 8)
-    prompts = [prompt_ids(8, seed) for seed in range(8)]
-    whole = llm.generate(prompts, SamplingParams(60, ignore_eos=True))
-    chosen = [re.search("[^\ufffd]{2,3}", c.text[20:])[0] for c in whole]
-    params = [SamplingParams(60, ignore_eos=True, stop=(stop, "never said")) for stop in chosen]
-    plain = llm.generate(prompts, params)
-    for full, cut, stop in zip(whole, plain, chosen, strict=True):
-        assert (cut.text, cut.finish_reason) == (full.text[: full.text.find(stop)], "stop")
-        assert cut.token_ids == full.token_ids[: len(cut.token_ids)]
-        assert stop in llm.tokenizer.decode(cut.token_ids)
-    for policy in ("static", "dense", "fixed", "echo"):
-        llm.set_policy(policy)
-        completions = llm.generate(prompts, params)
-        assert [(c.text, c.token_ids) for c in completions] == [(c.text, c.token_ids) for c in plain]
-        assert_all_free(llm.loop)

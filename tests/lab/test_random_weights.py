@@ -53,7 +53,14 @@ def test_every_shipped_recipe_has_a_shape(name):
 
 @pytest.mark.parametrize(
     ("pair", "kind"),
-    [("lookup", "eagle3"), ("eagle3", "eagle3"), ("model", "model"), ("dflash", "block"), ("dspark", "block")],
+    [
+        ("lookup", "eagle3"),
+        ("eagle3", "eagle3"),
+        ("model", "model"),
+        ("mtp", "mtp"),
+        ("dflash", "block"),
+        ("dspark", "block"),
+    ],
 )
 def test_a_bundle_of_a_shape_answers_with_synthetic_text(pair, kind, shape_only, tmp_path):
     bundle = tmp_path / "bundle"

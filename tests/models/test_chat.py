@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from byte_tokenizer import ASSISTANT, END, USER
 from hypothesis import given
 from hypothesis import strategies as st
-from pairs import ASSISTANT, END, USER, write_tokenizer
+from pairs import write_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast

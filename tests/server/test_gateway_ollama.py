@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import httpx
 import pytest
 import tool_models
 from server.running import asked_at
+from tool_models import NUMBER
 
-from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 
 ollama = pytest.importorskip("ollama", reason="needs the ollama client: pip install ollama")
-NUMBER = {
-    "type": "object",
-    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
-    "required": ["n"],
-}
 ADD = {"type": "function", "function": {"name": "add", "description": "a sum", "parameters": NUMBER, "strict": True}}
 CHAT = [{"role": "user", "content": "the theme of a thing"}]
 GREEDY = {"temperature": 0, "num_predict": 20, "num_ctx": 64}
@@ -28,10 +23,8 @@ NAME = "echo:latest"  # as Ollama's clients call it
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Any:
-    folder = tmp_path_factory.mktemp("ollama")
-    build(tool_models.write(folder, "qwen3"), folder, folder / "bundle")
-    return folder / "bundle"
+def bundle(tool_bundle) -> Path:
+    return tool_bundle("qwen3")
 
 
 @pytest.fixture(scope="module")

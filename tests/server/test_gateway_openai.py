@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from pairs import ASSISTANT, END, USER
+from byte_tokenizer import ASSISTANT, END, USER
 from server.running import KEY, post, wait_for_data
 
 from echo_trt.engine.llm import LLM

@@ -11,16 +11,9 @@ import pytest
 import tool_models
 from pydantic import BaseModel
 from server.running import asked_by_openai
-
-from echo_trt.cli.build import build
+from tool_models import CLOSED_NUMBER as NUMBER
 
 openai = pytest.importorskip("openai", reason="needs the openai client: pip install openai")
-NUMBER = {
-    "type": "object",
-    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
-    "required": ["n"],
-    "additionalProperties": False,
-}
 ADD = {"type": "function", "name": "add", "description": "a sum", "parameters": NUMBER, "strict": True}
 SUB = ADD | {"name": "subtract"}
 ALLOWED = {"type": "function", "name": "add"}
@@ -51,10 +44,8 @@ CHAT_TOOL = {"type": "function", "function": {name: value for name, value in ADD
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory) -> Iterator[openai.OpenAI]:
-    folder = tmp_path_factory.mktemp("responses")
-    build(tool_models.write(folder, "thinking"), folder, folder / "bundle")
-    with asked_by_openai(folder / "bundle", names=("tiny/thinker", "echo")) as client:
+def client(tool_bundle) -> Iterator[openai.OpenAI]:
+    with asked_by_openai(tool_bundle("thinking"), names=("tiny/thinker", "echo")) as client:
         yield client
 
 

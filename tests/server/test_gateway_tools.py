@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import tool_models
 from server.running import asked_by_openai
+from tool_models import NUMBER
 
-from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.errors import UserError
@@ -24,11 +23,6 @@ CITY = {
     "properties": {"city": {"enum": ["Paris", "Rome"]}},
     "required": ["city"],
 }
-NUMBER = {
-    "type": "object",
-    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
-    "required": ["n"],
-}
 CHAT = [{"role": "user", "content": "the theme of a thing"}]
 
 
@@ -39,22 +33,10 @@ def tool(name: str, parameters: dict[str, Any], **more: Any) -> dict[str, Any]:
 TOOLS = [tool("get_weather", CITY, description="the weather of a <|im_end|> city"), tool("add", NUMBER)]
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Callable[[str], Path]:
-    folder = tmp_path_factory.mktemp("tools")
-
-    def get(kind: str) -> Path:
-        if not (folder / "bundles" / kind).exists():
-            build(tool_models.write(folder, kind), folder, folder / "bundles" / kind)
-        return folder / "bundles" / kind
-
-    return get
-
-
 def client_of(kind: str) -> Any:
     @pytest.fixture(scope="module")
-    def client(bundle) -> Iterator[openai.OpenAI]:
-        with asked_by_openai(bundle(kind)) as client:
+    def client(tool_bundle) -> Iterator[openai.OpenAI]:
+        with asked_by_openai(tool_bundle(kind)) as client:
             yield client
 
     return client
@@ -77,7 +59,7 @@ def ask(client: openai.OpenAI, stream: bool = False, **changes: Any) -> Any:
 NO_THOUGHT = {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
 
 
-def test_strict_tools_may_be_called_or_not_and_fit(qwen, bundle):
+def test_strict_tools_may_be_called_or_not_and_fit(qwen):
     """A bias makes the random model open a call."""
     token = tool_models.qwen3_tokenizer().convert_tokens_to_ids("<tool_call>")
     strict = [tool("get_weather", CITY, strict=True), tool("add", NUMBER, strict=True)]
@@ -119,8 +101,8 @@ HISTORY = [
 ]
 
 
-def test_a_history_of_calls_is_rendered_as_text_and_the_same_offline(qwen, bundle):
-    offline = LLM(bundle("qwen3"), "autoregressive", 1)
+def test_a_history_of_calls_is_rendered_as_text_and_the_same_offline(qwen, tool_bundle):
+    offline = LLM(tool_bundle("qwen3"), "autoregressive", 1)
     kwargs = {"enable_thinking": False}
     ids = offline.chat_ids(HISTORY_AS_TEMPLATES_HAVE_IT, TOOLS, kwargs)
     text = offline.tokenizer.decode(ids)
@@ -246,12 +228,12 @@ def test_a_model_that_does_not_think_says_so(llama):
 
 
 @pytest.mark.parametrize("kind", tool_models.CALLS)
-def test_calls_in_the_formats_of_other_models(kind, bundle):
+def test_calls_in_the_formats_of_other_models(kind, tool_bundle):
     """They fit where they must, are read where they may come, and go back into the template."""
     [mark, *_] = re.findall(r"<[^ >]+>|\[[A-Z_]+\]", "".join(tool_models.CALLS[kind]))
     opens = str(tool_models.qwen3_tokenizer(tool_models.TEMPLATES[kind]).convert_tokens_to_ids(mark))
     strict = [tool("get_weather", CITY, strict=True), tool("add", NUMBER, strict=True)]
-    with asked_by_openai(bundle(kind)) as client:
+    with asked_by_openai(tool_bundle(kind)) as client:
         named = {"type": "function", "function": {"name": "add"}}
         for requested in ({"tools": TOOLS, "tool_choice": named}, {"tools": strict, "logit_bias": {opens: 100}}):
             both = [ask(client, stream, parallel_tool_calls=False, **requested) for stream in (False, True)]
@@ -285,16 +267,16 @@ def test_allowed_tools_alone_are_called(qwen, mode):
 
 
 @pytest.fixture(scope="module")
-def untaught(bundle) -> Iterator[openai.OpenAI]:
+def untaught(tool_bundle) -> Iterator[openai.OpenAI]:
     """Return a model whose template has no tools."""
-    with asked_by_openai(bundle("chatml")) as client:
+    with asked_by_openai(tool_bundle("chatml")) as client:
         yield client
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_mistral_s_calls(bundle, stream):
+def test_mistral_s_calls(tool_bundle, stream):
     """Its template refuses ids of another length than nine, which clients bring from elsewhere, too."""
-    with asked_by_openai(bundle("mistral_7b")) as client:
+    with asked_by_openai(tool_bundle("mistral_7b")) as client:
         choice = ask(client, stream, tools=TOOLS, tool_choice="required", max_tokens=600)
         assert choice.finish_reason == "tool_calls"
         calls = [call.model_dump(exclude={"index"}) for call in choice.message.tool_calls]
@@ -323,8 +305,8 @@ def test_any_model_takes_tools(untaught, stream):
     assert sizes[0] == sizes[2] < sizes[1]
 
 
-def test_offline_refusals(bundle):
-    llm = LLM(bundle("llama3"), "autoregressive", 1)
+def test_offline_refusals(tool_bundle):
+    llm = LLM(tool_bundle("llama3"), "autoregressive", 1)
     with pytest.raises(UserError, match=r"chat_template_kwargs\.enable_thinking is no variable"):
         llm.chat(CHAT, chat_template_kwargs={"enable_thinking": True})
     with pytest.raises(UserError, match=r"tools\[1\] is a second function 'add'"):

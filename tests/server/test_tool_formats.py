@@ -240,21 +240,21 @@ ADD, BAD = ("add", '{"x": [1, 2]}'), ("get_weather", '{"city": "Oslo"}')
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_call_that_must_come_fits_its_schema(fits, name):
-    grammar = FORMATS[name].grammar(ToolRequest(TOOLS, must=True, several=True))
+    grammar = FORMATS[name].grammar(ToolRequest(TOOLS, call_required=True, several=True))
     assert fits(name, grammar, written(name, PARIS))
     assert fits(name, grammar, written(name, PARIS, ADD, PARIS))
     assert not fits(name, grammar, written(name, BAD))
     assert not fits(name, grammar, written(name, ("other", "{}")))
     assert not fits(name, grammar, "Hello.")
     assert not fits(name, grammar, "")
-    one = FORMATS[name].grammar(ToolRequest(TOOLS, must=True, several=False))
+    one = FORMATS[name].grammar(ToolRequest(TOOLS, call_required=True, several=False))
     assert fits(name, one, written(name, PARIS))
     assert not fits(name, one, written(name, PARIS, ADD))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_call_that_may_come_fits_too_and_text_is_free(fits, name):
-    grammar = FORMATS[name].grammar(ToolRequest(TOOLS, must=False, several=True))
+    grammar = FORMATS[name].grammar(ToolRequest(TOOLS, call_required=False, several=True))
     for text in ("Hello.", "", "a < b", written(name, PARIS), written(name, PARIS, ADD)):
         assert fits(name, grammar, text), text
     assert not fits(name, grammar, written(name, BAD))
@@ -262,7 +262,7 @@ def test_a_call_that_may_come_fits_too_and_text_is_free(fits, name):
     if name not in ("llama3", "mistral's list"):
         assert not fits(name, grammar, "So: " + written(name, BAD))
         assert not fits(name, grammar, f"So: {FORMATS[name].spelling.opens[0]}\nhello")
-        one = FORMATS[name].grammar(ToolRequest(TOOLS, must=False, several=False))
+        one = FORMATS[name].grammar(ToolRequest(TOOLS, call_required=False, several=False))
         assert fits(name, one, "So: " + written(name, PARIS))
         assert not fits(name, one, written(name, PARIS, PARIS))
 
@@ -270,7 +270,7 @@ def test_a_call_that_may_come_fits_too_and_text_is_free(fits, name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_answer_that_calls_nothing_may_have_to_fit_as_well(fits, name):
     content = json_rule({"type": "object", "properties": {"n": {"type": "integer"}}, "additionalProperties": False})
-    grammar = FORMATS[name].grammar(ToolRequest(TOOLS, must=False, several=True, content=content))
+    grammar = FORMATS[name].grammar(ToolRequest(TOOLS, call_required=False, several=True, content=content))
     assert fits(name, grammar, '{"n": 5}')
     assert fits(name, grammar, written(name, PARIS))
     assert not fits(name, grammar, "Hello.")
@@ -300,7 +300,7 @@ def test_arguments_in_tags_fit_their_schema(fits):
         "required": ["n", "note"],
         "$defs": {"L": {"type": "array", "items": {"enum": ["a", 1]}}},
     }
-    grammar = FORMATS["coder"].grammar(ToolRequest({"f": schema}, must=True, several=False))
+    grammar = FORMATS["coder"].grammar(ToolRequest({"f": schema}, call_required=True, several=False))
     for arguments, fit in (
         ('{"n": 5, "note": "a <b>\\n\\"c\\""}', True),
         ('{"n": 5, "note": "", "l": ["a", 1]}', True),

@@ -126,6 +126,6 @@ def test_others_sit_out_where_that_makes_passes_shorter_and_not_where_it_does_no
 def test_chunks_shrink_beside_late_requests_and_are_whole_beside_others():
     planner = server_of(KNEE, DRAFT, CHILDREN, 8).planner
     late, early = (pace_of([lag] + [0] * 7, [100] + [0] * 7) for lag in (9, -99))
-    assert planner.chunk(late, 0, 1, 256) < planner.chunk(late, 0, 40, 256)
-    assert planner.chunk(early, 0, 1, 256) == 256
+    assert planner.prompt_budget(late, 0, 1, 256) < planner.prompt_budget(late, 0, 40, 256)
+    assert planner.prompt_budget(early, 0, 1, 256) == 256
     assert SHAPE.tuning.max_sat_out < 10

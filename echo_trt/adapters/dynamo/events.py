@@ -7,11 +7,12 @@ Dynamo hashes windows of 33 tokens, which overlap by one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from echo_trt.engine.prefix_cache import rows
 from echo_trt.speculation.pack import BLOCK
 
 log = logging.getLogger(__name__)
@@ -57,12 +58,3 @@ class BlockEvents:
 def block_hash(key: bytes) -> int:
     """Return a key's first 64 bits, as Dynamo has block hashes: signed."""
     return int.from_bytes(key[:8], "little", signed=True)
-
-
-def rows(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield first and last + 1 of the places that follow each other in ``indices``, which ascend."""
-    for i, index in enumerate(indices):
-        if i == 0 or index != indices[i - 1] + 1:
-            first = index
-        if i + 1 == len(indices) or indices[i + 1] != index + 1:
-            yield first, index + 1

@@ -69,6 +69,7 @@ def _refuse_others(job: ServeOptions) -> None:
         ("--api-keys-file", job.api_keys),
         ("--allowed-origins", job.allowed_origins),
         ("--special-tokens-in-content", job.special_tokens_in_content),
+        ("--kv-events-config", job.kv_events_config),
         ("a second --served-model-name", job.served_model_names[1:]),
         ("--openai-port 0", job.openai_port == 0),
         ("--no-page", not job.page),
@@ -135,7 +136,7 @@ class WorkerProcess(Supervised):
 
     def _spawn(self) -> Process:
         job = self._job
-        words = [str(job.bundle), "--name", job.model_name, "--queue", str(job.queue)]
+        words = [str(job.bundle), "--name", job.model_name]
         words += ["--system-port", str(self._port), "--drain-timeout", str(job.drain_seconds)]
         command = [sys.executable, "-m", "echo_trt", "worker", *words, *job.words]
         return Process(self.name.replace(" ", "-"), command, self._environment, self._log)

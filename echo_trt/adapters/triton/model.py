@@ -26,6 +26,7 @@ from echo_trt.engine.process.host import Host
 from echo_trt.engine.process.inputs import INPUTS
 from echo_trt.engine.process.pending import refusal
 from echo_trt.engine.process.request import Reader
+from echo_trt.engine.service.kv_events import publish_kv_events
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
 from echo_trt.errors import UserError
@@ -68,6 +69,7 @@ class TritonPythonModel:
             llm.manifest.sampling.given(),
             LatencyClasses(_setting(config, "latency_classes")),
         )
+        publish_kv_events(llm.loop.batch.cache, _setting(config, "kv_events_config"))
         self._service = Service(llm, queue or QUEUE, _truth(config, "latency_admission"))
         signals = os.environ.get("ECHO_TRT_SIGNALS")
         name, self._metrics = args["model_name"], EngineMetrics(args["model_name"])

@@ -18,7 +18,6 @@ from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
 from echo_trt.speculation.paths import COMMIT_OUTPUTS, TREE_INPUTS
 
 MIN_BF16_TOKENS = 4  # least padded size in bf16 without AMX, where 1 to 3 tokens are slower. Larger: more padding
-MIN_INT4_TOKENS = 6  # least padded size in int4: products of up to 4 rows are rounded otherwise. Larger: likewise
 PREPARED = 32  # tokens up to which kernels are prepared at the start; larger: a longer start, fewer slow first passes
 PREPARE_SECONDS = 1.0  # after which no further size is prepared; larger: likewise
 SLOTS = 32  # of requests' states, where nobody says how many run at once
@@ -59,8 +58,6 @@ class OpenVINOEngine:
         minimum = 2 if self.rounds_trees else 1
         if self.rounds_trees and precision == "bf16" and not cpu.has_amx():
             minimum = MIN_BF16_TOKENS
-        if self.rounds_trees and precision == "int4":
-            minimum = MIN_INT4_TOKENS
         usual = TARGET_SIZES if self._target else DRAFT_SIZES
         self.sizes = (minimum, *(size for size in usual if size > minimum))
         self._pool = self._bind_pool(compiled, cpu.compute_type(precision))

@@ -1,8 +1,10 @@
 """Weight matrices of an exported graph in 8 or 4 bits, one matrix in memory at a time.
 
-In 8 bits they are NNCF's: symmetric, with a scale per channel. In 4 bits GROUP weights of a row share a scale and a
-zero point that is no whole number, so that weights of a GGUF file in Q4_0 or Q4_1 keep their values. Embedding, output
-matrix and routers have 8 bits in both, since 4 change the choice of tokens most there.
+In 8 bits they are NNCF's: symmetric, with a scale per channel. In 4 bits a group of a row's weights shares a scale and
+a whole zero point. Weights of a GGUF file in Q4_0, Q4_1 or Q4_K keep their values: their groups share an offset
+instead, and a second product adds the offsets times the sums of activations, since OpenVINO has no 8-bit products for
+zero points that are no whole numbers. Embedding, output matrix and routers have 8 bits in both, since 4 change the
+choice of tokens most there.
 """
 
 from __future__ import annotations
@@ -20,6 +22,13 @@ from onnx.external_data_helper import set_external_data
 from echo_trt.backends.openvino.graph import GROUP
 
 CHUNK = 1 << 24  # weights that are quantised at once; larger: more memory
+SAMPLE = 64  # rows by which the form of a matrix in 4 bits is chosen; larger: a surer choice, and a longer build
+#: Weights of a group, and whether its zero point is whole: the fastest form first. The first is taken whose squared
+#: error is less than MOST_ERROR times the least. Larger: faster forms, and larger errors.
+FORMS, MOST_ERROR = ((64, True), (GROUP, True), (GROUP, False)), 4
+#: Steps between a group's least and greatest weight, of which the best is taken. More than 15: both are clipped; fewer
+#: are found in files alone. Larger: a longer build.
+WHOLE_STEPS, FILE_STEPS = (15, 16, 17), (15, 14, 13, 12, 11, 10, 9, 8)
 ALIGNMENT = 64  # bytes between which tensors begin in the file
 EIGHT_BITS = ("embed.weight", "lm_head.weight", "router.weight")
 #: Operators with weights -> the input that has them.
@@ -43,6 +52,7 @@ def quantise(path: Path, precision: str) -> None:
     data = path.with_name(path.name + ".data")
     new = path.with_name(data.name + "-new")
     tensors, nodes = [], []
+    offsets: dict[str, TensorProto] = {}  # by the output of the product that they are added to
     with new.open("wb") as file:
         for tensor in model.graph.initializer:
             if found := uses.get(tensor.name):
@@ -50,6 +60,8 @@ def quantise(path: Path, precision: str) -> None:
                 parts, made = quantised(tensor, found[0], path.parent)
                 for use in found:
                     use.node.input[use.input_index] = made[-1].output[0]
+                    if parts[-1][0].name == f"{tensor.name}_offset":
+                        offsets[use.node.output[0]] = parts[-1][0]
                 nodes += made
             else:
                 parts = [(tensor, None)]
@@ -60,7 +72,7 @@ def quantise(path: Path, precision: str) -> None:
     used = {name for node in model.graph.node for name in node.input}
     used |= {output.name for output in model.graph.output}
     rest = [node for node in model.graph.node if node.op_type != "Cast" or node.output[0] in used]
-    _replace(model.graph.node, nodes + rest)
+    _replace(model.graph.node, [*nodes, *_with_offsets(rest, offsets)])
     _replace(model.graph.initializer, tensors)
     new.replace(data)
     onnx.save(model, path)
@@ -93,6 +105,24 @@ def _uses(graph: onnx.GraphProto) -> dict[str, list[_Use]]:
     return uses
 
 
+def _with_offsets(nodes: list[onnx.NodeProto], offsets: dict[str, TensorProto]) -> Iterator[onnx.NodeProto]:
+    """Let products add their offsets [O, groups] times the sums of each group of activations.
+
+    OpenVINO computes the sums once for all products that read the same activations.
+    """
+    for node in nodes:
+        if (name := node.output[0]) in offsets:
+            (rows, weight, *bias), offset = node.input, offsets[name]
+            yield helper.make_node("Constant", [], [f"{name}_shape"], value_ints=[-1, offset.dims[1], GROUP])
+            yield helper.make_node("Constant", [], [f"{name}_axis"], value_ints=[-1])
+            yield helper.make_node("Reshape", [rows, f"{name}_shape"], [f"{name}_groups"])
+            yield helper.make_node("ReduceSum", [f"{name}_groups", f"{name}_axis"], [f"{name}_sums"], keepdims=0)
+            yield helper.make_node("Cast", [offset.name], [f"{name}_wide"], to=TensorProto.FLOAT)
+            yield helper.make_node("Gemm", [f"{name}_sums", f"{name}_wide", *bias], [f"{name}_offsets"], transB=1)
+            _replace(node.input, [rows, weight, f"{name}_offsets"])
+        yield node
+
+
 def _has_four(tensor: TensorProto, use: _Use, precision: str) -> bool:
     rows = len(tensor.dims) == 2 and use.summed == -1 and tensor.dims[1] % GROUP == 0
     return precision == "int4" and rows and not tensor.name.endswith(EIGHT_BITS)
@@ -106,44 +136,72 @@ def _quantised(tensor: TensorProto, use: _Use, folder: Path) -> Quantised:
     weight = numpy_helper.to_array(tensor, str(folder))
     pieces = [_compress(piece, use.summed % weight.ndim) for piece in _pieces(weight, use.summed % weight.ndim)]
     integers, scales = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-    parts = _parts(tensor.name, (TensorProto.INT8, integers.shape), (TensorProto.FLOAT, scales.shape))
+    kinds = ("quantized", TensorProto.INT8, integers.shape), ("scale", TensorProto.FLOAT, scales.shape)
+    parts = _parts(tensor.name, *kinds)
     names = [part.name for part in parts]
     node = helper.make_node("DequantizeLinear", names, [f"{tensor.name}_dequantized"], axis=use.axis)
     return list(zip(parts, (integers, scales), strict=True)), [node]
 
 
 def _in_groups(tensor: TensorProto, use: _Use, folder: Path) -> Quantised:
-    """Quantise one matrix [O, I] to 4 bits: integers, scales, zero points, and the nodes that compute its numbers."""
+    """Quantise one matrix [O, I] to 4 bits: integers, scales, zero points or offsets, and the nodes that read them."""
     weight, name = numpy_helper.to_array(tensor, str(folder)), tensor.name
-    groups = weight.shape[0], weight.shape[1] // GROUP, GROUP
-    pieces = [_fit(piece.reshape(-1, *groups[1:])) for piece in _pieces(weight, 1)]
-    arrays = [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
-    one = TensorProto.FLOAT16, (*groups[:2], 1)
-    parts = _parts(name, (TensorProto.UINT4, groups), one, one)
-    parts.append(numpy_helper.from_array(np.array(weight.shape), f"{name}_shape"))
-    integers, scale, zero, shape = (part.name for part in parts)
+    size, whole = _form(weight[:: max(len(weight) // SAMPLE, 1)].astype(np.float32))
+    groups = weight.shape[0], weight.shape[1] // size, size
+    pieces = [_fit(piece.reshape(-1, size), whole)[1:] for piece in _pieces(weight, 1)]
+    integers, scale, offset = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    if whole:
+        integers, offset = integers + 8, _packed(np.rint(8 - offset / scale))
+    kind, half, one = TensorProto.UINT4 if whole else TensorProto.INT4, TensorProto.FLOAT16, (*groups[:2], 1)
+    last = ("zero", kind, one) if whole else ("offset", half, groups[:2])
+    parts = _parts(name, ("quantized", kind, groups), ("scale", half, one), last)
+    shape = numpy_helper.from_array(np.array(weight.shape), f"{name}_shape")
+    shifted = (("Cast", ["zero"], "zeros", {"to": half}), ("Sub", ["wide", "zeros"], "shifted", {}))
     steps = (
-        ("Cast", [integers], "wide", {"to": TensorProto.FLOAT16}),
-        ("Sub", [f"{name}_wide", zero], "shifted", {}),
-        ("Mul", [f"{name}_shifted", scale], "scaled", {}),
-        ("Reshape", [f"{name}_scaled", shape], "rows", {}),
-        ("Cast", [f"{name}_rows"], "dequantized", {"to": TensorProto.FLOAT}),
+        ("Cast", ["quantized"], "wide", {"to": half}),
+        *(shifted if whole else ()),
+        ("Mul", ["shifted" if whole else "wide", "scale"], "scaled", {}),
+        ("Reshape", ["scaled", "shape"], "rows", {}),
+        ("Cast", ["rows"], "dequantized", {"to": TensorProto.FLOAT}),
     )
-    nodes = [helper.make_node(kind, inputs, [f"{name}_{output}"], **more) for kind, inputs, output, more in steps]
-    return list(zip(parts, (*arrays, None), strict=True)), nodes
+    nodes = [
+        helper.make_node(operator, [f"{name}_{part}" for part in inputs], [f"{name}_{output}"], **more)
+        for operator, inputs, output, more in steps
+    ]
+    return [(shape, None), *zip(parts, (_packed(integers), scale, offset), strict=True)], nodes
 
 
-def _parts(name: str, *kinds: tuple[int, tuple[int, ...]]) -> list[TensorProto]:
-    named = zip(("quantized", "scale", "zero"), kinds, strict=False)
-    return [TensorProto(name=f"{name}_{part}", data_type=kind, dims=shape) for part, (kind, shape) in named]
+def _parts(name: str, *parts: tuple[str, int, tuple[int, ...]]) -> list[TensorProto]:
+    return [TensorProto(name=f"{name}_{part}", data_type=kind, dims=shape) for part, kind, shape in parts]
 
 
-def _fit(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the integers of ``groups`` float32 [O, groups, GROUP], packed, their scales and their zero points."""
-    low, high = groups.min(2, keepdims=True), groups.max(2, keepdims=True)
-    scale = np.maximum((high - low) / 15, np.finfo(np.float16).tiny).astype(np.float16)
-    zero = np.clip(-low / scale, -6e4, 6e4).astype(np.float16)
-    return _packed(np.clip(np.rint(groups / scale + zero), 0, 15)), scale, zero
+def _form(rows: np.ndarray) -> tuple[int, bool]:
+    """Choose the size of the groups of ``rows``, float32 [n, I], and whether their zero points are whole."""
+    forms = [(size, whole) for size, whole in FORMS if rows.shape[1] % size == 0]
+    errors = [float(_fit(rows.reshape(-1, size), whole)[0].sum()) for size, whole in forms]
+    limit = MOST_ERROR * min(errors) + 1e-9 * float((rows**2).sum())
+    return next(form for form, error in zip(forms, errors, strict=True) if error <= limit)
+
+
+def _fit(groups: np.ndarray, whole: bool) -> tuple[np.ndarray, ...]:
+    """Return the squared errors, integers (-8 to 7), scales and offsets of ``groups`` float32 [n, size].
+
+    A weight is about scale x integer + offset.
+    """
+    low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
+    if whole:  # a zero point is one of the sixteen integers
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
+    best = [np.full_like(low, np.inf), np.zeros(groups.shape, np.int8), *np.zeros((2, *low.shape), np.float16)]
+    for steps in WHOLE_STEPS if whole else FILE_STEPS:
+        scale = np.maximum((high - low) / steps, np.finfo(np.float16).tiny).astype(np.float16).astype(np.float32)
+        offset = low + (8 - (15 - steps) // 2) * scale
+        offset = np.clip(np.rint(offset / scale), -7, 8) * scale if whole else offset.astype(np.float16)
+        integers = np.clip(np.rint((groups - offset) / scale), -8, 7)
+        error = ((integers * scale + offset - groups) ** 2).sum(1, keepdims=True)
+        better = error < best[0]
+        for kept, new in zip(best, (error, integers, scale, offset), strict=True):
+            np.copyto(kept, new, "unsafe", where=better)
+    return tuple(best)
 
 
 def _pieces(weight: np.ndarray, summed: int) -> Iterator[np.ndarray]:
@@ -169,7 +227,7 @@ def _compress(weight: np.ndarray, summed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _packed(integers: np.ndarray) -> np.ndarray:
     """Pack 4-bit integers by twos, the first in the low half of a byte, as ONNX stores them."""
-    low, high = integers.reshape(-1, 2).astype(np.uint8).T & 15
+    low, high = np.append(integers, [0] * (integers.size % 2)).reshape(-1, 2).astype(np.int8).view(np.uint8).T & 15
     return low | high << 4
 
 

@@ -1,4 +1,4 @@
-"""``python -m echo_trt.engine.process``: the engine's process, which ``echo-trt serve`` starts beside the door."""
+"""``python -m echo_trt.engine.process``: the engine's process, beside the API server of ``echo-trt serve``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from cyclopts import Parameter
 from echo_trt.backends import base
 from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.llm import LLM
-from echo_trt.engine.options import LatencyOptions, SpecialTokens, command, run_alone
+from echo_trt.engine.options import HostedOptions, command, run_alone
 from echo_trt.engine.process.host import Host
 from echo_trt.engine.process.request import Reader
+from echo_trt.engine.service.kv_events import publish_kv_events
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.engine.service.service import Service
@@ -29,12 +30,10 @@ log = logging.getLogger("engine")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostOptions(LatencyOptions):
+class HostOptions(HostedOptions):
     """What the engine's process is asked to do."""
 
     socket: Annotated[Path, Parameter(help="Path of the socket to listen on.")]
-    queue: Annotated[int, Parameter(help="Requests that may wait.")] = 256
-    special_tokens_in_content: SpecialTokens = False
 
 
 @command
@@ -51,6 +50,7 @@ def run(options: HostOptions) -> int:
     context, sampling = llm.loop.batch.context, llm.manifest.sampling.given()
     classes = LatencyClasses(options.latency_classes)
     reader = Reader(bundle, context, options.special_tokens_in_content, sampling, classes)
+    publish_kv_events(llm.loop.batch.cache, options.kv_events_config)
     service = Service(llm, options.queue, options.latency_admission)
     gc.freeze()  # what was loaded lives as long as the process
 

@@ -28,13 +28,12 @@ from echo_trt.engine.service.job import ERRORS, Overloaded
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
 from echo_trt.engine.service.snapshots import SnapshotRecorder
-from echo_trt.speculation.targets import Latency
 
 log = logging.getLogger(__name__)
 BEAT = 0.05  # seconds between two looks at what has changed; larger: a drained engine ends later
 FLUSH = 0.25  # seconds between two updates of metrics
 SNAPSHOT, IDLE_SNAPSHOT = 0.2, 1.0  # seconds between two snapshots, and where nothing happens
-MAX_VIEWERS = 8  # clients that get snapshots; a door is one of them, with all its viewers
+MAX_VIEWERS = 8  # clients that get snapshots; an API server is one of them, with all its viewers
 
 
 @dataclass(eq=False)
@@ -188,12 +187,8 @@ class Host:
 
     async def _forecast(self, connection: ClientConnection, message: wire.AskForecast) -> None:
         found: list[dict[str, Any]] = []
-
-        def work() -> None:
-            latency = Latency.of(self._reader.latency(message.latency))
-            found.append(self._service.forecasts(message.prompt_tokens, message.max_tokens, latency))
-
-        failure = await self._refusal(work)
+        shape, reader, service = (message.prompt_tokens, message.max_tokens), self._reader, self._service
+        failure = await self._refusal(lambda: found.append(service.forecasts(*shape, reader.latency(message.latency))))
         reply = wire.Failure(message.id, *failure) if failure else wire.TextReply(message.id, json.dumps(found[0]))
         connection.send(reply)
 

@@ -10,7 +10,7 @@ MAX_FAILURES = 2  # consecutive failures of a request that ran alone, after whic
 
 
 class FaultIsolation:
-    """Retries, one by one, the requests that were running when the engine failed; which it fails on alone is guilty.
+    """Retries, one by one, the requests that were running when the engine failed; the one it fails on alone is faulty.
 
     Every such request is a suspect. ``next_trial`` takes one to run by itself, while all others wait. A trial ends in
     one of two ways: the request emits a token (``cleared``), or the engine fails again (``engine_failed``). Only the
@@ -41,7 +41,7 @@ class FaultIsolation:
         return job if self.waiting else None
 
     def engine_failed(self, jobs: Sequence[ServiceRequest], alone: bool) -> ServiceRequest | None:
-        """End the trial, and suspect the requests that the engine failed on. Returns the guilty one, to be ended.
+        """End the trial, and suspect the requests that the engine failed on. Returns the faulty one, to be ended.
 
         jobs   running requests that have not ended
         alone  whether a single one was running, ended or not

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import heapq
 import logging
-import math
 import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -28,11 +26,10 @@ from echo_trt.engine.request import Event, Request
 from echo_trt.engine.service.fault_isolation import FaultIsolation
 from echo_trt.engine.service.forecast import Forecaster
 from echo_trt.engine.service.grammars import GrammarQueue
-from echo_trt.engine.service.job import ExpectedLatency, Late, Overloaded, ServiceRequest
+from echo_trt.engine.service.job import ExpectedLatency, Overloaded, ServiceRequest
 from echo_trt.engine.service.metrics import KEPT, Statistics
 from echo_trt.engine.service.protocol import FIRST
 from echo_trt.errors import described
-from echo_trt.speculation.targets import Latency
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +100,9 @@ class Service:
             if ahead >= self.loop.batch.count + self._max_waiting and not job.probe:
                 raise Overloaded(f"the queue is full, {self._max_waiting} requests wait; try again in a second.")
             job.expected = self._forecast(job)
-            if self._keeps_latency:
-                self._refuse_late(job)
+            if self._keeps_latency and not job.probe:
+                others = [other.latency.tpot for other in self._open.values() if other.latency.tpot is not None]
+                self._forecaster.refuse_late(job.expected, job.latency, others, self.loop.scheduler.running)
             if grammar:
                 self._grammars.add(grammar, job)
             else:
@@ -123,24 +121,11 @@ class Service:
         targeted, running = job.latency.tpot is not None, self.loop.scheduler.running
         return self._forecaster.forecast(len(job.prompt), targeted, running, batch.count, len(before), tokens)
 
-    def _refuse_late(self, job: ServiceRequest) -> None:
-        """Refuse a job whose targets, or those of running ones, cannot be kept. Raises Late; the lock is held."""
-        expected, wanted = job.expected, job.latency
-        others = [other.latency.tpot for other in self._open.values() if other.latency.tpot is not None]
-        tpot = min([*others, wanted.tpot] if wanted.tpot else others, default=None)
-        if tpot is not None and not wanted.tpot:  # what those who run have to expect beside one more
-            batch, running = self.loop.batch, self.loop.scheduler.running
-            expected = replace(expected, tpot=self._forecaster.forecast(0, True, running, batch.count, 0, 0).tpot)
-        if not replace(wanted, tpot=tpot).kept(expected.ttft or 0.0, expected.tpot or 0.0):
-            raise Late(max(math.ceil((expected.ttft or 0.0) - (wanted.ttft or 0.0)), 1))
-
-    def forecasts(self, prompt_tokens: int, max_tokens: int, latency: Latency) -> dict[str, Any]:
+    def forecasts(self, prompt_tokens: int, max_tokens: int, latency: dict[str, Any] | None) -> dict[str, Any]:
         """Return what a request of this shape has to expect in milliseconds, and the error of forecasts so far."""
-        targets = {"tpot_ms": 1e3 * latency.tpot} if latency.tpot else {}
-        targets |= {"ttft_ms": 1e3 * latency.ttft} if latency.ttft else {}
-        params = SamplingParams(max_tokens=max_tokens, latency=targets or None)
-        job = ServiceRequest(id=sys.maxsize, params=params, submitted=time.monotonic())
-        job.prompt = np.zeros(prompt_tokens, np.int8)
+        params = SamplingParams(max_tokens=max_tokens, latency=latency)
+        prompt = np.zeros(prompt_tokens, np.int8)
+        job = ServiceRequest(id=sys.maxsize, prompt=prompt, params=params, submitted=time.monotonic())
         with self._changed:
             found = self._forecast(job)
         total = None
@@ -264,7 +249,8 @@ class Service:
             loop.scheduler.add(job)
 
     def _iterate(self) -> None:
-        before, prompt_tokens = self.loop.counters.iterations, self.loop.counters.prompt_tokens
+        counters = self.loop.counters
+        before, prompt_tokens = counters.iterations, counters.prompt_tokens
         begin = time.monotonic()
         with self._changed:
             probes = list(self._probes.values())
@@ -277,9 +263,13 @@ class Service:
         self._end_broken()
         now = time.monotonic()
         jobs = [(job, len(tokens)) for request, tokens in emitted if (job := self._open.get(request))]
-        self._forecaster.observe(jobs, now, now - begin, self.loop.counters.prompt_tokens - prompt_tokens)
+        paces = [(bool(job.latency.tpot), now - job.emitted, n) if job.emitted else (False, 0.0, 0) for job, n in jobs]
+        ended, prompt_tokens = sum(bool(job.finish_reason) for job, _ in jobs), counters.prompt_tokens - prompt_tokens
+        self._forecaster.observe(paces, self.loop.scheduler.running + ended, ended, now - begin, prompt_tokens)
+        for job, _ in jobs:
+            job.emitted = now
         self._hand_over(emitted, now)
-        if self.loop.counters.iterations > before:
+        if counters.iterations > before:
             for job in probes:
                 self._end(job, "busy")  # no effect on a probe that has had its token
         if emitted and (cleared := self._isolation.cleared()):

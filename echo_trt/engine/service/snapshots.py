@@ -100,7 +100,7 @@ def recent(seen: list[StepTrace]) -> dict[str, list[float]]:
 def tree_of(seen: StepTrace, proposer: int) -> dict[str, Any]:
     """Return one iteration as JSON has it: the milliseconds of its parts, and the tree of each request.
 
-    proposer  the source of nodes that name the draft alone (``EngineCore.proposer``)
+    proposer  source that nodes of the source DRAFT are reported as (``EngineCore.proposer``)
     """
     iteration, explanation = seen.iteration, seen.iteration.plan.explanation
     parts = {"plan": iteration.planning, "draft": seen.drafting, "verify": iteration.target.seconds}

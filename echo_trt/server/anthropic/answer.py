@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 from typing import Any
 
 from echo_trt.engine.process.wire import TextPiece
+from echo_trt.server.answers import Answer, Event
 from echo_trt.server.anthropic.request import MessagesRequest
 from echo_trt.server.errors import ApiError
-from echo_trt.server.metrics import ServerMetrics
-from echo_trt.server.translated import TranslatedAnswer, arguments_of
-from echo_trt.server.turns import OutputParser
+from echo_trt.server.translated import arguments_of
 
-Event = dict[str, Any]
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 #: Type of a block -> the type of its deltas, and their field.
 DELTAS = {
@@ -23,20 +20,18 @@ DELTAS = {
 }
 
 
-class MessagesAnswer(TranslatedAnswer[MessagesRequest]):
+class MessagesAnswer(Answer[MessagesRequest]):
     """The answer to one request."""
 
-    def __init__(self, requested: MessagesRequest, turn: OutputParser, metrics: ServerMetrics):
-        super().__init__(requested, turn, metrics)
-        self._id, self._stop_string = "msg_" + secrets.token_hex(12), ""
-        self._index, self._kind = -1, ""  # of the block that is open; without a kind none is
+    _stop_string = ""
+    _index, _kind = -1, ""  # of the block that is open; without a kind none is
 
     def begin(self, first: TextPiece) -> Iterator[Event]:
         message = self.complete()
         message["usage"]["input_tokens"] = first.prompt_tokens
         yield {"type": "message_start", "message": message | {"content": []}}
 
-    def take(self, piece: TextPiece) -> Iterator[Event]:
+    def take(self, choice: int, piece: TextPiece) -> Iterator[Event]:
         self._stop_string = piece.stop_string
         for delta in self._turn.take(piece):
             for kind, name in (("thinking", "reasoning"), ("text", "content")):
@@ -65,7 +60,7 @@ class MessagesAnswer(TranslatedAnswer[MessagesRequest]):
         texts = {"thinking": turn.reasoning, "text": turn.content}
         stopped = self._stop_string if turn.finish_reason == "stop" else ""
         return {
-            "id": self._id,
+            "id": f"msg_{self._id}",
             "type": "message",
             "role": "assistant",
             "model": self._requested.model,

@@ -16,7 +16,7 @@ from echo_trt.server.translated import TranslatedRequest, renamed
 #: Beginnings of the types of tools that Anthropic's servers run.
 HOSTED = ("web_search", "web_fetch", "code_execution", "tool_search_tool")
 #: The chat's names of fields that are called otherwise here. A longer one stands before its beginning.
-OURS = {
+CLIENT_FIELDS = {
     "response_format.json_schema": "output_config.format",
     "response_format": "output_config.format",
     "max_completion_tokens": "max_tokens",
@@ -60,7 +60,6 @@ class CountTokensRequest(TranslatedRequest):
     system: Any = None
     max_tokens: int | None = None
     stop_sequences: list[str] = Field([])
-    stream: bool = False
     tools: Annotated[list[Fields], at_most(MAX_TOOLS, "tools")] = Field([])
     tool_choice: ToolChoice = ToolChoice(type="auto")
     thinking: Thinking = Thinking(type="disabled")
@@ -102,13 +101,13 @@ class CountTokensRequest(TranslatedRequest):
             "response_format": schema,
         }
 
-    def field(self, theirs: str) -> str:
-        if theirs.startswith("messages."):
-            return self.turns.field(theirs)
-        if theirs.startswith("tools."):
-            _, index, *rest = theirs.split(".")
+    def client_field(self, chat_field: str) -> str:
+        if chat_field.startswith("messages."):
+            return self.turns.field(chat_field)
+        if chat_field.startswith("tools."):
+            _, index, *rest = chat_field.split(".")
             return ".".join(["tools", str(self.functions[int(index)]), *rest[1:]]).replace("parameters", "input_schema")
-        return renamed(theirs, OURS)
+        return renamed(chat_field, CLIENT_FIELDS)
 
 
 class MessagesRequest(CountTokensRequest):

@@ -9,16 +9,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from echo_trt.engine.process.wire import TextPiece
+from echo_trt.server.answers import Answer, Event
 from echo_trt.server.errors import ApiError
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.ollama.request import GenerateRequest, OllamaRequest
-from echo_trt.server.translated import TranslatedAnswer, arguments_of
+from echo_trt.server.translated import arguments_of
 from echo_trt.server.turns import OutputParser
 
-Line = dict[str, Any]
 
-
-def head(requested: OllamaRequest, content: str = "", **more: Any) -> Line:
+def head(requested: OllamaRequest, content: str = "", **more: Any) -> Event:
     """Return a line's model, time and text; ``more`` stands beside the text."""
     about = {"model": requested.model, "created_at": datetime.now(UTC).isoformat()}
     if isinstance(requested, GenerateRequest):
@@ -26,16 +25,16 @@ def head(requested: OllamaRequest, content: str = "", **more: Any) -> Line:
     return {**about, "message": {"role": "assistant", "content": content, **more}}
 
 
-class OllamaAnswer(TranslatedAnswer[OllamaRequest]):
+class OllamaAnswer(Answer[OllamaRequest]):
     """The answer to one request. Times are in nanoseconds."""
 
     media_type = "application/x-ndjson"
 
-    def __init__(self, requested: OllamaRequest, turn: OutputParser, metrics: ServerMetrics):
-        super().__init__(requested, turn, metrics)
+    def __init__(self, requested: OllamaRequest, turns: list[OutputParser], metrics: ServerMetrics):
+        super().__init__(requested, turns, metrics)
         self._began, self._first = time.monotonic_ns(), 0
 
-    def take(self, piece: TextPiece) -> Iterator[Line]:
+    def take(self, choice: int, piece: TextPiece) -> Iterator[Event]:
         self._first = self._first or time.monotonic_ns()
         for delta in self._turn.take(piece):
             if "reasoning" in delta:
@@ -45,29 +44,29 @@ class OllamaAnswer(TranslatedAnswer[OllamaRequest]):
         if piece.finish_reason and self._turn.calls:  # this API has whole calls alone
             yield self._line(tool_calls=self._calls())
 
-    def end(self) -> Iterator[Line]:
+    def end(self) -> Iterator[Event]:
         yield head(self._requested) | self._end()
 
-    def failed(self, error: ApiError) -> Iterator[Line]:
+    def failed(self, error: ApiError) -> Iterator[Event]:
         yield error.body_for("/api/chat")
 
-    def complete(self) -> Line:
+    def complete(self) -> Event:
         turn = self._turn
         thinking = {"thinking": turn.reasoning} if turn.reasoning else {}
         calls = {"tool_calls": self._calls()} if turn.calls else {}
         return head(self._requested, turn.content, **thinking, **calls) | self._end()
 
-    def written(self, event: Line) -> str:
+    def written(self, event: Event) -> str:
         return json.dumps(event, ensure_ascii=False, separators=(",", ":")) + "\n"
 
-    def _line(self, content: str = "", **more: Any) -> Line:
+    def _line(self, content: str = "", **more: Any) -> Event:
         return head(self._requested, content, **more) | {"done": False}
 
     def _calls(self) -> list[dict[str, Any]]:
         functions = [call["function"] for call in self._turn.calls]
         return [{"function": each | {"arguments": arguments_of(each["arguments"])}} for each in functions]
 
-    def _end(self) -> Line:
+    def _end(self) -> Event:
         ended = time.monotonic_ns()
         return {
             "done": True,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from echo_trt import __version__
-from echo_trt.server.fields import Strict
+from echo_trt.server.bodies import reads
+from echo_trt.server.fields import RequestBody
 from echo_trt.server.ollama.request import without_tag
-from echo_trt.server.served import check_model
 
 #: Version of Ollama whose API this is: clients refuse older ones.
 OLLAMA = "0.13.0"
@@ -20,12 +21,16 @@ KIND = "echo-trt"
 DETAILS = {"format": KIND, "family": KIND, "families": [KIND], "parameter_size": "", "quantization_level": ""}
 
 
-class ShowRequest(Strict):
-    """The body of /api/show. ``name`` is the older name of ``model``."""
+class ShowRequest(RequestBody):
+    """The body of /api/show."""
 
-    model: str = ""
-    name: str = ""
+    model: Annotated[str, AfterValidator(without_tag)] = ""
     verbose: bool = False
+
+    @classmethod
+    def kept(cls, given: dict[str, Any]) -> dict[str, Any]:
+        older = given.pop("name", "")
+        return given | {"model": given.get("model") or older}
 
 
 async def tags(request: Request) -> Response:
@@ -37,12 +42,10 @@ async def tags(request: Request) -> Response:
     return JSONResponse({"models": models})
 
 
-async def show(request: Request) -> Response:
+@reads(ShowRequest)
+async def show(request: Request, requested: ShowRequest) -> Response:
     """POST /api/show: what the model is. Raises EngineError."""
-    state = request.app.state
-    requested = await state.bodies.read(request, ShowRequest)
-    check_model(request, without_tag(requested.model or requested.name))
-    info = await state.client.model_info()
+    info = await request.app.state.client.model_info()
     shown: dict[str, Any] = {
         "modelfile": "",
         "parameters": "\n".join(f"{name} {value}" for name, value in info.sampling.items()),

@@ -13,15 +13,15 @@ from echo_trt.server.fields import FIELDS, MESSAGES, at_most, check_supported
 from echo_trt.server.translated import TranslatedRequest, renamed
 
 #: The chat's fields -> their names here.
-OURS = {
+CLIENT_FIELDS = {
     "response_format.json_schema.schema": "format",
     "response_format": "format",
     "max_completion_tokens": "options.num_predict",
     "repetition_penalty": "options.repeat_penalty",
 }
 SAMPLED = ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")
-OURS |= {name: f"options.{name}" for name in SAMPLED}
-OPTIONS = {ours.removeprefix("options."): name for name, ours in OURS.items() if ours.startswith("options.")}
+CLIENT_FIELDS |= {name: f"options.{name}" for name in SAMPLED}
+OPTIONS = {field.removeprefix("options."): name for name, field in CLIENT_FIELDS.items() if "options." in field}
 #: Options that ask for something we don't have, unless they hold one of these values.
 REFUSED: dict[str, tuple[Any, ...]] = {f"options.{name}": (1, 1.0) for name in ("tfs_z", "typical_p")}
 REFUSED["options.mirostat"] = (0,)
@@ -67,8 +67,8 @@ class OllamaRequest(TranslatedRequest):
             **self._options(),
         }
 
-    def field(self, theirs: str) -> str:
-        return renamed(theirs, OURS)
+    def client_field(self, chat_field: str) -> str:
+        return renamed(chat_field, CLIENT_FIELDS)
 
     def _format(self) -> dict[str, Any] | None:
         if self.format in (None, ""):

@@ -8,30 +8,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from echo_trt.engine.process.wire import TextPiece
-from echo_trt.server.answers import Entry, chat_logprobs
+from echo_trt.server.answers import Answer, Entry, Event, chat_logprobs
 from echo_trt.server.errors import ApiError
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.responses.request import ResponsesRequest
 from echo_trt.server.responses.tools import Hosted
-from echo_trt.server.translated import TranslatedAnswer
 from echo_trt.server.turns import Delta, OutputParser
 
-Event = dict[str, Any]
 PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_"}
 #: Of items with a text: its part's type, which is also in the names of its events.
 PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
 
 
-class Response(TranslatedAnswer[ResponsesRequest]):
+class Response(Answer[ResponsesRequest]):
     """The answer to one request."""
 
-    def __init__(self, requested: ResponsesRequest, turn: OutputParser, metrics: ServerMetrics):
-        super().__init__(requested, turn, metrics)
+    def __init__(self, requested: ResponsesRequest, turns: list[OutputParser], metrics: ServerMetrics):
+        super().__init__(requested, turns, metrics)
         spaces = {
             each.name: (each.namespace, each.tool.name) for each in requested.functions if each.namespace is not None
         }
         self._output = Output(spaces)
-        self._id, self._created = "resp_" + secrets.token_hex(24), int(time.time())
         self._number = 0  # of the next event
         self._cut = False  # whether the text was cut short
 
@@ -56,7 +53,7 @@ class Response(TranslatedAnswer[ResponsesRequest]):
     def _status(self) -> str:
         return "incomplete" if self._cut else "completed"
 
-    def take(self, piece: TextPiece) -> Iterator[Event]:
+    def take(self, choice: int, piece: TextPiece) -> Iterator[Event]:
         for delta in self._turn.take(piece):
             logprobs: list[Entry] = []
             if delta.get("content") and self._requested.chat.logprobs:
@@ -74,7 +71,7 @@ class Response(TranslatedAnswer[ResponsesRequest]):
         requested, chat = self._requested, self._requested.chat
         choice, ended = requested.tool_choice or "auto", status == "completed"
         return {
-            "id": self._id,
+            "id": f"resp_{self._id}",
             "object": "response",
             "created_at": self._created,
             "completed_at": int(time.time()) if ended else None,
@@ -117,14 +114,13 @@ def _counted(turn: OutputParser) -> dict[str, Any]:
 
 
 class Output:
-    """Takes deltas of a chat. ``items`` are complete once ``end`` has been read to its end."""
+    """Takes deltas of a chat. ``items`` and what events hold of them grow: an event must be written before the next."""
 
     def __init__(self, namespaces: Mapping[str, tuple[str, str]] | None = None) -> None:
         """``namespaces``: name of a function in the chat -> its namespace, and its name there."""
         self._namespaces = namespaces or {}
         self.items: list[dict[str, Any]] = []
-        self._texts: list[str] = []  # of the open item
-        self._logprobs: list[Entry] = []
+        self._part: dict[str, Any] = {}  # of the open item, where that has a text
         self._open = False
 
     def take(self, delta: Delta, logprobs: Sequence[Entry] = ()) -> Iterator[Event]:
@@ -140,7 +136,7 @@ class Output:
                 more = {"call_id": call["id"], **within, "name": name, "arguments": ""}
                 yield from self._begin("function_call", more)
             if arguments := call["function"]["arguments"]:
-                self._texts.append(arguments)
+                self.items[-1]["arguments"] += arguments
                 yield self._event("function_call_arguments.delta", delta=arguments)
 
     def end(self, status: str) -> Iterator[Event]:
@@ -153,42 +149,36 @@ class Output:
         if not self._open or self.items[-1]["type"] != kind:
             own: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
             yield from self._begin(kind, {**own, "content": []})
-        self._texts.append(text)
-        self._logprobs += logprobs
+        self._part["text"] += text
         more = {"logprobs": list(logprobs)} if kind == "message" else {}
+        self._part.get("logprobs", []).extend(logprobs)
         yield self._event(f"{PARTS[kind]}.delta", content_index=0, delta=text, **more)
 
     def _begin(self, kind: str, more: dict[str, Any]) -> Iterator[Event]:
         yield from self._close("completed")
         item = {"id": PREFIXES[kind] + secrets.token_hex(16), "type": kind, "status": "in_progress", **more}
         self.items.append(item)
-        self._texts, self._logprobs, self._open = [], [], True
+        self._open = True
         yield {"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": item}
         if kind in PARTS:
-            yield self._event("content_part.added", content_index=0, part=self._part(kind, "", []))
+            own: dict[str, Any] = {"annotations": [], "logprobs": []} if kind == "message" else {}
+            self._part = {"type": PARTS[kind], "text": "", **own}
+            item["content"].append(self._part)
+            yield self._event("content_part.added", content_index=0, part=self._part)
 
     def _close(self, status: str) -> Iterator[Event]:
         if not self._open:
             return
-        item, text = self.items[-1], "".join(self._texts)
-        kind = item["type"]
-        if kind in PARTS:
-            part = self._part(kind, text, self._logprobs)
-            more = {"logprobs": self._logprobs} if kind == "message" else {}
-            yield self._event(f"{PARTS[kind]}.done", content_index=0, text=text, **more)
+        item, part = self.items[-1], self._part
+        if item["type"] in PARTS:
+            more = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
+            yield self._event(f"{part['type']}.done", content_index=0, text=part["text"], **more)
             yield self._event("content_part.done", content_index=0, part=part)
-            item = {**item, "content": [part]}
         else:
-            item = {**item, "arguments": text}
-            yield self._event("function_call_arguments.done", name=item["name"], arguments=text)
-        self.items[-1] = item = {**item, "status": status}
-        self._open = False
+            yield self._event("function_call_arguments.done", name=item["name"], arguments=item["arguments"])
+        item["status"], self._open = status, False
         yield {"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": item}
 
     def _event(self, kind: str, **more: Any) -> Event:
         item = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
         return {"type": f"response.{kind}", **item, **more}
-
-    def _part(self, kind: str, text: str, logprobs: list[Entry]) -> dict[str, Any]:
-        own: dict[str, Any] = {"annotations": [], "logprobs": logprobs} if kind == "message" else {}
-        return {"type": PARTS[kind], "text": text, **own}

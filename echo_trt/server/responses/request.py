@@ -22,7 +22,6 @@ from echo_trt.server.responses.tools import (
 from echo_trt.server.schemas import IGNORED as CHAT_IGNORED
 from echo_trt.server.translated import TranslatedRequest, renamed
 
-#: Fields that ask for something we don't have, unless they hold one of these values (null asks for nothing).
 REFUSED: dict[str, tuple[Any, ...]] = {
     "store": (False, True),  # nothing is stored either way, as answers say
     "background": (False,),
@@ -33,12 +32,11 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "context_management": (),
     "truncation": ("disabled", "auto"),  # nothing is cut off: a prompt that does not fit is refused
 }
-#: Fields that say something about the caller and nothing about the text.
 IGNORED = (*(name for name in CHAT_IGNORED if name != "metadata"), "client_metadata")
 LOGPROBS = "message.output_text.logprobs"
 Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]  # the latter: nothing here is
 #: The chat's names of fields that are called otherwise here. A longer one stands before its beginning.
-OURS = {
+CLIENT_FIELDS = {
     "response_format.json_schema": "text.format",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
@@ -68,15 +66,13 @@ class EventOptions(Strict):
 
 
 class ResponsesRequest(TranslatedRequest):
-    """What is asked. ``top_k`` and others of SHARED are not OpenAI's (docs/request-fields.md)."""
+    """What is asked. ``top_k`` and others of CHAT_FIELDS are not OpenAI's (docs/request-fields.md)."""
 
-    REFUSED = REFUSED
-    IGNORED = IGNORED
+    REFUSED, IGNORED = REFUSED, IGNORED
 
     input: Any
     instructions: str | None = None
     max_output_tokens: int | None = None
-    stream: bool = False
     stream_options: EventOptions | None = None
     tools: ToolList = Field([])
     tool_choice: Choice | None = None
@@ -124,12 +120,12 @@ class ResponsesRequest(TranslatedRequest):
             raise ApiError(400, message, param="stream_options")
         return self
 
-    def field(self, theirs: str) -> str:
-        if theirs == "messages":
+    def client_field(self, chat_field: str) -> str:
+        if chat_field == "messages":
             return "input"
-        if theirs.startswith("messages."):
-            return self.turns.field(theirs)
-        if theirs.startswith("tools."):
-            _, index, *rest = theirs.split(".")
+        if chat_field.startswith("messages."):
+            return self.turns.field(chat_field)
+        if chat_field.startswith("tools."):
+            _, index, *rest = chat_field.split(".")
             return ".".join([self.functions[int(index)].field, *rest[1:]])
-        return renamed(theirs, OURS)
+        return renamed(chat_field, CLIENT_FIELDS)

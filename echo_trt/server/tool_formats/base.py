@@ -49,22 +49,25 @@ Event = Content | Call | Arguments
 
 @dataclass(frozen=True)
 class ToolRequest:
-    """What a text must be like.
+    """The texts that a request allows.
 
-    tools    JSON schema of the arguments by name of each function that may be called
-    must     whether there must be a call
-    several  whether there may be more than one
-    content  Lark, the right side of a rule, of a text without a call; None: any text
+    tools          JSON schema of the arguments by name of each function that may be called
+    call_required  whether there must be a call
+    several        whether there may be more than one
+    content        Lark, the right side of a rule, of a text without a call; None: any text
     """
 
     tools: Mapping[str, Mapping[str, Any]]
-    must: bool
+    call_required: bool
     several: bool
     content: str | None = None
 
 
 def call_schema(name: str, key: str, schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the object of a call. References in ``schema`` are to its own definitions, so those move up with it."""
+    """Return the JSON schema of a call's object, with ``schema`` of its arguments at ``key``.
+
+    Definitions move to the top, where references in ``schema`` find them.
+    """
     own: dict[str, Any] = {key: value for key, value in schema.items() if key not in ("$schema", "$id")}
     definitions: dict[str, Any] = {part: own.pop(part) for part in ("$defs", "definitions") if part in own}
     return {
@@ -84,7 +87,7 @@ def json_rule(schema: Mapping[str, Any]) -> str:
 class Parser(ABC):
     """Reads one text. However it is cut into pieces, the events joined are the same; nothing raises.
 
-    A call of a function that is not in ``tools`` stays content; where ``several`` is false only the first call counts.
+    A call of a function that is not in ``tools`` stays content; unless ``several``, only the first call is reported.
     """
 
     _head_pattern = HEAD
@@ -92,59 +95,59 @@ class Parser(ABC):
     def __init__(self, tools: Mapping[str, Mapping[str, Any]], several: bool = True):
         """``tools``: JSON schema of the arguments by name."""
         self._tools, self._several = tools, several
-        self._text = ""  # what is not decided yet
+        self._text = ""  # what may be content or a part of a call, as far as that is not certain yet
         self._events: list[Event] = []
         self._scan = Scan()
-        self._state = self._begin
-        self.calls = 0  # so far, those that do not count included
+        self._state = self._begin  # reads what is certain of ``_text``; True: call the next state, more may be certain
+        self.calls = 0  # so far, with those that are not reported
 
     def push(self, text: str) -> list[Event]:
         self._text += text
         while self._state():
             pass
-        return self._given_out()
+        return self._drain()
 
     def finish(self) -> list[Event]:
         self._end()
-        return self._given_out()
+        return self._drain()
 
     def _inside(self) -> bool:
         if not self._arguments():
             return False
-        self._state = self._behind
+        self._state = self._after_call
         return True
 
     @abstractmethod
-    def _behind(self) -> bool:
+    def _after_call(self) -> bool:
         """Read what follows a call's arguments."""
 
     @abstractmethod
     def _begin(self) -> bool:
-        """Read the beginning. A state takes from ``_text`` what is certain; True: more may be certain."""
+        """Read the text up to a call."""
 
     @abstractmethod
     def _end(self) -> None:
         """Take the rest of ``_text``."""
 
-    def _given_out(self) -> list[Event]:
+    def _drain(self) -> list[Event]:
         events, self._events = self._events, []
         return events
 
-    def _say(self, text: str) -> None:
+    def _emit_content(self, text: str) -> None:
         if text:
             self._events.append(Content(text))
 
     def _call(self, name: str) -> None:
         self.calls += 1
-        if self._counts:
+        if self._is_reported:
             self._events.append(Call(name))
 
-    def _argue(self, text: str) -> None:
-        if text and self._counts:
+    def _emit_arguments(self, text: str) -> None:
+        if text and self._is_reported:
             self._events.append(Arguments(text))
 
     @property
-    def _counts(self) -> bool:
+    def _is_reported(self) -> bool:
         return self._several or self.calls == 1
 
     def _head(self) -> bool:
@@ -174,13 +177,13 @@ class Parser(ABC):
         if not isinstance(arguments, dict):
             return False
         self._call(name)
-        self._argue(written(arguments))
+        self._emit_arguments(written(arguments))
         return True
 
     def _arguments(self) -> bool:
         """Take the arguments as far as they have come; whether they have ended."""
         end = self._scan.end(self._text)
-        self._argue(self._text[:end])
+        self._emit_arguments(self._text[:end])
         ended = end < len(self._text) or self._scan.over
         self._text = self._text[end:]
         return ended
@@ -209,13 +212,13 @@ def written(arguments: Any) -> str:
 
 
 class Scan:
-    """Where an object ends in a text that comes in pieces: it also ends where no JSON can go on."""
+    """Finds where an object ends in a text that comes in pieces: a "<" outside of strings ends it, too."""
 
     def __init__(self) -> None:
         self._depth, self._in_string, self._escaped, self.over = 0, False, False, False
 
     def end(self, piece: str) -> int:
-        """How many characters of the next piece belong to the object."""
+        """Count the characters of the next piece that belong to the object."""
         for offset, letter in enumerate(piece):
             if self.over:
                 return offset

@@ -27,8 +27,8 @@ class CoderParser(MarkedParser):
     def _inside(self) -> bool:
         self._text = text = self._text.lstrip()
         if text.startswith((FUNCTION_END, self._closes)):
-            self._argue("}" if self._given else "{}")
-            self._state = self._behind
+            self._emit_arguments("}" if self._given else "{}")
+            self._state = self._after_call
             return True
         if not text.startswith(PARAMETER):
             partial_mark = any(mark.startswith(text) for mark in (PARAMETER, FUNCTION_END, self._closes))
@@ -40,7 +40,7 @@ class CoderParser(MarkedParser):
             return False
         name, _, value = text[len(PARAMETER) : end].partition(">")
         typed = _typed(value.removeprefix("\n").removesuffix("\n"), _part(self._schema, name))
-        self._argue(f"{', ' if self._given else '{'}{written(name)}: {written(typed)}")
+        self._emit_arguments(f"{', ' if self._given else '{'}{written(name)}: {written(typed)}")
         self._text, self._given, self._seen = text[end + len(PARAMETER_END) :], self._given + 1, 0
         return True
 

@@ -59,7 +59,7 @@ class Llama3Parser(Parser):
             self._state = self._content
         return True
 
-    def _behind(self) -> bool:
+    def _after_call(self) -> bool:
         _, closed, rest = self._text.partition("}")
         self._text = rest
         if closed:
@@ -67,7 +67,7 @@ class Llama3Parser(Parser):
         return bool(closed)
 
     def _content(self) -> bool:
-        self._say(self._before + self._text)
+        self._emit_content(self._before + self._text)
         self._text = self._before = ""
         return False
 
@@ -75,7 +75,7 @@ class Llama3Parser(Parser):
         if self._state in (self._begin, self._between, self._object):
             rest = self._before + self._text
             if rest.strip(self.apart) or not self.calls:
-                self._say(rest)
+                self._emit_content(rest)
         self._text = ""
 
 
@@ -96,7 +96,7 @@ class Llama3(Format):
         before, between, after = map(json.dumps, self.around)
         several = f"({between} function)*" if requested.several else ""
         calls = f"calls: {before} function {several} {after}"
-        if requested.must:
+        if requested.call_required:
             return ["start: calls", calls]
         if requested.content is not None:
             return ["start: calls | content", f"content: {requested.content}", calls]

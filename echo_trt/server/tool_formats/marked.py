@@ -86,7 +86,7 @@ class MarkedParser(Parser):
         offset, self._open = min(found, default=(len(self._text), ""))
         held = 0 if found else max(overlap(self._text, mark) for mark in self._marks)
         certain = self._text[: offset - held].rstrip()
-        self._say(certain)
+        self._emit_content(certain)
         if not found:
             self._text = self._text[len(certain) :]
             return False
@@ -103,7 +103,7 @@ class MarkedParser(Parser):
         if end < 0:
             return False
         if not self._whole(self._text[:end]):
-            self._say(self._before + self._open + self._text[:end] + self._closes)
+            self._emit_content(self._before + self._open + self._text[:end] + self._closes)
         self._text = self._text[end + len(self._closes) :]
         self._state = self._begin
         return True
@@ -111,7 +111,7 @@ class MarkedParser(Parser):
     def _whole(self, text: str) -> bool:
         return self._head_pattern is HEAD and super()._whole(text)
 
-    def _behind(self) -> bool:
+    def _after_call(self) -> bool:
         end = self._text.find(self._closes)
         if end < 0:
             self._text = self._text[len(self._text) - overlap(self._text, self._closes) :]
@@ -122,9 +122,9 @@ class MarkedParser(Parser):
 
     def _end(self) -> None:
         if self._state == self._begin and (self._text.strip() or not self.calls):
-            self._say(self._text)
+            self._emit_content(self._text)
         elif self._state == self._object and not self._whole(self._text):  # the closing mark need not come
-            self._say(self._before + self._open + self._text)
+            self._emit_content(self._before + self._open + self._text)
         self._text = ""
 
 
@@ -153,7 +153,7 @@ class Marked(Format):
         several = f"({between} function)*" if requested.several else ""
         calls, rest = f"calls: {first} rest", f"rest: function {several} {ends}"
         lead = r"LEAD: /[ \n]{0,4}/"
-        if requested.must:
+        if requested.call_required:
             return ["start: LEAD calls", lead, calls, rest]
         if requested.content is not None:
             return ["start: LEAD calls | LEAD content", f"content: {requested.content}", lead, calls, rest]

@@ -43,7 +43,7 @@ from echo_trt.speculation.super_tree import SuperTree
 from echo_trt.speculation.targets import Pace
 
 ABOVE_PLAIN = 1e-12  # log gain that always begins above plain decoding, since the search may choose no draft
-FEW_PRICES = 0.1  # usual price of targets up to which the size is that without targets; larger: fewer changes
+LOW_PRICE = 0.1  # mean price of latency targets up to which the ordinary ladder is used; larger: fewer changes of size
 MIN_CHUNK, CHUNKS = 32, 8  # tokens of the smallest chunk beside late requests, and sizes tried; larger: dearer, finer
 
 
@@ -78,10 +78,12 @@ class GoodputPlanner:
         block: int = 0,
         chain_alone: bool = False,
     ):
-        """Take candidates from the draft, unless ``head`` is false, and at no cost from ``copier`` and ``ngrams``.
+        """Begin with measured ``costs`` and a calibrated ``acceptance``, for at most ``slots`` requests at a time.
 
-        grammars  of requests whose texts must fit one; it replaces prompt lookup while any runs
-
+        ngrams       the table whose entries continue drafts, at no cost; None: none
+        copier       what copies drafts from the request's text, at no cost; None: nothing
+        grammars     what forces tokens of requests with a grammar; while one runs it is asked instead of ``copier``
+        head         whether the draft is a network, whose passes cost time; else it is not asked
         budget       knee of the measured costs, which is only reported
         block        rows that a block drafter's only pass computes for a request; 0: the draft takes one pass per level
         chain_alone  draft a chain for a request that runs alone, since the target rounds trees differently from chains
@@ -91,38 +93,23 @@ class GoodputPlanner:
         self.ngrams, self.copier = (ngrams, copier) if settings.free_candidates else (None, None)
         self.grammars = grammars if settings.free_candidates else None
         self._head = head
+        self.costs, self.acceptance = costs, acceptance  # which the learner corrects in place
         self.learner = Learner(costs, acceptance, slots, settings.tuning, block)
         self._ladder = self.ladder = Ladder(settings.tuning, acceptance.calibrated)
-        # Where targets weigh tokens, other sizes are best.
+        # Its gains are of weighed tokens: where latency targets weigh them, other sizes are best.
         self.priced_ladder = Ladder(settings.tuning, acceptance.calibrated, beside=self.ladder)
-
-    @property
-    def costs(self) -> Costs:
-        return self.learner.costs
-
-    @property
-    def acceptance(self) -> Acceptance:
-        return self.learner.acceptance
 
     def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
         self.learner.forget_departed(load)
-        model = self.learner.model(load, self._settings(load))
-        settings, costs, count = model.settings, model.costs, len(roots)
-        priced = model.prices is not None and model.usual_price > FEW_PRICES
-        self._ladder = self.priced_ladder if priced else self.ladder
-        size = self._ladder.size(count, lambda: self._forecast(model))
+        model = self.learner.model(load, self._alone if len(roots) == 1 else self.settings)
+        settings, count = model.settings, len(roots)
         constrained = self.grammars is not None and bool(self.grammars.constrained(load.slots).any())
-        drafts = size != UNDRAFTED
-        if not drafts and not constrained:  # what a grammar forces is worth a verification by itself
+        size, may_draft = self._size(model, constrained)
+        if size == UNDRAFTED:
             return Plan.undrafted(roots)
-        size = max(size, costs.padded(count + 1)) if drafts else costs.padded(TOKENS_PER_REQUEST * count)
-        fills = drafts and self._fills_size
+        fills = may_draft and self._fills_size
         copier = self.grammars if constrained else self.copier
-        weights, time_price = self.learner.history.weights(load.slots), model.time_price
-        if model.prices is not None:
-            weights = weights * model.prices.weights
-            scale = weights.max()  # the search takes a node for worth 1 at most
-            weights, time_price = weights / scale, time_price / scale
+        weights, time_price = self._weights(model)
         candidates = Candidates(
             SuperTree.from_roots(roots),
             self.acceptance,
@@ -133,14 +120,37 @@ class GoodputPlanner:
             continue_leaves=self._continuations(model, constrained),
         )
         search = LevelSearch(model, candidates, model.verifying(size - count, fills), time_price)
-        if drafts and self._head and load.max_draft_len.any():
+        if may_draft and self._head and load.max_draft_len.any():
             self._draft(draft, search)
         candidates.append_continuations()
         chosen = select(candidates.value, candidates.tree, settings.per_request, search.verification, search.time_price)
         tree, nodes = candidates.tree.sorted_by_request(chosen)
-        padded_to = costs.padding_target(len(tree), size) if fills else 0
+        padded_to = model.costs.padding_target(len(tree), size) if fills else 0
         chances = candidates.probability
         return Plan(tree, chances[nodes], Explanation(candidates.tree, chances, nodes, size), padded_to)
+
+    def _size(self, model: IterationModel, constrained: bool) -> tuple[int, bool]:
+        """Return the tokens to verify at most, or UNDRAFTED, and whether the draft may be asked for candidates.
+
+        constrained  whether a request has a grammar
+        """
+        costs, count = model.costs, model.requests
+        priced = model.prices is not None and model.usual_price > LOW_PRICE
+        self._ladder = self.priced_ladder if priced else self.ladder
+        size = self._ladder.size(count, lambda: self._forecast(model))
+        if size != UNDRAFTED:
+            return max(size, costs.padded(count + 1)), True
+        # What a grammar forces is worth a verification by itself.
+        return costs.padded(TOKENS_PER_REQUEST * count) if constrained else UNDRAFTED, False
+
+    def _weights(self, model: IterationModel) -> tuple[np.ndarray, float]:
+        """Return what a request's token is worth, float64 [B], and the price of time in the same unit."""
+        weights, time_price = self.learner.history.weights(model.load.slots), model.time_price
+        if model.prices is None:
+            return weights, time_price
+        weights = weights * model.prices.weights
+        scale = weights.max()  # the search expects no token to be worth more than 1
+        return weights / scale, time_price / scale
 
     def _continuations(self, model: IterationModel, constrained: bool) -> ContinueLeaves:
         """Return what continues leaves: n-grams, or where a request has a grammar, what that forces."""
@@ -148,10 +158,12 @@ class GoodputPlanner:
         deepest = np.minimum(load.max_draft_len, settings.max_depth)
         if constrained and grammars:
             deepest = np.where(grammars.constrained(load.slots), 0, deepest)
-        bounds = deepest, float(self.acceptance.bias[NGRAM, 0]), settings.tuning.min_continuation
+        shift, minimum = float(self.acceptance.bias[NGRAM, 0]), settings.tuning.min_continuation
 
         def chains(tree: SuperTree, probability: np.ndarray) -> Chains:
-            found = ngrams.chains(tree, probability, load.recent, *bounds) if ngrams else NO_CHAINS
+            found = NO_CHAINS
+            if ngrams:
+                found = ngrams.chains(tree, probability, load.recent, deepest, shift, minimum)
             if constrained and grammars:
                 found = found.followed_by(grammars.leaf_chains(tree, probability, load.slots))
             return found
@@ -159,9 +171,9 @@ class GoodputPlanner:
         return chains
 
     def seats(self, pace: Pace, context: int) -> np.ndarray | None:
-        """Let requests without a target sit out where their time is worth more than a token of each, the latest first.
+        """Let requests without a target sit out, where the time that this saves is worth more than a token of each.
 
-        Those that have waited longest go on first, and nobody waits for more than ``max_sat_out`` passes.
+        The request that has sat out the fewest passes in a row sits out first, and none more than ``max_sat_out``.
         """
         tuning, count = self.settings.tuning, len(pace.wanted)
         may = np.flatnonzero((pace.wanted == 0) & (pace.waited < tuning.max_sat_out))
@@ -170,16 +182,17 @@ class GoodputPlanner:
             return None
         left = count - np.arange(len(may) + 1)  # of a pass without 0, 1, ... of them
         seconds = self.costs.target.base(count)[left] + self.costs.target.per_context * context * left / count
-        seconds[1:] += 2 * self.costs.change  # there and back
+        seconds[1:] += 2 * self.costs.change  # to the smaller size and back
         out = int(((usual + added) * (seconds[0] - seconds) - np.arange(len(may) + 1)).argmax())
         seated = np.ones(count, bool)
         seated[may[np.argsort(pace.waited[may], kind="stable")[:out]]] = False
         return seated
 
-    def chunk(self, pace: Pace, context: int, waiting: int, maximum: int) -> int:
-        """Return the chunk whose tokens are worth their time; without prices that is the largest one.
+    def prompt_budget(self, pace: Pace, context: int, waiting: int, maximum: int) -> int:
+        """Return the budget whose tokens are worth most, less the price of their time; without prices ``maximum``.
 
-        The more requests wait for their prompts, beside those that decode, the more a prompt's token is worth.
+        A prompt's token is worth the tokens that could be committed in the time that it adds to a pass, times
+        ``prompt_worth``, and more, the more requests wait for their prompts beside those that decode.
         """
         count = len(pace.wanted)
         usual, added = self._time_prices(pace, context)
@@ -187,13 +200,8 @@ class GoodputPlanner:
             return maximum
         sizes = np.unique(np.linspace(MIN_CHUNK, maximum, CHUNKS).astype(np.int64))
         seconds = self.costs.target.base(count + maximum)[count + sizes]
-        worth = (
-            self.settings.tuning.prompt_worth
-            * (1 + waiting / count)
-            * usual
-            * (seconds[-1] - seconds[0])
-            / max(maximum - MIN_CHUNK, 1)
-        )
+        per_token = (seconds[-1] - seconds[0]) / max(maximum - MIN_CHUNK, 1)
+        worth = self.settings.tuning.prompt_worth * (1 + waiting / count) * usual * per_token
         return int(sizes[(worth * sizes - (usual + added) * seconds).argmax()])
 
     def _time_prices(self, pace: Pace, context: int) -> tuple[float, float]:
@@ -218,10 +226,6 @@ class GoodputPlanner:
 
     def gain(self) -> float | None:
         return self._ladder.gain
-
-    def _settings(self, load: StepContext) -> GoodputSettings:
-        """Return how far the search may go under a load."""
-        return self._alone if len(load.slots) == 1 else self.settings
 
     @property
     def _fills_size(self) -> bool:
@@ -289,7 +293,7 @@ class GoodputPlanner:
     def _read_levels(self, draft: Draft, search: LevelSearch, drafted: int, beams: int) -> None:
         """Grow trees down to depth ``drafted`` from levels that were drafted at once.
 
-        They are a device's beams, or of a block what may be verified.
+        Of a device's levels the ``beams`` join, of a block's the nodes that may be verified.
         """
         candidates, settings = search.candidates, search.model.settings
         for depth in range(1, drafted):

@@ -19,7 +19,7 @@ class SamplingBatch:
 
     temperature, top_p, min_p         float64 [n]; top_k, seed, position int64 [n], as of ``draw.sample``
     repetition, presence, frequency   float64 [n], as of ``penalties.penalise``
-    history_row, history_token        int64 [k]: tokens that penalties of a row look at; said_generated bool [k]
+    history_row, history_token        int64 [k]: tokens that penalties of a row look at; history_generated bool [k]
     logit_bias_row, logit_bias_token  int64 [j], and logit_bias float32 [j]: added to logits; -inf shuts a token out
     masks                             uint8 [n, ceil(V / 8)], of allowed tokens, the first in the lowest bit; None: all
     """

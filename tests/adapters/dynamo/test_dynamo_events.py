@@ -8,8 +8,9 @@ import numpy as np
 from chained import chained_loop
 from driving import add, echo_planner, prompt_ids, run
 
-from echo_trt.adapters.dynamo.events import BlockEvents, block_hash, rows
+from echo_trt.adapters.dynamo.events import BlockEvents, block_hash
 from echo_trt.engine.batch import InputBatch
+from echo_trt.engine.prefix_cache import rows
 from echo_trt.speculation.pack import BLOCK
 
 

@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from asking import ask
-from pairs import ASSISTANT, END, USER
+from byte_tokenizer import ASSISTANT, END, USER
 from served import grpc_input, joined, joined_lists, needs_triton, triton
 
 from echo_trt.adapters.triton.server import PREFIX

@@ -8,13 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from refusal import refused
 from rich.console import Console
 from synthetic import recorded
 
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.speculation.planner import PlainPlanner
-from echo_trt.speculation.targets import Latency
+from echo_trt.speculation.targets import PATIENCE, Latency
 from echo_trt_lab.calibration.fit import fit
 from echo_trt_lab.simulation.arrivals import BATCH, BURSTS, INTERACTIVE, Arrival, drawn, read
 from echo_trt_lab.simulation.command import run
@@ -58,6 +60,19 @@ def test_requests_wait_for_a_slot_by_when_their_first_token_is_due(recording):
     by_due = [each.arrival.kind for each in answered(recording, 1, come, Latency(0.1)).done]
     assert in_order == [BATCH, BATCH, INTERACTIVE]
     assert by_due == [BATCH, INTERACTIVE, BATCH]
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_nobody_waits_for_those_who_come_later_than_a_bound(recording, seed):
+    """Whatever their targets are, where twice as much comes as can be answered."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.choice([BATCH, INTERACTIVE, "slow"], 30)
+    come = [Arrival(time, 4 * CHUNK, kind) for time, kind in zip(np.sort(15 * rng.random(30)), kinds, strict=True)]
+    traffic = Traffic(recording, 2, come, {INTERACTIVE: Latency(0.1, 1e-3), "slow": Latency(3600.0)})
+    traffic.serve(Replay(traffic, STEEP, PlainPlanner()), 1e9)
+    first = sorted(traffic.done, key=lambda answered: answered.first)
+    for i, one in enumerate(first):
+        assert all(one.arrival.time <= later.arrival.time + PATIENCE for later in first[i + 1 :])
 
 
 def test_a_trace_is_read_and_what_is_none_refused(tmp_path):

@@ -51,6 +51,15 @@ def test_a_recipe_says_what_it_would_build_and_need(inspect):
     assert reported["L4"].split(" | ")[:2] == ["1", "no"]
 
 
+def test_a_shipped_recipe_is_found_by_its_name_from_anywhere(inspect, tmp_path, monkeypatch):
+    by_file = inspect(BUILD / "qwen3-8b.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert inspect("qwen3-8b", "--engine", "tensorrt") == by_file
+    code, _, err = inspect("qwen3-9b")
+    assert code == 2
+    assert "qwen3-9b does not exist" in " ".join(err.split())
+
+
 def test_a_mixture_of_experts_on_8_gpus_has_two_knees(inspect):
     code, out, _ = inspect(BUILD / "qwen3-235b-a22b.yaml", "--fit", "H100-80GB x8")
     reported = rows(out)
