@@ -23,12 +23,12 @@ class BuildOptions:
         str,
         Parameter(
             help="A recipe (YAML, or a shipped one's name), a model of the hub such as Qwen/Qwen3-8B, or a "
-            "checkpoint's folder."
+            "checkpoint: a folder or a GGUF file."
         ),
     ]
     _: KW_ONLY
     draft: Annotated[
-        str | None, Parameter(help="Draft of the hub, or a checkpoint's folder. Default: the recipe's.")
+        str | None, Parameter(help="Draft of the hub, a folder or a GGUF file. Default: the recipe's.")
     ] = None
     random_weights: Annotated[
         Flag, Parameter(help="Build the model's shape alone, without a download, to measure speed.")
