@@ -19,7 +19,8 @@ def main(bundle: str) -> None:
     for prompt, answer in zip(prompts, llm.generate(prompts, SamplingParams(max_tokens=32)), strict=True):
         show(prompt, answer)
 
-    # One set of parameters for each prompt. The same seed gives the same text, whatever else runs beside it.
+    # One set of parameters for each prompt. In fp32 the same seed gives the same text, whatever else runs beside it; in
+    # bf16 and fewer bits a text may differ where others run, unless the policy is goodput-exact (docs/exactness.md).
     sampled = [SamplingParams(max_tokens=32, temperature=0.8, top_p=0.95, seed=seed) for seed in range(len(prompts))]
     for prompt, answer in zip(prompts, llm.generate(prompts, sampled), strict=True):
         show(prompt, answer)

@@ -1,4 +1,4 @@
-"""The field's words: old names stay away, a class name is defined once, and a rate is "per" something."""
+"""The field's words: old names stay away, also in prose, a name has one meaning, and a rate is "per" something."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import io
 import re
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,8 @@ NAMES = {
     "settling": "warm_up",
     "told": "reported",
 }
+#: Those of NAMES that comments and docstrings have no other use for.
+IN_PROSE = ("accuse", "bank", "foresee", "guilty", "judge", "onlooker", "portion", "rival", "rung", "settling")
 #: Words of this project alone -> what readers know.
 PRIVATE = {
     "default pair": "default model",
@@ -58,23 +61,31 @@ RATE = re.compile(
 )
 
 
-def _names(path: Path) -> set[str]:
-    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
-    return {token.string.lower() for token in tokens if token.type == tokenize.NAME}
-
-
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_names_are_the_field_s(path):
-    old = sorted(_names(path) & NAMES.keys())
+    tokens = list(tokenize.generate_tokens(io.StringIO(path.read_text()).readline))
+    names = {token.string.lower() for token in tokens if token.type == tokenize.NAME}
+    prose = " ".join(token.string for token in tokens if token.type == tokenize.COMMENT or token.string[:3] == '"""')
+    words = set(re.findall(r"[a-z]+", prose.lower()))
+    old = sorted(names & NAMES.keys()) + [name for name in IN_PROSE if {name, f"{name}s"} & words]
     assert not old, f"write {', '.join(f'{NAMES[name]} for {name}' for name in old)}"
 
 
-def test_a_class_name_is_defined_once():
+def _defined(module: ast.Module) -> Iterator[str]:
+    """Yield the names of classes, and of the type aliases of a module."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+    for node in module.body:
+        names = [each.id for each in getattr(node, "targets", ()) if isinstance(each, ast.Name)]
+        yield from (name for name in names if name[0].isupper() and not name.isupper())
+
+
+def test_a_class_or_alias_is_defined_once():
     defined: dict[str, list[str]] = {}
     for path in CODE:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef):
-                defined.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+        for name in _defined(ast.parse(path.read_text())):
+            defined.setdefault(name, []).append(str(path.relative_to(ROOT)))
     assert {name: paths for name, paths in defined.items() if len(paths) > 1} == {}
 
 

@@ -42,46 +42,25 @@ class HostFeatureCache:
 
 
 def overlap(engine: Engine, work: Callable[[], None]) -> bool:
-    """Let ``engine`` call ``work`` in every run, while the device computes; False where it computes on the host."""
-    offered: Callable[[Callable[[], None]], bool] = getattr(engine, "overlap", lambda work: False)
-    return offered(work)
-
-
-def commit_states(engine: Engine, rows: np.ndarray, counts: np.ndarray) -> None:
-    """Advance the states of ``engine``, if it has any, over the packed rows of its last run that were accepted.
-
-    rows    int64 [sum counts], packed rows of the run, request by request, each request's in path order
-    counts  int64 [B], of the run's requests; 0: the request's states stay as they are
-    """
-    commit = getattr(engine, "commit_states", None)
-    if commit is not None:
-        commit(rows, counts)
-
-
-def feature_cache_of(engine: Engine, name: str, count: int, width: int) -> FeatureCache:
-    """Return the feature cache of the input ``name``: the engine's own, on its device, or one on the host."""
-    own = getattr(engine, "feature_cache", lambda name: None)(name)
-    return own or HostFeatureCache(count, width)
+    return engine.overlap(work)
 
 
 class Engine(Protocol):
-    """A compiled network with its paged KV pool.
+    """A compiled network with its paged KV pool. What has a default here, an engine may leave out.
 
-    An engine on a device may also have ``feature_cache`` (``feature_cache_of``), ``overlap``, ``prefill_alone`` (prompt
-    tokens of a call without other work, if more than a chunk) and, of an EAGLE-3 head, ``run_levels``
-    (``backends.cuda.engine.DeviceEngine``). A network with states beside its KV rows has a slot of them for each
-    request (``ForwardBatch.state_slots``): a run reads them and starts from zero where a request has no past, and
-    ``commit_states`` advances them, which must follow before the slot's next run. An engine whose verified chains have
-    the bits of plain decoding, and whose trees do not, sets ``rounds_trees``. One whose trees are exact only up to so
-    many tokens of a request, the tree's among them, sets ``tree_context``; beyond it a tree must be one path.
-
-    num_blocks  KV blocks of the pool
-    sizes       [m], tokens, ascending: a verification is padded to the next size and any pass to the first. Larger
-                passes, and all passes of an engine without sizes, are not padded.
+    num_blocks     KV blocks of the pool
+    sizes          [m], tokens, ascending: a verification is padded to the next size and any pass to the first. Larger
+                   passes, and all passes of an engine without sizes, are not padded.
+    prefill_alone  prompt tokens of a call without other work, if more than a chunk
+    rounds_trees   whether verified chains have the bits of plain decoding, and trees do not
+    tree_context   tokens of a request, its tree's among them, above which only paths are exact; None: trees always are
     """
 
     num_blocks: int
     sizes: tuple[int, ...]
+    prefill_alone: int = 0
+    rounds_trees: bool = False
+    tree_context: int | None = None
 
     def run(self, call: ForwardBatch, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Run one forward pass over N packed rows and compute the logits of R logit rows.
@@ -105,3 +84,26 @@ class Engine(Protocol):
 
         source, target  int [m], pool rows; row r is in block r // BLOCK at r % BLOCK
         """
+
+    def commit_states(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Advance the states beside KV rows over the accepted packed rows of the last run, before a slot's next run.
+
+        A run reads those of its ``ForwardBatch.state_slots``, and starts from zero where a request has no past.
+
+        rows    int64 [sum counts], packed rows, request by request, each request's in path order
+        counts  int64 [B], of the run's requests; 0: the request's states stay as they are
+        """
+        return
+
+    def overlap(self, work: Callable[[], None]) -> bool:
+        """Call ``work`` in every run, while the device computes; False where the engine computes on the host."""
+        return False
+
+    def feature_cache(self, name: str) -> FeatureCache | None:
+        """Return the feature cache of the input ``name`` on the engine's device; None: it belongs on the host."""
+        return None
+
+    @property
+    def drafts_levels(self) -> bool:
+        """Whether this is a head that can draft several levels (``backends.cuda.engine.DeviceEngine``)."""
+        return False

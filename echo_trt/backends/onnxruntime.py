@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from echo_trt.backends.base import Engine
 from echo_trt.backends.padded import ROW_OUTPUTS, Padded, SlotLayout, pad, piece_states, split
 from echo_trt.speculation.pack import BLOCK, ForwardBatch
 
 _ARRAY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # numpy has no bfloat16
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(Engine):
     """A native graph and its caches: ``slots`` requests at a time, with ``blocks`` adjacent KV blocks per request."""
 
     def __init__(self, graph: Path, slots: int, blocks: int, threads: int = 0):

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from scipy.special import log_softmax
 
-from echo_trt.backends.base import Engine, commit_states
+from echo_trt.backends.base import Engine
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.manifest import SelfCheck
 from echo_trt.errors import UserError
@@ -59,18 +59,18 @@ def check_engine(
     return check
 
 
-def _runs(engine: Engine, calls: list[Call]) -> Iterator[dict[str, np.ndarray]]:
+def _runs(engine: Engine, calls: list[CheckedCall]) -> Iterator[dict[str, np.ndarray]]:
     """Yield the outputs of ``calls``, whose tokens are committed."""
     for call, inputs in calls:
         outputs = engine.run(call, **inputs)
         yield {name: np.array(value) for name, value in outputs.items()}  # the next run overwrites
-        commit_states(engine, np.arange(len(call.token_ids)), np.diff(call.seq_begins))
+        engine.commit_states(np.arange(len(call.token_ids)), np.diff(call.seq_begins))
 
 
-Call = tuple[ForwardBatch, dict[str, np.ndarray]]
+CheckedCall = tuple[ForwardBatch, dict[str, np.ndarray]]
 
 
-def _calls(role: Role, table: np.ndarray, text: np.ndarray | None) -> list[Call]:
+def _calls(role: Role, table: np.ndarray, text: np.ndarray | None) -> list[CheckedCall]:
     """Make prompts, random or of ``text``, and a tree of random tokens over the last one, with a head's inputs."""
     if isinstance(role, BlockModule):
         return _block_calls(role, table)
@@ -87,13 +87,13 @@ def _calls(role: Role, table: np.ndarray, text: np.ndarray | None) -> list[Call]
     return [(call, _head_inputs(role, call)) for call in (*prompts, branch)]
 
 
-def _block_calls(role: BlockModule, table: np.ndarray) -> list[Call]:
+def _block_calls(role: BlockModule, table: np.ndarray) -> list[CheckedCall]:
     """Make a block behind one context row, then cached context rows, then a block behind them and a new one."""
     rng, config = np.random.default_rng(1), role.network.config
     tokens = rng.integers(0, config.vocab_size, CONTEXT + 1)
     features = rng.standard_normal((CONTEXT + 1, config.feature_size)).astype(np.float32)
 
-    def block(past: int) -> Call:
+    def block(past: int) -> CheckedCall:
         one, newest = np.ones(1, np.int64), slice(past, past + 1)
         call, states = pack_blocks(block_shape(config), tokens[newest], past * one, one, tokens[newest], table)
         return call, {"features": features[newest], "state_rows": states}
@@ -110,7 +110,7 @@ def write_text(role: TargetModule) -> np.ndarray:
     tokens = rng.integers(0, role.network.config.vocab_size, (TEXTS, 1))
     for past in range(LENGTH - 1):
         logits = engine.run(pack(tokens[:, -1], past * one, past * one, one, table, each))["logits"]
-        commit_states(engine, each, one)
+        engine.commit_states(each, one)
         tokens = np.hstack((tokens, (logits + rng.gumbel(size=logits.shape)).argmax(1)[:, None]))
     return tokens
 

@@ -18,7 +18,7 @@ from echo_trt.speculation.goodput.model.costs import Costs, Curve
 COSTS = "costs.json"
 Seconds = Annotated[float, Field(ge=0, le=600)]  # of a pass, or of a part of one
 SecondsPerToken = Annotated[float, Field(ge=0, le=1)]  # that a cached token adds to a pass
-Tokens = Annotated[int, Field(ge=1, le=2**16)]  # of a pass; a larger limit takes memory: a curve has an entry a token
+TokenCount = Annotated[int, Field(ge=1, le=2**16)]  # of a pass; a curve has an entry per token: larger takes memory
 
 
 class CurveTable(_Stored):
@@ -30,7 +30,7 @@ class CurveTable(_Stored):
     per_node     seconds that a cached token adds for each tree node that attends it
     """
 
-    sizes: list[Tokens]
+    sizes: list[TokenCount]
     seconds: list[Seconds]
     per_context: SecondsPerToken = 0.0
     per_node: SecondsPerToken = 0.0
@@ -55,7 +55,7 @@ class HingeTable(_Stored):
 
     t_ar: Annotated[float, Field(gt=0)]
     gamma: float
-    k_max: Tokens
+    k_max: TokenCount
     error: Annotated[float, Field(ge=0)]
 
 
@@ -76,7 +76,7 @@ class CostTable(_Stored):
     hinge: HingeTable
     cold: Seconds = 0.0
     change: Seconds = 0.0
-    sizes: tuple[Tokens, ...] = ()
+    sizes: tuple[TokenCount, ...] = ()
 
     @model_validator(mode="after")
     def _is_of_a_target(self) -> CostTable:

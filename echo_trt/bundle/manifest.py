@@ -29,7 +29,7 @@ def _within(name: str) -> str:
 
 
 FileName = Annotated[str, AfterValidator(_within)]
-Size = Annotated[int, Field(ge=1, le=2**24)]
+Width = Annotated[int, Field(ge=1, le=2**24)]
 
 
 class _Facts(BaseModel):
@@ -65,11 +65,11 @@ class NetworkFacts(_Facts):
 
     file: FileName
     rank_files: list[FileName] = []
-    vocab_size: Size
-    hidden_size: Size
-    num_layers: Size
-    num_kv_heads: Size
-    head_dim: Size
+    vocab_size: Width
+    hidden_size: Width
+    num_layers: Width
+    num_kv_heads: Width
+    head_dim: Width
     parameters: Annotated[int, Field(ge=0, le=10**15)]
     feature_size: Annotated[int, Field(ge=0, le=2**24)] = 0
     block: BlockFacts | None = None

@@ -404,12 +404,11 @@ def _eos(checkpoint: Checkpoint, config: DecoderConfig, tokenizer) -> list[int]:
 
 
 def _sampling(checkpoint: Checkpoint, config: DecoderConfig) -> Sampling:
-    """Return what requests that say nothing get: what a checkpoint that samples recommends, or else its family."""
+    """Return what requests that say nothing get: what a checkpoint that samples recommends, of GGUF else its family."""
     path = checkpoint.path / "generation_config.json"
-    if not path.exists():
-        return Sampling(**FAMILIES[config.family].sampling)
-    stated = read_json(path)
-    if not stated.get("do_sample"):
+    if checkpoint.path.is_file():
+        path, stated = checkpoint.path, {**FAMILIES[config.family].sampling, **checkpoint.config["generation_config"]}
+    elif not path.exists() or not (stated := read_json(path)).get("do_sample"):
         return Sampling()
     named = {name: stated[name] for name in Sampling.model_fields if stated.get(name) is not None}
     try:

@@ -11,8 +11,8 @@ from cyclopts import Parameter
 from echo_trt.engine.options import EngineOptions, Flag, KVCacheMemory, SpecialTokens, bounds
 from echo_trt.engine.params import PARAMETERS
 
-Engine = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
-Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
+EngineOption = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
+NumberType = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,19 @@ class BuildOptions:
         str,
         Parameter(
             help="A recipe (YAML, or a shipped one's name), a model of the hub such as Qwen/Qwen3-8B, or a "
-            "checkpoint's folder."
+            "checkpoint: a folder or a GGUF file."
         ),
     ]
     _: KW_ONLY
     draft: Annotated[
-        str | None, Parameter(help="Draft of the hub, or a checkpoint's folder. Default: the recipe's.")
+        str | None, Parameter(help="Draft of the hub, a folder or a GGUF file. Default: the recipe's.")
     ] = None
     random_weights: Annotated[
         Flag, Parameter(help="Build the model's shape alone, without a download, to measure speed.")
     ] = False
     output: Annotated[Path | None, Parameter(alias="-o", help="Bundle folder. Default: bundles/NAME.")] = None
-    engine: Annotated[Engine | None, Parameter(help="Compile for this runtime instead of the recipe's.")] = None
-    precision: Annotated[Precision | None, Parameter(help="Compute in this precision instead of the recipe's.")] = None
+    engine: Annotated[EngineOption | None, Parameter(help="Compile for this runtime instead of the recipe's.")] = None
+    precision: Annotated[NumberType | None, Parameter(help="Compute in this precision instead of the recipe's.")] = None
     compute_capabilities: Annotated[
         tuple[str, ...],
         Parameter(

@@ -14,11 +14,11 @@ from rich.console import Console
 from echo_trt.bundle.stored import partial_name, write_whole
 from echo_trt.errors import UserError
 
-Writer = Callable[[bytes], None]
+WriteBytes = Callable[[bytes], None]
 
 
 @contextmanager
-def output_file(option: str, path: Path | None, inputs: Iterable[Path | None] = ()) -> Iterator[Writer]:
+def output_file(option: str, path: Path | None, inputs: Iterable[Path | None] = ()) -> Iterator[WriteBytes]:
     """Yield a writer for ``path``, which ``option`` named; each write replaces the last. None drops all writes.
 
     A file that is one of ``inputs`` is refused: a slip must not cost a user's prompts.
@@ -40,7 +40,7 @@ def _check_apart(option: str, path: Path, inputs: Iterable[Path | None]) -> None
             raise UserError(f"{option} {path} is a file that the command reads; name another file.")
 
 
-def _pipe_writer(option: str, path: Path) -> Iterator[Writer]:
+def _pipe_writer(option: str, path: Path) -> Iterator[WriteBytes]:
     """Yield a writer for a pipe or a device, which cannot be replaced: at the end it gets the last content alone."""
     if not os.access(path, os.W_OK):
         raise UserError(f"{option} {path} cannot be written (Permission denied); name another file.")
@@ -57,7 +57,7 @@ def _pipe_writer(option: str, path: Path) -> Iterator[Writer]:
                 path.write_bytes(content)
 
 
-def _file_writer(option: str, path: Path) -> Writer:
+def _file_writer(option: str, path: Path) -> WriteBytes:
     with _write_errors(option, path):  # a relative path may start in a folder that was deleted
         target_path = Path(os.path.realpath(path))  # a link stays, and the file behind it is replaced
         partial = partial_name(target_path)

@@ -1,4 +1,4 @@
-"""A recipe for a model that is named, by an id of the hub or a checkpoint's folder: a shipped one, or one derived."""
+"""A recipe for a model that is named, by an id of the hub, a folder or a GGUF file: a shipped one, or one derived."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from echo_trt.sizing.limits import filling, limited, with_kv_cache
 
 RECIPES = Path(__file__).parents[2] / "build"  # of the repository
 PACKAGED = Path(__file__).parents[1] / "recipes"  # of the wheel
+#: What the names of GGUF files end in: the type of the weights.
+GGUF = re.compile(r"([-.](UD-)?(I?Q\d\w*|B?F16|F32))?\.gguf$", re.IGNORECASE)
 CONTEXT = 8192  # of a derived recipe, at most; larger: more KV blocks per request
 
 
@@ -46,10 +48,11 @@ def source_of(what: str) -> dict[str, str]:
     """Return the keys of a ``Source`` for an id of the hub or a local checkpoint."""
     if Path(what).expanduser().exists():
         return {"path": str(Path(what).expanduser().resolve())}
-    if re.fullmatch(HUB, what):
+    if re.fullmatch(HUB, what) and not GGUF.search(what):
         return {"hub": what}
     raise UserError(
-        f"{what} is neither a recipe, a checkpoint's folder, nor an id of the hub such as Qwen/Qwen3-8B; name one."
+        f"{what} is neither a recipe, a checkpoint's folder or GGUF file, nor an id of the hub such as Qwen/Qwen3-8B; "
+        "name one."
     )
 
 
@@ -63,12 +66,12 @@ def _for_this_machine(recipe: Recipe, engine: str | None) -> Recipe:
 
 
 def _shipped(target: dict[str, str], draft: str | None) -> Path | None:
-    """Find the shipped recipe of a target, by its name on the hub or its folder's; a draft's own one comes first."""
-    found = []
+    """Find the shipped recipe of a target, by its name on the hub or its file's; a draft's own one comes first."""
+    found, name = [], GGUF.sub("", Path(target.get("path", "")).name)
     for path in sorted(shipped_folder().glob("*.yaml"), key=lambda path: len(path.name)):
         recipe = load_recipe(path)
         hub = recipe.target.hub
-        if hub and (target.get("hub") == hub or Path(target.get("path", "")).name == hub.split("/")[1]):
+        if hub and (target.get("hub") == hub or name == hub.split("/")[1]):
             source = recipe.draft.source
             found.append((draft is None or (bool(source) and source.hub != draft), path))
     return min(found, key=lambda entry: entry[0])[1] if found else None

@@ -188,5 +188,5 @@ def drafter_with(
         return EngineDrafter(engine, batch, chunk)
     if facts.block is not None:
         return BlockDrafter(engine, batch, chunk, facts.feature_size, facts.block, markov)
-    kind = LevelsDrafter if getattr(engine, "drafts_levels", False) else Eagle3Drafter
+    kind = LevelsDrafter if engine.drafts_levels else Eagle3Drafter
     return kind(engine, batch, chunk, facts.feature_size, facts.hidden_size)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.backends.base import Engine, commit_states
+from echo_trt.backends.base import Engine
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.drafters.eagle3 import Drafter
 from echo_trt.engine.drafters.grammars import GuidedDraft
@@ -186,7 +186,7 @@ class EngineCore:
         if len(slots) == 0:
             return Chunks(slots, slots, slots, slots, slots > 0)
         slots = batch.targets.by_due(slots)
-        budget = max(self.chunk, getattr(self.target, "prefill_alone", 0)) if alone else self.chunk
+        budget = max(self.chunk, self.target.prefill_alone) if alone else self.chunk
         if pace and not batch.targets.hurry(slots, time.monotonic()):
             budget = self.planner.prompt_budget(pace, context, len(slots), budget)
         self.counters.cached_tokens += batch.skip(slots, budget)
@@ -225,7 +225,7 @@ class EngineCore:
             if self.synthetic:
                 guided = self.synthetic.draft(draft, batch, slots)
             plan = self.planner.plan(roots, guided, load)
-            if tree_context := getattr(self.target, "tree_context", None):
+            if tree_context := self.target.tree_context:
                 plan = plan.on_one_path(batch.committed[slots] + plan.tree.sizes > tree_context)
             seconds = time.perf_counter() - begin - draft.seconds
             self.counters.add_seconds("plan", seconds)
@@ -312,7 +312,7 @@ class EngineCore:
         # Packed rows are the nodes of the decoding requests, then the chunks' tokens (``_build_call``).
         chunk_rows = len(verified.call.token_ids) - len(chunks.owner) + np.arange(len(chunks.owner))
         lengths = np.concatenate((counts[:decoding], chunks.counts))
-        commit_states(self.target, np.concatenate((nodes, chunk_rows)), lengths)
+        self.target.commit_states(np.concatenate((nodes, chunk_rows)), lengths)
         if self.drafter:
             rows = batch.rows(np.concatenate((owner, chunks.owner)), np.concatenate((position, chunks.position)))
             self.drafter.observe(rows, verified.outputs, np.concatenate((nodes, chunk_rows)))
@@ -327,8 +327,7 @@ class EngineCore:
     def _move_accepted(self, tree: SuperTree, nodes: np.ndarray, owner: np.ndarray, position: np.ndarray) -> None:
         """Move the KV rows of accepted ``nodes`` int64 [m] to their positions in the text.
 
-        The pass has written a node's row behind its request's cached tokens, at the node's index within the request's
-        tree.
+        The pass has written a node's row behind its request's cached tokens, at the node's index in its request's tree.
 
         owner, position  int64 [m], a node's slot, and its token's position in the text
         """

@@ -33,7 +33,7 @@ from echo_trt.models.tokenizer import REASONING, load_tokenizer, think_tokens
 from echo_trt.speculation.planner import Planner
 
 TextOrIds = str | Sequence[int]
-Params = SamplingParams | Sequence[SamplingParams] | None
+RequestParams = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
@@ -118,7 +118,7 @@ class LLM:
             conversation = [{"role": "user", "content": conversation}]
         return self._chat.ids(conversation, checked_tools(tools) if tools else None, chat_template_kwargs)
 
-    def generate(self, prompts: Sequence[TextOrIds], params: Params = None) -> list[Completion]:
+    def generate(self, prompts: Sequence[TextOrIds], params: RequestParams = None) -> list[Completion]:
         """Continue texts as they are; completions come in the order of the prompts.
 
         A string is encoded with the tokenizer's special tokens, and no chat template; names of control tokens in it
@@ -130,7 +130,7 @@ class LLM:
     def chat(
         self,
         conversations: Messages | Sequence[Messages],
-        params: Params = None,
+        params: RequestParams = None,
         tools: Tools | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Completion]:
@@ -143,7 +143,7 @@ class LLM:
         return _completions(self.stream_chat(conversations, params, tools, chat_template_kwargs))
 
     def stream(
-        self, prompts: Sequence[TextOrIds], params: Params = None, loop: EngineCore | None = None
+        self, prompts: Sequence[TextOrIds], params: RequestParams = None, loop: EngineCore | None = None
     ) -> Iterator[Delta]:
         """Do as ``generate``, a Delta for each new piece of text; a request's last one holds its Completion.
 
@@ -160,7 +160,7 @@ class LLM:
     def stream_chat(
         self,
         conversations: Messages | Sequence[Messages],
-        params: Params = None,
+        params: RequestParams = None,
         tools: Tools | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[Delta]:
@@ -174,7 +174,7 @@ class LLM:
         return self._deltas("conversations", ids, params)
 
     def _deltas(
-        self, name: str, prompts: Sequence[Sequence[int]], params: Params, loop: EngineCore | None = None
+        self, name: str, prompts: Sequence[Sequence[int]], params: RequestParams, loop: EngineCore | None = None
     ) -> Iterator[Delta]:
         """Run prompts of token ids; a refusal names the argument that they came in."""
         loop = loop or self.loop

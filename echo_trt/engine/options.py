@@ -86,7 +86,7 @@ def _load_policies(_: object, tokens: Sequence[Token]) -> Path:
 
 
 Bundle = Annotated[Path, Parameter(help="A folder that echo-trt build made.")]
-Batch = Annotated[
+BatchSize = Annotated[
     int | None, Parameter(help="Requests running at once. Default: the recipe's.", validator=bounds(1, MAX_AT_ONCE))
 ]
 Port = Annotated[int, Parameter(validator=bounds(1, 65535))]
@@ -102,7 +102,7 @@ KVCacheMemory = Annotated[
         "CPU up to half of the free memory.",
     ),
 ]
-SyntheticText = Annotated[
+SyntheticRates = Annotated[
     str | None,
     Parameter(
         metavar="RATES",
@@ -126,9 +126,9 @@ class EngineOptions:
     _: KW_ONLY
     policy: Annotated[str | None, Parameter(help="How to speculate. Default: the recipe's.")] = None
     policy_file: PolicyFile = None
-    batch: Batch = None
+    batch: BatchSize = None
     kv_cache_memory: KVCacheMemory = None
-    synthetic_text: SyntheticText = None
+    synthetic_text: SyntheticRates = None
     others: ClassVar[tuple[str, ...]] = ()  # names of a subclass's options that are handed on
 
     @property

@@ -135,5 +135,5 @@ class Tuning:
             head=networks.drafter is not networks.copier,
             budget=self.costs.hinge.k_max,
             block=networks.drafter.block if isinstance(networks.drafter, BlockDrafter) else 0,
-            chain_alone=getattr(networks.target, "rounds_trees", False),
+            chain_alone=networks.target.rounds_trees,
         )

@@ -96,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; give the folder of a complete checkpoint.") from None
+        raise UserError(f"{path} is missing; give the folder of a complete checkpoint, or a .gguf file.") from None
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); download the checkpoint again.") from error
     if not isinstance(data, dict):

@@ -26,6 +26,8 @@ QWEN_WORDS = (
 )
 #: llama.cpp's names of splitters by Llama 3's pattern; SmolLM3's files have the second.
 LLAMA_WORDS = dict.fromkeys(("llama-bpe", "smaug-bpe"), QWEN_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))
+#: Our sampling parameters -> names behind general.sampling in files that recommend some.
+SAMPLING = {"temperature": "temp", "repetition_penalty": "penalty_repeat"} | {k: k for k in ("top_k", "top_p", "min_p")}
 ELSEWHERE = "name a folder with the model's tokenizer.json in the recipe's tokenizer."
 
 
@@ -115,8 +117,14 @@ class GgufCheckpoint:
             "max_position_embeddings": self._need(f"{kind}.context_length"),
             "tie_word_embeddings": "output.weight" not in names,
             "eos_token_id": self.field("tokenizer.ggml.eos_token_id"),
+            "generation_config": self._recommended(),
         }
         return config | self._family.gguf_options(self.field, config)
+
+    def _recommended(self) -> dict[str, float]:
+        stated = {name: self.field(f"general.sampling.{key}") for name, key in SAMPLING.items()}
+        known = {name: round(value, 6) for name, value in stated.items() if value is not None}  # of float32
+        return known | ({"top_k": 0} if known.get("top_k", 0) < 0 else {})
 
     def _hf_names(self) -> dict[str, str]:
         """Return Hugging Face's name of each tensor that a network of this configuration has, by the file's."""

@@ -19,12 +19,12 @@ from echo_trt.server.errors import ApiError
 from echo_trt.server.fields import RequestBody
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.schemas import ChatRequest, CompletionRequest
-from echo_trt.server.turns import Delta, OutputParser
+from echo_trt.server.turns import MessageDelta, OutputParser
 
 Item = TypeVar("Item")
 Requested = TypeVar("Requested", bound=RequestBody)
-Event = dict[str, Any]
-Entry = dict[str, Any]  # of a token: token, logprob, bytes, top_logprobs (a list of such), text_offset
+AnswerEvent = dict[str, Any]
+TokenLogprob = dict[str, Any]  # of a token: token, logprob, bytes, top_logprobs (a list of such), text_offset
 
 
 class Answer(ABC, Generic[Requested]):
@@ -70,25 +70,25 @@ class Answer(ABC, Generic[Requested]):
         self._metrics.prompt_tokens.inc(sum(turn.prompt_tokens for turn in self._prompts))
         self._metrics.completion_tokens.inc(sum(turn.completion_tokens for turn in self._turns))
 
-    def begin(self, first: TextPiece) -> Iterator[Event]:
+    def begin(self, first: TextPiece) -> Iterator[AnswerEvent]:
         """Yield events before the first text."""
         return iter(())
 
     @abstractmethod
-    def take(self, choice: int, piece: TextPiece) -> Iterator[Event]:
+    def take(self, choice: int, piece: TextPiece) -> Iterator[AnswerEvent]:
         """Yield events of the text that became certain."""
 
     @abstractmethod
-    def end(self) -> Iterator[Event]: ...
+    def end(self) -> Iterator[AnswerEvent]: ...
 
     @abstractmethod
-    def failed(self, error: ApiError) -> Iterator[Event]: ...
+    def failed(self, error: ApiError) -> Iterator[AnswerEvent]: ...
 
     @abstractmethod
     def complete(self) -> dict[str, Any]:
         """Return the answer, once its texts have ended."""
 
-    def written(self, event: Event) -> str:
+    def written(self, event: AnswerEvent) -> str:
         """Return an event as it is sent."""
         kind = f"event: {event['type']}\n" if "type" in event else ""
         return f"{kind}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
@@ -113,12 +113,12 @@ class ApiAnswer(Answer[ChatRequest | CompletionRequest]):
             choices.append({"index": index, **content, **self._details(turn), "finish_reason": turn.finish_reason})
         return self._head(kind) | {"choices": choices, "usage": self._usage(), **self._speculation()}
 
-    def begin(self, first: TextPiece) -> Iterator[Event]:
+    def begin(self, first: TextPiece) -> Iterator[AnswerEvent]:
         begin = TextPiece(0, prompt_tokens=first.prompt_tokens)  # all choices of a chat have one prompt
         for index in range(len(self._turns) if self._chat else 0):
             yield self._chunk(_delta(index, {"role": "assistant", "content": ""}), begin)
 
-    def take(self, choice: int, piece: TextPiece) -> Iterator[Event]:
+    def take(self, choice: int, piece: TextPiece) -> Iterator[AnswerEvent]:
         turn = self._turns[choice]
         deltas = turn.take(piece)
         if not self._requested.stream:
@@ -133,11 +133,11 @@ class ApiAnswer(Answer[ChatRequest | CompletionRequest]):
             reported = self._details(turn) if turn.logprobs or turn.sources else {}
             yield self._chunk(_delta(choice, {}, turn.finish_reason) | reported, piece)
 
-    def end(self) -> Iterator[Event]:
+    def end(self) -> Iterator[AnswerEvent]:
         if self._requested.wants_usage:
             yield self._head(self._chunk_kind) | {"choices": [], "usage": self._usage(), **self._speculation()}
 
-    def failed(self, error: ApiError) -> Iterator[Event]:
+    def failed(self, error: ApiError) -> Iterator[AnswerEvent]:
         yield error.body
 
     @property
@@ -147,7 +147,7 @@ class ApiAnswer(Answer[ChatRequest | CompletionRequest]):
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._requested.model}
 
-    def _chunk(self, choice: dict[str, Any], piece: TextPiece) -> Event:
+    def _chunk(self, choice: dict[str, Any], piece: TextPiece) -> AnswerEvent:
         chunk = self._head(self._chunk_kind) | {"choices": [choice]}
         if self._requested.wants_running_usage:
             chunk["usage"] = _counts(piece.prompt_tokens, piece.completion_tokens)
@@ -213,12 +213,12 @@ async def chained(first: Item, rest: AsyncGenerator[Item]) -> AsyncIterator[Item
             yield item
 
 
-def chat_logprobs(entries: Sequence[Entry]) -> dict[str, Any]:
+def chat_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
     content = [{key: value for key, value in entry.items() if key != "text_offset"} for entry in entries]
     return {"content": content, "refusal": None}
 
 
-def _completion_logprobs(entries: Sequence[Entry]) -> dict[str, Any]:
+def _completion_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
     return {
         "tokens": [entry["token"] for entry in entries],
         "token_logprobs": [entry["logprob"] for entry in entries],
@@ -227,7 +227,7 @@ def _completion_logprobs(entries: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _by_token(entry: Entry) -> dict[str, float] | None:
+def _by_token(entry: TokenLogprob) -> dict[str, float] | None:
     """Return the best tokens' log-probabilities and the token's own, so there may be one more than asked for."""
     if entry["logprob"] is None:  # a prompt's first token
         return None
@@ -238,5 +238,5 @@ def _counts(prompt: int, completion: int) -> dict[str, Any]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _delta(index: int, delta: Delta, reason: str | None = None) -> dict[str, Any]:
+def _delta(index: int, delta: MessageDelta, reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}

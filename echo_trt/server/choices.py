@@ -48,8 +48,8 @@ async def answered(request: Request, inputs: Mapping[str, Any], names: Mapping[s
 async def merged(request: Request, choices: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> PieceStream:
     """Yield (choice, piece) as they come. The first failure, or the client's leaving, ends and closes all streams.
 
-    What a slow client has not read waits in the queue of its question (``engine.process.client``), at most the whole
-    answer: the engine does not wait for clients. ``choices``: the engine's inputs.
+    What a slow client has not read waits in its question's queue (``engine.process.client``), at most a whole answer:
+    the engine goes on. ``choices``: the engine's inputs.
     """
     queue: asyncio.Queue[tuple[int, TextPiece] | Exception | None] = asyncio.Queue(2 * len(choices))
 

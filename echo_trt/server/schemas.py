@@ -26,8 +26,7 @@ from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.errors import ApiError, shown
 from echo_trt.server.fields import FIELDS, MESSAGES, RequestBody, Strict, at_most, within
 from echo_trt.server.messages import Message, few_calls
-from echo_trt.server.structured import FIELDS as STRUCTURED
-from echo_trt.server.structured import Structured, structured_of
+from echo_trt.server.structured import STRUCTURED, Structured, structured_of
 from echo_trt.server.tools import Allowed, Choice, Tool, check
 
 CHOICES = 128  # of one request, prompts times n
@@ -99,7 +98,7 @@ def _targets(latency: Any) -> Any:
 
 
 _TARGETS = {"type": "object", "additionalProperties": {"type": "number"}}
-Targets = Annotated[
+LatencyField = Annotated[
     Any, AfterValidator(_targets), WithJsonSchema({"anyOf": [{"type": "string"}, _TARGETS, {"type": "null"}]})
 ]
 
@@ -154,7 +153,7 @@ class Params(Sampled):
     guided_choice: Any = None
     guided_grammar: Any = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] = 1
-    latency: Targets = None
+    latency: LatencyField = None
     priority: Annotated[int, Field(ge=0, le=INT32)] | None = None
     deadline_ms: Annotated[int, Field(ge=1, le=INT32)] | None = None
 
@@ -331,4 +330,4 @@ class ForecastRequest(Strict):
 
     prompt_tokens: Annotated[int, Field(ge=1, le=INT32)]
     max_tokens: Limit = 256
-    latency: Targets = None
+    latency: LatencyField = None

@@ -14,7 +14,7 @@ from echo_trt.server.errors import ApiError
 
 #: vLLM's older names of fields.
 GUIDED = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
-FIELDS = ("response_format", "structured_outputs", *GUIDED)
+STRUCTURED = ("response_format", "structured_outputs", *GUIDED)
 TYPES = "text, json_object or json_schema"
 
 
@@ -32,8 +32,8 @@ class Structured:
 
 
 def structured_of(given: Mapping[str, Any]) -> Structured | None:
-    """Read the one of FIELDS that a request gives; None: it gives none. Raises ApiError."""
-    found = [each for name in FIELDS if given.get(name) is not None and (each := _read(name, given[name]))]
+    """Read the one of STRUCTURED that a request gives; None: it gives none. Raises ApiError."""
+    found = [each for name in STRUCTURED if given.get(name) is not None and (each := _read(name, given[name]))]
     if len(found) > 1:
         names = [each.field.partition(".")[0] for each in found]
         raise ApiError(400, f"{' and '.join(names)} are both given; give one of them.", param=names[1])

@@ -10,9 +10,9 @@ from typing import Any
 
 from echo_trt.engine.process.wire import TextPiece, ThinkTokens
 from echo_trt.engine.text import overlap
-from echo_trt.server.tool_formats.base import Arguments, Call, Content, Event, Parser
+from echo_trt.server.tool_formats.base import Arguments, Call, Content, ParsedPart, Parser
 
-Delta = dict[str, Any]
+MessageDelta = dict[str, Any]
 
 
 class OutputParser:
@@ -42,9 +42,9 @@ class OutputParser:
     def thinks(self) -> bool:
         return self._reasoning is not None
 
-    def take(self, piece: TextPiece) -> list[Delta]:
+    def take(self, piece: TextPiece) -> list[MessageDelta]:
         """Deltas of OpenAI's for what became certain; all of the rest with the last piece."""
-        deltas: list[Delta] = []
+        deltas: list[MessageDelta] = []
         if self._reasoning and self._first:
             self._reasoning.begin(piece.in_thought)
         self._first = False
@@ -79,7 +79,7 @@ class OutputParser:
         content = self.content if self.content or not other else None
         return {"role": "assistant", "content": content, "refusal": None, **other}
 
-    def _content(self, reasoning: bool, text: str) -> Iterator[Delta]:
+    def _content(self, reasoning: bool, text: str) -> Iterator[MessageDelta]:
         if reasoning and text:
             self.reasoning += text
             yield {"reasoning_content": text, "reasoning": text}
@@ -88,7 +88,7 @@ class OutputParser:
         elif text:
             yield self._delta(Content(text))
 
-    def _delta(self, event: Event) -> Delta:
+    def _delta(self, event: ParsedPart) -> MessageDelta:
         if isinstance(event, Content):
             self.content += event.text
             return {"content": event.text}

@@ -12,7 +12,7 @@ from echo_trt.models.hybrid_config import HybridConfig, state_shapes
 #: alone (``Sizes.weight_bytes``): there both reading and arithmetic take half the time, so that K_max is bf16's.
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "int8": 1, "int4": 0.625}
 KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "int8": 2, "int4": 2}
-Config = DecoderConfig | Eagle3Config | BlockConfig
+SizedConfig = DecoderConfig | Eagle3Config | BlockConfig
 
 
 @dataclass(frozen=True)
@@ -163,15 +163,15 @@ def block_sizes(config: BlockConfig) -> Sizes:
     )
 
 
-def _heads(config: Config) -> dict[str, int]:
+def _heads(config: SizedConfig) -> dict[str, int]:
     return {name: getattr(config, name) for name in ("num_heads", "num_kv_heads", "head_dim", "hidden_size")}
 
 
-def _kv_matrices(config: Config, inputs: int) -> int:
+def _kv_matrices(config: SizedConfig, inputs: int) -> int:
     return 2 * (inputs + config.attention_bias) * config.num_kv_heads * config.head_dim
 
 
-def _attention(config: Config, inputs: int) -> int:
+def _attention(config: SizedConfig, inputs: int) -> int:
     gates = config.num_heads if isinstance(config, HybridConfig) else 0
     heads = (config.num_heads + gates + 2 * config.num_kv_heads) * config.head_dim
     return (inputs + config.attention_bias) * heads + config.num_heads * config.head_dim * config.hidden_size

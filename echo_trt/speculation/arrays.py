@@ -20,18 +20,18 @@ try:
 except ImportError:  # where nothing can be installed
     warnings.warn("numba is missing: planning and sampling are interpreted, and slow; install numba.", stacklevel=1)
 
-Function = TypeVar("Function", bound=Callable)
+Loops = TypeVar("Loops", bound=Callable)
 
 
-def compiled(signature: str | None = None) -> Callable[[Function], Function]:
+def compiled(signature: str | None = None) -> Callable[[Loops], Loops]:
     """Compile a function for arguments of this numba ``signature``; without one, as a part of others."""
 
-    def compile_(function: Function) -> Function:
+    def compile_(function: Loops) -> Loops:
         if njit is None:
             return function
         types = [signature] if signature else []
         try:
-            machine_code: Function = njit(*types, cache=True)(function)
+            machine_code: Loops = njit(*types, cache=True)(function)
         except RuntimeError:  # no folder of numba's can be written: compiled anew in each process
             machine_code = njit(*types)(function)
         return machine_code

@@ -14,14 +14,13 @@ from echo_trt.speculation.arrays import begins, ragged_arange
 
 BLOCK = 32  # tokens in a KV block
 _CAUSAL = np.zeros(0, np.uint8), np.zeros(1, np.int64)  # no mask, of no request
-_NO_SLOTS = np.zeros(0, np.int64)
+_NONE = np.zeros(0, np.int64)
 
 
 class ForwardBatch(NamedTuple):
     """The arrays of one call, N tokens of B requests; plugins/super_tree_attention has the table of their meaning.
 
-    token_ids         int64 [N]
-    positions         int64 [N], of tokens in their texts
+    token_ids         int64 [N], and positions int64 [N] in their texts
     past_lens         int32 [B], a request's tokens in the KV cache
     seq_begins        int32 [B+1], where a request's tokens begin
     block_indices     int32 [sum of blocks], KV blocks, request by request
@@ -43,7 +42,7 @@ class ForwardBatch(NamedTuple):
     tree_mask_begins: np.ndarray
     logit_rows: np.ndarray
     padded_to: int = 0
-    state_slots: np.ndarray = _NO_SLOTS
+    state_slots: np.ndarray = _NONE
 
 
 #: Rows up to which a pass of a draft takes a GPU as long as one row, since reading the weights takes longer than
@@ -154,7 +153,7 @@ def pack(
     logit_rows: np.ndarray,
     mask: tuple[np.ndarray, np.ndarray] | None = None,
     padded_to: int = 0,
-    state_slots: np.ndarray = _NO_SLOTS,
+    state_slots: np.ndarray = _NONE,
 ) -> ForwardBatch:
     """Pack ``counts`` int64 [B] tokens per request behind ``past`` int64 [B] cached ones into one call.
 
@@ -185,5 +184,4 @@ def pack_levels(past: np.ndarray, block_table: np.ndarray, shape: LevelShape) ->
     A request has KV rows for the beams of the last level and of all levels above. The device fills in the rest.
     """
     rows = shape.beams * (shape.first - 1 + shape.levels)
-    none = np.zeros(0, np.int64)
-    return pack(none, none, past, np.full(len(past), rows), block_table, none)
+    return pack(_NONE, _NONE, past, np.full(len(past), rows), block_table, _NONE)

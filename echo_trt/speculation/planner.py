@@ -122,12 +122,9 @@ class Planner(Protocol):
     """
 
     name: str
-    budget: int = 0
-    """K_max, tokens of a target pass at the knee of the measured costs; 0: none.
-
-    The paper's policies verify at most K_max tokens, or the roots alone if there are more roots; goodput only reports
-    K_max.
-    """
+    budget: int = (
+        0  # K_max, tokens at the knee of the measured costs: ECHO's limit, which goodput only reports; 0: none
+    )
 
     def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
         """Choose the super-tree to verify for ``roots`` int64 [B], the requests' pending tokens."""

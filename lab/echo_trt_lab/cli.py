@@ -53,7 +53,8 @@ def inspect(options: InspectOptions) -> int:
 
     A bundle's files are checked against their hashes. A recipe's checkpoints need not be there.
 
-    Example: `echo-trt inspect build/qwen3-32b.yaml --fit "H100-80GB x2"`
+    Examples: `echo-trt inspect qwen3-32b --fit "H100-80GB x2"`,
+    `echo-trt inspect Qwen/Qwen3-1.7B --precision int8 --max-model-len 4096 --max-num-seqs 8`
     """
     from echo_trt_lab.sizing.command import run
 

@@ -55,7 +55,7 @@ PromptFiles = Annotated[
 ]
 JsonFile = Annotated[Path | None, Parameter("--json", help="Write all figures to this file.")]
 HtmlFile = Annotated[Path | None, Parameter("--html", help="Write a report with plots to this file.")]
-Targets = Annotated[
+LatencyTargets = Annotated[
     tuple[float, ...],
     Parameter(
         converter=_targets,

@@ -41,7 +41,7 @@ STAND_IN = "smollm2-135m.yaml"  # the recipe whose tokenizer stands in
 END = "<|end|>"
 CHAT = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 DECAY = "linear_attn.A_log"  # of delta-net layers
-Shapes = dict[str, tuple[int, ...]]
+TensorShapes = dict[str, tuple[int, ...]]
 
 
 def with_random_weights(recipe: Recipe) -> Recipe:
@@ -143,7 +143,7 @@ class RandomCheckpoint:
         return torch.zeros(shape) if stored else torch.ones(shape)
 
 
-def _shapes(raw: dict[str, Any], where: str) -> Shapes:
+def _shapes(raw: dict[str, Any], where: str) -> TensorShapes:
     """Return the shapes of a network's tensors, by the names of its checkpoint. Raises UserError.
 
     A draft takes the target's embedding, and a block drafter its output matrix, where they may have the same.

@@ -186,9 +186,8 @@ def block(run: Run) -> str:
             "",
             _table(["", *map(str, batches)], rows),
             "",
-            _prose(_proposers(run), WIDTH),
+            _prose(" ".join([_proposers(run), *([_second(run["second"])] if "second" in run else [])]), WIDTH),
             "",
-            *([_prose(_second(run["second"]), WIDTH), ""] if "second" in run else []),
             _table(["Texts beside plain decoding's", "promise", "equal in this run"], _equal_rows(run)),
         ]
     )

@@ -73,7 +73,7 @@ class StandInGraphs(Graphs):
 def as_on_a_gpu(engine: TorchEngine) -> TorchEngine:
     """Make a CPU's engine keep outputs, features and states where it computes, as on a GPU but for the graphs."""
     engine._resident = True
-    engine._feature_caches = engine._feature_caches or engine._make_banks()
+    engine._feature_caches = engine._feature_caches or engine._make_feature_caches()
     return engine
 
 

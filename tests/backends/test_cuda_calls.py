@@ -18,6 +18,7 @@ from pairs import roles_of
 from stand_in_graphs import StandInGraph, StandInGraphs, as_on_a_gpu, in_banks, with_graphs
 from test_torch_engine import BLOCKS, NETWORKS, arrays_of, assert_same, calls, inputs_for
 
+from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda import levels as cuda_levels
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.calls import MAX_GRAPHS, Graphs, Staging
@@ -73,7 +74,7 @@ def test_every_call_of_up_to_the_largest_has_a_captured_size(requests, maximum, 
     assert 2 * len(sizes) <= MAX_GRAPHS  # a head has entries of two kinds
 
 
-class Sized:
+class Sized(Engine):
     """An engine that notes the captured sizes of its calls, and computes nothing."""
 
     sizes, prefill_alone = cuda_sizes.SIZES, LARGEST

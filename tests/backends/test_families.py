@@ -14,7 +14,7 @@ from models.checkpoints import BUILDERS
 from pairs import SIZES, VOCAB
 from transformers import AutoModelForCausalLM
 
-from echo_trt.backends.base import METADATA, commit_states
+from echo_trt.backends.base import METADATA, Engine
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnx_export import export
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
@@ -41,7 +41,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-class PackedGraph:
+class PackedGraph(Engine):
     """The graph that TensorRT compiles, with the operator's reference in the plugin's place."""
 
     def __init__(self, path: Path):
@@ -108,13 +108,13 @@ def logits_of_both(folder: Path, engine: str, path: Path, precision: str) -> tup
     tokens = rng.integers(0, VOCAB, text)
     tree = SuperTree.from_roots(rng.integers(0, VOCAB, 1))
     # An engine that counts the rows of a window takes a single path beyond it.
-    for parent in range(6) if getattr(ours, "tree_context", None) else (0, 0, 1, 1, 2, 3):
+    for parent in range(6) if ours.tree_context else (0, 0, 1, 1, 2, 3):
         tree.add(np.array([parent]), rng.integers(0, VOCAB, 1), np.zeros(1))
 
     def call(ids: np.ndarray, positions: np.ndarray, past: int, mask: Any = None) -> np.ndarray:
         packed = pack(ids, positions, np.array([past]), np.array([len(ids)]), table, np.arange(len(ids)), mask)
         logits = np.array(ours.run(packed)["logits"], np.float32)
-        commit_states(ours, np.arange(len(ids)), np.array([len(ids)]))
+        ours.commit_states(np.arange(len(ids)), np.array([len(ids)]))
         return logits
 
     begins = [(0, PROMPT), (PROMPT, text)]

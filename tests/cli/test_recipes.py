@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 from answering import answering
+from models.checkpoints import qwen3
 from models.fp8_checkpoints import configure, quantise
+from models.gguf_files import GGUF_SIZES, write_gguf
 from refusal import refused
 
 from echo_trt.backends.self_check import BOUNDS
@@ -118,6 +120,30 @@ def test_shipped_recipes_are_found_by_the_target_and_its_draft(tmp_path):
     recipe, _ = recipe_for(str(tmp_path / "Qwen3-8B"))
     assert (recipe.name, recipe.target.path) == ("qwen3-8b", str(tmp_path / "Qwen3-8B"))
     assert recipe.draft.source.hub == HEAD
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("Qwen3-1.7B-Q4_K_M.gguf", "qwen3-1.7b"), ("Qwen3-8B.UD-IQ4_XS.gguf", "qwen3-8b"), ("Qwen3-8B.gguf", "qwen3-8b")],
+)
+def test_a_gguf_file_s_name_finds_the_head_of_its_model(file, name, tmp_path, monkeypatch):
+    monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: False)
+    (tmp_path / file).touch()
+    recipe, _ = recipe_for(str(tmp_path / file))
+    assert (recipe.name, recipe.target.path, recipe.target.hub) == (name, str(tmp_path / file), None)
+    assert (recipe.draft.kind, recipe.engine, recipe.limits.kv_blocks) == ("eagle3", "openvino", None)
+
+
+def test_a_gguf_file_is_built_with_what_it_recommends(tmp_path):
+    stated = {"temp": 0.95, "top_k": -1}
+    file = write_gguf(tmp_path / "Own-2B-F32.gguf", qwen3(**GGUF_SIZES), recommended=stated)
+    done = built(file, "-o", tmp_path / "bundle", "--max-model-len", 64, "--max-num-seqs", 2, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "bundle")
+    assert (manifest.name, manifest.engine, manifest.recipe.draft.kind) == ("own-2b-f32", "openvino", "lookup")
+    assert manifest.sampling.given() == {"temperature": 0.95, "top_k": 0, "top_p": 0.95}  # the last is its family's
+    with refused("models/x.gguf is neither a recipe", "GGUF file"):
+        recipe_for("models/x.gguf")
 
 
 def test_without_a_gpu_a_name_is_built_for_the_cpu_with_a_pool_that_follows_its_memory(monkeypatch):

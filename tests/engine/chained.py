@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from echo_trt.backends.base import Engine
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.core import EngineCore
 from echo_trt.engine.drafters.eagle3 import Eagle3Drafter
@@ -49,7 +50,7 @@ def as_digests(floats: np.ndarray) -> list[int]:
     return [int(a) << 30 | int(b) << 15 | int(c) for a, b, c in floats]
 
 
-class Chained:
+class Chained(Engine):
     """The target, or with ``head`` its EAGLE-3 head. A row: its token, the digest before it and the digest with it."""
 
     def __init__(self, num_blocks: int, head: bool = False):

@@ -87,7 +87,7 @@ def goodput_planner(
     grammars = GrammarProposer(networks.batch, networks.copier)
     extra = {
         "block": getattr(networks.drafter, "block", 0),
-        "chain_alone": getattr(networks.target, "rounds_trees", False),
+        "chain_alone": networks.target.rounds_trees,
     }
     return kind(policy, settings, costs, acceptance, slots, ngrams, networks.copier, grammars, head, **extra)
 
@@ -101,7 +101,7 @@ def assert_all_free(loop: EngineCore) -> None:
     assert not batch.blocks_held.any()
 
 
-class Counted:
+class Counted(Engine):
     """An engine, and the calls that were made to it."""
 
     def __init__(self, engine: Engine):

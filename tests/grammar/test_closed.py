@@ -82,7 +82,7 @@ def test_a_long_chain_of_references_is_followed(grammars):
     schema = {"$defs": chain | {f"d{last}": LISTED}, "$ref": "#/$defs/d0"}
     assert takes(grammars, {"json": schema}, '{"n": {"n": {}}}')
     assert not takes(grammars, {"json": schema}, '{"n": {"m": 1}}')
-    assert len(Marked(HERMES).grammar(ToolRequest({"f": schema}, must=True, several=False))) > 400
+    assert len(Marked(HERMES).grammar(ToolRequest({"f": schema}, call_required=True, several=False))) > 400
 
 
 def test_data_are_no_schemas(grammars):
@@ -92,7 +92,7 @@ def test_data_are_no_schemas(grammars):
 
 
 def test_arguments_of_calls_are_closed_too(grammars):
-    grammar = Marked(HERMES).grammar(ToolRequest({"f": LISTED}, must=True, several=False))
+    grammar = Marked(HERMES).grammar(ToolRequest({"f": LISTED}, call_required=True, several=False))
     for arguments, fits in ((ONE, True), (TWO, False)):
         text = f"<tool_call>\n{json.dumps({'name': 'f', 'arguments': arguments})}\n</tool_call>"
         assert takes(grammars, {"grammar": grammar}, text) is fits

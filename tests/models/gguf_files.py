@@ -53,14 +53,30 @@ def vocabulary() -> Vocabulary:
     )
 
 
+#: Of small networks. Quantised rows come in blocks of 32.
+GGUF_SIZES = {
+    "vocab_size": len(vocabulary().tokens),
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 8,
+    "head_dim": 12,
+    "num_hidden_layers": 4,
+}
+
+
 def write_gguf(
     path: Path,
     model: PreTrainedModel,
     storage: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     pre_tokenizer: str = "smollm",
     without: str = "",
+    recommended: dict[str, float] | None = None,
 ) -> Path:
-    """Write ``model``, and give it the weights that the file now holds; ``without`` leaves out a field or a tensor."""
+    """Write ``model``, and give it the weights that the file now holds.
+
+    without      a field or a tensor that is left out
+    recommended  sampling parameters, by their names behind general.sampling
+    """
     config, (kind, interleaved) = model.config, ARCHITECTURES[type(model).__name__]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[kind])
     writer.add_block_count(config.num_hidden_layers)
@@ -76,6 +92,8 @@ def write_gguf(
         writer.add_sliding_window(config.sliding_window)
     _add_rope(writer, config.rope_parameters["full_attention"] if is_gemma else config.rope_parameters)
     _add_tokenizer(writer, pre_tokenizer)
+    for key, value in (recommended or {}).items():
+        getattr(writer, f"add_sampling_{key}")(value)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         data = parameter.detach().numpy()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoints import BUILDERS, qwen3
 from gguf import GGMLQuantizationType
-from gguf_files import CHAT_TEMPLATE, CONTROL, USER_DEFINED, vocabulary, write_gguf
+from gguf_files import CHAT_TEMPLATE, CONTROL, GGUF_SIZES, USER_DEFINED, vocabulary, write_gguf
 from paged import assert_same_network, run_in_calls
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -20,15 +20,6 @@ from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.weights import load_decoder
 
 RECIPES = Path(__file__).parents[2] / "build"
-#: Quantised rows come in blocks of 32.
-SIZES = {
-    "vocab_size": len(vocabulary().tokens),
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 8,
-    "head_dim": 12,
-    "num_hidden_layers": 4,
-}
 TEXTS = [
     "the cat and the hat",
     "They'll SAY it's 1234567.89, don't they?",
@@ -42,7 +33,7 @@ TEXTS = [
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.gguf])
 def test_logits_equal_transformers(family, storage, tied, tmp_path):
     changes = {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 12} if family == "gemma3" else {}
-    theirs = BUILDERS[family](**SIZES | changes, tie_word_embeddings=tied)
+    theirs = BUILDERS[family](**GGUF_SIZES | changes, tie_word_embeddings=tied)
     checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", theirs, GGMLQuantizationType[storage]))
     assert_same_network(load_decoder(checkpoint, positions=64), theirs)
 
@@ -56,7 +47,7 @@ def test_logits_equal_transformers(family, storage, tied, tmp_path):
     ids=lambda scaling: scaling["rope_type"],
 )
 def test_rope_scaling_equals_transformers(scaling, tmp_path):
-    theirs = qwen3(**SIZES, rope_parameters={"rope_theta": 5000.0, **scaling})
+    theirs = qwen3(**GGUF_SIZES, rope_parameters={"rope_theta": 5000.0, **scaling})
     checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", theirs))
     assert_same_network(load_decoder(checkpoint, positions=64), theirs)
 
@@ -64,7 +55,7 @@ def test_rope_scaling_equals_transformers(scaling, tmp_path):
 @pytest.fixture(scope="module", params=["smollm", "qwen2"])
 def tokenizer(request, tmp_path_factory) -> PreTrainedTokenizerFast:
     path = tmp_path_factory.mktemp("tokenizer") / "model.gguf"
-    return open_checkpoint(write_gguf(path, qwen3(**SIZES), pre_tokenizer=request.param)).tokenizer()
+    return open_checkpoint(write_gguf(path, qwen3(**GGUF_SIZES), pre_tokenizer=request.param)).tokenizer()
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -108,7 +99,7 @@ def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("text", [*TEXTS, "<|im_start|>a<think>b</think>c"])
 def test_qwen_tokenizer_equals_transformers(text, tmp_path):
-    ours = open_checkpoint(write_gguf(tmp_path / "model.gguf", qwen3(**SIZES), pre_tokenizer="qwen2")).tokenizer()
+    ours = open_checkpoint(write_gguf(tmp_path / "model.gguf", qwen3(**GGUF_SIZES), pre_tokenizer="qwen2")).tokenizer()
     tokens, _, merges = vocabulary()
     theirs = Qwen2Tokenizer({token: i for i, token in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges])
     theirs.add_special_tokens({"additional_special_tokens": list(CONTROL)})
@@ -118,7 +109,9 @@ def test_qwen_tokenizer_equals_transformers(text, tmp_path):
 
 @pytest.mark.parametrize(("kind", "bos"), [("llama-bpe", True), ("smaug-bpe", False)])
 def test_llama_s_pattern_splits_digits_by_threes(kind, bos, tmp_path):
-    tokenizer = open_checkpoint(write_gguf(tmp_path / "model.gguf", qwen3(**SIZES), pre_tokenizer=kind)).tokenizer()
+    tokenizer = open_checkpoint(
+        write_gguf(tmp_path / "model.gguf", qwen3(**GGUF_SIZES), pre_tokenizer=kind)
+    ).tokenizer()
     words = [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("year 1234567, They'll")]
     assert words == ["year", "Ġ", "123", "456", "7", ",", "ĠThey", "'ll"]
     assert (tokenizer.encode("the")[0] == tokenizer.bos_token_id) == bos

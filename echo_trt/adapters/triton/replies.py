@@ -49,7 +49,7 @@ class Reply(Pending):
 
 
 #: An event of a reply, None with it where the reply begins; None: close.
-Item = tuple[Reply, Event | None] | None
+QueuedReply = tuple[Reply, Event | None] | None
 
 
 class Replies:
@@ -62,7 +62,7 @@ class Replies:
     def __init__(self, service: Service, metrics: EngineMetrics, model: str, signals: Path | None = None):
         """``model``: its name in metrics. ``signals``: see above."""
         self._service, self._metrics, self._model, self._signals = service, metrics, model, signals
-        self._events: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[QueuedReply] = queue.SimpleQueue()
         self._open: dict[Reply, None] = {}  # in the order in which their clients are looked at
         self._armed = float("-inf")
         self._thread = threading.Thread(target=self._run, name="replies", daemon=True)
@@ -121,9 +121,9 @@ class Replies:
             self._armed = now
             faulthandler.dump_traceback_later(STUCK, exit=True)
 
-    def _take(self) -> list[Item]:
+    def _take(self) -> list[QueuedReply]:
         """All events there are; waits a moment for the first."""
-        items: list[Item] = []
+        items: list[QueuedReply] = []
         with contextlib.suppress(queue.Empty):
             items.append(self._events.get(timeout=LOOK))
             while True:

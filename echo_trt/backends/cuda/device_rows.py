@@ -1,4 +1,4 @@
-"""Rows on a device: outputs that stay there until they are read, and banks, which outlive a call."""
+"""Rows on a device: outputs that stay there until they are read, and feature caches, which outlive a call."""
 
 from __future__ import annotations
 
@@ -148,13 +148,13 @@ class DeviceFeatureCache:
             self.rows[send(handles.astype(np.int64), device)] = self._project(values.to(self.rows.dtype))
 
     def read(self, handles: np.ndarray) -> FeatureHandles:
-        """Return rows ``handles`` int64 [m] as an input of the engine that has this bank."""
+        """Return rows ``handles`` int64 [m] as an input of the engine that has this cache."""
         return FeatureHandles(self, handles.astype(np.int64))
 
 
 @dataclass(frozen=True)
 class FeatureHandles:
-    """Rows of a bank, by number: an input of a call."""
+    """Rows of a feature cache, by number: an input of a call."""
 
     feature_cache: DeviceFeatureCache
     handles: np.ndarray
@@ -168,7 +168,7 @@ def numbered(inputs: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def gathered(name: str, tensor: Tensor, feature_caches: dict[str, DeviceFeatureCache]) -> Tensor:
-    """Return an input of the network: rows of a bank where numbers were sent, else what was sent."""
+    """Return an input of the network: rows of a feature cache where numbers were sent, else what was sent."""
     return feature_caches[name].rows[tensor] if name in feature_caches and tensor.ndim == 1 else tensor
 
 

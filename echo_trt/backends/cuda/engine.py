@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.calls import Graphs
 from echo_trt.backends.cuda.device_rows import DeviceFeatureCache, DeviceLogits, DeviceRows, numbered
 from echo_trt.backends.cuda.levels import Levels
@@ -20,15 +21,13 @@ from echo_trt.backends.cuda.transfers import PACKED, read_results, send
 from echo_trt.speculation.pack import ForwardBatch, LevelShape
 
 
-class DeviceEngine(ABC):
-    """A network on a device, and its KV pool (``backends.base.Engine``).
+class DeviceEngine(Engine):
+    """A network on a device, and its KV pool.
 
     A subclass sets ``device``; ``_bounds``, the largest calls; ``_graphs`` of calls, None for plain launches; and
     ``_feature_caches``, a head's inputs that stay on the device.
     """
 
-    num_blocks: int
-    sizes: tuple[int, ...]
     device: torch.device
     _bounds: CallBounds
     _graphs: Graphs | None
@@ -42,10 +41,6 @@ class DeviceEngine(ABC):
     @abstractmethod
     def _level(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Launch one level of a head's draft; return scores, candidates and states."""
-
-    @abstractmethod
-    def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
-        """See ``backends.base.Engine``."""
 
     def _on_stream(self) -> AbstractContextManager[None]:
         """Launch on the engine's own stream, if it has one."""
@@ -70,12 +65,10 @@ class DeviceEngine(ABC):
             return {name: (read | late)[name] for name in outputs}
 
     def overlap(self, work: Callable[[], None]) -> bool:
-        """See ``backends.base.overlap``."""
         self._work = work
         return True
 
     def feature_cache(self, name: str) -> DeviceFeatureCache | None:
-        """See ``backends.base.feature_cache_of``."""
         return self._feature_caches.get(name)
 
     @property

@@ -22,7 +22,7 @@ from echo_trt.backends.cuda.sizes import Arrays, CallBounds, bucket
 from echo_trt.backends.cuda.transfers import fetch, send
 from echo_trt.speculation.pack import ForwardBatch, LevelShape
 
-Forward = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]  # to scores, candidates, states
+LevelPass = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]  # to scores, candidates, states
 
 MAX_NODES = 256  # children that a draft may return beside beams; larger: a longer sort, a longer copy if all are wanted
 
@@ -67,7 +67,7 @@ class Levels:
     graphs   whether a draft of a shape is captured as a CUDA graph, once for each number of requests
     """
 
-    def __init__(self, forward: Forward, states: Tensor, top_k: int, bounds: CallBounds, graphs: bool):
+    def __init__(self, forward: LevelPass, states: Tensor, top_k: int, bounds: CallBounds, graphs: bool):
         self._forward, self._bounds, self._top_k = unowned(forward), bounds, top_k
         count, width, device = bounds.requests, states.shape[1], states.device
         self._device = device
@@ -238,7 +238,7 @@ class Levels:
         return Beams(score, token, number, state, above)
 
 
-def expand(forward: Forward, call: dict[str, Tensor], level: int, beams: Beams, width: int) -> tuple[Beams, Children]:
+def expand(forward: LevelPass, call: dict[str, Tensor], level: int, beams: Beams, width: int) -> tuple[Beams, Children]:
     """Run the ``level``-th level, from 1 on, for ``beams``. Returns the next level's beams, and all children."""
     requests, count = beams.token.shape
     itself = torch.eye(count, dtype=torch.uint8, device=beams.token.device).expand(requests, -1, -1)

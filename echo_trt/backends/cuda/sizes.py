@@ -128,7 +128,7 @@ def empty_calls(size: Size, bounds: CallBounds, inputs: Collection[str]) -> Iter
     """Yield a call without requests that is padded to ``size``, and its capacity, for each kind of entries.
 
     inputs  the network's; a head takes entries with ``features`` and ones with ``hidden`` states, in calls of their
-            own, by their numbers in banks
+            own, by their numbers in feature caches
     """
     none = np.zeros(0, np.int64)
     call = pack(none, none, none, none, np.zeros((0, 1), np.int64), none)

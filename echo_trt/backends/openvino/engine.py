@@ -32,7 +32,7 @@ if not base.ends_at_once:  # without PyTorch one process in forty crashed as it 
 _ARRAY_TYPES = {ov.Type.f32: np.float32, ov.Type.bf16: np.uint16}  # numpy has no bfloat16; rows are only moved
 
 
-class OpenVINOEngine:
+class OpenVINOEngine(base.Engine):
     """A graph compiled for this CPU and a KV pool of ``num_blocks`` blocks, whose memory is allocated as it fills.
 
     One more block takes the rows of padding.

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from echo_trt.backends.base import Engine, overlap
+from echo_trt.backends.base import Engine
 from echo_trt.backends.parallel.rank_group import HOST, RankGroup, check_gpus, join
 from echo_trt.backends.parallel.rank_processes import (
     CALL_SECONDS,
@@ -29,7 +29,7 @@ from echo_trt.speculation.pack import ForwardBatch
 OpenRank = Callable[[RankGroup], Engine]
 
 
-class RankedEngine:
+class RankedEngine(Engine):
     """An engine whose ranks all make the same calls; the outputs are rank 0's.
 
     A lost rank is a UserError of this call and all later ones, after ``patience`` seconds at most.
@@ -57,10 +57,10 @@ class RankedEngine:
             self._end()
             raise
         self.num_blocks, self.sizes = engines[0].num_blocks, engines[0].sizes
-        self.prefill_alone: int = getattr(engines[0], "prefill_alone", 0)
+        self.prefill_alone = engines[0].prefill_alone
 
     def overlap(self, work: Callable[[], None]) -> bool:
-        return overlap(self._engines[0], work)
+        return self._engines[0].overlap(work)
 
     def run(self, call: ForwardBatch, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         self._others.tell(("run", (call,), inputs))

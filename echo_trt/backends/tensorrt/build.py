@@ -15,7 +15,7 @@ from echo_trt.backends.self_check import LINEAR_TABLE, check_engine
 from echo_trt.backends.tensorrt.compiler import (
     COMPILERS,
     CompileJob,
-    Detail,
+    TellPhase,
     check_capabilities,
     check_precision,
     compile_engine,
@@ -62,7 +62,7 @@ class TensorRTBuild:
     recipe: Recipe
     folder: Path
     timings: Path
-    detail: Detail
+    detail: TellPhase
 
     def facts(self) -> TensorRTFacts:
         engine = self.recipe.engine

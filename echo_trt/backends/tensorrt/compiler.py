@@ -19,9 +19,9 @@ from echo_trt.backends.tensorrt.graph import check_graph
 from echo_trt.backends.tensorrt.library import COMPILERS, Compiler, first_sentence, load_compiler, logger_of
 from echo_trt.errors import UserError
 
-Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, usual and largest shape of an input
-Profile = Mapping[str, Shapes]  # by input
-Detail = Callable[[float, str], None]  # takes a build's progress, from 0 to 1, and its phase
+ProfileShapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, usual and largest shape of an input
+Profile = Mapping[str, ProfileShapes]  # by input
+TellPhase = Callable[[float, str], None]  # takes a build's progress, from 0 to 1, and its phase
 
 PRECISIONS = ("fp16", "bf16")
 
@@ -80,7 +80,7 @@ class CompileJob:
     checked: bool = False
 
 
-def compile_engine(job: CompileJob, out: Path, detail: Detail = lambda share, phase: None) -> None:
+def compile_engine(job: CompileJob, out: Path, detail: TellPhase = lambda share, phase: None) -> None:
     """Write the engine to ``out``. A refusal contains the compiler's message."""
     api, compiler = load_compiler(job.engine), COMPILERS[job.engine]
     logger = logger_of(api)
@@ -135,7 +135,7 @@ def _parse(parser: Any, job: CompileJob, logger: Any, compiler: Compiler) -> Non
             )
 
 
-def _build(api: ModuleType, builder: Any, network: Any, config: Any, detail: Detail) -> Any:
+def _build(api: ModuleType, builder: Any, network: Any, config: Any, detail: TellPhase) -> Any:
     """Build in another thread, so that a Ctrl-C is raised here and not inside the compiler's callbacks."""
     monitor = _monitor_class(api)(detail)
     config.progress_monitor = monitor
@@ -156,7 +156,7 @@ def _monitor_class(api: ModuleType) -> type:
     class Monitor(api.IProgressMonitor):
         """Adds up nested phases: a phase is one step of its parent."""
 
-        def __init__(self, detail: Detail):
+        def __init__(self, detail: TellPhase):
             api.IProgressMonitor.__init__(self)
             self._detail, self._lock = detail, threading.Lock()
             self._phases: dict[str, list[int]] = {}  # outermost first: finished steps, all steps

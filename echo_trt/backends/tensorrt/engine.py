@@ -178,7 +178,7 @@ class TensorRTEngine(DeviceEngine):
     def _on_stream(self) -> Iterator[None]:
         """Launch on this engine's stream, behind what the current one has and before what it gets afterwards.
 
-        There banks are written and outputs are read, and neither stream waits for the other by itself.
+        There feature caches are written and outputs are read, and neither stream waits for the other by itself.
         """
         current = torch.cuda.current_stream(self.device) if self._stream is not None else None
         if current is not None:

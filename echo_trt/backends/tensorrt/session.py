@@ -14,14 +14,14 @@ from echo_trt.backends.cuda.device import check_room
 from echo_trt.backends.tensorrt.library import COMPILERS, first_sentence, load_compiler, logger_of
 from echo_trt.errors import UserError
 
-Shape = tuple[int, ...]
+Dims = tuple[int, ...]
 TYPES = {
     "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16,
     "INT32": torch.int32, "INT64": torch.int64, "UINT8": torch.uint8,
 }  # fmt: skip
 
 
-def profile_for(profiles: list[Mapping[str, tuple[Shape, Shape]]], shapes: Mapping[str, Shape]) -> int:
+def profile_for(profiles: list[Mapping[str, tuple[Dims, Dims]]], shapes: Mapping[str, Dims]) -> int:
     """Return the first profile, of least and largest shapes by input, that covers ``shapes``."""
     for index, profile in enumerate(profiles):
         within = (
@@ -115,7 +115,7 @@ class Session:
         self._must(context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream), "the launch")
         return outputs
 
-    def _context(self, shapes: dict[str, Shape], recurs: bool = True) -> Any:
+    def _context(self, shapes: dict[str, Dims], recurs: bool = True) -> Any:
         """Return a context of these shapes: of a size that ``recurs`` one that no CUDA graph was captured with before.
 
         TensorRT does not promise that a context serves two graphs, or a graph and launches. Calls that do not recur

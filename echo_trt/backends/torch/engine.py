@@ -85,31 +85,31 @@ class TorchEngine(DeviceEngine):
         self._pool = torch.zeros(shape, dtype=self._dtype, device=self.device)
         self._resident = self.device.type != "cpu" if resident is None else resident
         self._bounds = bounds or CallBounds(MAX_REQUESTS, num_blocks, table=num_blocks)
-        self._feature_caches = self._make_banks() if self._resident else {}
+        self._feature_caches = self._make_feature_caches() if self._resident else {}
         self._graph_sizes = graph_sizes(self._bounds.requests, self._bounds.tree)
         self._graphs = Graphs(self._forward, self.device) if graphs and self.device.type == "cuda" else None
         if self._graphs and bounds:
             self._capture_all()
 
-    def _make_banks(self) -> dict[str, DeviceFeatureCache]:
-        """Make the banks of a head: features by pool row, and states of nodes that are drafted in one iteration.
+    def _make_feature_caches(self) -> dict[str, DeviceFeatureCache]:
+        """Make a head's feature caches: features by pool row, and states of nodes that are drafted in one iteration.
 
         Of features their projection to a hidden state is kept, which has a third of their size or less.
         """
         network, inputs = self._role.network, self._role.inputs
-        config, banks = network.config, {}
+        config, caches = network.config, {}
         if isinstance(config, DecoderConfig):
             return {}
         kind = self._dtype, self.device
         if "features" in inputs:
             size = self.num_blocks * BLOCK, config.hidden_size
-            banks["features"] = DeviceFeatureCache(*size, *kind, network.combine)
+            caches["features"] = DeviceFeatureCache(*size, *kind, network.combine)
         nodes = self._bounds.requests * (self._bounds.tree + 1)
         if self._bounds.table:  # each node has a KV row; padded requests have nodes without one
             nodes = min(nodes, self._bounds.table * BLOCK)
         if "hidden" in inputs:
-            banks["hidden"] = DeviceFeatureCache(nodes, config.hidden_size, *kind)
-        return banks
+            caches["hidden"] = DeviceFeatureCache(nodes, config.hidden_size, *kind)
+        return caches
 
     @torch.inference_mode()
     def _capture_all(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from echo_trt.backends.base import Engine, feature_cache_of
+from echo_trt.backends.base import Engine, HostFeatureCache
 from echo_trt.engine.batch import InputBatch
 from echo_trt.speculation.arrays import begins, ragged_arange
 from echo_trt.speculation.drafts import Proposals, TimedDraft
@@ -145,8 +145,8 @@ class Eagle3Drafter(EngineDrafter):
 
     def __init__(self, engine: Engine, batch: InputBatch, chunk: int, feature_size: int, hidden_size: int):
         super().__init__(engine, batch, chunk)
-        self._features = feature_cache_of(engine, "features", engine.num_blocks * BLOCK, feature_size)
-        self._states = feature_cache_of(engine, "hidden", batch.count * batch.reserve, hidden_size)
+        self._features = engine.feature_cache("features") or HostFeatureCache(engine.num_blocks * BLOCK, feature_size)
+        self._states = engine.feature_cache("hidden") or HostFeatureCache(batch.count * batch.reserve, hidden_size)
 
     def observe(self, rows: np.ndarray, outputs: dict[str, Any], output_rows: np.ndarray) -> None:
         self._features.write(rows, outputs["features"], output_rows)

@@ -33,7 +33,7 @@ class Family:
     norms         our name of a layer's norm -> the checkpoint's
     config        what it is read into
     end_of_turn   token that ends an answer, beside those that a checkpoint names; "": none
-    sampling      what requests that say nothing get where a checkpoint recommends nothing, as GGUF files do
+    sampling      what requests that say nothing get of a GGUF file that recommends nothing
 
     For readers of docs/models.md: published ``models``, the ``engines`` that run them, the ``drafts`` that there are,
     how they call ``tools`` and whether they are ``thinking``. What a served model does is told by its own chat

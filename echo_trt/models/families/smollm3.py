@@ -29,6 +29,7 @@ FAMILY = Family(
     gguf="smollm3",
     interleaved=True,
     options=_options,
+    sampling={"temperature": 0.6, "top_p": 0.95},
     tools="Hermes' JSON in `<tool_call>`, as text",
     thinking="yes, `enable_thinking`, or `/no_think` in the system prompt",
 )

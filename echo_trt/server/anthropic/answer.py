@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from echo_trt.engine.process.wire import TextPiece
-from echo_trt.server.answers import Answer, Event
+from echo_trt.server.answers import Answer, AnswerEvent
 from echo_trt.server.anthropic.request import MessagesRequest
 from echo_trt.server.errors import ApiError
 from echo_trt.server.translated import arguments_of
@@ -26,12 +26,12 @@ class MessagesAnswer(Answer[MessagesRequest]):
     _stop_string = ""
     _index, _kind = -1, ""  # of the block that is open; without a kind none is
 
-    def begin(self, first: TextPiece) -> Iterator[Event]:
+    def begin(self, first: TextPiece) -> Iterator[AnswerEvent]:
         message = self.complete()
         message["usage"]["input_tokens"] = first.prompt_tokens
         yield {"type": "message_start", "message": message | {"content": []}}
 
-    def take(self, choice: int, piece: TextPiece) -> Iterator[Event]:
+    def take(self, choice: int, piece: TextPiece) -> Iterator[AnswerEvent]:
         self._stop_string = piece.stop_string
         for delta in self._turn.take(piece):
             for kind, name in (("thinking", "reasoning"), ("text", "content")):
@@ -45,14 +45,14 @@ class MessagesAnswer(Answer[MessagesRequest]):
                 if arguments := call["function"]["arguments"]:
                     yield self._added(arguments)
 
-    def end(self) -> Iterator[Event]:
+    def end(self) -> Iterator[AnswerEvent]:
         yield from self._close()
         ended = self.complete()
         delta = {name: ended[name] for name in ("stop_reason", "stop_sequence", "stop_details")}
         yield {"type": "message_delta", "delta": delta, "usage": ended["usage"]}
         yield {"type": "message_stop"}
 
-    def failed(self, error: ApiError) -> Iterator[Event]:
+    def failed(self, error: ApiError) -> Iterator[AnswerEvent]:
         yield error.body_for("/v1/messages")
 
     def complete(self) -> dict[str, Any]:
@@ -76,16 +76,16 @@ class MessagesAnswer(Answer[MessagesRequest]):
             },
         }
 
-    def _open(self, block: dict[str, Any]) -> Iterator[Event]:
+    def _open(self, block: dict[str, Any]) -> Iterator[AnswerEvent]:
         yield from self._close()
         self._index, self._kind = self._index + 1, block["type"]
         yield {"type": "content_block_start", "index": self._index, "content_block": block}
 
-    def _added(self, text: str) -> Event:
+    def _added(self, text: str) -> AnswerEvent:
         kind, field = DELTAS[self._kind]
         return {"type": "content_block_delta", "index": self._index, "delta": {"type": kind, field: text}}
 
-    def _close(self) -> Iterator[Event]:
+    def _close(self) -> Iterator[AnswerEvent]:
         if self._kind:
             self._kind = ""
             yield {"type": "content_block_stop", "index": self._index}

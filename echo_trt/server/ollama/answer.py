@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from echo_trt.engine.process.wire import TextPiece
-from echo_trt.server.answers import Answer, Event
+from echo_trt.server.answers import Answer, AnswerEvent
 from echo_trt.server.errors import ApiError
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.ollama.request import GenerateRequest, OllamaRequest
@@ -17,7 +17,7 @@ from echo_trt.server.translated import arguments_of
 from echo_trt.server.turns import OutputParser
 
 
-def head(requested: OllamaRequest, content: str = "", **more: Any) -> Event:
+def head(requested: OllamaRequest, content: str = "", **more: Any) -> AnswerEvent:
     """Return a line's model, time and text; ``more`` stands beside the text."""
     about = {"model": requested.model, "created_at": datetime.now(UTC).isoformat()}
     if isinstance(requested, GenerateRequest):
@@ -34,7 +34,7 @@ class OllamaAnswer(Answer[OllamaRequest]):
         super().__init__(requested, turns, metrics)
         self._began, self._first = time.monotonic_ns(), 0
 
-    def take(self, choice: int, piece: TextPiece) -> Iterator[Event]:
+    def take(self, choice: int, piece: TextPiece) -> Iterator[AnswerEvent]:
         self._first = self._first or time.monotonic_ns()
         for delta in self._turn.take(piece):
             if "reasoning" in delta:
@@ -44,29 +44,29 @@ class OllamaAnswer(Answer[OllamaRequest]):
         if piece.finish_reason and self._turn.calls:  # this API has whole calls alone
             yield self._line(tool_calls=self._calls())
 
-    def end(self) -> Iterator[Event]:
+    def end(self) -> Iterator[AnswerEvent]:
         yield head(self._requested) | self._end()
 
-    def failed(self, error: ApiError) -> Iterator[Event]:
+    def failed(self, error: ApiError) -> Iterator[AnswerEvent]:
         yield error.body_for("/api/chat")
 
-    def complete(self) -> Event:
+    def complete(self) -> AnswerEvent:
         turn = self._turn
         thinking = {"thinking": turn.reasoning} if turn.reasoning else {}
         calls = {"tool_calls": self._calls()} if turn.calls else {}
         return head(self._requested, turn.content, **thinking, **calls) | self._end()
 
-    def written(self, event: Event) -> str:
+    def written(self, event: AnswerEvent) -> str:
         return json.dumps(event, ensure_ascii=False, separators=(",", ":")) + "\n"
 
-    def _line(self, content: str = "", **more: Any) -> Event:
+    def _line(self, content: str = "", **more: Any) -> AnswerEvent:
         return head(self._requested, content, **more) | {"done": False}
 
     def _calls(self) -> list[dict[str, Any]]:
         functions = [call["function"] for call in self._turn.calls]
         return [{"function": each | {"arguments": arguments_of(each["arguments"])}} for each in functions]
 
-    def _end(self) -> Event:
+    def _end(self) -> AnswerEvent:
         ended = time.monotonic_ns()
         return {
             "done": True,

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from echo_trt.engine.process.wire import TextPiece
-from echo_trt.server.answers import Answer, Entry, Event, chat_logprobs
+from echo_trt.server.answers import Answer, AnswerEvent, TokenLogprob, chat_logprobs
 from echo_trt.server.errors import ApiError
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.responses.request import ResponsesRequest
 from echo_trt.server.responses.tools import Hosted
-from echo_trt.server.turns import Delta, OutputParser
+from echo_trt.server.turns import MessageDelta, OutputParser
 
 PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_"}
 #: Of items with a text: its part's type, which is also in the names of its events.
@@ -35,14 +35,14 @@ class Response(Answer[ResponsesRequest]):
     def complete(self) -> dict[str, Any]:
         return self._body(self._status)
 
-    def begin(self, first: TextPiece) -> Iterator[Event]:
+    def begin(self, first: TextPiece) -> Iterator[AnswerEvent]:
         for kind in ("created", "in_progress"):
             yield {"type": f"response.{kind}", "response": self._body("in_progress")}
 
-    def end(self) -> Iterator[Event]:
+    def end(self) -> Iterator[AnswerEvent]:
         yield {"type": f"response.{self._status}", "response": self._body(self._status)}
 
-    def failed(self, error: ApiError) -> Iterator[Event]:
+    def failed(self, error: ApiError) -> Iterator[AnswerEvent]:
         reported = error.body["error"]
         code = reported["code"] or "server_error"
         yield {**reported, "code": code, "type": "error"}
@@ -53,9 +53,9 @@ class Response(Answer[ResponsesRequest]):
     def _status(self) -> str:
         return "incomplete" if self._cut else "completed"
 
-    def take(self, choice: int, piece: TextPiece) -> Iterator[Event]:
+    def take(self, choice: int, piece: TextPiece) -> Iterator[AnswerEvent]:
         for delta in self._turn.take(piece):
-            logprobs: list[Entry] = []
+            logprobs: list[TokenLogprob] = []
             if delta.get("content") and self._requested.chat.logprobs:
                 logprobs, _ = self._turn.take_details()
             yield from self._output.take(delta, logprobs)
@@ -63,7 +63,7 @@ class Response(Answer[ResponsesRequest]):
             self._cut = piece.finish_reason == "length"
             yield from self._output.end(self._status)
 
-    def written(self, event: Event) -> str:
+    def written(self, event: AnswerEvent) -> str:
         self._number += 1
         return super().written(event | {"sequence_number": self._number - 1})
 
@@ -123,7 +123,7 @@ class Output:
         self._part: dict[str, Any] = {}  # of the open item, where that has a text
         self._open = False
 
-    def take(self, delta: Delta, logprobs: Sequence[Entry] = ()) -> Iterator[Event]:
+    def take(self, delta: MessageDelta, logprobs: Sequence[TokenLogprob] = ()) -> Iterator[AnswerEvent]:
         """``logprobs`` are of the delta's content."""
         if text := delta.get("reasoning"):
             yield from self._text("reasoning", text, ())
@@ -139,13 +139,13 @@ class Output:
                 self.items[-1]["arguments"] += arguments
                 yield self._event("function_call_arguments.delta", delta=arguments)
 
-    def end(self, status: str) -> Iterator[Event]:
+    def end(self, status: str) -> Iterator[AnswerEvent]:
         """``status`` is that of the last item, for it may have been cut short."""
         if not self.items:
             yield from self._begin("message", {"role": "assistant", "content": []})
         yield from self._close(status)
 
-    def _text(self, kind: str, text: str, logprobs: Sequence[Entry]) -> Iterator[Event]:
+    def _text(self, kind: str, text: str, logprobs: Sequence[TokenLogprob]) -> Iterator[AnswerEvent]:
         if not self._open or self.items[-1]["type"] != kind:
             own: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
             yield from self._begin(kind, {**own, "content": []})
@@ -154,7 +154,7 @@ class Output:
         self._part.get("logprobs", []).extend(logprobs)
         yield self._event(f"{PARTS[kind]}.delta", content_index=0, delta=text, **more)
 
-    def _begin(self, kind: str, more: dict[str, Any]) -> Iterator[Event]:
+    def _begin(self, kind: str, more: dict[str, Any]) -> Iterator[AnswerEvent]:
         yield from self._close("completed")
         item = {"id": PREFIXES[kind] + secrets.token_hex(16), "type": kind, "status": "in_progress", **more}
         self.items.append(item)
@@ -166,7 +166,7 @@ class Output:
             item["content"].append(self._part)
             yield self._event("content_part.added", content_index=0, part=self._part)
 
-    def _close(self, status: str) -> Iterator[Event]:
+    def _close(self, status: str) -> Iterator[AnswerEvent]:
         if not self._open:
             return
         item, part = self.items[-1], self._part
@@ -179,6 +179,6 @@ class Output:
         item["status"], self._open = status, False
         yield {"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": item}
 
-    def _event(self, kind: str, **more: Any) -> Event:
+    def _event(self, kind: str, **more: Any) -> AnswerEvent:
         item = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
         return {"type": f"response.{kind}", **item, **more}

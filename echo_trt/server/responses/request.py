@@ -12,9 +12,9 @@ from echo_trt.server.fields import FIELDS, Strict, at_most
 from echo_trt.server.responses.items import Turns
 from echo_trt.server.responses.tools import (
     CallableFunction,
-    Choice,
     FlatAllowed,
     FlatChoice,
+    FlatToolChoice,
     ToolList,
     functions_of,
     left_out,
@@ -75,7 +75,7 @@ class ResponsesRequest(TranslatedRequest):
     max_output_tokens: int | None = None
     stream_options: EventOptions | None = None
     tools: ToolList = Field([])
-    tool_choice: Choice | None = None
+    tool_choice: FlatToolChoice | None = None
     text: Text = Text()
     reasoning: Reasoning = Reasoning()
     include: Annotated[list[Included], at_most(16, "entries")] = Field([])

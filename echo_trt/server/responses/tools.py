@@ -89,7 +89,7 @@ class FlatAllowed(Strict):
 
 
 CHOICE = choice_of(FlatChoice, FlatAllowed, '{"type": "function", "name": ...}')
-Choice = Annotated[Literal["auto", "none", "required"] | FlatChoice | FlatAllowed, CHOICE]
+FlatToolChoice = Annotated[Literal["auto", "none", "required"] | FlatChoice | FlatAllowed, CHOICE]
 
 
 def joined(namespace: str | None, name: str) -> str:

@@ -44,7 +44,7 @@ class Arguments:
     text: str
 
 
-Event = Content | Call | Arguments
+ParsedPart = Content | Call | Arguments
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,7 @@ class ToolRequest:
 
 
 def call_schema(name: str, key: str, schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the JSON schema of a call's object, with ``schema`` of its arguments at ``key``.
-
-    Definitions move to the top, where references in ``schema`` find them.
-    """
+    """Return a call's schema with ``schema`` at ``key``; its definitions move up to where its references look."""
     own: dict[str, Any] = {key: value for key, value in schema.items() if key not in ("$schema", "$id")}
     definitions: dict[str, Any] = {part: own.pop(part) for part in ("$defs", "definitions") if part in own}
     return {
@@ -96,18 +93,18 @@ class Parser(ABC):
         """``tools``: JSON schema of the arguments by name."""
         self._tools, self._several = tools, several
         self._text = ""  # what may be content or a part of a call, as far as that is not certain yet
-        self._events: list[Event] = []
+        self._events: list[ParsedPart] = []
         self._scan = Scan()
         self._state = self._begin  # reads what is certain of ``_text``; True: call the next state, more may be certain
         self.calls = 0  # so far, with those that are not reported
 
-    def push(self, text: str) -> list[Event]:
+    def push(self, text: str) -> list[ParsedPart]:
         self._text += text
         while self._state():
             pass
         return self._drain()
 
-    def finish(self) -> list[Event]:
+    def finish(self) -> list[ParsedPart]:
         self._end()
         return self._drain()
 
@@ -129,7 +126,7 @@ class Parser(ABC):
     def _end(self) -> None:
         """Take the rest of ``_text``."""
 
-    def _drain(self) -> list[Event]:
+    def _drain(self) -> list[ParsedPart]:
         events, self._events = self._events, []
         return events
 

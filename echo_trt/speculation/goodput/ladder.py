@@ -27,7 +27,7 @@ UNDRAFTED = 0  # the size of plain decoding
 _USUAL = GoodputTuning()
 
 #: Returns the verification sizes to choose from, int64 [R], and forecasts of their log gains, float64 [R].
-Forecast = Callable[[], tuple[np.ndarray, np.ndarray]]
+ForecastGains = Callable[[], tuple[np.ndarray, np.ndarray]]
 
 
 class Ladder:
@@ -43,7 +43,7 @@ class Ladder:
         self._bandits: dict[int, _Bandit] = {}
         self._now: _Bandit | None = None
 
-    def size(self, requests: int, forecast: Forecast) -> int:
+    def size(self, requests: int, forecast: ForecastGains) -> int:
         """Return the tokens of this iteration's verification for ``requests`` requests, or UNDRAFTED.
 
         ``forecast`` is called where the load is new.

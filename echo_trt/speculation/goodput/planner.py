@@ -54,10 +54,7 @@ class GrammarSource(PromptLookup, Protocol):
         """Say which of ``slots`` [B] have a grammar: bool [B]."""
 
     def leaf_chains(self, tree: SuperTree, probability: np.ndarray, slots: np.ndarray) -> Chains:
-        """Return what grammars force behind the leaves of ``tree``, whose nodes have P(accept) ``probability`` [n].
-
-        slots  int64 [B], of the requests
-        """
+        """Return what grammars of ``slots`` [B] force behind leaves of ``tree``; ``probability`` [n]: P(accept)."""
 
 
 class GoodputPlanner:
@@ -280,7 +277,7 @@ class GoodputPlanner:
             frontier = candidates.frontier(depth, settings.beams)
             if len(frontier) == 0:
                 return
-            # A pass computes the nodes above again: about in proportion to the portion of the frontier.
+            # A pass computes the nodes above again: about in proportion to the share of the frontier.
             entries = np.arange(1, len(frontier) + 1) * (1 + expanded / len(frontier))
             count = search.worth_expanding(candidates.value[frontier], depth, entries)
             if count == 0:
@@ -291,10 +288,7 @@ class GoodputPlanner:
             expanded += count
 
     def _read_levels(self, draft: Draft, search: LevelSearch, drafted: int, beams: int) -> None:
-        """Grow trees down to depth ``drafted`` from levels that were drafted at once.
-
-        Of a device's levels the ``beams`` join, of a block's the nodes that may be verified.
-        """
+        """Grow trees to depth ``drafted`` by levels that were drafted at once: a device's ``beams``, a block's best."""
         candidates, settings = search.candidates, search.model.settings
         for depth in range(1, drafted):
             if search.model.block:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.engine.options import Bundle, Flag, PolicyFile, SyntheticText, bounds
-from echo_trt_lab.options import NUMBERS, WORDS, HtmlFile, JsonFile, PromptFiles, Targets, latency_of
+from echo_trt.engine.options import Bundle, Flag, PolicyFile, SyntheticRates, bounds
+from echo_trt_lab.options import NUMBERS, WORDS, HtmlFile, JsonFile, LatencyTargets, PromptFiles, latency_of
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class BenchOptions:
         ),
     ] = ()
     recipes: Annotated[Path, Parameter(help="The folder of the bundle's recipe, for peers.")] = Path("build")
-    targets: Targets = ()
-    synthetic_text: SyntheticText = None
+    targets: LatencyTargets = ()
+    synthetic_text: SyntheticRates = None
     json_file: JsonFile = None
     html_file: HtmlFile = None
     record_file: Annotated[

@@ -31,7 +31,7 @@ class Reliability:
 
 
 def reliability(trees: Trees, shape: EchoSettings) -> tuple[Reliability, Reliability]:
-    """Judge the draft's path probability, and the calibrated one, fitted on the other half of the requests."""
+    """Compare path probability and acceptance, and the calibrated one, fitted on the other half of the requests."""
     lookup = lookup_acceptance(trees)
     observed = observe(trees, lookup, shape.max_depth, shape.beams, shape.width)
     odd = trees.request[observed.tree] % 2 == 1

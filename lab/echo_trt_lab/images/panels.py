@@ -54,10 +54,10 @@ def draw(dashboard: dict[str, Any], answers: dict[str, Series]) -> bytes:
     return stream.getvalue()
 
 
-Lines = list[tuple[str, list[tuple[float, float]]]]
+Curves = list[tuple[str, list[tuple[float, float]]]]
 
 
-def _timeseries(figure: Figure, index: Callable, panel: dict[str, Any], card: Any, lines: Lines) -> None:
+def _timeseries(figure: Figure, index: Callable, panel: dict[str, Any], card: Any, lines: Curves) -> None:
     unit = panel["fieldConfig"]["defaults"]["unit"]
     _title(card, panel)
     axes = figure.add_axes(index(panel, 0.62, 0.62, 0.16, 0.36), facecolor="none")
@@ -87,7 +87,7 @@ def _title(card: Any, panel: dict[str, Any]) -> None:
                   color=THEME["ink"], fontsize=10)  # fmt: skip
 
 
-def _stat(figure: Figure, index: Callable, panel: dict[str, Any], card: Any, lines: Lines) -> None:
+def _stat(figure: Figure, index: Callable, panel: dict[str, Any], card: Any, lines: Curves) -> None:
     if panel["options"]["textMode"] == "name":
         _title(card, panel)
         names = ", ".join(name for name, _ in lines)

@@ -26,7 +26,7 @@ THEME = THEMES["dark"]
 Lines = list[list[Segment]]
 
 
-class Screen(Console):
+class FilmScreen(Console):
     """A terminal that remembers what was printed on it, apart from what was drawn for a moment."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Screen(Console):
 
 def record(bundles: Path = ROOT / "bundles", max_tokens: int = MAX_TOKENS) -> str:
     """Run the demo, and return its film; the demo's own failure is one here."""
-    screen = Screen()
+    screen = FilmScreen()
     film: list[tuple[float, Lines]] = []
 
     def frame(picture: RenderableType) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from echo_trt.engine.options import PolicyFile, bounds
-from echo_trt_lab.options import FRACTIONS, NUMBERS, WORDS, HtmlFile, JsonFile, Targets
+from echo_trt_lab.options import FRACTIONS, NUMBERS, WORDS, HtmlFile, JsonFile, LatencyTargets
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class SimulateOptions:
     ] = None
     ngrams: Annotated[Path | None, Parameter(help="ngrams.npz of the bundle, for goodput and the oracle.")] = None
     block: Annotated[int | None, Parameter(help="Charge the trees as one pass of N rows.", validator=bounds(1))] = None
-    targets: Targets = ()
+    targets: LatencyTargets = ()
     arrivals: Annotated[
         str, Parameter(help="With --targets: poisson, bursts, or a trace, JSONL of time, prompt_tokens and class.")
     ] = "poisson"

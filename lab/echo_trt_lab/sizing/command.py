@@ -8,11 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from echo_trt.bundle.manifest import read_manifest, verify_files
-from echo_trt.bundle.read_recipe import load_recipe
+from echo_trt.bundle.manifest import MANIFEST, read_manifest, verify_files
 from echo_trt.bundle.recipe import Recipe
-from echo_trt.cli.recipes import shipped_folder
+from echo_trt.cli.recipes import recipe_for, shipped_folder
 from echo_trt.errors import UserError
+from echo_trt.sizing.limits import limited
+from echo_trt.sizing.shapes import published
 from echo_trt_lab.sizing.cards import CARDS, parse_cards
 from echo_trt_lab.sizing.fit import fit
 from echo_trt_lab.sizing.options import InspectOptions
@@ -21,15 +22,17 @@ from echo_trt_lab.sizing.tables import cards_table, manifest_table, recipe_table
 
 def run(options: InspectOptions, console: Console) -> int:
     """Print the tables; returns the exit code, 1 where a recipe does not fit."""
-    path, cards = options.path, options.cards
-    if not os.path.exists(path):
-        path, named = shipped_folder() / f"{path}.yaml", path
-        if not path.is_file():
-            raise UserError(f"{named} does not exist; name a bundle's folder, a recipe's file or a shipped recipe.")
-    if not path.is_dir():
-        return 0 if print_recipe(load_recipe(path), path.parent, cards, console) else 1
+    path, cards = Path(options.path), options.cards
+    if not (os.path.exists(path) or options.path in published() or (shipped_folder() / f"{path}.yaml").is_file()):
+        raise UserError(f"{path} does not exist; name a bundle's folder, a recipe, or a model such as Qwen/Qwen3-8B.")
+    if not path.is_dir() or ((path / "config.json").exists() and not (path / MANIFEST).exists()):
+        engine = options.engine or ("of a GPU" if cards else None)  # with cards the recipe's own
+        recipe, folder = recipe_for(options.path, engine=engine)
+        recipe = recipe.built_as(options.engine, options.precision, [])
+        recipe = limited(recipe, options.max_model_len, options.max_num_seqs)
+        return 0 if print_recipe(recipe, folder, cards, console) else 1
     if cards is not None:
-        raise UserError(f"--fit is about a recipe, but {path} is a folder; name the recipe's YAML file.")
+        raise UserError(f"--fit is about a recipe, but {path} is a folder; name the recipe.")
     manifest = read_manifest(path)
     verify_files(path, manifest)
     console.print(manifest_table(manifest, path))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+
+from echo_trt.cli.options import Engine, Precision
+from echo_trt.engine.options import bounds
 
 
 @dataclass(frozen=True)
@@ -14,10 +16,15 @@ class InspectOptions:
     """What ``inspect`` is asked to do."""
 
     path: Annotated[
-        Path, Parameter(help="A bundle folder, a recipe, or a shipped one's name.", metavar="BUNDLE|RECIPE")
+        str,
+        Parameter(help="A bundle folder, or what build takes: a recipe, its name, a model.", metavar="BUNDLE|MODEL"),
     ]
     _: KW_ONLY
     cards: Annotated[
         str | None,
         Parameter("--fit", metavar="CARDS", help='Does a recipe fit these, "H100-80GB x8"? Exit code 1: no.'),
     ] = None
+    engine: Annotated[Engine | None, Parameter(help="Built for this runtime instead of the recipe's.")] = None
+    precision: Annotated[Precision | None, Parameter(help="Built in this precision instead of the recipe's.")] = None
+    max_model_len: Annotated[int | None, Parameter(help="limits.context.", validator=bounds(16))] = None
+    max_num_seqs: Annotated[int | None, Parameter(help="limits.batch.", validator=bounds(1))] = None

@@ -18,12 +18,12 @@ AGREED = 2  # answers that must go on alike: what one alone says is right too se
 MIN_CHANCE = 0.05  # a chance that is worth its room
 _MANY, _SHARES = 20, 10  # votes, and shares of them, beyond which contexts are not told apart
 
-Text = tuple[np.ndarray, int]  # tokens [L], and how many of them are the prompt's
+Answer = tuple[np.ndarray, int]  # tokens [L], and how many of them are the prompt's
 
 
-def read_texts(folders: Sequence[Path], vocab_size: int) -> list[Text]:
+def read_texts(folders: Sequence[Path], vocab_size: int) -> list[Answer]:
     """All that ``generate`` has written there, by a target of so many tokens."""
-    texts: list[Text] = []
+    texts: list[Answer] = []
     for path in (path for folder in folders for path in shard_paths(folder)):
         try:
             with np.load(path) as shard:
@@ -42,12 +42,12 @@ def read_texts(folders: Sequence[Path], vocab_size: int) -> list[Text]:
     return texts
 
 
-def held_out(texts: list[Text]) -> tuple[list[Text], list[Text]]:
+def held_out(texts: list[Answer]) -> tuple[list[Answer], list[Answer]]:
     """Those to count, and one of fifty to try them on."""
     return [t for i, t in enumerate(texts) if i % HELD_OUT_EVERY], texts[::HELD_OUT_EVERY]
 
 
-def count(texts: list[Text], longest: int = LONGEST) -> NGrams:
+def count(texts: list[Answer], longest: int = LONGEST) -> NGrams:
     """Return the table of all contexts that say more than their own endings do.
 
     An answer has one vote for what follows a context, however often it says so: repetition within a text is what
@@ -73,7 +73,7 @@ def count(texts: list[Text], longest: int = LONGEST) -> NGrams:
     return NGrams(key, token[first], chance[first], longest)
 
 
-def right(ngrams: NGrams, texts: list[Text]) -> tuple[float, float]:
+def right(ngrams: NGrams, texts: list[Answer]) -> tuple[float, float]:
     """Of the answers' tokens: the share that the table names, and the share that it thinks it does."""
     keys, follows, _ = _occurrences(texts, ngrams.longest)
     best, chance = look_up(ngrams, keys)
@@ -81,7 +81,7 @@ def right(ngrams: NGrams, texts: list[Text]) -> tuple[float, float]:
     return float((best == follows).sum() / count), float(chance.sum() / count)
 
 
-def _occurrences(texts: list[Text], longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _occurrences(texts: list[Answer], longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each token of an answer: the keys [n, longest] of what stands before it, itself, the answer's number."""
     keys = [context_keys(tokens, longest)[prompt:-1] for tokens, prompt in texts]
     follows = [tokens[prompt:] for tokens, prompt in texts]

@@ -54,7 +54,7 @@ def test_a_recipe_says_what_it_would_build_and_need(inspect):
 def test_a_shipped_recipe_is_found_by_its_name_from_anywhere(inspect, tmp_path, monkeypatch):
     by_file = inspect(BUILD / "qwen3-8b.yaml")
     monkeypatch.chdir(tmp_path)
-    assert inspect("qwen3-8b") == by_file
+    assert inspect("qwen3-8b", "--engine", "tensorrt") == by_file
     code, _, err = inspect("qwen3-9b")
     assert code == 2
     assert "qwen3-9b does not exist" in " ".join(err.split())
@@ -91,6 +91,15 @@ def test_a_recipe_for_a_cpu_has_no_cards(inspect):
     code, _, err = inspect(BUILD / "smollm2-135m.yaml", "--fit", "H100-80GB")
     assert code == 2
     assert "--fit is about GPUs, but the recipe's engine is openvino" in err
+
+
+def test_a_model_is_inspected_as_it_would_be_built_on_a_cpu(inspect, monkeypatch):
+    monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: False)
+    code, out, _ = inspect("Qwen/Qwen3-1.7B", "--precision", "int8", "--max-model-len", 4096, "--max-num-seqs", 8)
+    assert code == 0
+    assert rows(out)["engine"] == "openvino, int8"
+    assert rows(out)["limits"].startswith("batch 8, context 4,096 tokens, as many as the batch needs and memory holds")
+    assert inspect("qwen3-1.7b", "--fit", "L4")[0] == 0
 
 
 def test_shapes_that_are_not_known_are_said_to_be(inspect, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from machines import Recorded, linear, load_of
 from seeded_draft import NoDraft, PathDraft, SteadyDraft, drafted
 
-from echo_trt.speculation.goodput.ladder import Forecast, Ladder
+from echo_trt.speculation.goodput.ladder import ForecastGains, Ladder
 from echo_trt.speculation.goodput.model.acceptance import CALIBRATED_START, Acceptance
 from echo_trt.speculation.goodput.model.costs import Costs, Curve
 from echo_trt.speculation.goodput.planner import GoodputPlanner
@@ -40,7 +40,7 @@ class Fixed(Ladder):
         super().__init__()
         self._size = size
 
-    def size(self, requests: int, forecast: Forecast) -> int:
+    def size(self, requests: int, forecast: ForecastGains) -> int:
         return self._size
 
 

@@ -13,7 +13,7 @@ from seeded_draft import NoDraft, SeededDraft, SteadyDraft, drafted
 
 from echo_trt.speculation.chains import Chains
 from echo_trt.speculation.drafts import Pass
-from echo_trt.speculation.goodput.ladder import Forecast, Ladder
+from echo_trt.speculation.goodput.ladder import ForecastGains, Ladder
 from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt.speculation.goodput.model.costs import Costs, Curve
 from echo_trt.speculation.goodput.optimiser.candidates import Candidates
@@ -52,7 +52,7 @@ def planner_of(
 class Highest(Ladder):
     """Leaves it to the search whether anything is drafted."""
 
-    def size(self, requests: int, forecast: Forecast) -> int:
+    def size(self, requests: int, forecast: ForecastGains) -> int:
         return int(forecast()[0][-1])
 
 

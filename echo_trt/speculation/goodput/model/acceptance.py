@@ -35,7 +35,7 @@ class Forecast:
     def __init__(self, children: np.ndarray, horizon: int):
         self.child_shares = [_as_shares(children[depth : depth + horizon]) for depth in range(len(children))]
         self.added_tokens = [levels.mean(axis=2).sum(axis=1).cumsum() for levels in self.child_shares]
-        self._trees = _trees(children[:5])  # deeper trees would be slower to foresee
+        self._trees = _trees(children[:5])  # deeper trees would be slower to predict
 
     def expected_tokens(self, nodes: np.ndarray, requests: int) -> np.ndarray:
         """Return the expected accepted tokens when the best ``nodes`` candidates of ``requests`` trees are verified.

@@ -94,7 +94,7 @@ class IterationModel:
         return seconds
 
     def draft_passes(self, entries: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Return the seconds of a draft pass of ``entries`` float64 [F] for each of the portions ``ends``."""
+        """Return the seconds of a draft pass of ``entries`` float64 [F] for each of the expansion sizes ``ends``."""
         draft = self.costs.draft
         base = draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
         context = draft.per_context * self.load.context * np.minimum(ends / self.requests, 1.0)

@@ -1,7 +1,7 @@
-"""Which levels to draft: values portions of the frontier, before their children are known.
+"""Which levels to draft: values expansion sizes, before the children are known.
 
 The calibration knows how children's values are distributed. Forecast and present candidates make a histogram, over
-which the best number of nodes to verify is searched: for every portion of the frontier, one or more levels ahead.
+which the best number of nodes to verify is searched: for every expansion size, one or more levels ahead.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ def best_expansion(
     All but ``ends`` and ``below_level`` are float64; values and prices are in tokens.
 
     frontier      [F], values, best first
-    ends          int64 [P], portions of the frontier, ascending
-    level_price   [P], price of a draft level over a portion
+    ends          int64 [P], expansion sizes, ascending
+    level_price   [P], price of a draft level of an expansion size
     first_price   additional price of the first level
     children      [levels, width, quantiles], as ``Forecast.child_shares``
     added_tokens  [levels], as ``Forecast.added_tokens``
