@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from answering import answering
 from models.checkpoints import qwen3
 from models.fp8_checkpoints import configure, quantise
@@ -231,6 +232,7 @@ def test_engines_that_share_a_card_share_its_memory(name):
         (RECIPES.parent / name)
         .read_text()
         .split("that takes the rest of the card" if "migrating" in name else "# Beside")[1]
+        .split("## Many requests")[0]
     )
     ours = re.search(r"build (\S+) --engine (\w+) --gpu-memory-utilization ([\d.]+) -o (\S+)", beside)
     assert f"bench {ours[4]} " in beside
@@ -240,3 +242,15 @@ def test_engines_that_share_a_card_share_its_memory(name):
     recipe = recipe.built_as(ours[2], None, [])
     held = filling(recipe, folder, int(CARDS["H100-80GB"].chip.memory), float(ours[3]), "H100", "9.0").limits.kv_blocks
     assert held >= 4 * recipe.request_blocks
+
+
+def test_servers_that_are_measured_alone_have_the_same_settings():
+    page = (RECIPES.parent / "docs/beside-other-engines.md").read_text().split("## Each alone")[1]
+    assert len(re.findall("--gpu-memory-utilization 0.9", page)) == len(re.findall("--max-num-seqs 256", page)) == 2
+    pattern, changed, source = re.search(r"sed 's/(.+)/(.+)/' (\S+) > uncached.yaml", page).groups()
+    shipped = (RECIPES.parent / source).read_text()
+    text = re.sub(pattern, changed.replace("&", r"\g<0>"), shipped, flags=re.MULTILINE)
+    recipe = parse_recipe(yaml.safe_load(text), source)
+    assert not recipe.limits.prefix_cache
+    assert f'"{recipe.draft.source.hub}"' in page
+    assert f"--max-model-len {recipe.limits.context} " in page

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from server.running import CHAT, COMPLETION, RESPONSE, refused
+
+from echo_trt.server.schemas import ChatRequest
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 NAMED = {"type": "function", "function": {"name": "f"}}
@@ -162,9 +166,13 @@ REFUSED = [(path, {name: value}, name) for path, fields in VALUES.items() for na
 REFUSED += [(path, *case) for path, cases in CHANGES.items() for case in cases]
 ABOUT = {"prompt_cache_retention": "24h", "request_id": "r", "prompt_cache_options": {"ttl": 5}, "user": "u"}
 #: Path -> changes of its body with which it passes to the engine.
+#: What "vllm bench serve" sends beside a prompt (docs/beside-other-engines.md).
+BENCH = {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True, "temperature": 0.0}
 PASSED: dict[str, list[dict[str, Any]]] = {
+    "/v1/completions": [BENCH | {"max_tokens": 8, "repetition_penalty": 1.0, "logprobs": None}],
     "/v1/chat/completions": [
         ABOUT,
+        BENCH | {"max_completion_tokens": 8, "messages": [USER | {"content": [{"type": "text", "text": "x"}]}]},
         {"repeat_penalty": 1.1},
         {"tools": TOOLS, "tool_choice": "auto", "parallel_tool_calls": False, "response_format": {"type": "text"}},
         {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
@@ -223,6 +231,16 @@ def test_a_request_is_refused_by_field(client, path, change, param):
 @pytest.mark.parametrize(("path", "change"), [(path, change) for path, changes in PASSED.items() for change in changes])
 def test_what_clients_send_passes_to_the_engine(client, path, change):
     refused(client.post(path, json=BODIES[path] | change), 503)
+
+
+def test_vllms_fields_are_taken_or_refused_as_their_page_says(client):
+    page = (Path(__file__).parents[2] / "docs/migrating-from-vllm.md").read_text()
+    listed = re.findall(r"^\| (.+) \| (.+) \|$", page, re.MULTILINE)
+    rows = {said: re.findall(r"`([\w.]+)`", names) for names, said in listed}
+    for name in rows["refused; null is taken"]:
+        sentence = refused(client.post("/v1/chat/completions", json=CHAT | {name: 1}), 400, name)
+        assert sentence == f"{name} is not known here; leave it out."
+    assert {name.partition(".")[0] for name in rows["taken"]} <= set(ChatRequest.model_fields)
 
 
 @pytest.mark.parametrize(("path", "body"), [("/v1/responses", RESPONSE), ("/tokenize", {"prompt": "x"})])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.cli.options import Engine, Precision
+from echo_trt.cli.options import EngineOption, NumberType
 from echo_trt.engine.options import bounds
 
 
@@ -24,7 +24,7 @@ class InspectOptions:
         str | None,
         Parameter("--fit", metavar="CARDS", help='Does a recipe fit these, "H100-80GB x8"? Exit code 1: no.'),
     ] = None
-    engine: Annotated[Engine | None, Parameter(help="Built for this runtime instead of the recipe's.")] = None
-    precision: Annotated[Precision | None, Parameter(help="Built in this precision instead of the recipe's.")] = None
+    engine: Annotated[EngineOption | None, Parameter(help="Built for this runtime instead of the recipe's.")] = None
+    precision: Annotated[NumberType | None, Parameter(help="Built in this precision instead of the recipe's.")] = None
     max_model_len: Annotated[int | None, Parameter(help="limits.context.", validator=bounds(16))] = None
     max_num_seqs: Annotated[int | None, Parameter(help="limits.batch.", validator=bounds(1))] = None
