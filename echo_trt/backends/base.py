@@ -41,10 +41,6 @@ class HostFeatureCache:
         return found
 
 
-def overlap(engine: Engine, work: Callable[[], None]) -> bool:
-    return engine.overlap(work)
-
-
 class Engine(Protocol):
     """A compiled network with its paged KV pool. What has a default here, an engine may leave out.
 

@@ -14,7 +14,6 @@ from gpu.random_networks import head_config, random_decoder, random_head
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from echo_trt.backends.base import overlap
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes
@@ -189,7 +188,7 @@ class Served:
         overlapped  share of target passes in which the device still computed when the host was free for other work
         """
         loop, cuda, busy = self.begun(policy, batch), torch.cuda, list[bool]()
-        assert overlap(self.target, lambda: busy.append(cuda.is_available() and not cuda.current_stream().query()))
+        assert self.target.overlap(lambda: busy.append(cuda.is_available() and not cuda.current_stream().query()))
         counters, head = loop.counters, self.head
         before, computed, requested, self.counts.considered = counters.copy(), head.levels(), head.requested, 0
         begin = time.perf_counter()

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from echo_trt.backends.base import overlap
 from echo_trt.engine.core import Emitted
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams, check_prompt_logprobs
@@ -62,7 +61,7 @@ class Service:
         # Tokens to tell, and when the engine had them
         self._due: deque[tuple[ServiceRequest, Sequence[int], float]] = deque()
         self._broken: dict[ServiceRequest, str] = {}  # jobs whose text cannot be made, and why; to be ended
-        self._overlaps = overlap(self.loop.target, self._report_due)
+        self._overlaps = self.loop.target.overlap(self._report_due)
 
         self._epoch = count()
         self._grammars = GrammarQueue(llm, self._changed, self._have_grammar)
@@ -194,7 +193,7 @@ class Service:
             self._changed.notify_all()
         self._thread.join()
         self._grammars.close()
-        overlap(self.loop.target, lambda: None)  # breaks a reference cycle that would keep the engine's memory
+        self.loop.target.overlap(lambda: None)  # breaks a reference cycle that would keep the engine's memory
 
     # -- the engine's thread ---------------------------------------------------------------------------------------
 
