@@ -22,6 +22,7 @@ from models.checkpoints import qwen3
 from pairs import SIZES, recipe_of, write_tokenizer
 from refusal import refused
 
+from echo_trt.backends.base import Engine
 from echo_trt.backends.parallel import rank_group, rank_processes, ranked
 from echo_trt.backends.parallel.rank_group import RankGroup, check_gpus
 from echo_trt.backends.parallel.ranked import OpenRank, RankedEngine, of_rank
@@ -187,7 +188,7 @@ def test_an_engine_is_gone_before_its_communicator(monkeypatch):
     """TensorRT's contexts hold NCCL's communicator, which has to outlive them."""
     order = []
 
-    class Rank:
+    class Rank(Engine):
         num_blocks, sizes = BLOCKS, ()
 
         def __del__(self):

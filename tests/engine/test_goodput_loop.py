@@ -59,7 +59,7 @@ def test_latency_targets_change_no_token(pair, open_llm, plain_ids, monkeypatch)
     monkeypatch.setattr("echo_trt.speculation.goodput.planner.MIN_CHUNK", 3)
     llm = open_llm(pair, "autoregressive", 8)
     llm.loop.planner = planner = goodput_planner(llm, machine(each=0.1))
-    seats, chunks = planner.seats, planner.chunk
+    seats, chunks = planner.seats, planner.prompt_budget
     sat_out, computed = [], []
 
     def noted_seats(*given):
@@ -71,7 +71,7 @@ def test_latency_targets_change_no_token(pair, open_llm, plain_ids, monkeypatch)
         computed.append((chunk := chunks(*given), given[-1]))
         return chunk
 
-    planner.seats, planner.chunk = noted_seats, noted_chunk
+    planner.seats, planner.prompt_budget = noted_seats, noted_chunk
     prompts, params = repeated()
     latency = {"ttft_ms": 1e6, "tpot_ms": 1e-3}
     params = [replace(each, latency=None if i % 4 else latency) for i, each in enumerate(params)]

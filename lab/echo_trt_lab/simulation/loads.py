@@ -24,6 +24,7 @@ from echo_trt_lab.simulation.walk import Recording
 
 SHARE = 0.25  # of requests that are interactive
 SATURATED = 10.0  # seconds of a run with as many requests as can run, which tells the capacity
+BACKLOG = 50  # requests per slot of that run; larger: short answers do not end it earlier, and it begins later
 DRAIN = 1.0  # times the seconds of arrivals for which the last answers are waited for
 #: A row's name -> its policy, whether it has targets, and whether requests are refused whose targets cannot be kept.
 #: AdaServe's selection knows targets by its nature.
@@ -69,7 +70,8 @@ def run_loads(
         traffic.serve(Replay(traffic, machine, make(name, traffic)), seconds)
         return traffic
 
-    backlog = [Arrival(0.0, each.prompt, each.kind) for each in arrivals.drawn(1000.0, 1000.0, SHARE, seed=1)][:20_000]
+    drawn = arrivals.drawn(1000.0, 1000.0, SHARE, seed=1)[: BACKLOG * job.slots]
+    backlog = [Arrival(0.0, each.prompt, each.kind) for each in drawn]
     full = serve("goodput", backlog, SATURATED, False)
     capacity = len(full.done) / full.now
     result["capacity"] = {"requests_per_s": round(capacity, 2), "tokens_per_s": round(full.tokens / full.now, 1)}

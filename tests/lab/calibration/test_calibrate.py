@@ -62,7 +62,7 @@ def test_a_calibrated_bundle_gates_as_it_says_and_notes_nothing(bundle, prompts)
     calibrate(bundle, prompts)
     html = (bundle / "calibration.html").read_text("utf-8")
     assert html.count("<svg") == html.count("<figcaption>") == 4
-    assert html.index("Speedup to expect") < html.index("Gates by depth")
+    assert html.index("Speedup to expect") < html.index("Where a gate is worth most")
     assert html.count("<table>") == 2
     notes: list[str] = []
     llm = LLM(bundle, "goodput", note=notes.append)

@@ -18,6 +18,7 @@ from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.speculation.planner import PlainPlanner
 from echo_trt.speculation.targets import PATIENCE, Latency
 from echo_trt_lab.calibration.fit import fit
+from echo_trt_lab.simulation import loads
 from echo_trt_lab.simulation.arrivals import BATCH, BURSTS, INTERACTIVE, Arrival, drawn, read
 from echo_trt_lab.simulation.command import run
 from echo_trt_lab.simulation.machines import Machine
@@ -112,6 +113,11 @@ def job(tmp_path_factory) -> SimulateOptions:
     )
 
 
+@pytest.fixture(autouse=True)
+def capacity_in_a_second(monkeypatch):
+    monkeypatch.setattr(loads, "SATURATED", 1.0)
+
+
 def test_targets_are_kept_more_often_and_nobody_starves(job, tmp_path):
     out, file = Console(file=io.StringIO(), width=200), tmp_path / "out.json"
     result = run(replace(job, json_file=file), out, Console(file=io.StringIO()))
@@ -125,7 +131,8 @@ def test_targets_are_kept_more_often_and_nobody_starves(job, tmp_path):
     assert 0 <= rows["adaserve"]["attained"] <= 1
 
 
-def test_a_trace_is_replayed(job, tmp_path):
+def test_a_trace_is_replayed(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(loads, "ROWS", {"goodput with admission": loads.ROWS["goodput with admission"]})
     trace = tmp_path / "trace.jsonl"
     lines = [json.dumps({"time": i / 9, "prompt_tokens": 50, "class": "interactive"}) for i in range(9)]
     trace.write_text("\n".join(lines))
