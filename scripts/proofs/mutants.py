@@ -38,7 +38,7 @@ TESTS = {
     "speculation": ["tests/speculation"],
     "engine": [
         f"tests/engine/test_{name}.py"
-        for name in ("batch", "sampler", "text", "prefix_cache", "guided", "sources", "core")
+        for name in ("sampler", "text", "prefix_cache", "guided", "sources", "core")
     ],
     "engine/service": ["tests/engine/service/test_service.py", "tests/engine/service/test_service_overlap.py"],
 }
