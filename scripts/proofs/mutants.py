@@ -37,8 +37,7 @@ TESTS = {
     "grammar": ["tests/grammar"],
     "speculation": ["tests/speculation"],
     "engine": [
-        f"tests/engine/test_{name}.py"
-        for name in ("sampler", "text", "prefix_cache", "guided", "sources", "core")
+        f"tests/engine/test_{name}.py" for name in ("sampler", "text", "prefix_cache", "guided", "sources", "core")
     ],
     "engine/service": ["tests/engine/service/test_service.py", "tests/engine/service/test_service_overlap.py"],
 }
