@@ -84,7 +84,7 @@ class Engine(Protocol):
     def commit_states(self, rows: np.ndarray, counts: np.ndarray) -> None:
         """Advance the states beside KV rows over the accepted packed rows of the last run, before a slot's next run.
 
-        A run reads those of its ``ForwardBatch.state_slots``, and starts from zero where a request has no past.
+        A run reads the states of its ``ForwardBatch.state_slots``, and starts from zero where a request has no past.
 
         rows    int64 [sum counts], packed rows, request by request, each request's in path order
         counts  int64 [B], of the run's requests; 0: the request's states stay as they are

@@ -28,7 +28,7 @@ TokenLogprob = dict[str, Any]  # of a token: token, logprob, bytes, top_logprobs
 
 
 class Answer(ABC, Generic[Requested]):
-    """One HTTP request's answer: a text for each of ``turns``, the first of which is ``_turn``."""
+    """One HTTP request's answer: a text for each of ``turns``; ``_turn`` is the first turn."""
 
     media_type = "text/event-stream"
     last = ""  # what is sent behind all events

@@ -26,7 +26,7 @@ SAMPLE = 64  # rows by which the form of a matrix in 4 bits is chosen; larger: a
 #: Weights of a group, and whether its zero point is whole: the fastest form first. The first is taken whose squared
 #: error is less than MOST_ERROR times the least. Larger: faster forms, and larger errors.
 FORMS, MOST_ERROR = ((64, True), (GROUP, True), (GROUP, False)), 4
-#: Steps between a group's least and greatest weight, of which the best is taken. More than 15: both are clipped; fewer
+#: Candidate steps between a group's least and greatest weight; the best is taken. More than 15: both are clipped; fewer
 #: are found in files alone. Larger: a longer build.
 WHOLE_STEPS, FILE_STEPS = (15, 16, 17), (15, 14, 13, 12, 11, 10, 9, 8)
 ALIGNMENT = 64  # bytes between which tensors begin in the file

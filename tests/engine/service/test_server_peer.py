@@ -139,6 +139,7 @@ def test_a_server_s_doors_are_loaded_in_turns_and_compared(prompts, url, server,
             sum(row[what] for row in rows if row["server"] == name) for what in ("tokens_per_s", "messages_per_s")
         )
         assert tokens >= messages > 0
+    assert all(row["ttft_ms"] > 0 for row in rows if row["messages_per_s"])
 
 
 def test_a_server_that_does_not_start_is_told_with_its_own_words(prompts):
