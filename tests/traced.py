@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils._pytree import tree_flatten
 
-from echo_trt.backends import native_export, onnx_export
+from echo_trt.backends import onnx_export
 
 ADDRESS = re.compile(" at 0x[0-9a-f]+")  # of functions in a table of translations
 
@@ -51,7 +51,7 @@ def _described(tensor: Tensor) -> bytes:
 
 
 def trace_once(patch: pytest.MonkeyPatch, made_once: Callable[[str, Callable[[Path], object]], Path]) -> None:
-    """Let both exporters take a graph that was traced before from its file."""
+    """Let the exporter take a graph that was traced before from its file."""
     trace = onnx_export.trace
 
     def traced(graph: nn.Module, example: tuple, *others: object, **named: object) -> torch.onnx.ONNXProgram:
@@ -62,8 +62,7 @@ def trace_once(patch: pytest.MonkeyPatch, made_once: Callable[[str, Callable[[Pa
         folder = made_once(f"graph-{digest(graph, example, others, named)}", write)
         return torch.onnx.ONNXProgram(onnx_ir.load(folder / "graph.onnx"), None)
 
-    for module in (onnx_export, native_export):
-        patch.setattr(module, "trace", traced)
+    patch.setattr(onnx_export, "trace", traced)
     patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_translations))
 
 

@@ -1,4 +1,4 @@
-"""The engine protocol, by which the runtime calls OpenVINO, TensorRT, PyTorch or ONNX Runtime."""
+"""The engine protocol, by which the runtime calls OpenVINO, TensorRT or PyTorch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ DOMAIN, OPERATOR, COLLECTIVES = "echo", "SuperTreeAttention", ("AllReduce", "All
 ends_at_once = False
 #: Inputs of the attention operator that describe a packed call, in its order.
 METADATA = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
+#: Outputs with a row for every token; other outputs have one for every row of ``logit_rows``.
+ROW_OUTPUTS = ("features", "state")
 
 
 class FeatureCache(Protocol):

@@ -9,6 +9,7 @@ The inputs of a graph are the role's (echo_trt.models.roles), the operator's ``M
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from pathlib import Path
@@ -26,6 +27,7 @@ from echo_trt.models.roles import BlockModule, HeadModule, Role, TargetModule
 from echo_trt.speculation.pack import BLOCK
 
 OPSET = 23
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ATTRIBUTES = ("num_kv_heads", "head_dim", "max_context", "sliding_window")
 
 
@@ -91,6 +93,13 @@ def trace(
             custom_translation_table=collectives | (translations or {}),
             verbose=False,
         )
+
+
+def in_precision(role: Role, precision: str) -> Role:
+    """Copy ``role`` to ``precision``; weights that have this type already are shared."""
+    dtype = TYPES[precision]
+    shared = {id(p): p for p in role.parameters() if p.dtype == dtype}
+    return copy.deepcopy(role, shared).to(dtype)
 
 
 def cache_names(num_layers: int) -> list[str]:

@@ -25,15 +25,13 @@ RISES = {"int8": 0.1, "int4": 0.3}
 PROMPT, BLOCKS = 45, 4
 CONTEXT = 20  # cached context rows of a block; larger: fewer rows of a block fit behind them
 TEXTS, LENGTH = 8, 48  # of the text by which few bits are judged; larger: a steadier measure, and a longer build
-#: The request's KV blocks: scattered over the pool, or those of the first slot in a linear engine.
-SCATTERED_TABLE, LINEAR_TABLE = (2, 0, 3), (0, 1, 2)
+TABLE = (2, 0, 3)  # the request's KV blocks, scattered over the pool
 
 
 def check_engine(
     role: Role,
     compiled: Callable[[int], Engine],
     precision: str,
-    blocks: tuple[int, ...] = SCATTERED_TABLE,
     text: np.ndarray | None = None,
 ) -> SelfCheck:
     """Compare both engines on a prompt, then on a tree over it.
@@ -42,7 +40,7 @@ def check_engine(
               role's weights out of memory, so that both need not fit side by side.
     text      int64 [texts, N] of the target: the prompts, by whose perplexity a target in few bits is judged
     """
-    calls = _calls(role, np.array([blocks], np.int32), text)
+    calls = _calls(role, np.array([TABLE], np.int32), text)
     reference = TorchEngine(role, BLOCKS)
     expected = list(_runs(reference, calls))
     del reference
@@ -124,7 +122,6 @@ def worst(first: SelfCheck | None, second: SelfCheck | None) -> SelfCheck | None
         tree_error=max(first.tree_error, second.tree_error),
         bound=first.bound,
         same_argmax=min(first.same_argmax, second.same_argmax),
-        of=first.of,
         measure=first.measure,
     )
 

@@ -39,11 +39,6 @@ class CallSizes:
         return cls(limits.batch, blocks, tree, max(limits.prefill_chunk, tree), pool)
 
     @property
-    def cache_rows(self) -> int:
-        """C of a linear cache: rows of a request's blocks and, behind them, of one call's tokens."""
-        return self.blocks * BLOCK + self.chunk
-
-    @property
     def rows(self) -> int:
         """The most rows of logits that one call of trees asks for."""
         return min(self.batch * self.tree, max(MAX_LOGIT_ROWS, self.tree))

@@ -93,7 +93,6 @@ class SelfCheck(_Facts):
     tree_error: float
     bound: float
     same_argmax: float
-    of: Literal["engine", "graph"] = "engine"
     measure: Literal["logits", "perplexity"] = "logits"
 
     @property
@@ -110,7 +109,7 @@ class SelfCheck(_Facts):
 
 
 class TensorRTFacts(_Facts):
-    """Names the version of TensorRT or TensorRT-RTX and the compute capabilities, such as 8.9, of an engine."""
+    """Names the version of TensorRT and the compute capabilities, such as 8.9, of an engine."""
 
     version: str
     capabilities: list[str]
@@ -216,9 +215,19 @@ def read_manifest(folder: Path) -> Manifest:
         stated = raw.get("format") if isinstance(raw, dict) else None
         raise UserError(f"{path}: format is {shown(stated)}, but this version reads {FORMAT}; build the bundle again.")
     try:
-        return Manifest.model_validate_json(text)
+        return Manifest.model_validate_json(json.dumps(_without_retired(raw)))
     except ValidationError as error:
         raise UserError(f"{path}: {first_mistake(error)}; build the bundle again.") from error
+
+
+def _without_retired(raw: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what earlier versions wrote and no version reads any more."""
+    checks = raw.get("checks")
+    for part in (raw.get("recipe"), *(checks.values() if isinstance(checks, dict) else ())):
+        if isinstance(part, dict):
+            part.pop("compute_capability", None)
+            part.pop("of", None)
+    return raw
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:

@@ -11,7 +11,7 @@ from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.policies import POLICIES, reserve_for
 from echo_trt.speculation.policy_names import DEFAULT
 
-EngineName = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
+EngineName = Literal["openvino", "tensorrt", "torch"]
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 HUB = r"[A-Za-z0-9][\w.-]*/[\w.-]+"  # OWNER/NAME
 SOURCED = ("eagle3", "block", "model")  # kinds of a draft that has a checkpoint
@@ -163,7 +163,6 @@ class Recipe(_Section):
 
     engine, precision   defaults that ``echo-trt build`` can override
     tensor_parallel     GPUs among which the target's matrices are divided
-    compute_capability  cards that TensorRT-RTX compiles for; without any, all from Ampere on
     calibration         file that echo-trt calibrate wrote for this target and draft, relative to the recipe
     """
 
@@ -173,19 +172,18 @@ class Recipe(_Section):
     engine: EngineName = "openvino"
     precision: Precision = "bf16"
     tensor_parallel: Literal[1, 2, 4, 8] = 1
-    compute_capability: list[Annotated[str, Field(pattern=r"^\d+\.\d$")]] = []
     limits: Limits = Limits()
     decoding: Decoding = Decoding()
     calibration: str | None = None
 
-    def built_as(self, engine: str | None, precision: str | None, compute_capability: list[str]) -> Recipe:
+    def built_as(self, engine: str | None, precision: str | None) -> Recipe:
         """Return the recipe with the build settings that are given.
 
         A draft's precision was chosen for the recipe's engine; with another engine the draft takes the target's. A KV
         pool was chosen for a GPU's memory, so on a CPU it follows the machine's.
         """
-        changes: dict[str, Any] = {"engine": engine, "precision": precision, "compute_capability": compute_capability}
-        changes = {key: value for key, value in changes.items() if value}
+        given = {"engine": engine, "precision": precision}
+        changes: dict[str, Any] = {key: value for key, value in given.items() if value}
         if engine not in (None, self.engine):
             changes["draft"] = self.draft.model_copy(update={"precision": None})
         if engine == "openvino" != self.engine:

@@ -57,7 +57,7 @@ def build(options: BuildOptions) -> None:
     found, path = recipe_for(options.model, options.draft, options.engine)
     if options.random_weights:
         found = extra("build", "random_weights")(found)
-    settings = found.built_as(options.engine, options.precision, list(options.compute_capabilities))
+    settings = found.built_as(options.engine, options.precision)
     settings = sized(settings, path, options)
     folder = options.output or Path("bundles") / settings.name
     with BuildProgress(messages) as progress:

@@ -124,11 +124,6 @@ def _check_settings(recipe: Recipe) -> None:
         from echo_trt.backends.tensorrt.build import check_settings
 
         return check_settings(recipe)
-    if recipe.compute_capability:
-        raise UserError(
-            f"compute_capability is {recipe.compute_capability[0]}, but {recipe.engine} is compiled for no card; leave "
-            "it out, or use --engine tensorrt-rtx."
-        )
     for key, precision in (("precision", recipe.precision), ("draft.precision", recipe.draft.precision)):
         if precision is not None and precision not in PRECISIONS[recipe.engine]:
             have = ", ".join(PRECISIONS[recipe.engine])

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from echo_trt.engine.options import EngineOptions, Flag, KVCacheMemory, SpecialTokens, bounds
 from echo_trt.engine.params import PARAMETERS
 
-EngineOption = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
+EngineOption = Literal["openvino", "tensorrt", "torch"]
 NumberType = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 
 
@@ -36,14 +36,6 @@ class BuildOptions:
     output: Annotated[Path | None, Parameter(alias="-o", help="Bundle folder. Default: bundles/NAME.")] = None
     engine: Annotated[EngineOption | None, Parameter(help="Compile for this runtime instead of the recipe's.")] = None
     precision: Annotated[NumberType | None, Parameter(help="Compute in this precision instead of the recipe's.")] = None
-    compute_capabilities: Annotated[
-        tuple[str, ...],
-        Parameter(
-            "--compute-capability",
-            show_default=False,
-            help="Cards that TensorRT-RTX compiles for, such as 8.9; may be given again. Default: all.",
-        ),
-    ] = ()
     max_model_len: Annotated[
         int | None, Parameter(help="limits.context: tokens per request.", validator=bounds(16))
     ] = None

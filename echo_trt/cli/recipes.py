@@ -62,7 +62,7 @@ def shipped_folder() -> Path:
 
 
 def _for_this_machine(recipe: Recipe, engine: str | None) -> Recipe:
-    return recipe.built_as("openvino", None, []) if engine is None and not _has_gpu() else recipe
+    return recipe.built_as("openvino", None) if engine is None and not _has_gpu() else recipe
 
 
 def _shipped(target: dict[str, str], draft: str | None) -> Path | None:

@@ -106,12 +106,11 @@ def load_networks(
     recipe = manifest.recipe
     limits, reserve = recipe.limits, reserve_for(recipe.decoding.model_dump())
     count = batch or limits.batch
-    contiguous = manifest.engine == "tensorrt-rtx"  # its engines have a cache per slot instead of one pool
     pool = kv_pool(folder, manifest, count, kv_cache_memory)
     states = manifest.target.state_values > 0  # a cached block has KV rows, but not the states behind it
     cached = (limits.prefix_cache if prefix_cache is None else prefix_cache) and not states
-    input_batch = InputBatch(count, limits.context, reserve, None if contiguous else pool.blocks, cached)
-    input_batch.divisible = not (contiguous or states)
+    input_batch = InputBatch(count, limits.context, reserve, pool.blocks, cached)
+    input_batch.divisible = not states
     target = _engine(folder, manifest, manifest.target, input_batch, pool.blocks)
     draft = _engine(folder, manifest, manifest.draft, input_batch, pool.blocks) if manifest.draft else None
     path = folder / CALIBRATION
@@ -133,7 +132,7 @@ def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputB
 
         opener: Callable[..., Any] = TensorRTEngine.open
         sizes = {"slots": slots, "blocks": slot_blocks, "num_blocks": blocks, "tree": batch.reserve}
-        open_file = partial(opener, manifest.engine, facts=manifest.tensorrt, **sizes)
+        open_file = partial(opener, facts=manifest.tensorrt, **sizes)
     elif manifest.engine == "torch":
         from echo_trt.backends.torch.engine import open_torch
 

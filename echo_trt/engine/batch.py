@@ -37,15 +37,13 @@ class InputBatch:
         count: int,
         context: int,
         reserve: int,
-        num_blocks: int | None = None,
+        num_blocks: int,
         prefix_cache: bool = False,
         first_block: int = 0,
     ):
         """``reserve``: KV rows that one request's drafting and verifying can need beyond its committed tokens.
 
-        Without ``num_blocks`` the KV cache is contiguous, for engines that have one cache per slot: the M blocks of
-        slot s are always s * M to s * M + M - 1, and nothing is shared. Otherwise all slots share a pool of
-        ``num_blocks`` blocks, beginning at the engine's block ``first_block``.
+        All slots share a pool of ``num_blocks`` blocks, beginning at the engine's block ``first_block``.
         """
 
         def ints(*shape: int) -> np.ndarray:
@@ -67,16 +65,12 @@ class InputBatch:
         self.penalised = np.zeros(count, bool)  # whether a penalty looks at what was said
         self.adjusted = np.zeros(count, bool)  # whether anything comes between the target's logits and the choice
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
-        blocks, self.contiguous = blocks_for(context + reserve), num_blocks is None
-        self.divisible = not self.contiguous  # whether several loops may have a part of the pool each
-        self.block_table = np.zeros((count, blocks), np.int32)
-        if self.contiguous:
-            self.block_table[:] = np.arange(count * blocks).reshape(count, blocks)
-        self.blocks_held = ints(count)
-        self.num_blocks = self.block_table.size if num_blocks is None else num_blocks
+        self.divisible = True  # whether several loops may have a part of the pool each
+        self.block_table = np.zeros((count, blocks_for(context + reserve)), np.int32)
+        self.blocks_held, self.num_blocks = ints(count), num_blocks
         self._free_count = self.num_blocks
         self._free = (first_block + np.arange(self.num_blocks, dtype=np.int32))[::-1].copy()  # a stack
-        self.cache = PrefixCache(prefix_cache and not self.contiguous)
+        self.cache = PrefixCache(prefix_cache)
         # Whether the draft's KV of a block's text is in it, too.
         self.block_drafted = np.zeros(first_block + self.num_blocks, bool)
         self.keys: list[list[bytes]] = [[] for _ in range(count)]  # of each text's blocks, as far as they are known
@@ -180,8 +174,7 @@ class InputBatch:
             self._give(self.cache.evict(total - self.free_blocks))
         self._free_count -= total
         owners, columns = np.repeat(slots, wanted), np.repeat(self.blocks_held[slots], wanted) + ragged_arange(wanted)
-        if not self.contiguous:
-            self.block_table[owners, columns] = self._free[self._free_count : self._free_count + total]
+        self.block_table[owners, columns] = self._free[self._free_count : self._free_count + total]
         self.block_drafted[self.block_table[owners, columns]] = False
         self.blocks_held[slots] += wanted
         return True
@@ -197,10 +190,7 @@ class InputBatch:
     def release(self, slot: int) -> None:
         """Free the slot and its blocks; those of committed text stay in the cache."""
         held = int(self.blocks_held[slot])
-        if self.contiguous:
-            self._free_count += held
-        else:
-            self._give(self.cache.leave(self.publish(slot), self.block_table[slot, :held].tolist()))
+        self._give(self.cache.leave(self.publish(slot), self.block_table[slot, :held].tolist()))
         self.blocks_held[slot] = 0
         self.grammar[slot] = None
         self.active[slot] = False

@@ -83,8 +83,6 @@ def kv_pool(
         available = available_memory() // processes - _weights(folder, manifest) - states
     if memory is not None:
         blocks = _chosen(manifest, memory, size)
-    elif manifest.engine == "tensorrt-rtx":  # its engines have a cache for each running request instead of one pool
-        blocks = wanted
     elif limits.kv_blocks or available is None:
         blocks = limits.kv_blocks or wanted
     else:

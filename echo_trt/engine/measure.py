@@ -176,9 +176,7 @@ def _spread(tokens: int, slots: int) -> np.ndarray:
 def _call(networks: Networks, counts: np.ndarray, context: int) -> ForwardBatch:
     """Pack ``counts`` [B] tokens per request: one token, or a chain with a tree's mask."""
     requests, blocks = len(counts), blocks_for(context + int(counts.max()))
-    table = networks.batch.block_table[:requests]
-    if not networks.batch.contiguous:
-        table = np.arange(requests * blocks).reshape(requests, blocks) % networks.target.num_blocks
+    table = np.arange(requests * blocks).reshape(requests, blocks) % networks.target.num_blocks
     position, total = ragged_arange(counts), int(counts.sum())
     triangles = np.concatenate([np.tri(n, dtype=np.uint8).reshape(-1) for n in counts])
     mask = (triangles, begins(counts**2)) if total > requests else None

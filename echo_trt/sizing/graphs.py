@@ -13,10 +13,9 @@ from echo_trt.sizing.networks import KV_BYTES, Sizes
 from echo_trt.speculation.pack import BLOCK
 
 #: Kernels of one layer by engine, and of what is around the layers. Estimates: a compiler merges small kernels.
-LAYER_NODES, GRAPH_NODES = {"torch": 26, "tensorrt": 10, "tensorrt-rtx": 10}, 20
+LAYER_NODES, GRAPH_NODES = {"torch": 26, "tensorrt": 10}, 20
 FP8_NODES = 4  # more kernels of a layer in FP8: each product's input is quantised
 LEVEL_NODES = 80  # kernels of one level of a head's draft
-SLOT_GRAPHS = 64  # graphs of an engine with a cache per slot, which are captured as calls come
 NODE_BYTES = 6144  # of device memory, a kernel in a graph; an estimate: larger is safer, and leaves fewer KV blocks
 CONTEXT_BYTES = 1 << 20  # of a TensorRT context without its scratch memory; an estimate, as above
 SAMPLER_BYTES = 512 << 20  # of tokens that are chosen at once (cuda/device_rows.py, cuda/choose.py)
@@ -60,9 +59,6 @@ def reserved(recipe: Recipe, target: Sizes, draft: Sizes | None, calls: CallSize
     engine = recipe.engine
     if engine not in LAYER_NODES:
         return Reserved()
-    if engine == "tensorrt-rtx":
-        graphs = [SLOT_GRAPHS * _nodes(engine, network) * NODE_BYTES for network in (target, draft) if network]
-        return Reserved(*graphs, contexts=SLOT_GRAPHS * len(graphs) * CONTEXT_BYTES, sampler=SAMPLER_BYTES)
     # A TensorRT engine is not told how large trees are, and captures some sizes more.
     sizes = graph_sizes(calls.batch, calls.tree) if engine == "torch" else graph_sizes(calls.batch)
     bounds = CallBounds(calls.batch, calls.blocks)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from echo_trt.bundle.read_recipe import parse_recipe
 from echo_trt.bundle.recipe import Recipe
-from echo_trt.engine.host_memory import OPTION, gigabytes
+from echo_trt.engine.host_memory import gigabytes
 from echo_trt.engine.kv_pool import block_bytes, check_memory
 from echo_trt.errors import UserError
 from echo_trt.sizing.needs import computed_on, recipe_needs
@@ -33,10 +33,6 @@ def limited(recipe: Recipe, max_model_len: int | None, max_num_seqs: int | None)
 
 def with_kv_cache(recipe: Recipe, folder: Path, memory: int) -> Recipe:
     """Return the recipe with as many KV blocks as ``memory`` bytes hold. ``folder``: that its paths are relative to."""
-    if recipe.engine == "tensorrt-rtx":
-        raise UserError(
-            f"{OPTION} is given, but tensorrt-rtx keeps a whole context for each running request; give --max-num-seqs."
-        )
     target, draft = shapes(recipe, folder)
     networks = [(target.sizes, recipe.precision)]
     if draft:

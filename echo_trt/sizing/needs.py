@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,6 @@ class Needs:
     reserved        bytes that CUDA graphs and the like take before requests come
     features_token  bytes of a token's features, which a draft reads and the card keeps beside the KV pool
     request_blocks  the most blocks of one request
-    contiguous      whether a running request has a cache for the whole context, whatever limits.kv_blocks is
     states          bytes of all running requests' states, in delta-net layers
     """
 
@@ -48,7 +46,6 @@ class Needs:
     reserved: Reserved
     blocks: int
     request_blocks: int
-    contiguous: bool
     states: int = 0
 
     @property
@@ -101,13 +98,9 @@ def computed_on(recipe: Recipe, capability: str) -> Recipe:
 
 def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
     """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus)."""
-    calls, contiguous, on_card = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx", recipe.engine != "openvino"
+    calls, on_card = CallSizes.of(recipe), recipe.engine != "openvino"
     draft_precision = recipe.draft_precision
-    slot_blocks = calls.cache_rows / BLOCK if contiguous else calls.blocks
-    # Linear: the padded trees of all slots. Paged: all rows of logits, and a chunk beside them.
-    tokens = max(calls.batch * calls.tree, calls.chunk) if contiguous else max(calls.rows, calls.chunk) + calls.chunk
-    rows = max(calls.rows, calls.chunk) if contiguous else tokens
-    scratch = 0 if contiguous else split_scratch(target, tokens)
+    tokens = max(calls.rows, calls.chunk) + calls.chunk  # all rows of logits, and a chunk beside them
     return Needs(
         target_weights=int(target.weight_bytes(recipe.precision)),
         draft_weights=int(draft.weight_bytes(draft_precision)) if draft else 0,
@@ -116,21 +109,20 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
         features_token=kept_features(recipe.engine, draft) * KV_BYTES[draft_precision] if draft and on_card else 0,
         calls=calls,
         tokens=tokens,
-        working=_working(recipe, target, tokens, rows) + scratch + _drafting(recipe, draft),
+        working=_working(recipe, target, tokens) + split_scratch(target, tokens) + _drafting(recipe, draft),
         reserved=reserved(recipe, target, draft, calls),
-        blocks=math.ceil(calls.batch * slot_blocks) if contiguous else calls.pool,
-        request_blocks=math.ceil(slot_blocks),
-        contiguous=contiguous,
+        blocks=calls.pool,
+        request_blocks=calls.blocks,
         states=4 * target.state_values * calls.batch,
     )
 
 
-def _working(recipe: Recipe, target: Sizes, tokens: int, rows: int) -> int:
+def _working(recipe: Recipe, target: Sizes, tokens: int) -> int:
     """Estimate bytes of fp32 logits and of one layer's activations, of which a compiler keeps a few alive at once."""
     layer = 6 * target.hidden_size + 3 * target.intermediate_size // target.gpus
     if target.experts:  # the exported graph keeps the outputs of all experts before it sums them
         layer += target.experts * target.hidden_size
-    return rows * target.vocab_size * 4 + tokens * layer * KV_BYTES[recipe.precision]
+    return tokens * (target.vocab_size * 4 + layer * KV_BYTES[recipe.precision])
 
 
 def _drafting(recipe: Recipe, draft: Sizes | None) -> int:

@@ -1,4 +1,4 @@
-"""Standard operators in the places of the plugin nodes, so that TensorRT-RTX's builder reads TensorRT's graphs."""
+"""Standard operators in the places of plugin nodes: TensorRT-RTX, which needs no GPU, then builds TensorRT's graphs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
+from echo_trt.backends.tensorrt.compiler import _build
 from super_tree_attention.tensorrt_plugin import NAMESPACE, OPERATOR, WRITTEN
 
 
@@ -33,7 +34,7 @@ def with_stand_ins(source: Path, target: Path) -> None:
     onnx.save(model, target)
 
 
-def built(graph: Path, profile: Mapping[str, tuple], api, logger) -> bool:
+def built(graph: Path, profile: Mapping[str, tuple], api, logger, detail=lambda share, phase: None) -> bool:
     """Return whether TensorRT-RTX builds ``graph`` for one profile; the logger has what it says."""
     builder = api.Builder(logger)
     network = builder.create_network(1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -44,4 +45,4 @@ def built(graph: Path, profile: Mapping[str, tuple], api, logger) -> bool:
     for name, (minimum, usual, maximum) in profile.items():
         made.set_shape(name, minimum, usual, maximum)
     config.add_optimization_profile(made)
-    return builder.build_serialized_network(network, config) is not None
+    return _build(api, builder, network, config, detail) is not None

@@ -15,9 +15,7 @@ from pairs import SIZES, VOCAB
 from transformers import AutoModelForCausalLM
 
 from echo_trt.backends.base import METADATA, Engine
-from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnx_export import export
-from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
 from echo_trt.backends.openvino.cpu import has_bf16
 from echo_trt.backends.openvino.engine import OpenVINOEngine
 from echo_trt.backends.openvino.export import export_parted
@@ -72,16 +70,10 @@ def _tensorrt(role: TargetModule, path: Path, precision: str) -> PackedGraph:
     return PackedGraph(path)
 
 
-def _tensorrt_rtx(role: TargetModule, path: Path, precision: str) -> OnnxRuntimeEngine:
-    export_native(role, path, precision, (BLOCKS + 1) * BLOCK)
-    return OnnxRuntimeEngine(path, 1, BLOCKS, threads=1)
-
-
 ENGINES: dict[str, Callable[[TargetModule, Path, str], Any]] = {
     "openvino": _openvino,
     "torch": _torch,
     "tensorrt": _tensorrt,
-    "tensorrt-rtx": _tensorrt_rtx,
 }
 CASES = [(family.name, engine) for family in FAMILIES.values() for engine in family.engines]
 

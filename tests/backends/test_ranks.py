@@ -8,13 +8,10 @@ import torch
 from backends.cut_graph import CutGraph
 from gloo_threads import on_ranks
 from models.checkpoints import qwen2, qwen3, qwen3_moe, smollm3
-from onnx_sessions import RoleSession
 from random_calls import Script
+from role_sessions import RoleSession
 
-from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnx_export import export
-from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
-from echo_trt.backends.padded import SlotLayout
 from echo_trt.backends.parallel.rank_group import ByNccl
 from echo_trt.backends.tensorrt.engine import TensorRTEngine
 from echo_trt.backends.tensorrt.graph import name_collectives
@@ -112,57 +109,11 @@ def test_a_layers_output_is_added_up_where_it_is(checkpoints):
         assert_close(outputs, wanted[0])
 
 
-class CutEngine(OnnxRuntimeEngine):
-    """A rank's native graph on ONNX Runtime, which stops where the others' parts are needed."""
-
-    def __init__(self, path, collectives):
-        self.graph = CutGraph(path, by_numpy(collectives))
-        inputs = self.graph.inputs
-        self._caches = [name for name in inputs if "_cache." in name]
-        self._inputs = [name for name in inputs if "_cache." not in name]
-        _, heads, rows, head_dim = (d.dim_value for d in inputs[self._caches[0]].shape.dim)
-        self._type, self._layout, self.num_blocks = (
-            np.float32,
-            SlotLayout(SLOTS, EACH, rows - EACH * BLOCK),
-            SLOTS * EACH,
-        )
-        self._pool = np.zeros((len(self._caches), SLOTS, heads, rows, head_dim), np.float32)
-
-    def _run(self, part, inputs):
-        slots = slice(part.first, part.first + len(part.past_lens))
-        caches = dict(zip(self._caches, self._pool[:, slots], strict=True))
-        outputs = self.graph.run({name: getattr(part, name) for name in self._inputs} | caches)
-        for name, cache in caches.items():
-            cache[...] = outputs.pop(f"new_{name}")
-        return outputs
-
-
 def by_numpy(collectives):
     return {
         "AllReduce": lambda part, ranks: collectives.all_reduce(torch.from_numpy(part), ranks).numpy(),
         "AllGather": lambda part, ranks: collectives.all_gather(torch.from_numpy(part), ranks).numpy(),
     }
-
-
-@pytest.mark.parametrize(("name", "ranks"), [("dense", 2), ("a bias", 2), ("mixture", 2)])
-def test_native_graphs_of_all_ranks_are_the_network(name, ranks, checkpoints, tmp_path):
-    table = np.arange(SLOTS * EACH).reshape(SLOTS, EACH)
-    whole = TorchEngine(role_of(checkpoints / name), SLOTS * EACH)
-    for rank in range(ranks):
-        role = role_of(checkpoints / name, Shard(rank, ranks))
-        export_native(role, tmp_path / f"{rank}.onnx", "fp32", SlotLayout(1, EACH, BLOCK).rows)
-    sequence = calls(3, table, NETWORKS[name][1]["vocab_size"])[:3]
-
-    def work(group):
-        engine = CutEngine(tmp_path / f"{group.rank}.onnx", group.collectives)
-        gathers = NETWORKS[name][1]["vocab_size"] % ranks == 0
-        assert engine.graph.operators == ["AllReduce"] * 4 + ["AllGather"] * gathers
-        return [engine.run(call) for call in sequence]
-
-    wanted = [whole.run(call) for call in sequence]
-    for outputs in on_ranks(ranks, work):
-        for got, expected in zip(outputs, wanted, strict=True):
-            assert_close(got, expected)
 
 
 class RankSession(RoleSession):

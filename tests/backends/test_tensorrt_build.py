@@ -18,17 +18,15 @@ from echo_trt.bundle.call_sizes import CallSizes
 def test_who_loads_tensorrt_has_the_plugin_registered(monkeypatch):
     """The parser of a build asks for it, and so does TensorRT when it loads an engine."""
     registered = []
-    for compiler in library.COMPILERS.values():
-        module = type(sys)(compiler.module)
-        module.__version__ = f"{compiler.major}.4.0"
-        monkeypatch.setitem(sys.modules, compiler.module, module)
+    module = type(sys)("tensorrt")
+    module.__version__ = f"{library.MAJOR}.4.0"
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setattr(library, "register", lambda: registered.append(True))
-    for engine, wanted in (("tensorrt-rtx", []), ("tensorrt", [True])):
-        library.load_compiler(engine)
-        assert registered == wanted
+    assert library.load_tensorrt() is module
+    assert registered == [True]
     monkeypatch.setattr(library, "register", lambda: importlib.import_module("what_is_not_there"))
     with refused("the plugin for TensorRT cannot be loaded (No module named 'what", "pip install -e '.[tensorrt]'"):
-        library.load_compiler("tensorrt")
+        library.load_tensorrt()
 
 
 def test_heads_that_the_kernel_does_not_have_are_refused_before_the_export(networks, tmp_path, monkeypatch):
@@ -44,7 +42,7 @@ def test_a_checked_engine_is_gone_before_the_next_network_is_built(networks, tmp
     """Its weights may be most of the card's memory. It has the check's few blocks, and graphs of the check's calls."""
     role, gone = roles_of("lookup", networks)["target"], []
 
-    def opened(engine, file, facts, slots, blocks, num_blocks, prepare=True):
+    def opened(file, facts, slots, blocks, num_blocks, prepare=True):
         assert not prepare
         assert num_blocks == 4 < CallSizes.of(recipe).pool
         engine = TorchEngine(role, num_blocks)
@@ -62,5 +60,5 @@ def test_a_checked_engine_is_gone_before_the_next_network_is_built(networks, tmp
 def test_a_card_that_has_no_kernel():
     for capability in ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1"):
         tensorrt_build.check_card(capability)
-    with refused("compute capability 7.5", "needs 8.0 or more", "--engine tensorrt-rtx"):
+    with refused("compute capability 7.5", "needs 8.0", "newer card"):
         tensorrt_build.check_card("7.5")

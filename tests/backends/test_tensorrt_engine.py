@@ -1,7 +1,5 @@
-"""The TensorRT engine without a GPU: every launch it makes is run by ONNX Runtime, and every refusal is a sentence."""
+"""The TensorRT engine without a GPU: the reference runs every launch that it makes, and every refusal is a sentence."""
 
-import dataclasses
-import importlib.util
 from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -9,55 +7,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from onnx_sessions import SLOTS, OnnxSession, packed
-from pairs import LIMITS, SIZES, recipe_of, roles_of
+from pairs import LIMITS, SIZES
 from random_calls import Script, inputs_for
 from refusal import refused
+from role_sessions import SLOTS, packed
 
 from echo_trt.backends.cuda import choose, transfers
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.calls import Staging
 from echo_trt.backends.cuda.device import missing
 from echo_trt.backends.cuda.sizes import CallBounds, graph_sizes
-from echo_trt.backends.native_export import export_native
-from echo_trt.backends.padded import SlotLayout
 from echo_trt.backends.tensorrt import engine as tensorrt
-from echo_trt.backends.tensorrt.calls import CallLimits, linear_pieces, packed_pieces
+from echo_trt.backends.tensorrt.calls import packed_pieces
 from echo_trt.backends.tensorrt.engine import TensorRTEngine, check_card, check_version
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.manifest import TensorRTFacts
 from echo_trt.speculation.pack import BLOCK, LevelShape, pack, pack_levels
-
-NETWORKS = {
-    "target": ("eagle3", "target"),
-    "draft": ("model", "draft"),
-    "head": ("eagle3", "draft"),
-    "block": ("dflash", "draft"),
-}
-rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
-
-
-@pytest.fixture(scope="module")
-def opened(networks, tmp_path_factory):
-    """network, limits -> its role, the engine under test and its session."""
-    folder, graphs = tmp_path_factory.mktemp("graphs"), {}
-
-    def get(network, slots=SLOTS, rows=None):
-        pair, name = NETWORKS[network]
-        sizes = CallSizes.of(recipe_of(pair, networks, limits=LIMITS | {"prefill_chunk": 32}))
-        if network not in graphs:
-            role = roles_of(pair, networks)[name]
-            export_native(role, folder / f"{network}.onnx", "fp32", sizes.cache_rows)
-            graphs[network] = role, folder / f"{network}.onnx"
-        role, graph = graphs[network]
-        session = OnnxSession(graph, sizes)
-        if rows is not None:
-            for profile in session._profiles:
-                profile["logit_rows"] = ((1,), (rows,))
-        return role, TensorRTEngine(session, slots, sizes.blocks, 0), session
-
-    return get
 
 
 class Steps(Script):
@@ -92,36 +57,13 @@ def assert_like_the_reference(role, engine, seeds):
                 assert (got["logits"].argmax(axis=1) == wanted["logits"].argmax(axis=1)).all()
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_every_call_equals_the_reference(network, opened):
-    role, engine, session = opened(network)
-    assert_like_the_reference(role, engine, 12)
-    assert any(batch > 1 for batch, _ in session.launched)
-    assert any(batch == 1 and tokens > 16 for batch, tokens in session.launched)
-
-
-@pytest.mark.parametrize("pair", ["eagle3", "dflash"])
-def test_every_packed_call_equals_the_reference(pair, networks, tmp_path):
-    role, engine, session = packed("draft", networks, tmp_path, pair)
+@pytest.mark.parametrize(
+    ("pair", "name"), [("eagle3", "target"), ("eagle3", "draft"), ("dflash", "draft"), ("model", "draft")]
+)
+def test_every_call_equals_the_reference(pair, name, networks, tmp_path):
+    role, engine, session = packed(name, networks, tmp_path, pair)
     assert_like_the_reference(role, engine, 12)
     assert any(tokens > 32 for (tokens,) in session.launched)
-
-
-def test_a_head_with_a_cache_a_slot_drafts_level_by_level(opened):
-    assert not opened("head")[1].drafts_levels
-    assert not opened("target")[1].drafts_levels
-
-
-def test_sizes_are_few(opened):
-    """CUDA graphs are one a size: of all batches and lengths, only these are launched."""
-    _, engine, session = opened("target")
-    for seed in range(20):
-        script = Steps(seed, engine.num_blocks // SLOTS)
-        for step in range(2):
-            engine.run(script.step(first=step == 0))
-    batches, tokens = ({shape[axis] for shape in session.launched} for axis in (0, 1))
-    assert batches <= {1, 2, 4}
-    assert tokens <= {1, 2, 4, 8, 12, 16, 24, 32}
 
 
 def test_of_large_calls_no_two_of_which_are_alike_no_context_is_kept(networks, tmp_path, monkeypatch):
@@ -226,35 +168,22 @@ def test_a_packed_call_is_one_upload_one_launch_and_one_wait(networks, tmp_path,
     assert [len(got[name]) for name in ("logits", "features")] == [5, 9]
     assert len(outputs["features"]) > 9
     around.clear()
-    engine._limits = dataclasses.replace(engine._limits, tokens=6)
+    engine._tokens = 6
     engine.run(packed_call([3, 5, 1]))  # two launches
     assert (len(launched), around) == (3, {"uploads": 2, "waits": 1})
 
 
-def test_a_padded_call_is_two_uploads(opened, around):
-    _, engine, session = opened("target")
-    script = Steps(0, engine.num_blocks // SLOTS)
-    counts = np.array([2, 1, 2])
-    call = pack(np.arange(5), np.array([0, 1, 0, 0, 1]), 0 * counts, counts, script.table[:3], np.arange(5))
-    session.launched.clear()
-    around.clear()
-    engine.run(call)
-    assert (len(session.launched), around["waits"]) == (1, 1)
-    assert around["uploads"] == 3  # the slots to clear, the call, and where its rows go
-
-
 def test_a_head_keeps_the_states_of_the_trees_that_it_drafts(networks, tmp_path):
     _, engine, session = packed("draft", networks, tmp_path)
-    batch, tokens = engine._limits.batch, engine._limits.tokens
-    assert len(engine.feature_cache("hidden").rows) == batch * tokens
+    batch = LIMITS["batch"]
+    assert len(engine.feature_cache("hidden").rows) == batch * engine._tokens
     small = TensorRTEngine(session, SLOTS, 4, 16, tree=10)
     assert len(small.feature_cache("hidden").rows) == batch * 10
 
 
-@pytest.mark.parametrize("paged", [False, True])
-def test_a_heads_states_go_back_as_they_came(paged, opened, networks, tmp_path):
+def test_a_heads_states_go_back_as_they_came(networks, tmp_path):
     """A second draft level reads what the first one left on the device."""
-    role, engine, _ = packed("draft", networks, tmp_path) if paged else opened("head")
+    role, engine, _ = packed("draft", networks, tmp_path)
     reference = TorchEngine(role, engine.num_blocks)
     table = np.arange(engine.num_blocks).reshape(SLOTS, -1)
     features = np.random.default_rng(0).standard_normal((SLOTS, 3 * SIZES["hidden_size"]), np.float32)
@@ -269,21 +198,8 @@ def test_a_heads_states_go_back_as_they_came(paged, opened, networks, tmp_path):
     np.testing.assert_allclose(np.asarray(states[1]), states[0], atol=1e-4)
 
 
-def test_a_call_that_asks_for_more_rows_than_a_launch_gives_is_divided(opened):
-    limit = max(CallSizes(1, 1, 13, 16, 1).tree, 16)
-    role, engine, session = opened("target", rows=limit)
-    reference = TorchEngine(role, engine.num_blocks)
-    table = np.arange(engine.num_blocks).reshape(SLOTS, -1)
-    counts, rng = np.full(SLOTS, 7), np.random.default_rng(0)
-    tokens = rng.integers(0, SIZES["vocab_size"], 28)
-    call = pack(tokens, np.tile(np.arange(7), SLOTS), np.zeros(SLOTS, int), counts, table, np.arange(28))
-    wanted, got = reference.run(call), engine.run(call)
-    np.testing.assert_allclose(np.asarray(got["logits"]), wanted["logits"], atol=1e-3)
-    assert len(session.launched) > 1
-
-
-def test_moved_rows_are_those_that_later_calls_see(opened):
-    role, engine, _ = opened("draft")
+def test_moved_rows_are_those_that_later_calls_see(networks, tmp_path):
+    role, engine, _ = packed("draft", networks, tmp_path, "model")
     reference = TorchEngine(role, engine.num_blocks)
     script = Steps(3, engine.num_blocks // SLOTS)
     for step in range(4):
@@ -299,16 +215,11 @@ def test_moved_rows_are_those_that_later_calls_see(opened):
     np.testing.assert_allclose(np.asarray(got["scores"]), wanted["scores"], atol=1e-4)
 
 
-def test_more_requests_than_it_was_built_for(opened):
-    with refused(f"batch is {LIMITS['batch'] + 1}", f"built for {LIMITS['batch']}", "limits.batch", "build again"):
-        opened("draft", slots=LIMITS["batch"] + 1)
-
-
-def test_a_starting_request_finds_its_slot_cleared(opened):
-    _, engine, _ = opened("draft")
-    engine._pool[:] = np.nan
-    call = Steps(1, engine.num_blocks // SLOTS).step(first=True)
-    assert np.isfinite(np.asarray(engine.run(call)["scores"])).all()
+def test_more_requests_than_it_was_built_for(networks, tmp_path):
+    _, _, session = packed("draft", networks, tmp_path)
+    batch = session.largest("past_lens", 0, session.num_profiles - 1)
+    with refused(f"batch is {batch + 1}", f"built for {batch}", "limits.batch", "build again"):
+        TensorRTEngine(session, batch + 1, 4, 16)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------
@@ -319,18 +230,16 @@ FACTS = TensorRTFacts(version="1.0.0", capabilities=["8.0", "8.9"])
 
 def test_an_engine_of_another_version(monkeypatch):
     module = type("Module", (), {"__version__": "1.9.9"})
-    monkeypatch.setattr(tensorrt, "load_compiler", lambda engine: module)
-    with refused("TensorRT-RTX 1.0.0", "1.9.9 is installed", "build it again", "install TensorRT-RTX 1.0.0"):
-        check_version("tensorrt-rtx", FACTS)
-    check_version("tensorrt-rtx", FACTS.model_copy(update={"version": "1.9.9"}))
+    monkeypatch.setattr(tensorrt, "load_tensorrt", lambda: module)
+    with refused("TensorRT 1.0.0", "1.9.9 is installed", "build it again", "install TensorRT 1.0.0"):
+        check_version(FACTS)
+    check_version(FACTS.model_copy(update={"version": "1.9.9"}))
 
 
 def test_an_engine_for_another_card():
-    check_card("tensorrt-rtx", FACTS, "8.9", "L4")
-    with refused("8.0, 8.9", "H100 has 9.0", "--compute-capability 9.0"):
-        check_card("tensorrt-rtx", FACTS, "9.0", "H100")
+    check_card(FACTS, "8.9", "L4")
     with refused("8.0, 8.9", "A10 has 8.6", "on this machine"):
-        check_card("tensorrt", FACTS, "8.6", "A10")
+        check_card(FACTS, "8.6", "A10")
 
 
 def test_too_little_memory_says_how_much():
@@ -340,14 +249,11 @@ def test_too_little_memory_says_how_much():
     )
 
 
-@rtx
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so that nothing is refused")
-def test_no_gpu(tmp_path):
-    import tensorrt_rtx
-
-    facts = TensorRTFacts(version=tensorrt_rtx.__version__, capabilities=["8.9"])
+def test_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorrt, "load_tensorrt", lambda: SimpleNamespace(__version__="1.0.0"))
     with refused("no CUDA device", "run on a machine with an NVIDIA GPU", "--engine openvino"):
-        TensorRTEngine.open("tensorrt-rtx", tmp_path / "target.engine", facts, 1, 4, 4)
+        TensorRTEngine.open(tmp_path / "target.engine", FACTS, 1, 4, 4)
 
 
 # -- calls without logits --------------------------------------------------------------------------------------------
@@ -363,9 +269,6 @@ def packed_call(counts, past=0):
 def test_a_launch_asks_for_a_row_even_if_the_call_does_not():
     call = packed_call([3])
     call = pack(call.token_ids, call.positions, np.zeros(1, int), np.array([3]), np.zeros((1, 8)), np.zeros(0))
-    (piece,) = packed_pieces(call, {}, CallLimits(8, 32, 32, 32), graph_sizes(8), CallBounds(8, 8))
-    assert len(piece.arrays["logit_rows"]) >= 1
-    assert len(piece.requested) == 0
-    (piece,) = linear_pieces(call, {}, SlotLayout(2, 8, 16), CallLimits(2, 16, 16, 16))
+    (piece,) = packed_pieces(call, {}, 32, graph_sizes(8), CallBounds(8, 8))
     assert len(piece.arrays["logit_rows"]) >= 1
     assert len(piece.requested) == 0

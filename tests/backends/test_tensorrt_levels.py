@@ -1,13 +1,12 @@
 """Levels that TensorRT's engine drafts on the device, against the PyTorch engine's."""
 
 import weakref
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from onnx_sessions import SLOTS, packed
 from pairs import SIZES, VOCAB
+from role_sessions import SLOTS, packed
 from stand_in_graphs import uncollected
 
 from echo_trt.backends.cuda.calls import Graphs
@@ -61,9 +60,9 @@ def test_levels_on_the_device_are_those_of_the_pytorch_engine(levels, beams, wid
 def test_levels_of_more_tokens_than_a_launch_takes_are_divided(networks, tmp_path):
     """A batch of 256 requests with 10 beams has 2,560 tokens, and the launches of Qwen3-8B's engine take 1,536."""
     role, engine, session = packed("draft", networks, tmp_path)
-    engine._limits = replace(engine._limits, tokens=16)
+    engine._tokens = 16
     shape, counts = LevelShape(1, 3, 5, 5), np.array([4, 1, 6, 2])
-    assert len(counts) * shape.beams > engine._limits.tokens
+    assert len(counts) * shape.beams > engine._tokens
     drafted = drafted_by_both(role, engine, [shape], counts)
     np.testing.assert_array_equal(drafted[1][:3], drafted[0][:3])
     assert session.launched == [(16,), *[(10,)] * 6]  # 13 rows padded, and three levels of 20 tokens in two

@@ -21,8 +21,7 @@ def test_what_a_session_asks_of_tensorrt_is_there():
     library = next(Path(bindings.origin).parent.glob("tensorrt*.so")).read_bytes()
     requested = set(re.findall(r"\b(?:context|_engine|_runtime|settings)\.(\w+)", inspect.getsource(Session)))
     assert {"set_communicator", "execute_async_v3", "get_tensor_profile_shape"} <= requested
-    only_rtx = {"dynamic_shapes_kernel_specialization_strategy", "create_runtime_cache", "set_runtime_cache"}
-    assert [name for name in sorted(requested - only_rtx) if name.encode() not in library] == []
+    assert [name for name in sorted(requested) if name.encode() not in library] == []
 
 
 class Context:

@@ -152,8 +152,8 @@ def test_without_a_gpu_a_name_is_built_for_the_cpu_with_a_pool_that_follows_its_
     assert (recipe.engine, recipe.limits.kv_blocks) == ("openvino", None)
     recipe, _ = recipe_for("Qwen/Qwen3-0.6B", engine="tensorrt")
     assert (recipe.engine, recipe.limits.kv_blocks) == ("tensorrt", 4096)
-    assert recipe.built_as("openvino", "int8", []).limits.kv_blocks is None
-    assert recipe.built_as("torch", None, []).limits.kv_blocks == 4096
+    assert recipe.built_as("openvino", "int8").limits.kv_blocks is None
+    assert recipe.built_as("torch", None).limits.kv_blocks == 4096
     monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: True)
     assert recipe_for("Qwen/Qwen3-0.6B")[0].engine == "tensorrt"
 
@@ -177,8 +177,6 @@ def test_a_chosen_pool_becomes_kv_blocks():
         sized(recipe, folder, BuildOptions("", kv_cache_memory=2**30))
     with refused("--gpu-memory-utilization and --kv-cache-memory", "give one of them"):
         sized(recipe, folder, BuildOptions("", gpu_memory_utilization=0.9, kv_cache_memory=2**30))
-    with refused("--kv-cache-memory is given, but tensorrt-rtx", "--max-num-seqs"):
-        sized(recipe.built_as("tensorrt-rtx", None, []), folder, BuildOptions("", kv_cache_memory=2**30))
 
 
 def test_another_draft_keeps_the_recipe_and_tells_its_kind_by_its_configuration(tmp_path):
@@ -239,7 +237,7 @@ def test_engines_that_share_a_card_share_its_memory(name):
     theirs = re.findall(r"vllm serve .*--gpu-memory-utilization ([\d.]+)", beside)
     assert float(ours[3]) + sum(map(float, theirs)) <= 0.9
     recipe, folder = recipe_for(ours[1], engine=ours[2])
-    recipe = recipe.built_as(ours[2], None, [])
+    recipe = recipe.built_as(ours[2], None)
     held = filling(recipe, folder, int(CARDS["H100-80GB"].chip.memory), float(ours[3]), "H100", "9.0").limits.kv_blocks
     assert held >= 4 * recipe.request_blocks
 

@@ -81,10 +81,11 @@ def test_a_hybrid_has_no_prefix_cache_and_its_states_are_counted(bundle_of):
     ("changes", "named"),
     [
         ({"precision": "int8"}, "precision is int8"),
-        ({"engine": "tensorrt-rtx", "precision": "bf16"}, "engine is tensorrt-rtx"),
+        ({"engine": "tensorrt", "precision": "bf16"}, "engine is tensorrt"),
         ({"decoding": {"per_request": 65}}, "verifies 64 tokens"),
     ],
 )
-def test_what_a_hybrid_does_not_have_is_refused(changes, named, networks, tmp_path):
+def test_what_a_hybrid_does_not_have_is_refused(changes, named, networks, tmp_path, monkeypatch):
+    monkeypatch.setattr("echo_trt.backends.tensorrt.build.check_settings", lambda recipe: None)  # without its library
     with pytest.raises(UserError, match=named):
         build(recipe_of("mtp", networks, **changes), networks, tmp_path / "out")

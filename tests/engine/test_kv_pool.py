@@ -95,12 +95,11 @@ def test_a_pool_beyond_half_of_the_memory_is_told(with_limits, monkeypatch):
 
 
 def test_on_a_gpu_it_is_the_recipe_s_or_what_the_batch_needs(with_limits):
-    """What fits is the engine's to check; one with a cache for each running request has no blocks to choose."""
+    """What fits is the engine's to check."""
     folder = with_limits("lookup", kv_blocks=40)
-    tensorrt, rtx = (read_manifest(folder).model_copy(update={"engine": name}) for name in ("tensorrt", "tensorrt-rtx"))
-    assert kv_pool(folder, tensorrt).blocks == 40
-    assert kv_pool(folder, rtx).requests == rtx.recipe.limits.batch
-    assert kv_pool(folder, rtx).warning == ""
+    pool = kv_pool(folder, read_manifest(folder).model_copy(update={"engine": "tensorrt"}))
+    assert pool.blocks == 40
+    assert pool.warning == ""
 
 
 def test_engines_that_share_a_machine_share_its_memory(with_limits):

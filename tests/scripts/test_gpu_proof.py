@@ -18,8 +18,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 #: What echo-trt may use elsewhere, and a bare GPU machine may lack.
 MISSING = ("openvino", "nncf", "transformers", "tokenizers", "safetensors", "onnx", "onnxscript", "gguf", "scipy",
-           "matplotlib", "cyclopts", "rich", "jinja2", "llguidance", "hypothesis", "filelock",
-           "tensorrt_rtx")  # fmt: skip
+           "matplotlib", "cyclopts", "rich", "jinja2", "llguidance", "hypothesis", "filelock")  # fmt: skip
 
 
 #: In the place of tests of a section: what crashes, fails, passes, is skipped or cannot be collected.

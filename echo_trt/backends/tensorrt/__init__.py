@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX: build, check and run engines."""
+"""TensorRT: build, check and run engines."""

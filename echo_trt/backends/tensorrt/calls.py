@@ -4,149 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from echo_trt.backends.base import METADATA
-from echo_trt.backends.cuda.sizes import Arrays, CallBounds, Capacity, Size, bucket, capacity_of, size_for
-from echo_trt.backends.cuda.sizes import pad as pad_packed
-from echo_trt.backends.padded import CallPart, SlotLayout, pad, piece_states, split
+from echo_trt.backends.cuda.sizes import Arrays, CallBounds, Capacity, Size, capacity_of, pad, size_for
 from echo_trt.speculation.pack import ForwardBatch
 from super_tree_attention.tensorrt_plugin import words
-
-if TYPE_CHECKING:
-    from echo_trt.backends.tensorrt.session import Session
-
-
-@dataclass(frozen=True)
-class CallLimits:
-    """The largest launch of an engine.
-
-    batch   requests
-    tokens  native: of one request in a launch with others; packed: of all requests
-    chunk   tokens of one request in a launch of its own
-    rows    rows of logits
-    """
-
-    batch: int
-    tokens: int
-    chunk: int
-    rows: int
-
-    @classmethod
-    def of(cls, session: Session, contiguous: bool) -> CallLimits:
-        last = session.num_profiles - 1
-        axis, usual = (1, 0) if contiguous else (0, last)
-        return cls(
-            batch=session.largest("past_lens", 0, usual),
-            tokens=session.largest("token_ids", axis, usual),
-            chunk=session.largest("token_ids", axis, last),
-            rows=session.largest("logit_rows", 0, usual),
-        )
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One launch over the slots from ``first`` on.
+    """One launch.
 
     arrays       inputs by name
     capacity     rows of memory for inputs that are shorter in this launch
-    rows         int [n], the packed call's rows that it computes
-    padded_rows  int [n], their indices among the launch's tokens
+    begin        the first of the packed call's rows that it computes
+    count        the number of them
     requested    int [R], indices into the packed call's logit_rows, to which the first rows of logits belong
     padded       whether the inputs have a size that recurs
     """
 
     arrays: Arrays
     capacity: Capacity
-    rows: np.ndarray
-    padded_rows: np.ndarray
+    begin: int
+    count: int
     requested: np.ndarray
     padded: bool
-    first: int = 0
 
     @property
     def tokens(self) -> int:
         return self.arrays["token_ids"].size
 
 
-def linear_pieces(call: ForwardBatch, inputs: Arrays, layout: SlotLayout, limits: CallLimits) -> Iterator[MicroBatch]:
-    for part in split(call, layout, limits.tokens):
-        for group in _groups(call, part, limits):
-            yield _linear_piece(call, group, inputs, layout, limits)
-
-
-def _groups(call: ForwardBatch, part: CallPart, limits: CallLimits) -> Iterator[CallPart]:
-    """Divide a part into launches within the limit of rows of logits."""
-    request = np.searchsorted(call.seq_begins, call.logit_rows, side="right") - 1
-    requested = np.bincount(request, minlength=len(call.past_lens))[part.requests]
-    if len(part.requests) == 1 or requested.sum() <= limits.rows:
-        yield part
-        return
-    # A request has at most limits.tokens rows, by which a group's first request can exceed the group's share.
-    group = np.cumsum(requested) // (limits.rows - limits.tokens + 1)
-    for g in np.unique(group):
-        yield CallPart(part.requests[group == g], part.starts[group == g], part.counts[group == g])
-
-
-def _linear_piece(
-    call: ForwardBatch, part: CallPart, inputs: Arrays, layout: SlotLayout, limits: CallLimits
-) -> MicroBatch:
-    longest = int(part.counts.max())
-    span = int(np.ptp(layout.slots_of(call)[part.requests])) + 1
-    short = longest <= limits.tokens
-    batch = min(bucket(span), layout.slots) if short else 1
-    tokens = min(bucket(longest), limits.tokens if short else limits.chunk)
-    padded = pad(call, part, layout, batch, tokens)
-    names = ("token_ids", "positions", "past_lens", "tree_mask")
-    arrays = {name: getattr(padded, name) for name in names}
-    requested = np.zeros(min(bucket(max(len(padded.requested), 1)), limits.rows if short else limits.chunk), np.int64)
-    requested[: len(padded.requested)] = padded.logit_rows
-    arrays["logit_rows"] = requested
-    if "hidden" not in inputs and "state_rows" in inputs:
-        chosen, state_index = piece_states(
-            inputs["state_rows"][padded.rows],
-            padded.requested,
-            len(call.logit_rows),
-            inputs["features"],
-            len(requested),
-        )
-        features = np.zeros((bucket(len(chosen)) if len(chosen) else 0, *chosen.shape[1:]), chosen.dtype)
-        features[: len(chosen)] = chosen
-        padded.state_rows.flat[:] = 0
-        padded.state_rows.flat[padded.padded_rows] = state_index
-        arrays |= {"features": features, "state_rows": padded.state_rows}
-    elif "features" in inputs:
-        features, hidden, state_index = _states(padded.rows, inputs["features"], inputs["hidden"])
-        state_rows = np.zeros(batch * tokens, np.int64)
-        state_rows[padded.padded_rows] = state_index
-        arrays |= {"features": features, "hidden": hidden, "state_rows": state_rows.reshape(batch, tokens)}
-    return MicroBatch(arrays, {}, padded.rows, padded.padded_rows, padded.requested, True, padded.first)
-
-
-def _states(rows: np.ndarray, features: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Select a head's inputs for the packed ``rows``, int [n], padded, and the rows' indices in both end to end [n]."""
-    of_target = rows < len(features)
-    chosen = features[rows[of_target]], hidden[rows[~of_target] - len(features)]
-    first, second = (np.zeros((bucket(len(a)) if len(a) else 0, *a.shape[1:]), a.dtype) for a in chosen)
-    first[: len(chosen[0])], second[: len(chosen[1])] = chosen
-    state_index = np.where(of_target, np.cumsum(of_target) - 1, len(first) + np.cumsum(~of_target) - 1)
-    return first, second, state_index
-
-
 def packed_pieces(
-    call: ForwardBatch, inputs: Arrays, limits: CallLimits, sizes: Sequence[Size], bounds: CallBounds
+    call: ForwardBatch, inputs: Arrays, tokens: int, sizes: Sequence[Size], bounds: CallBounds
 ) -> Iterator[MicroBatch]:
-    """Divide a call for the graph with the plugin: a launch takes as many of the next requests as fit.
+    """Divide a call into launches of at most ``tokens`` tokens: each takes as many of the next requests as fit.
 
     A launch is padded to the first of ``sizes`` that holds it, where its block table is within ``bounds``.
     """
     counts = np.diff(call.seq_begins)
     begin = 0
     while begin < len(counts):
-        tokens = np.cumsum(counts[begin:])
-        taken = max(int(np.searchsorted(tokens, limits.tokens, side="right")), 1)
+        ends = np.cumsum(counts[begin:])
+        taken = max(int(np.searchsorted(ends, tokens, side="right")), 1)
         yield _packed_piece(call, begin, begin + taken, inputs, sizes, bounds)
         begin += taken
 
@@ -185,11 +87,30 @@ def _packed_piece(
     size = size_for(arrays, sizes)
     capacity = capacity_of(size, bounds) if size else {}
     if size and all(len(arrays[name]) <= maximum for name, maximum in capacity.items()):
-        arrays = pad_packed(arrays, size)
+        arrays = pad(arrays, size)
     else:
         size, capacity = None, {}
     arrays, capacity = in_words(arrays, capacity)
-    return MicroBatch(arrays, capacity, np.arange(first, last), np.arange(last - first), requested, size is not None)
+    return MicroBatch(arrays, capacity, first, last - first, requested, size is not None)
+
+
+def piece_states(
+    states: np.ndarray, requested: np.ndarray, total: int, features: np.ndarray, rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Select a block drafter's features for a part of a call, and say which states its packed rows are.
+
+    states     int [n], of the part's rows, in the whole call
+    requested  int [r], the part's share of the call's ``total`` logit rows
+    features   float [M, F], of the whole call
+    rows       logit rows that the part is padded to
+    """
+    in_block = states < total
+    state_index = np.zeros(total, np.int64)
+    state_index[requested] = np.arange(len(requested))
+    renumbered = np.empty(len(states), np.int64)
+    renumbered[in_block] = state_index[states[in_block]]
+    renumbered[~in_block] = rows + np.arange(np.count_nonzero(~in_block))
+    return features[states[~in_block] - total], renumbered
 
 
 def in_words(arrays: Arrays, capacity: Capacity) -> tuple[Arrays, Capacity]:

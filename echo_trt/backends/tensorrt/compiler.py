@@ -1,7 +1,4 @@
-"""ONNX to TensorRT and TensorRT-RTX engines.
-
-TensorRT-RTX builds for given compute capabilities, without a GPU; TensorRT builds for the card that it runs on.
-"""
+"""ONNX to TensorRT engines, which are built for the card that they are built on."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from echo_trt.backends.tensorrt.graph import check_graph
-from echo_trt.backends.tensorrt.library import COMPILERS, Compiler, first_sentence, load_compiler, logger_of
+from echo_trt.backends.tensorrt.library import first_sentence, load_tensorrt, logger_of
 from echo_trt.errors import UserError
 
 ProfileShapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, usual and largest shape of an input
@@ -32,35 +29,9 @@ HARMLESS = (
 )
 
 
-def check_precision(engine: str, key: str, precision: str) -> None:
+def check_precision(key: str, precision: str) -> None:
     if precision not in PRECISIONS:
-        why = "has no attention kernel for" if precision == "fp32" else "does not build"
-        raise UserError(f"{key} is {precision!r}, which {COMPILERS[engine].title} {why}; use fp16 or bf16.")
-
-
-def check_capabilities(engine: str, wanted: Sequence[str]) -> None:
-    """Refuse compute capabilities, such as 8.9, that the compiler cannot build for."""
-    compiler = COMPILERS[engine]
-    if not compiler.builds_anywhere:
-        if wanted:
-            raise UserError(
-                f"compute_capability is {wanted[0]}, but {compiler.title} builds for the card it runs on; "
-                "leave it out, or use --engine tensorrt-rtx."
-            )
-        return
-    supported = known_capabilities(engine)
-    for capability in wanted:
-        if capability not in supported:
-            raise UserError(
-                f"compute_capability is {capability}, which {compiler.title} does not know; "
-                f"use one of {', '.join(supported)}, or --engine tensorrt on the card itself."
-            )
-
-
-def known_capabilities(engine: str) -> list[str]:
-    members = load_compiler(engine).ComputeCapability.__members__
-    numbers = sorted(int(name[2:]) for name in members if re.fullmatch(r"SM\d+", name))
-    return [f"{n // 10}.{n % 10}" for n in numbers]
+        raise UserError(f"{key} is {precision!r}, which TensorRT does not build; use fp16 or bf16.")
 
 
 @dataclass(frozen=True)
@@ -71,10 +42,8 @@ class CompileJob:
     warning of the parser stops the build, unless the engine's numbers are ``checked`` on the card afterwards.
     """
 
-    engine: str
     graph: Path
     profiles: Sequence[Profile]
-    capabilities: Sequence[str]
     timing_cache: Path
     log: Path
     checked: bool = False
@@ -82,26 +51,19 @@ class CompileJob:
 
 def compile_engine(job: CompileJob, out: Path, detail: TellPhase = lambda share, phase: None) -> None:
     """Write the engine to ``out``. A refusal contains the compiler's message."""
-    api, compiler = load_compiler(job.engine), COMPILERS[job.engine]
+    api = load_tensorrt()
     logger = logger_of(api)
     with job.log.open("a", encoding="utf-8") as log, logger.writing_to(log):
         builder = api.Builder(logger)
         network = builder.create_network(1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = api.OnnxParser(network, logger)
-        check_graph(job.graph, parser.supports_operator, compiler.plugins, compiler.title)
-        _parse(parser, job, logger, compiler)
+        check_graph(job.graph, parser.supports_operator)
+        _parse(parser, job, logger)
         config = builder.create_builder_config()
-        if hasattr(api.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # without it TensorRT-RTX's launches cannot be captured
-            config.set_flag(api.BuilderFlag.REQUIRE_USER_ALLOCATION)
-        if compiler.plugins:  # an engine then tells of its layers whether one copies a cache
-            config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
-        if job.capabilities:  # else TensorRT-RTX builds for all cards from Ampere on, and TensorRT for this one
-            config.num_compute_capabilities = len(job.capabilities)
-        for i, capability in enumerate(job.capabilities):
-            config.set_compute_capability(getattr(api.ComputeCapability, "SM" + capability.replace(".", "")), i)
-        if not compiler.builds_anywhere:  # TensorRT-RTX times nothing, and cannot read a cache without a GPU
-            timings = config.create_timing_cache(job.timing_cache.read_bytes() if job.timing_cache.exists() else b"")
-            config.set_timing_cache(timings, True)
+        # The engine then tells of its layers whether one copies a cache.
+        config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
+        timings = config.create_timing_cache(job.timing_cache.read_bytes() if job.timing_cache.exists() else b"")
+        config.set_timing_cache(timings, True)
         for shapes in job.profiles:
             profile = builder.create_optimization_profile()
             for name, minimum_usual_maximum in shapes.items():
@@ -110,27 +72,26 @@ def compile_engine(job: CompileJob, out: Path, detail: TellPhase = lambda share,
         engine = _build(api, builder, network, config, detail)
         if engine is None:
             raise UserError(
-                f"{compiler.title} could not build {job.graph.stem}: {first_sentence(logger.errors())}; "
+                f"TensorRT could not build {job.graph.stem}: {first_sentence(logger.errors())}; "
                 "use another precision, or --engine openvino."
             )
         out.write_bytes(engine)
-        if not compiler.builds_anywhere:
-            job.timing_cache.write_bytes(config.get_timing_cache().serialize())
+        job.timing_cache.write_bytes(config.get_timing_cache().serialize())
 
 
-def _parse(parser: Any, job: CompileJob, logger: Any, compiler: Compiler) -> None:
+def _parse(parser: Any, job: CompileJob, logger: Any) -> None:
     graph = job.graph
     logger.forget()  # earlier messages concern flags and libraries
     if not parser.parse_from_file(str(graph)):
         error = parser.get_error(0)
         raise UserError(
-            f"{compiler.title} cannot read {graph}: operator {error.node_operator() or '?'} "
+            f"TensorRT cannot read {graph}: operator {error.node_operator() or '?'} "
             f"{error.node_name()}: {first_sentence([error.desc()])}."
         )
     for warning in () if job.checked else logger.warnings():
         if not any(harmless.search(warning) for harmless in HARMLESS):
             raise UserError(
-                f"{compiler.title} warned while reading {graph}: {first_sentence([warning])}; this is not known to be "
+                f"TensorRT warned while reading {graph}: {first_sentence([warning])}; this is not known to be "
                 "harmless, so no engine was built: export the network with echo-trt build."
             )
 

@@ -1,7 +1,7 @@
 """An ONNX graph made ready for TensorRT: checks, since its parser misreads some graphs and crashes on others, and our
 collectives as ``DistCollective``, the operator of its collective layer (IDistCollectiveLayer).
 
-TensorRT 11 has the layer, over the NCCL communicator of an execution context; TensorRT-RTX has it from 1.7 on.
+TensorRT 11 has the layer, over the NCCL communicator of an execution context.
 """
 
 from __future__ import annotations
@@ -14,32 +14,35 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from echo_trt.backends.base import COLLECTIVES, DOMAIN
 from echo_trt.errors import UserError
+from super_tree_attention.tensorrt_plugin import NAMESPACE, OPERATOR
 
+#: Our operators, (domain, name), that are plugins.
+PLUGINS = frozenset({(NAMESPACE, OPERATOR)})
 #: Our operator -> collective_operation, reduce_op.
 OPERATIONS = dict(zip(COLLECTIVES, (("all_reduce", "sum"), ("all_gather", "none")), strict=True))
 
 
-def check_graph(path: Path, knows: Callable[[str], bool], plugins: frozenset[tuple[str, str]], compiler: str) -> None:
-    """Refuse a graph that ``compiler`` would abort on, pass over or compute wrongly.
+def check_graph(path: Path, knows: Callable[[str], bool]) -> None:
+    """Refuse a graph that TensorRT would abort on, pass over or compute wrongly.
 
-    ``knows`` returns whether the compiler's parser has a standard operator; ``plugins`` are (domain, operator).
+    ``knows`` returns whether its parser has a standard operator.
     """
     model = onnx.load(path, load_external_data=False)
     for node in _nodes(model.graph):
         name = f"{node.domain}::{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
-        if (node.domain, node.op_type) in plugins:
+        if (node.domain, node.op_type) in PLUGINS:
             continue
         if name != node.op_type or not knows(node.op_type):
             raise UserError(
-                f"{path}: operator {name} is not one that {compiler} compiles; "
+                f"{path}: operator {name} is not one that TensorRT compiles; "
                 "export the network with echo-trt build, or use --engine openvino."
             )
         if problem := _silent_trap(node):
-            raise UserError(f"{path}: {problem}, which {compiler} gets wrong; export the network with echo-trt build.")
+            raise UserError(f"{path}: {problem}, which TensorRT gets wrong; export the network with echo-trt build.")
     used = {name for node in _nodes(model.graph) for name in node.input} | {o.name for o in model.graph.output}
     if unused := [i.name for i in model.graph.input if i.name not in used]:
         raise UserError(f"{path}: input {unused[0]} is not used by any operator; export the network again.")
-    _check_masks(path, model, compiler)
+    _check_masks(path, model)
 
 
 def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
@@ -62,14 +65,14 @@ def _silent_trap(node: NodeProto) -> str:
     return ""
 
 
-def _check_masks(path: Path, model: ModelProto, compiler: str) -> None:
+def _check_masks(path: Path, model: ModelProto) -> None:
     inferred = onnx.shape_inference.infer_shapes(model).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.input, *inferred.value_info)}
     for node in _nodes(model.graph):
         mask = node.input[3] if node.op_type == "Attention" and len(node.input) > 3 else ""
         if types.get(mask) == TensorProto.BOOL:
             raise UserError(
-                f"{path}: Attention {node.name} has a bool mask, which {compiler} gets wrong in more than one layer; "
+                f"{path}: Attention {node.name} has a bool mask, which TensorRT gets wrong in more than one layer; "
                 "use a mask that is added to the scores."
             )
 

@@ -1,57 +1,35 @@
-"""TensorRT and TensorRT-RTX: two Python modules with one API."""
+"""TensorRT's Python module: its version, our plugins in it, and its messages."""
 
 from __future__ import annotations
 
 import importlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 from echo_trt.errors import UserError
-from super_tree_attention.tensorrt_plugin import NAMESPACE, OPERATOR, register
+from super_tree_attention.tensorrt_plugin import register
+
+MAJOR = 11  # the version that is supported
 
 
-@dataclass(frozen=True)
-class Compiler:
-    """One of the two modules: name for users, Python module, supported major version, and pip extra."""
-
-    title: str
-    module: str
-    major: int
-    extra: str
-    builds_anywhere: bool
-    plugins: frozenset[tuple[str, str]] = frozenset()
-
-
-#: Our operators, (domain, name), that are plugins; TensorRT-RTX takes none.
-PLUGINS = frozenset({(NAMESPACE, OPERATOR)})
-
-COMPILERS = {
-    "tensorrt": Compiler("TensorRT", "tensorrt", 11, "tensorrt", False, PLUGINS),
-    "tensorrt-rtx": Compiler("TensorRT-RTX", "tensorrt_rtx", 1, "rtx", True),
-}
-
-
-def load_compiler(engine: str) -> ModuleType:
-    """Import the Python module of ``engine`` and register our plugins; a missing one or another version is refused."""
-    compiler = COMPILERS[engine]
-    run = f"run pip install -e '.[{compiler.extra}]' in the repository"
+def load_tensorrt() -> ModuleType:
+    """Import TensorRT's Python module and register our plugin; a missing one or another version is refused."""
+    run = "run pip install -e '.[tensorrt]' in the repository"
     remedy = f"{run}, or echo-trt build the bundle with --engine openvino."
     try:
-        module = importlib.import_module(compiler.module)
+        module = importlib.import_module("tensorrt")
         version = module.__version__
     except Exception as error:  # a wheel without its libraries may raise anything
-        raise UserError(f"{compiler.title} is not installed ({error}); {remedy}") from error
-    if version.split(".")[0] != str(compiler.major):
-        raise UserError(f"{compiler.title} is version {version}, and echo-trt needs version {compiler.major}; {remedy}")
+        raise UserError(f"TensorRT is not installed ({error}); {remedy}") from error
+    if version.split(".")[0] != str(MAJOR):
+        raise UserError(f"TensorRT is version {version}, and echo-trt needs version {MAJOR}; {remedy}")
     try:
-        if compiler.plugins:
-            register()
+        register()
     except ImportError as error:
-        raise UserError(f"the plugin for {compiler.title} cannot be loaded ({error}); {run}.") from error
+        raise UserError(f"the plugin for TensorRT cannot be loaded ({error}); {run}.") from error
     return module
 
 

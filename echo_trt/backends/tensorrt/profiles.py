@@ -14,25 +14,6 @@ from echo_trt.bundle.call_sizes import CallSizes
 Range = tuple[int, int, int]  # least, usual and largest size of an axis
 
 
-def native_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
-    """Make the profiles of the padded graph: trees and single tokens of all slots, and one slot's prompt chunks."""
-    batch, tree, chunk, rows = sizes.batch, sizes.tree, sizes.chunk, sizes.rows
-    usual, maximum = min(8, tree), batch * tree
-    trees = {
-        "batch": (1, batch, batch),
-        "tokens": (1, usual, tree),
-        "rows": (1, min(rows, batch * usual), rows),
-        **dict.fromkeys(("feature_rows", "hidden_rows"), (0, min(maximum, batch * usual), bucket(maximum))),
-    }
-    chunks = {
-        "batch": (1, 1, 1),
-        "tokens": (1, chunk, chunk),
-        "rows": (1, 1, chunk),
-        **dict.fromkeys(("feature_rows", "hidden_rows"), (0, chunk, bucket(chunk))),
-    }
-    return [_of_inputs(graph, axes) for axes in (trees, chunks)]
-
-
 def packed_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
     """Make the profiles of the graph that prepare_graph writes: up to 32 tokens, up to 256, and more."""
     batch, maximum = bucket(sizes.batch), max(sizes.rows, sizes.chunk) + sizes.chunk
@@ -57,11 +38,11 @@ def packed_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
             # A level of a draft has more columns, of its request's whole tree, than rows.
             "mask": (0, largest * min(sizes.tree, 16) // 4, -(-largest * max(largest, sizes.tree) // 4)),
         }
-        profiles.append(_of_inputs(graph, axes, PACKED_AXES))
+        profiles.append(_of_inputs(graph, axes))
     return profiles
 
 
-#: Input of the packed graph -> its first axis; for a cache that is the pool.
+#: Input of the graph -> its first axis; for a cache that is the pool.
 PACKED_AXES = {
     **dict.fromkeys(("token_ids", "positions", "state_rows"), "tokens"),
     "logit_rows": "rows",
@@ -74,13 +55,13 @@ PACKED_AXES = {
 }
 
 
-def _of_inputs(graph: Path, axes: Mapping[str, Range], first: Mapping[str, str] | None = None) -> Profile:
-    """Make a profile; ``axes`` are by the names of dynamic axes, or by those that ``first`` gives to inputs."""
+def _of_inputs(graph: Path, axes: Mapping[str, Range]) -> Profile:
+    """Make a profile; ``axes`` are by the names that PACKED_AXES gives to inputs."""
     profile = {}
     for value in onnx.load(graph, load_external_data=False).graph.input:
         dims = value.type.tensor_type.shape.dim
-        only = first.get(value.name, "pool") if first else ""
-        ranges = [(d.dim_value,) * 3 if d.HasField("dim_value") else axes[only or d.dim_param] for d in dims]
+        axis = PACKED_AXES.get(value.name, "pool")
+        ranges = [(d.dim_value,) * 3 if d.HasField("dim_value") else axes[axis] for d in dims]
         minimum, usual, maximum = (tuple(r[i] for r in ranges) for i in range(3))
         profile[value.name] = (minimum, usual, maximum)
     return profile

@@ -1,4 +1,4 @@
-"""A compiled TensorRT or TensorRT-RTX engine on the device: its sizes, its contexts, its launch."""
+"""A compiled TensorRT engine on the device: its sizes, its contexts, its launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from echo_trt.backends.cuda.device import check_room
-from echo_trt.backends.tensorrt.library import COMPILERS, first_sentence, load_compiler, logger_of
+from echo_trt.backends.tensorrt.library import first_sentence, load_tensorrt, logger_of
 from echo_trt.errors import UserError
 
 Dims = tuple[int, ...]
@@ -41,8 +41,8 @@ class Session:
     ``communicator``: NCCL's (a PyCapsule), over which a rank of a divided network reaches the other ranks.
     """
 
-    def __init__(self, engine: str, file: Path, device: torch.device, communicator: Any = None):
-        self._api, self._title = load_compiler(engine), COMPILERS[engine].title
+    def __init__(self, file: Path, device: torch.device, communicator: Any = None):
+        self._api = load_tensorrt()
         self._communicator = communicator
         self.device, self.name, self._logger = device, file.name, logger_of(self._api)
         self._runtime = self._api.Runtime(self._logger)
@@ -54,7 +54,7 @@ class Session:
             self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise UserError(
-                f"{self._title} cannot load {file}: {first_sentence(self._logger.errors())}; build the bundle again."
+                f"TensorRT cannot load {file}: {first_sentence(self._logger.errors())}; build the bundle again."
             )
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         inputs = self._api.TensorIOMode.INPUT
@@ -84,12 +84,6 @@ class Session:
     def _runtime_settings(self) -> Any:
         settings = self._engine.create_runtime_config()
         settings.set_execution_context_allocation_strategy(self._api.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if hasattr(settings, "dynamic_shapes_kernel_specialization_strategy"):  # TensorRT-RTX compiles at run time
-            # Lazily specialised kernels would replace others between two calls, and round differently.
-            strategies = self._api.DynamicShapesKernelSpecializationStrategy
-            settings.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-            self._compiled = settings.create_runtime_cache()  # shares kernels between contexts
-            settings.set_runtime_cache(self._compiled)
         return settings
 
     def launch(
@@ -153,4 +147,4 @@ class Session:
 
     def _must(self, succeeded: bool, subject: str) -> None:
         if not succeeded:
-            raise RuntimeError(f"{self._title} refused {subject}: {first_sentence(self._logger.errors())}")
+            raise RuntimeError(f"TensorRT refused {subject}: {first_sentence(self._logger.errors())}")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echo_trt.backends.base import METADATA
+from echo_trt.backends.base import METADATA, ROW_OUTPUTS
 from echo_trt.backends.cuda.calls import Graphs, Staging
 from echo_trt.backends.cuda.device import check_heads, check_room, cuda_device, has_cuda, launching_kernels
 from echo_trt.backends.cuda.device_rows import DeviceFeatureCache, compile_choice, gathered
@@ -27,7 +27,6 @@ from echo_trt.backends.cuda.sizes import (
     size_for,
 )
 from echo_trt.backends.cuda.transfers import PACKED, pack_results, send
-from echo_trt.backends.padded import ROW_OUTPUTS
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.backends.states import RequestStates
 from echo_trt.errors import UserError

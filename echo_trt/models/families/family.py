@@ -14,7 +14,7 @@ ReadOptions = Callable[[dict[str, Any], int, str], dict[str, Any]]
 
 #: Our name of a layer's norm -> the usual one of checkpoints.
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-ENGINES = ("openvino", "torch", "tensorrt", "tensorrt-rtx")
+ENGINES = ("openvino", "torch", "tensorrt")
 
 
 @dataclass(frozen=True, kw_only=True)

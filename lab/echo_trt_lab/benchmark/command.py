@@ -104,7 +104,7 @@ def _outputs(job: BenchOptions) -> dict[str, Path | None]:
 
 
 def _loops(llm: LLM, policies: list[str], budget: int | None) -> dict[str, EngineCore]:
-    """Make a loop for every policy, over the same engines; none where they have one pool for each slot, or states."""
+    """Make a loop for every policy, over the same engines; none where they have states."""
     if not llm.loop.batch.divisible:
         return {}
     names = [policy.removesuffix(WITH_TARGETS) for policy in policies]

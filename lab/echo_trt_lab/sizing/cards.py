@@ -52,7 +52,6 @@ CARDS = {
         _card("RTX-PRO-6000", "12.0", 188, 96, 1792, 504),
     )
 }
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # for which TensorRT-RTX 1.7 builds engines
 _LARGEST_KNEE = 1 << 16  # tokens of a pass; larger: a knee is sought further, in more memory
 
 

@@ -28,7 +28,7 @@ def run(options: InspectOptions, console: Console) -> int:
     if not path.is_dir() or ((path / "config.json").exists() and not (path / MANIFEST).exists()):
         engine = options.engine or ("of a GPU" if cards else None)  # with cards the recipe's own
         recipe, folder = recipe_for(options.path, engine=engine)
-        recipe = recipe.built_as(options.engine, options.precision, [])
+        recipe = recipe.built_as(options.engine, options.precision)
         recipe = limited(recipe, options.max_model_len, options.max_num_seqs)
         return 0 if print_recipe(recipe, folder, cards, console) else 1
     if cards is not None:

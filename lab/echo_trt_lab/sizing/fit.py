@@ -11,7 +11,7 @@ from echo_trt.errors import UserError
 from echo_trt.sizing.needs import Needs, computed_on, recipe_needs
 from echo_trt.sizing.shapes import shapes
 from echo_trt.speculation.pack import BLOCK
-from echo_trt_lab.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
+from echo_trt_lab.sizing.cards import CARDS, Card, knee
 from echo_trt_lab.sizing.hardware import share_of
 
 
@@ -35,16 +35,13 @@ def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> CardFit:
     need, sizes = recipe_needs(recipe, folder), shapes(recipe, folder)[0].sizes
     precision, gpus = recipe.precision, recipe.tensor_parallel
     spare = card.usable - need.fixed - need.pool - need.features
-    compiled = recipe.engine != "tensorrt-rtx" or card.capability in RTX_CAPABILITIES
-    if not compiled:
-        sentence = f"TensorRT-RTX builds nothing for compute capability {card.capability}; use engine tensorrt."
-    elif spare < 0:
+    if spare < 0:
         missing = gigabytes(-spare)
         sentence = f"does not fit: {missing} a GPU are missing; {_remedy(recipe, folder, need, card, count)}."
     elif count < gpus:
         sentence = f"does not fit: tensor_parallel is {gpus}, but there are {count} cards; take {gpus}."
     else:
-        sentence = f"fits: {gigabytes(spare)} a GPU are left, {_room(need, card)}."
+        sentence = f"fits: {gigabytes(spare)} a GPU are left, room for {max_blocks(need, card):,} KV blocks."
     return CardFit(
         card=card,
         count=count,
@@ -52,7 +49,7 @@ def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> CardFit:
         max_blocks=max_blocks(need, card),
         k_max=knee(share_of(sizes, precision, routed=False), card.chip),
         k_max_routed=knee(share_of(sizes, precision), card.chip) if sizes.experts else None,
-        fits=compiled and spare >= 0 and count >= gpus,
+        fits=spare >= 0 and count >= gpus,
         sentence=sentence,
     )
 
@@ -62,27 +59,15 @@ def max_blocks(need: Needs, card: Card) -> int:
     return (card.usable - need.fixed) // need.block
 
 
-def _room(need: Needs, card: Card) -> str:
-    maximum = max_blocks(need, card)
-    return (
-        f"room for limits.batch {maximum // need.request_blocks:,}"
-        if need.contiguous
-        else f"room for {maximum:,} KV blocks"
-    )
-
-
 def _remedy(recipe: Recipe, folder: Path, need: Needs, card: Card, count: int) -> str:
     """Name the limit to lower, or another remedy where no limit helps."""
     limits, maximum = recipe.limits, max_blocks(need, card)
     if maximum >= need.request_blocks:
-        if need.contiguous:
-            return f"lower limits.batch from {limits.batch} to {maximum // need.request_blocks}"
         now = f"from {limits.kv_blocks:,}" if limits.kv_blocks else f"({need.blocks:,}, as many as the batch needs)"
         return f"lower limits.kv_blocks {now} to {maximum:,}"
     context = maximum * BLOCK - (need.request_blocks * BLOCK - limits.context)
     if context >= limits.prefill_chunk:
-        pool = "limits.batch to 1" if need.contiguous else f"limits.kv_blocks to {maximum:,}"
-        return f"lower limits.context from {limits.context:,} to {context:,} and {pool}"
+        return f"lower limits.context from {limits.context:,} to {context:,} and limits.kv_blocks to {maximum:,}"
     return f"weights and working memory take {gigabytes(need.fixed)} of {gigabytes(card.usable)}; " + _more_cards(
         recipe, folder, card, count
     )

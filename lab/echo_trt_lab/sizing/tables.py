@@ -47,7 +47,6 @@ def manifest_table(manifest: Manifest, folder: Path) -> Table:
     for name, check in manifest.checks.items():
         table.add_row(
             f"self-check, {name}",
-            f"{'its graph, by ONNX Runtime: ' * (check.of == 'graph')}"
             f"{check.sentence}, same best token at {check.same_argmax:.0%}",
         )
     _add_recipe_rows(table, manifest.recipe)
@@ -120,8 +119,6 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
         )
     sizes = need.calls
     calls = f"calls of 1 to {need.tokens:,} packed tokens of up to {sizes.batch:,} requests"
-    if need.contiguous:
-        calls = f"trees of up to {sizes.batch:,} requests x {sizes.tree} tokens, and chunks of {sizes.chunk:,}"
     table.add_row("engines", f"{'target and draft' if draft else 'target'}, for {calls}")
     drafts = f", draft {gigabytes(need.draft_weights)}" if draft else ""
     table.add_row("weights", f"target {gigabytes(need.target_weights)}{drafts}")
@@ -129,7 +126,7 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
     table.add_row("KV of a token", f"target {need.target_kv_token:,} bytes{drafts}")
     at_most = recipe.engine == "openvino" and not recipe.limits.kv_blocks  # the rest is the memory's to say
     held = f"{'at maximum ' * at_most}{need.blocks:,} blocks, {need.blocks * BLOCK:,} tokens"
-    table.add_row("KV pool", f"{held}, {gigabytes(need.pool)}" + (", a slot's whole context each" * need.contiguous))
+    table.add_row("KV pool", f"{held}, {gigabytes(need.pool)}")
     table.add_row("working memory", f"about {gigabytes(need.working)}")
     if need.reserved.total:
         table.add_row("taken at the start", f"about {gigabytes(need.reserved.total)}: {need.reserved.sentence}")

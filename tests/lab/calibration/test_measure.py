@@ -1,20 +1,16 @@
 """What passes cost, measured on tiny pairs."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from engine.driving import assert_all_free
-from pairs import NATIVE_ROWS, roles_of
 
-from echo_trt.backends.native_export import export_native
-from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
 from echo_trt.bundle.costs import CostTable
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.engine.assemble import Networks
-from echo_trt.engine.batch import InputBatch, blocks_for
+from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.measure import (
     SIZES,
     SIZES_LIMIT,
@@ -29,7 +25,6 @@ from echo_trt.speculation.drafts import Pass
 from echo_trt.speculation.goodput.learner.costs import correct
 from echo_trt.speculation.goodput.model.costs import Curve
 from echo_trt.speculation.goodput.settings import GoodputTuning
-from echo_trt.speculation.planner import PlainPlanner
 from echo_trt_lab.simulation.machines import h100_qwen3_8b
 
 
@@ -64,21 +59,6 @@ def test_a_measured_table_is_positive_and_monotone(pair, open_llm):
     assert (table.costs().draft(8) > 0) == (pair == "close")
     assert_all_free(llm.loop)
     assert llm.chat(turn, SamplingParams(8))[0].token_ids == before
-
-
-@pytest.mark.parametrize(("slots", "sizes"), [(1, SIZES[:9]), (3, SIZES[:13])])
-def test_where_each_slot_has_its_own_blocks_a_request_brings_more_tokens(slots, sizes, open_llm, networks, tmp_path):
-    """An engine with a cache per slot takes each slot once a call, in its own blocks."""
-    llm = open_llm("model", "autoregressive", slots)
-    batch = InputBatch(slots, llm.networks.batch.context, llm.networks.batch.reserve)
-    blocks = blocks_for(batch.context + batch.reserve)
-    engines = {}
-    for name, role in roles_of("model", networks).items():
-        export_native(role, tmp_path / f"{name}.onnx", "fp32", NATIVE_ROWS)
-        engines[name] = OnnxRuntimeEngine(tmp_path / f"{name}.onnx", slots, blocks, threads=1)
-    networks = replace(llm.networks, batch=batch, **engines)
-    check(measure(networks, seconds=0.05), (list(sizes), []))
-    assert_all_free(networks.loop(PlainPlanner()))
 
 
 class Clocked:

@@ -21,7 +21,7 @@ from echo_trt.sizing.needs import needs, split_scratch
 from echo_trt.sizing.shapes import shapes
 from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.policies import reserve_for
-from echo_trt_lab.sizing.cards import CARDS, RTX_CAPABILITIES, parse_cards
+from echo_trt_lab.sizing.cards import CARDS, parse_cards
 from echo_trt_lab.sizing.fit import CardFit, fit
 from super_tree_attention.kernel_plan import plan
 
@@ -152,7 +152,6 @@ def test_a_call_grows_with_the_trees_and_the_chunk():
     assert tokens() == 1024 + 512
     assert tokens(prefill_chunk=2048) == 2048 + 2048
     assert tokens(batch=1) == 512 + 512  # a prompt's chunk, and another beside it
-    assert tokens(engine="tensorrt-rtx") == 128 * 71  # padded: as many as the widest tree has, for each slot
     sizes = shapes(recipe(), BUILD)[0].sizes
     assert needs(recipe(prefill_chunk=2048), sizes, None).working > 2 * needs(recipe(), sizes, None).working
 
@@ -161,10 +160,6 @@ def test_a_pool_without_a_limit_is_what_the_batch_needs():
     own = recipe(kv_blocks=None, batch=3)
     need = needs(own, shapes(own, BUILD)[0].sizes, None)
     assert need.blocks == 3 * -(-(8192 + reserve_for(own.decoding.model_dump())) // BLOCK)
-    assert not need.contiguous
-    rtx = needs(recipe(engine="tensorrt-rtx", kv_blocks=2000, batch=3), shapes(own, BUILD)[0].sizes, None)
-    assert rtx.blocks == need.blocks + 3 * 512 // BLOCK  # linear caches: kv_blocks says nothing, a chunk is room behind
-    assert rtx.contiguous
 
 
 @pytest.mark.parametrize(("card", "kv_blocks"), [("L40S", 8192), ("RTX 5090", 4096), ("A100-80GB", 100_000)])
@@ -178,20 +173,10 @@ def test_kv_blocks_to_lower(card, kv_blocks):
     assert not on(card, kv_blocks=after + 1).fits
 
 
-def test_a_batch_to_lower_where_caches_are_linear():
-    verdict = on("L40S", engine="tensorrt-rtx")
-    before, after = numbers(verdict.sentence, r"lower limits.batch from (\d+) to (\d+)\.$")
-    assert before == 128
-    assert on("L40S", engine="tensorrt-rtx", batch=after).fits
-    # One slot more does not fit, with the working memory of the batch that was asked for.
-    need = needs(recipe(engine="tensorrt-rtx"), *(shape.sizes for shape in shapes(recipe(), BUILD)))
-    assert after == (CARDS["L40S"].usable - need.fixed) // (need.request_blocks * need.block)
-
-
 @given(
     name=st.sampled_from(sorted(MEANT)),
     card=st.sampled_from(sorted(CARDS)),
-    engine=st.sampled_from(["tensorrt", "tensorrt-rtx"]),
+    engine=st.sampled_from(["tensorrt", "torch"]),
     batch=st.sampled_from([1, 3, 64, 1000]),
     context=st.sampled_from([100, 2048, 8191, 40960]),
     chunk=st.sampled_from([1, 256, 4096]),
@@ -210,7 +195,7 @@ def test_who_does_as_told_ends_with_what_fits(name, card, engine, batch, context
             return
         reported = {key: int(number.replace(",", "")) for key, number in LOWER.findall(verdict.sentence)}
         if not reported:
-            assert re.search("take a larger card|take a smaller model|use engine tensorrt", verdict.sentence)
+            assert re.search("take a larger card|take a smaller model", verdict.sentence)
             return
         requested |= reported
         verdict = on(f"{card} x8", name, **requested)
@@ -246,21 +231,6 @@ def test_cards_to_take_instead():
     for card in CARDS:
         split = recipe("qwen3-235b-a22b", kv_blocks=258)
         assert (card in listed) == (fit(split, BUILD, CARDS[card], 8).max_blocks >= 258)
-
-
-def test_cards_that_tensorrt_rtx_builds_nothing_for():
-    verdict = on("H200", "qwen3-0.6b", engine="tensorrt-rtx")
-    assert not verdict.fits
-    assert verdict.sentence == "TensorRT-RTX builds nothing for compute capability 9.0; use engine tensorrt."
-    assert on("A100-80GB", "qwen3-0.6b", engine="tensorrt-rtx").fits
-    assert on("RTX 5090", "qwen3-0.6b", engine="tensorrt-rtx", batch=16).fits
-
-
-def test_what_tensorrt_rtx_builds_for_is_what_it_says():
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install -e '.[rtx]'")
-    from echo_trt.backends.tensorrt.compiler import known_capabilities
-
-    assert set(known_capabilities("tensorrt-rtx")) == set(RTX_CAPABILITIES)
 
 
 def test_too_few_cards_for_the_recipe():
