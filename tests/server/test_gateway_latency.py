@@ -56,7 +56,7 @@ def test_targets_come_by_field_by_name_and_by_key_and_are_counted_by_class(clien
 
 
 def test_what_is_no_target_is_refused_by_name(client):
-    for latency in ("fast", {"tpot_ms": 0}, {"tpot": 5}, {"ttft_ms": 9e9}):
+    for latency in ("fast", {"tpot_ms": 0}, {"tpot_ms": 1e-310}, {"tpot": 5}, {"ttft_ms": 9e9}):
         sentence = refused(client.post("/v1/completions", json=ASKED | {"latency": latency}), 400, "latency")
         assert "latency" in sentence
     unknown = client.post("/v1/completions", json=ASKED | {"latency": "fast"})
@@ -88,7 +88,7 @@ def test_with_the_switch_on_a_target_that_cannot_be_kept_is_refused_with_when_to
         client.post("/v1/completions", json=ASKED).raise_for_status()
 
 
-@pytest.mark.parametrize("text", ["interactive=fast", "a b=1/2", "a=1/2/3", "a=1,a=2", "a=0/5"])
+@pytest.mark.parametrize("text", ["interactive=fast", "a b=1/2", "a=1/2/3", "a=1,a=2", "a=0/5", "a=/0.0009"])
 def test_classes_that_are_none(text):
     with raises("--latency-classes", "NAME=TTFT_MS/TPOT_MS"):
         LatencyClasses(text)

@@ -153,6 +153,7 @@ def test_a_client_that_reads_nothing_is_cut_off(path, monkeypatch, caplog):
         with contextlib.suppress(ConnectionResetError):
             while client.recv(1 << 20):
                 pass
+    monkeypatch.undo()
     assert isinstance(ask(path, wire.Describe(1), 30), wire.ModelInfo)
 
 

@@ -16,7 +16,7 @@ from waiting import wait_until
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Completion, SamplingParams
 from echo_trt.engine.request import Event
-from echo_trt.engine.service.job import Late, Overloaded
+from echo_trt.engine.service.job import Late, Overloaded, ServiceRequest
 from echo_trt.engine.service.protocol import FIRST
 from echo_trt.engine.service.service import Service
 from echo_trt.speculation.pack import ForwardBatch
@@ -287,10 +287,11 @@ def test_a_request_that_has_gone_on_since_is_not_guilty(start, offline):
 def test_a_request_that_fails_beside_others_alone_is_given_up(start, truths):
     """The youngest that was there each time; those who ran beside it lose nothing."""
     service, engine = start()
-    bad = 77
-    engine.fail = lambda call: len(call.past_lens) > 1 and (call.token_ids == bad).sum() > 4
+    bad: list[ServiceRequest] = []
+    engine.fail = lambda call: len(call.past_lens) > 1 and any(job.slot >= 0 for job in bad)
     reported = [submit(service, *case)[1] for case in CASES]
-    _, listener = submit(service, [bad] * 9)
+    job, listener = submit(service, prompt_ids(9, 9), priority=-1)
+    bad.append(job)
     assert listener.end.reason == "failed"
     assert "the engine is unwell" in listener.end.message
     assert [listener.text for listener in reported] == [expected.text for expected in truths]
