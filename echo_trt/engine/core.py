@@ -199,8 +199,9 @@ class EngineCore:
             return decoding, None
 
         def seated(pace: Pace) -> tuple[np.ndarray, Pace] | None:
-            seats = self.planner.seats(pace, int(self.batch.committed[decoding].sum()))
-            return None if seats is None else (decoding[seats], pace.of(seats))
+            found = self.planner.seats(pace, int(self.batch.committed[decoding].sum()))
+            seats = np.ones(len(decoding), bool) if found is None else np.asarray(found, bool)
+            return (decoding[seats], pace.of(seats)) if seats.any() else None  # of an empty pass nothing comes
 
         return self._ask(lambda: seated(pace)) or (decoding, pace)
 

@@ -104,6 +104,9 @@ class Plan:
             raise UserError(f"a tree has {largest} tokens, and a request has room for {rows}")
         if (tree.depth > np.maximum(load.max_draft_len, 0)[tree.request]).any():
             raise UserError("a draft is longer than its request's max_draft_len")
+        explained = self.explanation
+        if len(explained.nodes) != len(tree) or len(explained.chances) != len(explained.candidates):
+            raise UserError("an explanation has each node of the plan, and a chance for each candidate")
         children = np.sort((above << 32 | tree.token)[~top])
         if (children[1:] == children[:-1]).any():
             raise UserError("two children of a node have one token")

@@ -62,6 +62,10 @@ def in_floats(tree: SuperTree, draft: Draft, request: np.ndarray) -> None:
     tree.token = tree.token.astype(np.float64)
 
 
+def without_an_explanation(tree: SuperTree, draft: Draft, request: np.ndarray) -> None:
+    chain(tree, request, 1)
+
+
 class Wrong(Planner):
     name = "wrong"
 
@@ -75,7 +79,8 @@ class Wrong(Planner):
             self._spoil(tree, draft, request)
         tree, _ = tree.sorted_by_request(np.arange(len(tree))) if self._spoil is not upside_down else (tree, None)
         chances = np.ones(len(tree))
-        return Plan(tree, chances, Explanation(tree, chances, np.arange(len(tree))))
+        left_out = self._spoil is without_an_explanation
+        return Plan(tree, chances, Explanation(tree, chances, np.arange(0 if left_out else len(tree))))
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +103,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
         (at_a_wrong_depth, "parents before children"),
         (rootless, "one for each root"),
         (in_floats, "int64 trees"),
+        (without_an_explanation, "an explanation has each node"),
     ],
     ids=lambda case: getattr(case, "__name__", ""),
 )
@@ -125,6 +131,14 @@ def test_a_policy_that_raises_costs_no_pass(name, open_llm, texts, caplog):
     (sentence,) = told(caplog)
     assert "policy goodput fails (KeyError: 'momentum', at test_policy_failures.py:" in sentence
     assert_all_free(llm.loop)
+
+
+@pytest.mark.parametrize("seats", [lambda pace: pace.wanted < 0, lambda pace: np.ones(9, bool)], ids=["none", "many"])
+def test_seats_that_are_none_leave_all_in_the_pass(seats, open_llm, texts):
+    llm = open_llm("close", "autoregressive", 4)
+    llm.loop.planner = planner = goodput_planner(llm, SPECULATION_PAYS)
+    planner.seats = lambda pace, context: seats(pace)
+    assert [c.token_ids for c in llm.generate(PROMPTS, PARAMS)] == texts
 
 
 def test_a_service_answers_under_a_policy_that_always_raises(open_llm, texts):

@@ -139,7 +139,7 @@ def test_nothing_is_answered_for_a_client_that_has_left(path, service, monkeypat
     for _ in range(3):  # the host has seen it leave before
         ask(path, wire.Describe(1), 30)
     opened.set()
-    wait_until(lambda: service.statistics().ended.get("cancelled", 0) == before + 1)
+    wait_until(lambda: service.statistics().ended.get("cancelled", 0) == before + 1, 60)
 
 
 def test_a_client_that_reads_nothing_is_cut_off(path, monkeypatch, caplog):
@@ -149,7 +149,7 @@ def test_a_client_that_reads_nothing_is_cut_off(path, monkeypatch, caplog):
         client.connect(path)
         for _ in range(200):
             client.sendall(wire.framed(wire.Scrape(1)))
-        wait_until(lambda: "a client reads nothing" in caplog.text)
+        wait_until(lambda: "a client reads nothing" in caplog.text, 60)
         with contextlib.suppress(ConnectionResetError):
             while client.recv(1 << 20):
                 pass
