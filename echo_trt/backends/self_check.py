@@ -106,8 +106,8 @@ def _beyond(role: Role, window: int) -> list[CheckedCall]:
     tokens = rng.integers(0, role.network.config.vocab_size, window + CHAIN)
     table, chain = np.arange(-(-len(tokens) // BLOCK))[None, ::-1].astype(np.int32), np.arange(CHAIN)
     prompt = pack(tokens[:window], rows, np.zeros(1, np.int64), past, table, np.zeros(0, np.int64))
-    behind = pack(tokens[window:], past + chain, past, np.array([CHAIN]), table, chain)
-    return [(call, _head_inputs(role, call)) for call in (prompt, behind)]
+    chained = pack(tokens[window:], past + chain, past, np.array([CHAIN]), table, chain)
+    return [(call, _head_inputs(role, call)) for call in (prompt, chained)]
 
 
 def _block_calls(role: BlockModule, table: np.ndarray) -> list[CheckedCall]:

@@ -39,7 +39,7 @@ from echo_trt.speculation.targets import Pace
 
 log = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer")
+Decided = TypeVar("Decided")
 #: Requests with their new tokens.
 Emitted = list[tuple[Request, list[int]]]
 
@@ -166,17 +166,17 @@ class EngineCore:
             step_callback(StepTrace(iteration, ids, drafting, sum(len(new) for _, new in emitted), time.time()))
         return emitted
 
-    def _ask(self, question: Callable[[], Answer]) -> Answer | None:
+    def _ask(self, question: Callable[[], Decided]) -> Decided | None:
         """Return what the policy or its draft answers; None where it fails, which costs the pass its draft alone."""
         try:
             return question()
         except Exception as error:  # a policy may be anybody's file
             self.counters.planner_failures += 1
             last, policy = traceback.extract_tb(error.__traceback__)[-1], self.planner.name
-            place = f"{Path(last.filename).name}:{last.lineno}"
-            if (policy, place) not in self._blamed:
-                self._blamed.add((policy, place))
-                reason = str(error) if isinstance(error, UserError) else f"{described(error)}, at {place}"
+            line = f"{Path(last.filename).name}:{last.lineno}"
+            if (policy, line) not in self._blamed:
+                self._blamed.add((policy, line))
+                reason = str(error) if isinstance(error, UserError) else f"{described(error)}, at {line}"
                 log.warning("policy %s fails (%s); passes where it does go without a draft: mend it.", policy, reason)
             return None
 
@@ -217,8 +217,8 @@ class EngineCore:
         slots = batch.targets.by_due(slots)
         budget = max(self.chunk, self.target.prefill_alone) if alone else self.chunk
         if pace and not batch.targets.hurry(slots, time.monotonic()):
-            asked = self._ask(lambda: int(self.planner.prompt_budget(pace, context, len(slots), budget)))
-            budget = min(asked or budget, budget)
+            wanted = self._ask(lambda: int(self.planner.prompt_budget(pace, context, len(slots), budget)))
+            budget = min(wanted or budget, budget)
         self.counters.cached_tokens += batch.skip(slots, budget)
         missing = batch.length[slots] - batch.committed[slots]
         counts = np.clip(budget - begins(missing)[:-1], 0, missing)  # of what the prompts before it leave

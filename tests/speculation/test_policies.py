@@ -64,7 +64,7 @@ def test_a_policys_function_that_fails_is_named(registry):
     def mine(name, settings, make_goodput):
         return settings["budget"] + 1
 
-    with pytest.raises(UserError, match="policy is mine, whose function fails .*budget"):
+    with pytest.raises(UserError, match=r"policy is mine, whose function fails .*budget"):
         registry.make_planner("mine", SETTINGS, None)
 
 
