@@ -1,4 +1,4 @@
-"""The self-check of a build: compares the compiled engine with the reference, on prompts and on a tree."""
+"""The self-check of a build: compares the compiled engine with the reference, on prompts, a tree, and past a window."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 BOUNDS = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1, "fp8": 0.2, "int8": 0.2}
 #: Rise allowed of a text's perplexity, by a target in few bits; larger: worse engines pass.
 RISES = {"int8": 0.1, "int4": 0.3}
-PROMPT, BLOCKS = 45, 4
+PROMPT, BLOCKS, CHAIN = 45, 4, 8
+LONGEST_WINDOW = 1024  # tokens of a window whose end is checked; larger: more windows, and longer builds
 CONTEXT = 20  # cached context rows of a block; larger: fewer rows of a block fit behind them
 TEXTS, LENGTH = 8, 48  # of the text by which few bits are judged; larger: a steadier measure, and a longer build
 TABLE = (2, 0, 3)  # the request's KV blocks, scattered over the pool
@@ -33,21 +34,29 @@ def check_engine(
     compiled: Callable[[int], Engine],
     precision: str,
     text: np.ndarray | None = None,
+    longest: int = LONGEST_WINDOW,
 ) -> SelfCheck:
-    """Compare both engines on a prompt, then on a tree over it.
+    """Compare both engines on a prompt, then on a tree over it, and then on a chain beyond a window.
 
     compiled  opens the engine with a number of KV blocks. The reference has run by then: ``compiled`` may take the
               role's weights out of memory, so that both need not fit side by side.
     text      int64 [texts, N] of the target: the prompts, by whose perplexity a target in few bits is judged
+    longest   tokens of a window whose end is checked, which is a prompt of one call
     """
     calls = _calls(role, np.array([TABLE], np.int32), text)
-    reference = TorchEngine(role, BLOCKS)
+    window = _window(role)
+    if 0 < window <= min(longest, len(role.network.rotary.cos) - CHAIN):
+        calls += _beyond(role, window)
+    needed = max(BLOCKS, *(call.block_indices.max(initial=0) + 1 for call, _ in calls))
+    reference = TorchEngine(role, needed)
     expected = list(_runs(reference, calls))
     del reference
-    engine, compare = compiled(BLOCKS), _compare if text is None else _perplexity
+    engine, compare = compiled(needed), _compare if text is None else _perplexity
     pairs = zip(calls, expected, _runs(engine, calls), strict=True)
     figures = [compare(want, got) for (call, _), want, got in pairs if len(call.logit_rows)]
-    (prompt_error, same), (tree_error, _) = np.mean(figures[:-1], axis=0).tolist(), figures[-1]
+    prompts = 1 if text is None else len(text)
+    (prompt_error, same), (tree_error, _) = np.mean(figures[:prompts], axis=0), np.max(figures[prompts:], axis=0)
+    prompt_error, same, tree_error = float(prompt_error), float(same), float(tree_error)
     bound = (BOUNDS if text is None else RISES)[precision]
     measure: Literal["logits", "perplexity"] = "logits" if text is None else "perplexity"
     check = SelfCheck(prompt_error=prompt_error, tree_error=tree_error, bound=bound, same_argmax=same, measure=measure)
@@ -78,11 +87,27 @@ def _calls(role: Role, table: np.ndarray, text: np.ndarray | None) -> list[Check
     rows, past, empty = np.arange(text.shape[1]), np.array(text.shape[1:]), np.zeros(1, np.int64)
     prompts = [pack(tokens, rows, empty, past, table, rows) for tokens in text]
     tree = SuperTree.from_roots(rng.integers(0, vocab, 1))
-    for parent in (0, 0, 1, 1, 2, 3):
+    # An engine may count the rows of a window, and so take a single path alone beyond it.
+    for parent in range(6) if 0 < _window(role) < text.shape[1] + 7 else (0, 0, 1, 1, 2, 3):
         tree.add(np.array([parent]), rng.integers(0, vocab, 1), np.zeros(1))
     size = np.array([len(tree)])
     branch = pack(tree.token, past + tree.depth, past, size, table, np.arange(len(tree)), ancestor_mask(tree))
     return [(call, _head_inputs(role, call)) for call in (*prompts, branch)]
+
+
+def _window(role: Role) -> int:
+    """Return the most tokens that a layer with a window sees; 0: no layer has one."""
+    return max(role.network.config.window_of(layer) for layer in range(role.num_layers))
+
+
+def _beyond(role: Role, window: int) -> list[CheckedCall]:
+    """Make a prompt that fills the ``window``, and a chain behind it, whose tokens no longer see the first ones."""
+    rng, rows, past = np.random.default_rng(2), np.arange(window), np.array([window])
+    tokens = rng.integers(0, role.network.config.vocab_size, window + CHAIN)
+    table, chain = np.arange(-(-len(tokens) // BLOCK))[None, ::-1].astype(np.int32), np.arange(CHAIN)
+    prompt = pack(tokens[:window], rows, np.zeros(1, np.int64), past, table, np.zeros(0, np.int64))
+    chained = pack(tokens[window:], past + chain, past, np.array([CHAIN]), table, chain)
+    return [(call, _head_inputs(role, call)) for call in (prompt, chained)]
 
 
 def _block_calls(role: BlockModule, table: np.ndarray) -> list[CheckedCall]:

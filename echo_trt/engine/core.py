@@ -6,10 +6,14 @@ computed in chunks inside the same calls.
 
 from __future__ import annotations
 
+import logging
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +27,7 @@ from echo_trt.engine.request import Request
 from echo_trt.engine.sampler import TargetOutput, token_logprobs
 from echo_trt.engine.scheduler import Scheduler
 from echo_trt.engine.synthetic import SyntheticText
+from echo_trt.errors import UserError, described
 from echo_trt.speculation.accept import accept
 from echo_trt.speculation.arrays import begins, ragged_arange
 from echo_trt.speculation.drafts import Draft, Pass, TimedDraft
@@ -32,6 +37,9 @@ from echo_trt.speculation.sources import DRAFT, LOOKUP
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 from echo_trt.speculation.targets import Pace
 
+log = logging.getLogger(__name__)
+
+Decided = TypeVar("Decided")
 #: Requests with their new tokens.
 Emitted = list[tuple[Request, list[int]]]
 
@@ -93,6 +101,7 @@ class EngineCore:
         self.counters = Counters()
         self.scheduler = Scheduler(batch, tuple(eos), self.counters)
         self.drafter = drafter
+        self._blamed = set[tuple[str, str]]()  # policies, and where they failed: told once
         # Gets every iteration, on the thread that steps; None: none
         self.step_callback: Callable[[StepTrace], None] | None = None
 
@@ -127,7 +136,8 @@ class EngineCore:
         # Where all decoding requests have opted out of speculation, neither draft nor planner is called, nor taught. A
         # pass of prompts alone does teach the planner.
         speculates = len(slots) == 0 or bool(self.batch.sampling["speculate"][slots].any())
-        draft = self.drafter.begin(slots) if self.drafter and speculates else None
+        drafter = self.drafter if speculates else None
+        draft = self._ask(lambda: drafter.begin(slots)) if drafter else None
         load = self._load(slots, context, len(chunks.owner), pace)
         plan, planning = self._plan(slots, draft, load)
         verified, target = self._verify(plan, slots, chunks)
@@ -151,10 +161,24 @@ class EngineCore:
             host=seconds - planning - drafting - target.seconds,
         )
         if speculates:
-            self.planner.observe(iteration)
+            self._ask(lambda: self.planner.observe(iteration))
         if step_callback:
             step_callback(StepTrace(iteration, ids, drafting, sum(len(new) for _, new in emitted), time.time()))
         return emitted
+
+    def _ask(self, question: Callable[[], Decided]) -> Decided | None:
+        """Return what the policy or its draft answers; None where it fails, which costs the pass its draft alone."""
+        try:
+            return question()
+        except Exception as error:  # a policy may be anybody's file
+            self.counters.planner_failures += 1
+            last, policy = traceback.extract_tb(error.__traceback__)[-1], self.planner.name
+            line = f"{Path(last.filename).name}:{last.lineno}"
+            if (policy, line) not in self._blamed:
+                self._blamed.add((policy, line))
+                reason = str(error) if isinstance(error, UserError) else f"{described(error)}, at {line}"
+                log.warning("policy %s fails (%s); passes where it does go without a draft: mend it.", policy, reason)
+            return None
 
     def _hold_for_decoding(self) -> np.ndarray:
         """Return decoding slots, which hold KV blocks for their drafts and verifications; the least urgent give way."""
@@ -173,8 +197,13 @@ class EngineCore:
         pace = self.batch.targets.pace(decoding, time.monotonic())
         if pace is None:  # no request has a target
             return decoding, None
-        seats = self.planner.seats(pace, int(self.batch.committed[decoding].sum()))
-        return (decoding, pace) if seats is None else (decoding[seats], pace.of(seats))
+
+        def seated(pace: Pace) -> tuple[np.ndarray, Pace] | None:
+            found = self.planner.seats(pace, int(self.batch.committed[decoding].sum()))
+            seats = np.ones(len(decoding), bool) if found is None else np.asarray(found, bool)
+            return (decoding[seats], pace.of(seats)) if seats.any() else None  # of an empty pass nothing comes
+
+        return self._ask(lambda: seated(pace)) or (decoding, pace)
 
     def _plan_chunks(self, pace: Pace | None, context: int, alone: bool) -> Chunks:
         """Divide this iteration's prompt budget among prefilling slots, oldest first, or by when they are due.
@@ -188,7 +217,8 @@ class EngineCore:
         slots = batch.targets.by_due(slots)
         budget = max(self.chunk, self.target.prefill_alone) if alone else self.chunk
         if pace and not batch.targets.hurry(slots, time.monotonic()):
-            budget = self.planner.prompt_budget(pace, context, len(slots), budget)
+            wanted = self._ask(lambda: int(self.planner.prompt_budget(pace, context, len(slots), budget)))
+            budget = min(wanted or budget, budget)
         self.counters.cached_tokens += batch.skip(slots, budget)
         missing = batch.length[slots] - batch.committed[slots]
         counts = np.clip(budget - begins(missing)[:-1], 0, missing)  # of what the prompts before it leave
@@ -217,14 +247,14 @@ class EngineCore:
         """Ask the planner. Returns its plan for decoding ``slots`` int64 [B], and seconds beside the draft's passes."""
         batch, counters = self.batch, self.counters
         roots = batch.tokens[slots, batch.length[slots] - 1]
-        if draft is None or len(slots) == 0:
-            plan, seconds = Plan.undrafted(roots), 0.0
-        else:
+        plan, seconds = Plan.undrafted(roots), 0.0
+        if draft is not None and len(slots):
             grammars, begin = batch.grammar[slots], time.perf_counter()
             guided: Draft = GuidedDraft(draft, grammars) if grammars.any() else draft
             if self.synthetic:
                 guided = self.synthetic.draft(draft, batch, slots)
-            plan = self.planner.plan(roots, guided, load)
+            planned = self._ask(lambda: self.planner.plan(roots, guided, load).checked(roots, load, batch.reserve))
+            plan = planned or plan
             if tree_context := self.target.tree_context:
                 plan = plan.on_one_path(batch.committed[slots] + plan.tree.sizes > tree_context)
             seconds = time.perf_counter() - begin - draft.seconds

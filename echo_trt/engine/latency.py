@@ -8,9 +8,9 @@ from typing import Any
 
 from echo_trt.errors import UserError, shown
 
-LARGEST = 86_400_000  # milliseconds of a target: a day
+SMALLEST, LARGEST = 0.001, 86_400_000  # milliseconds of a target: what no machine keeps, and a day
 TARGETS = ("ttft_ms", "tpot_ms")
-RULE = f"an object of ttft_ms and tpot_ms, or of one of them: milliseconds above 0, up to {LARGEST:,}"
+RULE = f"an object of ttft_ms and tpot_ms, or of one of them: milliseconds from {SMALLEST} to {LARGEST:,}"
 CLASSES = "write NAME=TTFT_MS/TPOT_MS by commas, such as interactive=300/25,batch; a target may be left out."
 
 
@@ -18,7 +18,7 @@ def checked(latency: Mapping[str, Any]) -> None:
     """Refuse what is no target. Raises UserError."""
     targets = {name: value for name, value in latency.items() if name != "class"}
     for name, value in targets.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= LARGEST
+        number = isinstance(value, int | float) and not isinstance(value, bool) and SMALLEST <= value <= LARGEST
         if name not in TARGETS or not number:
             raise UserError(f"latency has {shown(str(name))}: {shown(value)}; give {RULE}.", "latency")
 

@@ -309,6 +309,7 @@ class Counters:
     draft_passes: int = 0
     verifications: int = 0
     preemptions: int = 0
+    planner_failures: int = 0
     prompt_tokens: int = 0
     asked_tokens: int = 0
     cached_tokens: int = 0

@@ -172,7 +172,9 @@ class TargetOutput:
             if i + 1 < len(path) and requests[i + 1] == requests[i]:  # the next visited node carries the token
                 child, above = int(path[i + 1]), int(path[i])
                 source = TOKEN_SOURCES[1 + max(int(tree.source[child]), self.proposer)]
-                chance = min(float(self.probability[child] / self.probability[above]), 1.0)
+                # A path's may have rounded to 0.
+                certain = max(float(self.probability[above]), float(np.finfo(np.float64).tiny))
+                chance = min(float(self.probability[child]) / certain, 1.0)
             entries.append(TokenSource(int(emitted[i]), source, chance))
         return self._by_request(path[requested], entries)
 

@@ -87,15 +87,15 @@ class Scheduler:
         return requests
 
     def admit(self) -> None:
-        """Admit waiting requests, oldest first, while there is a slot, and room for the whole text so far."""
+        """Admit waiting requests, urgent and old ones first, while there is a slot, and room for the text so far."""
         batch = self._batch
         while self.waiting and not batch.active.all():
-            request = self.waiting[0]
+            request = min(self.waiting, key=lambda request: request.priority)
             text = np.concatenate((request.prompt, np.asarray(request.generated, np.int64)))
             slot = int(np.flatnonzero(~batch.active)[0])
             if not batch.open(slot, text, request.keys, request.params.prompt_logprobs is None):
                 return
-            self.waiting.popleft()
+            self.waiting.remove(request)
             self._counters.asked_tokens += len(text)
             self._counters.cached_tokens += int(batch.committed[slot])
             self._enter(request, slot)

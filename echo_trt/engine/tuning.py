@@ -23,6 +23,7 @@ from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt.speculation.planner import Planner
 from echo_trt.speculation.policies import make_planner, policy_named
+from echo_trt.speculation.policy_names import EXACT
 
 DOUBTED = 1.5  # times what a pass takes now: a table that says so was measured beside other work
 MEASUREMENTS = 2  # of costs at a start, at most: more make a start on a busy machine longer, and a table likelier
@@ -95,6 +96,11 @@ class Tuning:
         """
         decoding, calibration = self._manifest.recipe.decoding, self._networks.calibration
         name, settings = name or decoding.policy, decoding.model_dump()
+        if name == EXACT and self._manifest.target.state_values and self._networks.target.rounds_trees:
+            raise UserError(
+                f"policy is {EXACT}, but a target with delta-net layers has plain decoding's bits in fp32 alone; "
+                "choose goodput, or build with --precision fp32."
+            )
         if settings["gates"] is None:
             settings["gates"] = calibration.sparse_gates if calibration else USUAL_GATES
             settings["dense_gates"] = {g.depth: g.threshold for g in calibration.gates} if calibration else None

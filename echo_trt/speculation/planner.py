@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from echo_trt.errors import UserError
 from echo_trt.speculation.drafts import Draft, Pass
 from echo_trt.speculation.pack import LevelShape
 from echo_trt.speculation.policy_names import PLAIN
@@ -80,6 +81,36 @@ class Plan:
         """Plan plain decoding: nothing but ``roots`` int64 [B]."""
         tree, sure = SuperTree.from_roots(roots), np.ones(len(roots))
         return cls(tree, sure, Explanation(tree, sure, np.arange(len(roots))))
+
+    def checked(self, roots: np.ndarray, load: StepContext, rows: int) -> Plan:
+        """Return this plan if a target can verify it for ``roots`` int64 [B].
+
+        Else it would overwrite KV rows of other requests, or change a text. ``rows``: KV rows that a request has for
+        its tree. Raises UserError.
+        """
+        tree, node, top = self.tree, np.arange(len(self.tree)), self.tree.parent < 0
+        above, kinds = np.where(top, node, tree.parent), (tree.token, tree.parent, tree.request, tree.depth)
+        rooted = np.array_equal(tree.request[top], np.arange(len(roots))) and np.array_equal(tree.token[top], roots)
+        if not rooted or len(self.probability) != len(tree) or any(each.dtype != np.int64 for each in kinds):
+            raise UserError("a plan has int64 trees, one for each root, and a probability for each node")
+        if (
+            (above > node).any()
+            or (np.diff(tree.request) < 0).any()
+            or (tree.request[above] != tree.request).any()
+            or (tree.depth != np.where(top, 0, tree.depth[above] + 1)).any()
+        ):
+            raise UserError("a plan's nodes are sorted by request, parents before children")
+        if (largest := int(tree.sizes.max(initial=0))) > rows:
+            raise UserError(f"a tree has {largest} tokens, and a request has room for {rows}")
+        if (tree.depth > np.maximum(load.max_draft_len, 0)[tree.request]).any():
+            raise UserError("a draft is longer than its request's max_draft_len")
+        explained = self.explanation
+        if len(explained.nodes) != len(tree) or len(explained.chances) != len(explained.candidates):
+            raise UserError("an explanation has each node of the plan, and a chance for each candidate")
+        children = np.sort((above << 32 | tree.token)[~top])
+        if (children[1:] == children[:-1]).any():
+            raise UserError("two children of a node have one token")
+        return self
 
     def on_one_path(self, requests: np.ndarray) -> Plan:
         """Return the plan with the best path alone of ``requests``, bool [B]."""

@@ -20,7 +20,7 @@ from echo_trt.speculation.echo.planner import EchoPlanner
 from echo_trt.speculation.echo.settings import EchoSettings
 from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt.speculation.planner import PlainPlanner, Planner
-from echo_trt.speculation.policy_names import DEFAULT, PLAIN
+from echo_trt.speculation.policy_names import DEFAULT, EXACT, PLAIN
 
 Settings = Mapping[str, Any]  # a recipe's ``decoding`` section (``Decoding`` as a mapping)
 MakeGoodput = Callable[[str, GoodputSettings], Planner]
@@ -35,7 +35,7 @@ class Policy:
     make           makes a planner, from the policy's name, a recipe's settings, and a function that makes a goodput
                    planner with this machine's costs and the draft's calibration
     shape          the largest trees that the policy drafts and verifies, from a recipe's settings; None: no drafts
-    shares_budget  whether the batch shares K_max tokens per verification
+    shares_budget  whether the batch shares K_max tokens per verification: settings then have it as "budget"
     """
 
     name: str
@@ -108,7 +108,14 @@ def make_planner(name: str, settings: Settings, make_goodput: MakeGoodput) -> Pl
                 f"policy {name} needs {rows} KV rows per request beyond its tokens, but bundles keep {reserved}; make "
                 "its trees smaller, or raise decoding.per_request in the recipe and build again."
             )
-    return chosen.make(name, settings, make_goodput)
+    if not chosen.shares_budget:
+        settings = {key: value for key, value in settings.items() if key != "budget"}
+    try:
+        return chosen.make(name, settings, make_goodput)
+    except Exception as error:
+        if isinstance(error, UserError) or name in BUILT_IN:
+            raise
+        raise UserError(f"policy is {name}, whose function fails ({described(error)}); mend its file.") from error
 
 
 def echo_settings(name: str, settings: Settings) -> EchoSettings:
@@ -130,7 +137,7 @@ def echo_settings(name: str, settings: Settings) -> EchoSettings:
 def goodput_settings(name: str, settings: Settings) -> GoodputSettings:
     """Return the numbers of a goodput policy."""
     shared = {key: settings[key] for key in ("max_depth", "beams", "width", "per_request")}
-    if name == "goodput-exact":
+    if name == EXACT:
         return GoodputSettings(**shared).as_chain()
     return GoodputSettings(**shared, free_candidates=name != "goodput-head")
 
@@ -160,7 +167,7 @@ def _paper(name: str, settings: Settings, make_goodput: MakeGoodput) -> Planner:
 
 
 @policy("goodput-head", "the same without prompt lookup and n-grams", _elastic)
-@policy("goodput-exact", "the same with chains alone, which CPUs verify bit for bit as they decode", _elastic)
+@policy(EXACT, "the same with chains alone, which CPUs verify bit for bit as they decode", _elastic)
 @policy(
     DEFAULT, "the default: over the whole batch, drafts a level and verifies a token if it is worth its time", _elastic
 )

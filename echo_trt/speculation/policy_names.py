@@ -2,3 +2,4 @@
 
 PLAIN = "autoregressive"
 DEFAULT = "goodput"
+EXACT = "goodput-exact"

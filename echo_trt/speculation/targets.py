@@ -14,6 +14,7 @@ PATIENCE = 5.0
 #: Share of the time to the first token after which prompts are computed in the largest chunks, whoever decodes. Larger:
 #: running requests are held up less, and a first token comes later.
 HASTE = 0.5
+FASTEST = 1e6  # tokens per second that a target counts as at most, so that no price overflows; no machine is faster
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Targets:
 
     def begin(self, slot: int, latency: Latency, arrived: float, started: float | None = None, tokens: int = 0) -> None:
         """Begin a request. ``started``, ``tokens``: when its first token came, and tokens behind that one, if any."""
-        self._wanted[slot] = 1 / latency.tpot if latency.tpot else 0.0
+        self._wanted[slot] = 1 / max(latency.tpot, 1 / FASTEST) if latency.tpot else 0.0
         self._due[slot] = latency.due(arrived)
         self._hurry[slot] = arrived + HASTE * latency.ttft if latency.ttft else np.inf
         self._started[slot], self._tokens[slot] = (np.nan, 0) if started is None else (started, tokens)

@@ -1,5 +1,7 @@
 """Requests through time: joining, leaving, limits, setbacks, and a KV pool that is right after every commit."""
 
+import time
+
 import numpy as np
 import pytest
 from driving import Counted, add, assert_all_free, echo_planner, prompt_ids, run
@@ -65,6 +67,43 @@ def test_the_youngest_gives_way_and_is_the_first_to_return(with_limits):
     assert young.generated[: len(output)] == output
     assert len(output) < len(young.generated) == 60
     assert_all_free(loop)
+
+
+def test_a_preempted_request_is_as_far_behind_its_target_as_before(with_limits):
+    loop, now = LLM(with_limits("lookup", kv_blocks=8), "autoregressive", 3).loop, time.monotonic() + 100
+    add(loop, prompt_ids(90, 0), max_tokens=60)
+    young = add(loop, prompt_ids(80, 1), max_tokens=60, latency={"tpot_ms": 50})
+
+    def owed() -> float:
+        """Return the tokens that were due from the first one until ``now``."""
+        (lag,) = loop.batch.targets.pace(np.array([young.slot]), now).lag
+        return lag + loop.batch.length[young.slot] - len(young.prompt)
+
+    run(loop, 13)
+    before = owed()
+    assert before > 100
+    while young.slot >= 0:
+        loop.step()
+    assert loop.counters.preemptions == 1
+    while young.slot < 0:
+        loop.step()
+    assert owed() == pytest.approx(before)
+
+
+def test_an_urgent_request_does_not_wait_behind_a_preempted_one(with_limits):
+    loop = LLM(with_limits("lookup", kv_blocks=8), "autoregressive", 3).loop
+    add(loop, prompt_ids(90, 0), max_tokens=60)
+    young = add(loop, prompt_ids(80, 1), max_tokens=60)
+    run(loop, 13)
+    while young.slot >= 0:
+        loop.step()
+    late, urgent = add(loop, prompt_ids(3, 2)), add(loop, prompt_ids(3, 3))
+    urgent.priority = -1
+    run(loop, 1)
+    assert urgent.slot >= 0
+    assert list(loop.scheduler.waiting) == [young, late]
+    run(loop)
+    assert len(young.generated) == 60
 
 
 def test_the_least_urgent_gives_way_before_the_youngest(with_limits):

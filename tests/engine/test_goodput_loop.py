@@ -60,10 +60,11 @@ def test_latency_targets_change_no_token(pair, open_llm, plain_ids, monkeypatch)
     llm = open_llm(pair, "autoregressive", 8)
     llm.loop.planner = planner = goodput_planner(llm, machine(each=0.1))
     seats, chunks = planner.seats, planner.prompt_budget
-    sat_out, computed = [], []
+    sat_out, waited, computed = [], [], []
 
     def noted_seats(*given):
         seated = seats(*given)
+        waited.append(int(given[0].waited.max()))
         sat_out.append(0 if seated is None else int((~seated).sum()))
         return seated
 
@@ -77,6 +78,7 @@ def test_latency_targets_change_no_token(pair, open_llm, plain_ids, monkeypatch)
     params = [replace(each, latency=None if i % 4 else latency) for i, each in enumerate(params)]
     assert [c.token_ids for c in llm.generate(prompts, params)] == plain_ids(pair)
     assert max(sat_out) > 0
+    assert max(waited) == planner.settings.tuning.max_sat_out  # so long, and no longer
     assert any(chunk < maximum for chunk, maximum in computed)
     assert_all_free(llm.loop)
 

@@ -52,6 +52,21 @@ def test_what_a_grammar_forces_names_the_grammar(open_llm):
     assert all(set(sources(completion)) <= set(TOKEN_SOURCES) for completion in reported)
 
 
+def test_a_chance_that_rounds_to_0_is_still_a_number(open_llm):
+    llm = open_llm("self", "echo", 1)
+    plan = llm.loop.planner.plan
+
+    def hopeless(*given):
+        found = plan(*given)
+        return replace(found, probability=np.where(found.tree.parent < 0, 1.0, 0.0))
+
+    llm.loop.planner.plan = hopeless
+    (completion,) = llm.generate([prompt_ids(5, 0)], TOLD)
+    chances = [entry.probability for entry in completion.token_sources if entry.probability is not None]
+    assert len(chances) > 10
+    assert set(chances) == {0.0}
+
+
 def test_a_text_is_the_same_and_no_one_is_told_who_did_not_ask(open_llm):
     llm = open_llm("close", "echo", 3)
     prompts, params = mixed()

@@ -47,6 +47,27 @@ def test_where_nothing_beyond_the_roots_is_verified_no_draft_is_asked(name):
     assert plan.padded_to == 0
 
 
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_policy_gets_the_budget_that_it_asks_for(shares, registry):
+    given = []
+
+    @registry.policy("mine", "a policy", shares_budget=shares)
+    def mine(name, settings, make_goodput):
+        given.append(dict(settings))
+
+    registry.make_planner("mine", SETTINGS, None)
+    assert given == [SETTINGS if shares else {key: each for key, each in SETTINGS.items() if key != "budget"}]
+
+
+def test_a_policys_function_that_fails_is_named(registry):
+    @registry.policy("mine", "a policy")
+    def mine(name, settings, make_goodput):
+        return settings["budget"] + 1
+
+    with pytest.raises(UserError, match=r"policy is mine, whose function fails .*budget"):
+        registry.make_planner("mine", SETTINGS, None)
+
+
 @pytest.fixture
 def registry(monkeypatch):
     """Let a test register policies that others do not see."""

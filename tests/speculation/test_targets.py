@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from machines import SHAPE, TUNING, linear, load_of, server_of
 from seeded_draft import SteadyDraft
 
+from echo_trt.speculation.drafts import Pass
+from echo_trt.speculation.goodput.ladder import UNDRAFTED, Ladder
 from echo_trt.speculation.goodput.model.costs import Curve
 from echo_trt.speculation.goodput.model.prices import prices
+from echo_trt.speculation.planner import Iteration, Plan
 from echo_trt.speculation.targets import HASTE, PATIENCE, Latency, Pace, Targets
 
 KNEE = Curve([1, 8, 16, 32, 64, 256], [10e-3, 10e-3, 12e-3, 20e-3, 38e-3, 150e-3])
@@ -47,6 +50,22 @@ def test_prompts_come_by_when_they_are_due_and_a_late_one_hurries():
     targets.end(1), targets.end(2)
     assert targets.by_due(np.array([2, 0, 1])).tolist() == [2, 0, 1]  # where nobody has a target they stay as they are
     assert Latency().due(0.0) == PATIENCE
+    assert Latency(ttft=9 * PATIENCE).due(1.0) == 1.0 + PATIENCE  # nobody waits for those who come later than that
+
+
+@pytest.mark.parametrize("tpot", [1e-3, 1e-9, 1e-300, 5e-324])
+def test_the_shortest_target_has_a_finite_price(tpot):
+    targets = Targets(1)
+    targets.begin(0, Latency(tpot=tpot), 0.0)
+    targets.observe(np.array([0]), np.array([1]), 0.0)
+    pace = targets.pace(np.array([0]), 1e6)
+    found = prices(pace, TUNING, TUNING.max_price)
+    assert np.isfinite([found.time, found.usual, *found.weights, *pace.lag]).all()
+    server = server_of(KNEE, DRAFT, CHILDREN, 3)
+    late = Pace(*(np.append(each, [0, 0]) for each in (pace.wanted, pace.lag, pace.waited)))
+    assert plan_of(server, late).tree.sizes.min() >= 1
+    assert server.planner.seats(late, 100)[0]
+    assert 0 < server.planner.prompt_budget(late, 100, 2, 256) <= 256
 
 
 def test_prices_rise_with_the_lag_up_to_a_bound_and_raise_the_price_of_time():
@@ -80,6 +99,36 @@ def test_a_late_request_gets_the_nodes():
     assert sizes[0] > 2 * sizes[1:].mean()
 
 
+class Fixed(Ladder):
+    """Holds a size, whatever comes."""
+
+    def __init__(self, held: int):
+        super().__init__()
+        self._held = held
+
+    def size(self, requests, forecast) -> int:
+        return self._held
+
+
+def test_where_targets_weigh_tokens_the_size_is_the_priced_ladders():
+    server, late = server_of(KNEE, DRAFT, CHILDREN, 8), pace_of([50] + [0] * 7, [60] + [0] * 7)
+    planner = server.planner
+    planner.ladder, planner.priced_ladder = Fixed(UNDRAFTED), Fixed(20)
+    assert len(plan_of(server, late).tree) == 8  # nobody was late of late
+    for _ in range(100):
+        planner.learner.history.priced(TUNING.max_price)
+    assert plan_of(server, late).explanation.verification_size == 20
+    assert len(plan_of(server, None).tree) == 8
+
+
+def test_plain_decoding_is_worth_a_token_per_request_at_any_price():
+    planner = server_of(KNEE, DRAFT, CHILDREN, 4).planner
+    load = replace(load_of(4), pace=pace_of([50, 9, 0, 0], [60, 60, 0, 0]))
+    plan, path = Plan.undrafted(np.zeros(4)), np.arange(4)
+    iteration = Iteration(plan, load, path, Pass(4, 0, 0.01), (), 0, 0.0, 0.01, 0.0)
+    assert planner.learner.observe(iteration, planner.settings) == pytest.approx(4)
+
+
 def test_the_size_controller_learns_what_tokens_are_worth():
     """It holds a size that serves the late ones, where the tokens of all would not pay for it."""
     worth = []
@@ -109,6 +158,14 @@ def test_nobody_waits_longer_than_a_bound_and_who_has_a_target_never_does(count,
         assert seats[:late].all()
         waited = np.where(seats, 0, waited + 1)
         assert waited.max() <= TUNING.max_sat_out
+
+
+def test_who_has_sat_out_longest_sits_out_last():
+    waited = [0, 0, *[2] * 6, *[0] * 24]
+    late = pace_of([9] * 2 + [0] * 30, [100] * 2 + [0] * 30, waited)
+    seats = server_of(KNEE, DRAFT, CHILDREN, 32).planner.seats(late, 0)
+    assert seats[:8].all()
+    assert not seats.all()
 
 
 def test_others_sit_out_where_that_makes_passes_shorter_and_not_where_it_does_not():

@@ -80,6 +80,6 @@ class TensorRTBuild:
             # A check makes two calls: the pool and the graphs of all sizes would take most of its time and memory.
             return TensorRTEngine.open(engine, self.facts(), 1, sizes.blocks, blocks, prepare=False)
 
-        check = check_engine(role, opened, precision)
+        check = check_engine(role, opened, precision, longest=sizes.chunk)
         torch.cuda.empty_cache()  # PyTorch keeps what the engine had, and TensorRT cannot take it
         return check

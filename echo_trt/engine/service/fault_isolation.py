@@ -7,22 +7,28 @@ from collections.abc import Sequence
 from echo_trt.engine.service.job import ServiceRequest
 
 MAX_FAILURES = 2  # consecutive failures of a request that ran alone, after which it fails; larger: more retries
+MAX_TOGETHER = 3  # failures of a request beside others without progress, after which it fails; larger: more retries
+PROGRESS = 32  # tokens by which a text grows between two failures that count afresh; larger: guiltless ones fail sooner
 
 
 class FaultIsolation:
     """Retries, one by one, the requests that were running when the engine failed; the one it fails on alone is faulty.
 
     Every such request is a suspect. ``next_trial`` takes one to run by itself, while all others wait. A trial ends in
-    one of two ways: the request emits a token (``cleared``), or the engine fails again (``engine_failed``). Only the
-    engine's thread may call these methods; it adds requests to the scheduler and takes them out.
+    one of two ways: the request emits a token (``cleared``), or the engine fails again (``engine_failed``). Where the
+    engine fails again and again on requests that it ran alone, the one that was there most often is faulty, and of
+    several the youngest, with which that began. Only the engine's thread may call these methods; it adds requests to
+    the scheduler and takes them out.
 
     on_trial  the suspect that runs by itself now
     waiting   suspects that are still to be tried, in order
+    given_up  requests so far that failed beside others alone
     """
 
     def __init__(self) -> None:
         self.on_trial: ServiceRequest | None = None
         self.waiting: list[ServiceRequest] = []
+        self.given_up = 0
 
     def next_trial(self) -> ServiceRequest | None:
         """Return the next suspect, which is on trial from now on; None: there is no suspect."""
@@ -52,7 +58,18 @@ class FaultIsolation:
             if alone and job.failures >= MAX_FAILURES:
                 return job
         self.waiting += jobs
-        return None
+        return None if alone else self._faulty_beside_others(jobs)
+
+    def _faulty_beside_others(self, jobs: Sequence[ServiceRequest]) -> ServiceRequest | None:
+        for job in jobs:
+            progress = len(job.generated) - job.failed_at > PROGRESS
+            job.failed_together = 1 if progress else job.failed_together + 1
+            job.failed_at = len(job.generated)
+        worst = max(jobs, key=lambda job: (job.failed_together, job.id), default=None)
+        if worst is None or worst.failed_together <= MAX_TOGETHER:
+            return None
+        self.given_up += 1
+        return worst
 
     def dismiss(self, job: ServiceRequest) -> None:
         if job in self.waiting:

@@ -44,6 +44,7 @@ class ServiceRequest(Request):
     seconds                                  from submission to the deadline, which ends the answer; None: no deadline
     deadline, submitted, taken, first_token  time.monotonic(); None: there is none, or it has not come
     failures                                 of the engine while this request was running, in a row
+    failed_together, failed_at               the same beside others, without progress; its tokens at the latest of these
     expected                                 what was forecast when it came
     emitted                                  time.monotonic() of its latest tokens; None: there are none
     """
@@ -57,6 +58,8 @@ class ServiceRequest(Request):
     taken: float | None = None
     first_token: float | None = None
     failures: int = 0
+    failed_together: int = 0
+    failed_at: int = 0
     expected: ExpectedLatency = ExpectedLatency()
     emitted: float | None = None
 

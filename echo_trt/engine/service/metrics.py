@@ -37,6 +37,7 @@ COUNTERS = {
     "accepted_tokens": "Draft tokens that were accepted",
     "verifications": "Verifications of one request: emitted over these is the accepted length",
     "preemptions": "Requests set back because KV blocks ran out",
+    "planner_failures": "Times that a policy or its draft failed, which cost a pass its draft",
 }
 #: Of Statistics.
 GAUGES = {
@@ -84,6 +85,7 @@ class Statistics:
     drafts: dict[str, dict[str, float]]  # ``Planner.totals``
     ended: dict[str, int] = field(default_factory=dict)
     engine_failures: int = 0
+    given_up: int = 0
     queued_tokens: int = 0  # of the prompts that wait
     gain: float | None = None  # tokens per second over plain decoding's at the latest load; None: not known
     latency: dict[str, tuple[int, dict[str, int]]] = field(default_factory=dict)  # class -> finished requests, kept
@@ -173,6 +175,8 @@ class EngineMetrics(Collector):
         for name, text in COUNTERS.items():
             yield self._counter(name, text, {(): getattr(now.counters, name)})
         yield self._counter("engine_failures", "Iterations in which the engine failed", {(): now.engine_failures})
+        given_up = "Requests ended since the engine failed again and again while they ran beside others"
+        yield self._counter("requests_given_up", given_up, {(): now.given_up})
         for name, text in GAUGES.items():
             yield self._gauge(name, text, {(): getattr(now, name)})
         yield self._gauge("accepted_length", LENGTH, {(): self._length})

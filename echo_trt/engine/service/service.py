@@ -172,6 +172,7 @@ class Service:
             drafts=planner.totals(),
             ended=dict(self._ended),
             engine_failures=self._engine_failures,
+            given_up=self._isolation.given_up,
             queued_tokens=sum(len(job.prompt) for job in list(self._pending)),
             gain=planner.gain(),
             latency={name: (count, {what: self._kept[name, what] for what in KEPT}) for name, count in of_class},

@@ -132,6 +132,8 @@ class GoodputPlanner:
         constrained  whether a request has a grammar
         """
         costs, count = model.costs, model.requests
+        if model.for_prompts:  # what is free may pay even so; the ladder's sizes are those of other passes
+            return costs.padded(TOKENS_PER_REQUEST * count), False
         priced = model.prices is not None and model.usual_price > LOW_PRICE
         self._ladder = self.priced_ladder if priced else self.ladder
         size = self._ladder.size(count, lambda: self._forecast(model))

@@ -36,6 +36,8 @@ class GoodputTuning:
     size_ratio           smallest ratio of two verification sizes; larger: fewer sizes to try, and worse ones
     catch_up_iterations  iterations at most that a long catch-up serves; larger: drafts sooner for long prompts
     fairness             power of a request's lag in the weight of its nodes; larger: those behind get more nodes
+    prompts_share        passes of the decoding requests alone that a pass with prompts may take before it asks no
+                         network for drafts, which would hold the prompts up; larger: drafts beside longer chunks
     min_continuation     least P(accept) of an n-gram continuation; larger: shorter continuations
 
     Latency targets (``model.prices``):
@@ -65,6 +67,7 @@ class GoodputTuning:
     size_ratio: float = 1.25
     catch_up_iterations: int = 32
     fairness: float = 0.25
+    prompts_share: float = 2.0
     min_continuation: float = 0.015
     lag_price: float = 1.0
     lead: float = 4.0

@@ -136,22 +136,25 @@ def _cell(
     """
     beside = bool(loops) and _have_room(loops, prompts, batch, job.max_tokens)
     samples: dict[str, list[StepSample]] = {policy: [] for policy in policies}
+    budgets: dict[str, int] = {}
     peer_runs: dict[str, list[PeerRun]] = {peer.name: [] for peer in peers}
     for number in range(job.rounds):
         turn = number % len(policies)
         runs = []
         for policy in policies[turn:] + policies[:turn]:
             latency = job.latency if policy.endswith(WITH_TARGETS) else None
-            runs.append(ClosedLoop(loops[policy] if beside else llm.loop, prompts, batch, job.max_tokens, latency))
-            samples[policy].append(runs[-1].sample)
             if not beside:
                 llm.set_policy(policy.removesuffix(WITH_TARGETS), job.budget)
+            loop = loops[policy] if beside else llm.loop
+            budgets[policy] = loop.planner.budget
+            runs.append(ClosedLoop(loop, prompts, batch, job.max_tokens, latency))
+            samples[policy].append(runs[-1].sample)
+            if not beside:
                 runs.pop().run()
         run_side_by_side(runs)
         for peer in peers:
             peer_runs[peer.name].append(peer.run(prompts, batch, job.max_tokens))
-    k_max = job.budget or llm.tuning.costs.hinge.k_max
-    rows = [figures(policy, batch, samples[policy], samples[PLAIN], k_max) for policy in policies]
+    rows = [figures(policy, batch, samples[policy], samples[PLAIN], budgets[policy]) for policy in policies]
     if job.targets:
         rows = [row | attainment(samples[row["policy"]], Latency.of(job.latency)) for row in rows]
     rows = [row | {"side_by_side": beside} for row in rows]

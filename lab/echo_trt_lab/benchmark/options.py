@@ -36,7 +36,7 @@ class BenchOptions:
     )
     max_tokens: Annotated[int, Parameter(help="New tokens per request, at most.", validator=bounds(2))] = 128
     rounds: Annotated[
-        int, Parameter(help="Runs of each policy at each batch; medians are told.", validator=bounds(1, 1000))
+        int, Parameter(help="Runs of each policy at each batch, all pooled.", validator=bounds(1, 1000))
     ] = 3
     requests: Annotated[
         int, Parameter(help="Requests of a run, at least; two per slot.", validator=bounds(2, 1_000_000))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.service.forecast import Forecaster
-from echo_trt.engine.service.job import ExpectedLatency, Late
+from echo_trt.engine.service.job import ExpectedLatency, Late, ServiceRequest
 from echo_trt.speculation.targets import Latency
 
 
@@ -24,3 +25,22 @@ def test_admission_reckons_with_errors_seen_so_far():
         forecaster.ended(expected, 0.1, seen)
     with pytest.raises(Late):
         forecaster.refuse_late(expected, wanted, [], 3)
+
+
+@pytest.mark.parametrize("wanted", [Latency(), Latency(tpot=0.05)], ids=["no target", "a long one"])
+def test_admission_keeps_the_targets_of_those_who_run(wanted):
+    forecaster, expected = Forecaster(), ExpectedLatency(0.1, 0.02)
+    for _ in range(50):
+        forecaster.observe([(True, 0.02, 1)] * 4, 4, 0, 0.02, 0)
+    forecaster.refuse_late(expected, wanted, [0.03], 3)
+    with pytest.raises(Late):
+        forecaster.refuse_late(expected, wanted, [0.03, 0.015], 3)
+
+
+def test_whose_first_token_is_due_first_is_served_first_within_a_priority():
+    def job(id: int, ttft_ms: float | None = None, priority: int = 0) -> ServiceRequest:
+        params = SamplingParams(latency=ttft_ms and {"ttft_ms": ttft_ms})
+        return ServiceRequest(id=id, params=params, priority=priority, submitted=id / 100)
+
+    first, second, soon, urgent = job(1), job(2), job(3, 300.0), job(4, priority=-1)
+    assert sorted([second, soon, first, urgent]) == [urgent, soon, first, second]

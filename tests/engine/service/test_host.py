@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 from collections.abc import Iterator
@@ -126,6 +127,35 @@ def test_few_clients_get_snapshots_and_a_cancelled_one_leaves_room(path):
     wait_until(lambda: isinstance(ask(path, wire.WatchSnapshots(1), 30), wire.TextReply))
     for client in clients:
         client.close()
+
+
+def test_nothing_is_answered_for_a_client_that_has_left(path, service, monkeypatch):
+    step, opened, before = service.loop.step, threading.Event(), service.statistics().ended.get("cancelled", 0)
+    monkeypatch.setattr(service.loop, "step", lambda: (opened.wait(30), step())[1])
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        client.sendall(wire.framed(wire.Submit(1, request(max_tokens=100))))
+        wait_until(lambda: service.statistics().running + service.statistics().queued)
+    for _ in range(3):  # the host has seen it leave before
+        ask(path, wire.Describe(1), 30)
+    opened.set()
+    wait_until(lambda: service.statistics().ended.get("cancelled", 0) == before + 1, 60)
+
+
+def test_a_client_that_reads_nothing_is_cut_off(path, monkeypatch, caplog):
+    monkeypatch.setattr(wire, "LARGEST", 1 << 16)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(30)
+        client.connect(path)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(200):
+                client.sendall(wire.framed(wire.Scrape(1)))
+        wait_until(lambda: "a client reads nothing" in caplog.text, 60)
+        with contextlib.suppress(ConnectionError):
+            while client.recv(1 << 20):
+                pass
+    monkeypatch.undo()
+    assert isinstance(ask(path, wire.Describe(1), 30), wire.ModelInfo)
 
 
 def test_what_is_no_message_ends_its_connection_alone(path):

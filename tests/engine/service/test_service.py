@@ -11,11 +11,12 @@ import pytest
 from driving import prompt_ids
 from refusal import refused
 from steered import LONG, SECONDS, Listener, submit
+from waiting import wait_until
 
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Completion, SamplingParams
 from echo_trt.engine.request import Event
-from echo_trt.engine.service.job import Overloaded
+from echo_trt.engine.service.job import Late, Overloaded, ServiceRequest
 from echo_trt.engine.service.protocol import FIRST
 from echo_trt.engine.service.service import Service
 from echo_trt.speculation.pack import ForwardBatch
@@ -180,6 +181,17 @@ def test_a_probe_takes_nobodys_place_in_the_queue_and_gets_its_token_or_fails(st
     assert submit(service, [0], PROBE, priority=FIRST)[1].end.reason == "failed"
 
 
+def test_admission_refuses_no_probe(open_llm):
+    service = Service(open_llm("close", "autoregressive", 2), keeps_latency=True)
+    _, running = submit(service, prompt_ids(6, 0), replace(LONG, latency={"tpot_ms": 0.001}))
+    assert running.first.wait(SECONDS)
+    wait_until(lambda: len(running.events) > 1)  # now it is known what a token takes
+    with pytest.raises(Late):
+        submit(service, prompt_ids(6, 1))
+    assert submit(service, [0], PROBE, priority=FIRST)[1].end.reason in ("busy", "length")
+    service.close(0)
+
+
 def test_priority_comes_before_arrival(start):
     service, engine = start(batch=1)
     engine.open.clear()
@@ -270,6 +282,21 @@ def test_a_request_that_has_gone_on_since_is_not_guilty(start, offline):
     _, listener = submit(service, prompt)
     assert listener.token_ids == offline.generate([prompt], LONG)[0].token_ids
     assert service.statistics().engine_failures == 4
+
+
+def test_a_request_that_fails_beside_others_alone_is_given_up(start, truths):
+    """The youngest that was there each time; those who ran beside it lose nothing."""
+    service, engine = start()
+    bad: list[ServiceRequest] = []
+    engine.fail = lambda call: len(call.past_lens) > 1 and any(job.slot >= 0 for job in bad)
+    reported = [submit(service, *case)[1] for case in CASES]
+    job, listener = submit(service, prompt_ids(9, 9), priority=-1)
+    bad.append(job)
+    assert listener.end.reason == "failed"
+    assert "the engine is unwell" in listener.end.message
+    assert [listener.text for listener in reported] == [expected.text for expected in truths]
+    assert service.statistics().given_up == 1
+    assert service.statistics().engine_failures <= 6
 
 
 def test_nothing_is_found_in_the_pool_of_an_engine_that_failed(start, offline):

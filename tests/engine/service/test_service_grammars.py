@@ -72,6 +72,15 @@ def test_too_many_grammars_are_refused_and_plain_requests_are_not(start, monkeyp
     assert [listener.end.reason for _, listener in waiting] == ["length"] * 3
 
 
+def test_nothing_is_compiled_for_a_client_that_has_left(start):
+    service, _ = start()
+    _, (gone, listener) = ask(service, slow(0)), ask(service, slow(1))
+    service.cancel(gone)
+    assert listener.end.reason == "cancelled"
+    assert ask(service, slow(2))[1].end.reason == "length"
+    assert compiled(service, range(3)) == [0, 2]
+
+
 def test_an_engine_that_fails_leaves_requests_with_their_grammars(start):
     service, steered = start()
     steered.fail = lambda call: steered.passes == 2

@@ -47,10 +47,18 @@ def test_a_budget_bounds_the_policies_that_share_one(bundle_of, prompts):
     echo, static = (next(r for r in result["results"] if r["policy"] == name) for name in ("echo", "static"))
     assert 2 < echo["verified_per_iteration"] <= 5 < static["verified_per_iteration"]
     assert 0.4 < echo["budget_used"] <= 1
+    assert static["budget_used"] is None
     with refused("--budget is 0", "1 or more"):
         bench(job(bundle_of("close"), prompts, budget=0))
     with refused("--budget is 8", "none of goodput shares one", "add echo, dense or fixed"):
         bench(job(bundle_of("close"), prompts, policies=["goodput"], budget=8))
+
+
+def test_a_measured_budget_is_the_planners(bundle_of, prompts):
+    """A pass is padded to the next size, and so is the budget."""
+    result = bench(job(bundle_of("close"), prompts, policies=["echo"], batches=[2], rounds=1))
+    (echo,) = (row for row in result["results"] if row["policy"] == "echo")
+    assert 0 < echo["budget_used"] <= 1
 
 
 def test_targets_are_shown_beside_the_policy_that_knows_of_none(bundle_of, prompts):

@@ -138,6 +138,20 @@ def test_a_draft_that_costs_more_than_it_can_bring_is_not_asked(count, levels):
         assert requested or len(plan.tree) == count
 
 
+@pytest.mark.parametrize(("prompt_tokens", "drafts"), [(0, True), (10, True), (200, False)])
+def test_beside_a_long_chunk_no_network_is_asked_nor_the_ladder(prompt_tokens, drafts):
+    """What is free joins the pass where it pays; a chunk of ten tokens is none."""
+    copied = copied_chains(np.full((4, 2), 7), np.log(np.full(4, 0.9)))
+    for copies in (None, copied):
+        planner, sizes = planner_of(Curve([1, 8, 256], [0.01, 0.01, 0.15]), flat(1e-4), 4, copied=copies), []
+        planner.ladder.size = lambda requests, forecast, sizes=sizes: sizes.append(requests) or 36
+        draft = steady(4, 0.9, 0.05, 0.02)
+        plan = planner.plan(np.zeros(4), draft, replace(load_of(4), prompt_tokens=prompt_tokens))
+        assert draft.roots == (list(range(4)) if drafts else [])
+        assert sizes == ([4] if drafts else [])
+        assert (len(plan.tree) > 4) == (drafts or copies is not None)
+
+
 def test_where_a_further_token_costs_more_than_it_brings_only_roots_are_verified():
     """Neither a free draft nor copied text is worth verifying then."""
     for count in (1, 3):

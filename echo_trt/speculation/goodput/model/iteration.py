@@ -52,6 +52,12 @@ class IterationModel:
         price = self.speedup * self.plain_rate
         return price if self.prices is None else price + self.prices.time
 
+    @property
+    def for_prompts(self) -> bool:
+        """Say whether the pass chiefly computes prompts. Then a token costs its full price, and drafts are dear."""
+        target, prompt_tokens, limit = self.costs.target, self.load.prompt_tokens, self.settings.tuning.prompts_share
+        return prompt_tokens > 0 and target(self.requests + prompt_tokens) > limit * target(self.requests)
+
     @cached_property
     def prices(self) -> Prices | None:
         return prices(self.load.pace, self.settings.tuning, self.usual_price)
