@@ -373,8 +373,8 @@ class EngineCore:
             request = requests[i]
             request.failure = verified.failures.get(i, "")
             request.finish_reason = "stop" if stopped[i] else "length"
-            if request.failure:
-                request.finish_reason = "failed"
+            if request.failure:  # what the request asks for cannot be had
+                request.finish_reason = "invalid"
             self.scheduler.leave(request)
         ends, tokens = begins(kept).tolist(), emitted.tolist()
         return [(request, tokens[ends[i] : ends[i + 1]]) for i, request in enumerate(requests)]

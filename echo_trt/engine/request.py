@@ -26,7 +26,7 @@ class Event:
 
     Of the last event alone:
 
-    reason               stop, length, cancelled, deadline, failed or invalid (its grammar cannot be compiled); of a
+    reason               stop, length, cancelled, deadline, failed or invalid (its grammar cannot be used); of a
                          probe also busy: no slot was free, and a finished iteration of other requests proves as much as
                          a token. Empty: the answer goes on
     stop_string          the stop string that ended the text, if one did
@@ -87,7 +87,7 @@ class Request:
     submitted: float = 0.0
     started: float | None = None
     grammar: State | None = None  # what may follow its text so far, None: anything; while it runs its slot has it
-    failure: str = ""  # why, where the finish_reason is "failed"
+    failure: str = ""  # why, where the finish_reason is "invalid"
     keys: list[bytes] = field(default_factory=list)  # of its text's blocks in the prefix cache
     text_stream: TextStream | None = None
     reported: int = 0
