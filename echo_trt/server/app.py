@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from echo_trt import __version__
-from echo_trt.engine.params import MAX_PROMPT_LOGPROBS, check_prompt_logprobs
+from echo_trt.engine.params import MAX_PROMPT_LOGPROBS, check_answer_logprobs, check_prompt_logprobs
 from echo_trt.engine.process.client import Client, EngineError
 from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.engine.service.protocol import MODEL
@@ -218,6 +218,16 @@ async def _check_echo(requested: CompletionRequest, prompts: list[dict[str, Any]
         raise ApiError(400, str(error), param="logprobs") from None
 
 
+def _check_entries(requested: ChatRequest | CompletionRequest, prompts: int, context: int) -> None:
+    """Refuse a request for too many log-probabilities of its answers. Raises ApiError."""
+    field = "max_completion_tokens" if getattr(requested, "max_completion_tokens", None) else "max_tokens"
+    limit, choices = requested.limit, prompts * requested.n
+    try:
+        check_answer_logprobs(field, limit, min(limit, context), choices, requested.entries)
+    except UserError as error:
+        raise ApiError(400, str(error), param=field) from None
+
+
 def _pieces(
     request: Request,
     requested: ChatRequest | CompletionRequest,
@@ -225,6 +235,7 @@ def _pieces(
     prompts: list[dict[str, Any]],
     names: dict[str, str],
 ) -> PieceStream:
+    _check_entries(requested, len(prompts), info.context)
     latency = requested.latency or request.scope.get("latency")  # of the key
     targets = {"latency": latency if isinstance(latency, str) else json.dumps(latency)} if latency else {}
     inputs = [prompt | _params(requested, info, seed) | targets for prompt in prompts for seed in requested.seeds()]

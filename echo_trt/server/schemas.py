@@ -20,7 +20,7 @@ from pydantic import (
 
 from echo_trt.engine.latency import RULE
 from echo_trt.engine.parameter import INT32
-from echo_trt.engine.params import MAX_STOP_TOKENS, PARAMETERS, SINGLE
+from echo_trt.engine.params import MAX_ANSWER_LOGPROBS, MAX_STOP_TOKENS, PARAMETERS, SINGLE
 from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.errors import ApiError, shown
@@ -193,6 +193,16 @@ class Params(Sampled):
         raise NotImplementedError
 
     @property
+    def alternatives(self) -> int | None:
+        """How many tokens' log-probabilities are wanted beside the emitted one's; None: none at all."""
+        raise NotImplementedError
+
+    @property
+    def entries(self) -> int:
+        """How many log-probabilities and sources a token is told with."""
+        return (0 if self.alternatives is None else self.alternatives + 1) + self.token_sources
+
+    @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -266,12 +276,12 @@ class ChatRequest(Params):
 
     @property
     def limit(self) -> int:
-        """The client's limit; without one the context limits the answer."""
-        return self.max_completion_tokens or self.max_tokens or INT32
+        """The client's limit; without one the context limits the answer, or what may be told of its tokens."""
+        most = MAX_ANSWER_LOGPROBS // (self.n * self.entries) if self.entries else INT32
+        return self.max_completion_tokens or self.max_tokens or most
 
     @property
     def alternatives(self) -> int | None:
-        """How many tokens' log-probabilities are wanted beside the emitted one's; None: none at all."""
         return self.top_logprobs if self.logprobs else None
 
 

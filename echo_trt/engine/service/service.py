@@ -20,7 +20,7 @@ import numpy as np
 
 from echo_trt.engine.core import Emitted
 from echo_trt.engine.llm import LLM
-from echo_trt.engine.params import SamplingParams, check_prompt_logprobs
+from echo_trt.engine.params import SamplingParams, check_answer_logprobs, check_prompt_logprobs
 from echo_trt.engine.request import Event, Request
 from echo_trt.engine.service.fault_isolation import FaultIsolation
 from echo_trt.engine.service.forecast import Forecaster
@@ -85,6 +85,8 @@ class Service:
         job.id, job.submitted, params = next(self._epoch), time.monotonic(), job.params
         if params.prompt_logprobs is not None:
             check_prompt_logprobs("prompt_logprobs", len(job.prompt), 1, params.prompt_logprobs)
+        tokens = min(params.max_tokens, self.loop.batch.context - len(job.prompt))
+        check_answer_logprobs("max_tokens", params.max_tokens, tokens, 1, params.entries)
         grammar = self.llm.grammars.to_compile(params.structured) if params.structured is not None else None
         self.llm.prepare(job, compiled=grammar is None)
         self.loop.scheduler.check(job)
