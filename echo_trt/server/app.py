@@ -31,7 +31,7 @@ from echo_trt.server.chats import chat_for
 from echo_trt.server.choices import ClientGone, PieceStream, merged
 from echo_trt.server.edge import OPEN, AuthMiddleware, Cors
 from echo_trt.server.errors import ApiError, from_engine, log, shown
-from echo_trt.server.keys import Keys
+from echo_trt.server.keys import Key, Keys, sender
 from echo_trt.server.live import Live, show_about, show_live
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.ollama import models as ollama_models
@@ -169,7 +169,8 @@ async def completions(request: Request, requested: CompletionRequest) -> Respons
 @reads(ForecastRequest)
 async def forecast(request: Request, requested: ForecastRequest) -> Response:
     """POST /v1/forecast: what a request of this shape has to expect as things stand."""
-    latency = requested.latency or request.scope.get("latency") or ""
+    key: Key | None = request.scope.get("key")
+    latency = requested.latency or (key and key.latency) or ""
     text = latency if isinstance(latency, str) else json.dumps(latency)
     reply = await request.app.state.client.forecast(requested.prompt_tokens, requested.max_tokens, text)
     return JSONResponse(json.loads(reply.text))
@@ -197,7 +198,7 @@ async def _sent(answer: Answer[Any], pieces: PieceStream, stream: bool) -> Respo
     """Answer a chat or a completion. The HTTP status follows the first piece: what fails before it is no 200."""
     if not stream:
         return JSONResponse(await answer.whole(pieces))
-    return EventStream(answer.events(await anext(pieces), pieces), pieces, answer.media_type)
+    return EventStream(answer, await anext(pieces), pieces)
 
 
 async def _check_echo(requested: CompletionRequest, prompts: list[dict[str, Any]], client: Client) -> None:
@@ -236,10 +237,11 @@ def _pieces(
     names: dict[str, str],
 ) -> PieceStream:
     _check_entries(requested, len(prompts), info.context)
-    latency = requested.latency or request.scope.get("latency")  # of the key
+    key: Key | None = request.scope.get("key")
+    latency = requested.latency or (key and key.latency)
     targets = {"latency": latency if isinstance(latency, str) else json.dumps(latency)} if latency else {}
     inputs = [prompt | _params(requested, info, seed) | targets for prompt in prompts for seed in requested.seeds()]
-    return merged(request, inputs, names)
+    return merged(request, inputs, names, sender(key, requested.cache_salt))
 
 
 def _params(requested: ChatRequest | CompletionRequest, info: ModelInfo, seed: int) -> dict[str, Any]:

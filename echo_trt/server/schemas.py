@@ -31,6 +31,7 @@ from echo_trt.server.tools import Allowed, Choice, Tool, check
 
 CHOICES = 128  # of one request, prompts times n
 STOP_STRINGS = 16
+LONGEST_SALT = 1000  # characters
 TOKEN_IDS = 2**18  # of all prompts of a request; no model that we know has a longer context
 REFUSED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
@@ -154,6 +155,7 @@ class Params(Sampled):
     guided_grammar: Any = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] = 1
     latency: LatencyField = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=LONGEST_SALT)] | None = None
     priority: Annotated[int, Field(ge=0, le=INT32)] | None = None
     deadline_ms: Annotated[int, Field(ge=1, le=INT32)] | None = None
 
@@ -200,7 +202,7 @@ class Params(Sampled):
     @property
     def entries(self) -> int:
         """How many log-probabilities and sources a token is told with."""
-        return (0 if self.alternatives is None else self.alternatives + 1) + self.token_sources
+        return (0 if self.alternatives is None else self.alternatives + 1) + bool(self.token_sources)
 
     @property
     def wants_usage(self) -> bool:

@@ -192,6 +192,7 @@ class Host:
 
     async def _submit(self, connection: ClientConnection, message: wire.Submit) -> None:
         answer = OpenRequest(connection=connection, question=message.id, arrived=time.monotonic())
+        answer.tenant, answer.salt = message.sender
         connection.answers[message.id] = answer
         failure = await self._refusal(partial(self._queue, answer, message.inputs))
         if failure:

@@ -37,14 +37,15 @@ class Late(Overloaded):
 
 @dataclass(eq=False, kw_only=True)
 class ServiceRequest(Request):
-    """A request that the service answers. Jobs are ordered as they are served: by priority, lowest first, then by when
-    the first token is due, which without targets is by arrival.
+    """A request that the service answers. A tenant's jobs are ordered as they are served: by priority, lowest first,
+    then by when the first token is due, which without targets is by arrival.
 
     on_event                                 takes the answer's events; it must not block
     seconds                                  from submission to the deadline, which ends the answer; None: no deadline
     deadline, submitted, taken, first_token  time.monotonic(); None: there is none, or it has not come
     failures                                 of the engine while this request was running, in a row
     expected                                 what was forecast when it came
+    tenant                                   whose it is: slots are shared by tenants
     emitted                                  time.monotonic() of its latest tokens; None: there are none
     """
 
@@ -58,6 +59,7 @@ class ServiceRequest(Request):
     first_token: float | None = None
     failures: int = 0
     expected: ExpectedLatency = ExpectedLatency()
+    tenant: bytes = b""
     emitted: float | None = None
 
     @property
