@@ -279,8 +279,8 @@ class ChatRequest(Params):
     @property
     def limit(self) -> int:
         """The client's limit; without one the context limits the answer, or what may be told of its tokens."""
-        most = MAX_ANSWER_LOGPROBS // (self.n * self.entries) if self.entries else INT32
-        return self.max_completion_tokens or self.max_tokens or most
+        maximum = MAX_ANSWER_LOGPROBS // (self.n * self.entries) if self.entries else INT32
+        return self.max_completion_tokens or self.max_tokens or maximum
 
     @property
     def alternatives(self) -> int | None:

@@ -117,11 +117,11 @@ class Service:
 
     def _is_full(self, job: ServiceRequest, ahead: int) -> bool:
         """Say whether a job finds no place behind those ``ahead``; a tenant with less than its share does."""
-        most = self.loop.batch.count + self._max_waiting
-        if ahead < most or job.probe:
+        maximum = self.loop.batch.count + self._max_waiting
+        if ahead < maximum or job.probe:
             return False
         held = Counter(other.tenant for other in self._open.values())
-        return held[job.tenant] * len(held.keys() | {job.tenant}) >= most
+        return held[job.tenant] * len(held.keys() | {job.tenant}) >= maximum
 
     def _forecast(self, job: ServiceRequest) -> ExpectedLatency:
         """Forecast a job as things stand; the lock is held."""
