@@ -9,13 +9,14 @@ import numpy as np
 
 from echo_trt.engine.params import MAX_BIASED, MAX_STOP_TOKENS, SINGLE, SamplingParams
 from echo_trt.engine.prefix_cache import PrefixCache
-from echo_trt.speculation.arrays import compiled, ragged_arange
+from echo_trt.speculation.arrays import begins, compiled, ragged_arange
 from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.targets import Targets
 
 #: A slot's parameters of one number or switch; -1 stands for None.
 _TYPES = {int: np.int64, float: np.float64, bool: np.bool_}
 SAMPLING = np.dtype([(name, _TYPES[known.kind]) for name, known in SINGLE.items()], align=True)
+LEAST_SHARED = 8  # tokens of a chunk that two prompts may share; less: what is left may be one token, for ever
 NEVER = 2**62  # larger than ``added`` of any cache: the slot never searches the cache again
 
 Tokens = TypeVar("Tokens", int, np.ndarray)
@@ -55,6 +56,7 @@ class InputBatch:
         self.length, self.committed, self.limit, self.prompt_length = ints(count), ints(count), ints(count), ints(count)
         self.admitted = ints(count)  # serial number of the admission: the youngest has the highest
         self.verifications = ints(count)
+        self.counted = np.ones(count, bool)  # whether counters have a slot's tokens
         self.targets = Targets(count)
         self.text_key = ints(count)  # of a synthetic text, by prompt and seed
         self.sampling = np.array([_row(SamplingParams())] * count, SAMPLING)
@@ -74,6 +76,7 @@ class InputBatch:
         # Whether the draft's KV of a block's text is in it, too.
         self.block_drafted = np.zeros(first_block + self.num_blocks, bool)
         self.keys: list[list[bytes]] = [[] for _ in range(count)]  # of each text's blocks, as far as they are known
+        self.salts = [b""] * count  # of these keys
         self.found = ints(count)  # tokens of a slot's text that were in the cache
         self.looked = ints(count)  # ``added`` of the cache when a slot last searched it
 
@@ -104,20 +107,22 @@ class InputBatch:
         slots = chosen.nonzero()[0]
         return slots[np.argsort(self.admitted[slots], kind="stable")]
 
-    def open(self, slot: int, text: np.ndarray, keys: list[bytes], finds: bool = True) -> bool:
+    def open(self, slot: int, text: np.ndarray, keys: list[bytes], finds: bool = True, salt: bytes = b"") -> bool:
         """Put a text [n] into a free slot: the cached blocks of its beginning are committed, the rest is given blocks.
 
         ``keys`` are those of the text's blocks, as far as they are known; more are added. False: the pool is too empty
         for the text and for drafting behind it. ``finds``: cached blocks are used; else all of it is computed.
+        ``salt``: of the keys.
         """
         text, length = text.astype(np.int32), len(text)
-        self.cache.extend(keys, text, _shareable(length))
+        self.cache.extend(keys, text, _shareable(length), salt)
         found = self.cache.find(keys[: _shareable(length)]) if finds else []
         available = self.free_blocks + self.cached_blocks - self.cache.idle_of(found)
         if blocks_for(length + self.reserve) - len(found) > available:
             return False
         self.cache.hold(found)
         self.keys[slot], self.looked[slot] = keys, self.cache.added if finds else NEVER
+        self.salts[slot] = salt
         self.tokens[slot, :length] = text
         self.length[slot] = length
         self.committed[slot] = self.found[slot] = len(found) * BLOCK
@@ -140,6 +145,33 @@ class InputBatch:
             budget -= int(self.length[slot] - self.committed[slot])
         return skipped
 
+    def divide(self, slots: np.ndarray, budget: int, shares: bool) -> np.ndarray:
+        """Return how many tokens of a budget each prompt of prefilling ``slots`` gets, in order: int64 [n].
+
+        ``shares``: the first leaves half to the shortest of the others, so that a short prompt does not wait for a
+        long one. A prompt that will find as much, once one before it is computed, waits for that.
+        """
+        wanted: np.ndarray = self.length[slots] - self.committed[slots]
+        order = np.arange(len(slots))
+        if shares and budget >= LEAST_SHARED and wanted.sum() > budget and len(slots) > 1:
+            wanted[self._await_blocks(slots, budget)] = 0
+            wanted[0] = min(wanted[0], max(budget - budget // 2, budget - wanted[1:].sum()))
+            order[1:] = 1 + np.argsort(wanted[1:], kind="stable")
+        counts: np.ndarray = np.zeros_like(wanted)
+        counts[order] = np.clip(budget - begins(wanted[order])[:-1], 0, wanted[order])
+        return counts
+
+    def _await_blocks(self, slots: np.ndarray, worth: int) -> list[int]:
+        """Return which of ``slots`` will find ``worth`` tokens or more in blocks that one before them computes."""
+        coming: set[bytes] = set()  # a prompt's blocks are found once all of it is computed
+        found = []
+        for i, slot in enumerate(slots.tolist()):
+            first = int(self.committed[slot]) // BLOCK
+            if BLOCK * len(coming.intersection(self.keys[slot][first:])) >= worth:
+                found.append(i)
+            coming.update(self.keys[slot])
+        return found
+
     def _skip(self, slot: int) -> int:
         begin, first = int(self.committed[slot]), int(self.committed[slot]) // BLOCK
         found = self.cache.find(self.keys[slot][first : _shareable(int(self.length[slot]))])
@@ -157,7 +189,7 @@ class InputBatch:
     def publish(self, slot: int) -> list[bytes]:
         """Let others find the slot's full blocks of committed text; returns their keys."""
         full = max(min(int(self.committed[slot]), int(self.length[slot]) - 1) // BLOCK, 0)
-        self.cache.extend(self.keys[slot], self.tokens[slot], full)
+        self.cache.extend(self.keys[slot], self.tokens[slot], full, self.salts[slot])
         keys = self.keys[slot][:full]
         self.cache.add(keys, self.block_table[slot, : len(keys)].tolist(), self.tokens[slot])
         return keys

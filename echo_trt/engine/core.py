@@ -206,7 +206,9 @@ class EngineCore:
         return self._ask(lambda: seated(pace)) or (decoding, pace)
 
     def _plan_chunks(self, pace: Pace | None, context: int, alone: bool) -> Chunks:
-        """Divide this iteration's prompt budget among prefilling slots, oldest first, or by when they are due.
+        """Divide this iteration's prompt budget among prefilling slots (``InputBatch.divide``).
+
+        The oldest comes first; where requests have targets, all come by when they are due.
 
         context  cached tokens of the requests that decode beside it, which keep ``pace``
         alone    whether no request decodes, whose next tokens would wait for a longer call
@@ -214,14 +216,14 @@ class EngineCore:
         batch, slots = self.batch, self.batch.prefilling()
         if len(slots) == 0:
             return Chunks(slots, slots, slots, slots, slots > 0)
-        slots = batch.targets.by_due(slots)
+        slots, shares = batch.targets.by_due(slots), not batch.targets.given
         budget = max(self.chunk, self.target.prefill_alone) if alone else self.chunk
         if pace and not batch.targets.hurry(slots, time.monotonic()):
             wanted = self._ask(lambda: int(self.planner.prompt_budget(pace, context, len(slots), budget)))
             budget = min(wanted or budget, budget)
         self.counters.cached_tokens += batch.skip(slots, budget)
         missing = batch.length[slots] - batch.committed[slots]
-        counts = np.clip(budget - begins(missing)[:-1], 0, missing)  # of what the prompts before it leave
+        counts = batch.divide(slots, budget, shares)
         if budget > 2:
             # Never prefill exactly one token: the attention kernel rounds a single token differently, and the text
             # would depend on batching.
@@ -380,11 +382,11 @@ class EngineCore:
         kept, stopped, full = batch.append(slots, counts, emitted)
         batch.targets.observe(slots, kept, time.monotonic())
         batch.verifications[slots] += 1
-        self.counters.verifications += len(slots)
-        self.counters.verified_tokens += len(verified.tree)
-        total = int(kept.sum())
-        self.counters.emitted_tokens += total
-        if total < len(emitted):
+        counted = batch.counted[slots]
+        self.counters.verifications += int(counted.sum())
+        self.counters.verified_tokens += int(verified.tree.sizes[counted].sum())
+        self.counters.emitted_tokens += int(kept[counted].sum())
+        if kept.sum() < len(emitted):
             emitted = emitted[ragged_arange(counts) < np.repeat(kept, counts)]
         requests = self.scheduler.running_in(slots)
         for i, entries in logprobs:
@@ -403,8 +405,8 @@ class EngineCore:
             request = requests[i]
             request.failure = verified.failures.get(i, "")
             request.finish_reason = "stop" if stopped[i] else "length"
-            if request.failure:
-                request.finish_reason = "failed"
+            if request.failure:  # what the request asks for cannot be had
+                request.finish_reason = "invalid"
             self.scheduler.leave(request)
         ends, tokens = begins(kept).tolist(), emitted.tolist()
         return [(request, tokens[ends[i] : ends[i + 1]]) for i, request in enumerate(requests)]

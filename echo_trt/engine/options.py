@@ -189,6 +189,7 @@ class HostedOptions(LatencyOptions):
 
     queue: Annotated[int, Parameter(help="Requests that may wait; more are refused.", validator=bounds(1))] = 256
     special_tokens_in_content: SpecialTokens = False
+    no_prefix_cache: Annotated[Flag, Parameter(help="Share no KV blocks among texts that begin alike.")] = False
     kv_events_config: Annotated[
         str,
         Parameter(
@@ -202,5 +203,6 @@ class HostedOptions(LatencyOptions):
         *LatencyOptions.others,
         "queue",
         "special_tokens_in_content",
+        "no_prefix_cache",
         "kv_events_config",
     )

@@ -24,6 +24,9 @@ MAX_LOGPROBS = 20
 #: Larger: one short request takes more memory of the API server, some 450 bytes each, and holds up other streams
 #: longer, by about 10 microseconds each. 8,192 tokens may have 11 alternatives.
 MAX_PROMPT_LOGPROBS = 100_000
+#: Log-probabilities at most of one request's answers: tokens, times choices, times the alternatives and one; a token's
+#: source counts as one. Larger: as above. 8,192 tokens may have 20 alternatives and a source.
+MAX_ANSWER_LOGPROBS = 200_000
 #: Tokens at most whose logits one request may bias.
 MAX_BIASED = 300
 #: Characters at most of a stop string.
@@ -214,6 +217,11 @@ class SamplingParams:
         return self._changes("penalties")
 
     @property
+    def entries(self) -> int:
+        """How many log-probabilities and sources a token of the answer is told with."""
+        return (0 if self.logprobs is None else self.logprobs + 1) + self.token_sources
+
+    @property
     def limits_tokens(self) -> bool:
         """Whether a draw is among some tokens only, which depends on all logits of its position."""
         return self.temperature > 0 and self._changes("limits")
@@ -348,4 +356,19 @@ def check_prompt_logprobs(field: str, tokens: int, n: int, alternatives: int) ->
         remedy = f"give a smaller {field} or n, or shorter prompts."
         raise UserError(
             f"{field} is {alternatives}, which asks for {product}, more than {MAX_PROMPT_LOGPROBS}; {remedy}"
+        )
+
+
+def check_answer_logprobs(field: str, given: int, tokens: int, choices: int, entries: int) -> None:
+    """Refuse answers whose log-probabilities may become too many. Raises UserError.
+
+    field, given     which limits the answers' tokens, and its value
+    tokens, entries  tokens of one of the ``choices`` at most, and log-probabilities of a token
+    """
+    requested = tokens * choices * entries
+    if requested > MAX_ANSWER_LOGPROBS:
+        product = f"{tokens} tokens x {choices} choices x {entries} = {requested} log-probabilities"
+        raise UserError(
+            f"{field} is {given}, which allows {product}, more than {MAX_ANSWER_LOGPROBS}; lower one of the factors.",
+            field,
         )

@@ -65,13 +65,13 @@ class PrefixCache:
     def idle(self) -> int:
         return len(self._idle)
 
-    def extend(self, keys: list[bytes], tokens: np.ndarray, blocks: int) -> None:
+    def extend(self, keys: list[bytes], tokens: np.ndarray, blocks: int, salt: bytes = b"") -> None:
         """Append the missing keys of the first ``blocks`` blocks of ``tokens``, int32, which has one token more than
-        these blocks.
+        these blocks. Texts of another ``salt`` have other keys.
         """
         for i in range(len(keys), blocks if self.enabled else 0):
             text = tokens[i * BLOCK : (i + 1) * BLOCK + 1].tobytes()
-            keys.append(hashlib.blake2b((keys[-1] if keys else b"") + text, digest_size=DIGEST).digest())
+            keys.append(hashlib.blake2b((keys[-1] if keys else salt) + text, digest_size=DIGEST).digest())
 
     def find(self, keys: Sequence[bytes]) -> list[int]:
         """Return the blocks of ``keys``, up to the first unknown one."""

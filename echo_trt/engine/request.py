@@ -26,7 +26,7 @@ class Event:
 
     Of the last event alone:
 
-    reason               stop, length, cancelled, deadline, failed or invalid (its grammar cannot be compiled); of a
+    reason               stop, length, cancelled, deadline, failed or invalid (its grammar cannot be used); of a
                          probe also busy: no slot was free, and a finished iteration of other requests proves as much as
                          a token. Empty: the answer goes on
     stop_string          the stop string that ended the text, if one did
@@ -84,11 +84,13 @@ class Request:
     finish_reason: str = ""
     slot: int = -1
     priority: int = 0
+    counted: bool = True  # whether counters have its tokens
     submitted: float = 0.0
     started: float | None = None
     grammar: State | None = None  # what may follow its text so far, None: anything; while it runs its slot has it
-    failure: str = ""  # why, where the finish_reason is "failed"
+    failure: str = ""  # why, where the finish_reason is "invalid"
     keys: list[bytes] = field(default_factory=list)  # of its text's blocks in the prefix cache
+    salt: bytes = b""  # of these keys: requests of another salt do not find its text
     text_stream: TextStream | None = None
     reported: int = 0
 

@@ -135,7 +135,7 @@ class TargetOutput:
             yield
         except GrammarFailed as failure:
             request = int(self.tree.request[node])
-            self.failures[request] = f"its grammar cannot go on ({failure})."
+            self.failures[request] = f"structured cannot go on here ({failure}); simplify it."
             stop = int(self.batch.stop_tokens[self.slots[request], 0])
             tokens[i] = stop if stop >= 0 else tokens[i]
 

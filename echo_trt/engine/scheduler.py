@@ -93,10 +93,11 @@ class Scheduler:
             request = min(self.waiting, key=lambda request: request.priority)
             text = np.concatenate((request.prompt, np.asarray(request.generated, np.int64)))
             slot = int(np.flatnonzero(~batch.active)[0])
-            if not batch.open(slot, text, request.keys, request.params.prompt_logprobs is None):
+            finds = request.params.prompt_logprobs is None
+            if not batch.open(slot, text, request.keys, finds, request.salt):
                 return
             self.waiting.remove(request)
-            self._counters.asked_tokens += len(text)
+            self._counters.asked_tokens += len(text) * request.counted
             self._counters.cached_tokens += int(batch.committed[slot])
             self._enter(request, slot)
 
@@ -139,7 +140,7 @@ class Scheduler:
             request.prompt_logprobs.clear()  # they are computed again, with the prompt
         batch.stop_tokens[slot] = -1
         batch.stop_tokens[slot, : len(stops)] = stops
-        batch.verifications[slot] = request.verifications
+        batch.verifications[slot], batch.counted[slot] = request.verifications, request.counted
         latency, behind_first = Latency.of(params.latency), max(len(request.generated) - 1, 0)
         batch.targets.begin(slot, latency, request.submitted, request.started, behind_first)
         batch.admitted[slot], self.admissions = self.admissions, self.admissions + 1

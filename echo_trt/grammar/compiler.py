@@ -32,7 +32,12 @@ PROBED = 6  # tokens of a trial: more find a grammar that is too complex before 
 WHITE_SPACE = r"[ \t\r\n]{0,32}"
 BARE = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 _LIMITS = LLParserLimits(
-    max_grammar_size=20_000, initial_lexer_fuel=200_000, step_lexer_fuel=100_000, verbose_errors=False
+    max_grammar_size=20_000,
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=100_000,
+    step_max_items=20_000,
+    max_items_in_row=2000,  # a choice has a row of all its words
+    verbose_errors=False,
 )
 
 

@@ -7,7 +7,9 @@ and every state has a parser whose size grows with the text. So keep only the ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -19,6 +21,10 @@ from echo_trt.grammar.layout import Writer
 if TYPE_CHECKING:  # decoding without grammars needs no llguidance
     from llguidance import LLMatcher
 
+#: Seconds of CPU that a grammar may take per token, on average. Larger: one costly grammar slows other requests more.
+#: Common schemas take less than 0.4 ms, drafts included.
+PER_TOKEN_S = 0.005
+AT_ONCE_S = 0.05  # seconds that it may save up; larger: longer pauses of other requests
 AT_END = 4  # tokens from a mark of a thought to the end of a prompt, at most: the mark and line breaks
 
 
@@ -60,7 +66,30 @@ class ReasoningState:
 
 
 class GrammarFailed(Exception):
-    """llguidance gave up on a text, for instance since the grammar is too complex there. The message is a clause."""
+    """A text cannot go on under its grammar, for instance since that is too complex there. The message is a clause."""
+
+
+class Allowance:
+    """The CPU time that one text's grammar may still take, drafts included; the engine's one thread works for all."""
+
+    def __init__(self) -> None:
+        self._left, self._furthest = AT_ONCE_S, 0
+
+    @contextmanager
+    def spend(self, position: int) -> Iterator[None]:
+        """Count the time of work at a ``position`` of the text; raises GrammarFailed where all has been spent before.
+
+        Time is earned by tokens that nobody has looked behind yet, so a rejected draft earns none twice.
+        """
+        earned = PER_TOKEN_S * max(position - self._furthest, 0)
+        self._left, self._furthest = min(self._left + earned, AT_ONCE_S), max(position, self._furthest)
+        if self._left < 0:
+            raise GrammarFailed("it costs too much")
+        begin = time.thread_time()
+        try:
+            yield
+        finally:
+            self._left -= time.thread_time() - begin
 
 
 @dataclass(frozen=True)
@@ -88,10 +117,12 @@ class Vocabulary:
 class State:
     """What may follow a text. Made by ``Compiler.begin`` and ``after``.
 
-    free     decides what is allowed; None: everything is, once the thought is over
-    writer   proposes what must follow in JSON; None: ``free`` does
-    unseen   tokens of the text that ``writer`` has not seen yet
-    ended    whether the text has ended
+    free       decides what is allowed; None: everything is, once the thought is over
+    writer     proposes what must follow in JSON; None: ``free`` does
+    unseen     tokens of the text that ``writer`` has not seen yet
+    ended      whether the text has ended
+    allowance  CPU time of all states of one text
+    position   tokens of the text that ``free`` has seen
     """
 
     tokens: Vocabulary
@@ -100,6 +131,8 @@ class State:
     reasoning: ReasoningState | None = None
     unseen: tuple[int, ...] = ()
     ended: bool = False
+    allowance: Allowance = field(default_factory=Allowance)
+    position: int = 0
     _after: dict[int, State | None] = field(default_factory=dict, init=False)
 
     def after(self, token: int) -> State | None:
@@ -115,16 +148,18 @@ class State:
         if reasoning and (reasoning.inside or token == reasoning.opens):
             if (reasoning.spent and token != reasoning.closes) or (ends and self.free):
                 return None
-            return State(tokens, self.free, self.writer, reasoning.after(token), ended=ends)
+            return replace(self, reasoning=reasoning.after(token), ended=ends)
         if self.free is None:
             return State(tokens, None, ended=ends)
         if ends and self.free.is_accepting():
             return State(tokens, self.free, ended=True)
-        free = self.free.deep_copy()
-        if not free.try_consume_tokens([token]):
-            _check(free)
-            return None
-        return State(tokens, free, self.writer, None, (*self.unseen, token), ends)
+        with self.allowance.spend(self.position):
+            free = self.free.deep_copy()
+            if not free.try_consume_tokens([token]):
+                _check(free)
+                return None
+        unseen, position = (*self.unseen, token), self.position + 1
+        return State(tokens, free, self.writer, None, unseen, ends, self.allowance, position)
 
     @cached_property
     def mask(self) -> np.ndarray | None:
@@ -136,7 +171,8 @@ class State:
             return None
         if reasoning and reasoning.inside:
             return ~tokens.bits(tokens.ends)
-        mask = np.frombuffer(self.free.compute_bitmask(), np.uint8)[: -(-tokens.vocab_size // 8)]
+        with self.allowance.spend(self.position):
+            mask = np.frombuffer(self.free.compute_bitmask(), np.uint8)[: -(-tokens.vocab_size // 8)]
         _check(self.free)
         if np.count_nonzero(mask) == 1 and tokens.spell:
             # llguidance forces the name of an added token as that token, which it then refuses: no text writes it.
@@ -158,18 +194,20 @@ class State:
         """Return up to ``max_tokens`` tokens that the grammar forces, as a tokenizer writes them.
 
         They are a likely draft and no certain one: other tokens may spell the same text, or lay it out otherwise.
+        Raises GrammarFailed.
         """
         reasoning = self.reasoning
         if reasoning and reasoning.inside:
             return [reasoning.closes] if reasoning.spent else []
         if self.ended or self.free is None:
             return []
-        if self.writer and self.unseen:
-            self.writer, self.unseen = self.writer.following(list(self.unseen)), ()
-        if self.free.is_stopped() or (self.writer and self.writer.complete):
-            return list(self.tokens.ends[:1]) if self.free.is_accepting() else []
-        tokens = self.writer.forced(max_tokens) if self.writer else self.free.compute_ff_tokens()[:max_tokens]
-        return tokens[: self.free.validate_tokens(tokens)]
+        with self.allowance.spend(self.position):
+            if self.writer and self.unseen:
+                self.writer, self.unseen = self.writer.following(list(self.unseen)), ()
+            if self.free.is_stopped() or (self.writer and self.writer.complete):
+                return list(self.tokens.ends[:1]) if self.free.is_accepting() else []
+            tokens = self.writer.forced(max_tokens) if self.writer else self.free.compute_ff_tokens()[:max_tokens]
+            return tokens[: self.free.validate_tokens(tokens)]
 
 
 def _check(matcher: LLMatcher) -> None:

@@ -32,6 +32,7 @@ class Answer(ABC, Generic[Requested]):
 
     media_type = "text/event-stream"
     last = ""  # what is sent behind all events
+    failure: ApiError | None = None  # which has ended the stream
 
     def __init__(self, requested: Requested, turns: list[OutputParser], metrics: ServerMetrics):
         self._requested, self._turns, self._turn, self._metrics = requested, turns, turns[0], metrics
@@ -59,6 +60,7 @@ class Answer(ABC, Generic[Requested]):
             if self.last:
                 yield self.last
         except ApiError as error:
+            self.failure = error
             for event in self.failed(self._requested.in_client_fields(error)):
                 yield self.written(event)
         except ClientGone:
@@ -192,17 +194,22 @@ class ApiAnswer(Answer[ChatRequest | CompletionRequest]):
 
 
 class EventStream(StreamingResponse):
-    """Sends events; however that ends, the engine's streams are closed. ``pieces`` themselves notice a hang-up."""
+    """Sends events; however that ends, the engine's streams are closed. ``pieces`` themselves notice a hang-up.
 
-    def __init__(self, events: AsyncIterator[str], pieces: PieceStream, media_type: str):
+    A failure behind the headers is the scope's "failed", by which the answer is counted (``edge``).
+    """
+
+    def __init__(self, answer: Answer[Any], first: tuple[int, TextPiece], pieces: PieceStream):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type=media_type, headers=headers)
-        self._pieces = pieces
+        super().__init__(answer.events(first, pieces), media_type=answer.media_type, headers=headers)
+        self._answer, self._pieces = answer, pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await self.stream_response(send)
         finally:
+            if self._answer.failure:
+                scope["failed"] = self._answer.failure.status_code
             await self._pieces.aclose()
 
 

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from echo_trt import __version__
-from echo_trt.engine.params import MAX_PROMPT_LOGPROBS, check_prompt_logprobs
+from echo_trt.engine.params import MAX_PROMPT_LOGPROBS, check_answer_logprobs, check_prompt_logprobs
 from echo_trt.engine.process.client import Client, EngineError
 from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.engine.service.protocol import MODEL
@@ -31,7 +31,7 @@ from echo_trt.server.chats import chat_for
 from echo_trt.server.choices import ClientGone, PieceStream, merged
 from echo_trt.server.edge import OPEN, AuthMiddleware, Cors
 from echo_trt.server.errors import ApiError, from_engine, log, shown
-from echo_trt.server.keys import Keys
+from echo_trt.server.keys import Key, Keys, sender
 from echo_trt.server.live import Live, show_about, show_live
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.ollama import models as ollama_models
@@ -169,7 +169,8 @@ async def completions(request: Request, requested: CompletionRequest) -> Respons
 @reads(ForecastRequest)
 async def forecast(request: Request, requested: ForecastRequest) -> Response:
     """POST /v1/forecast: what a request of this shape has to expect as things stand."""
-    latency = requested.latency or request.scope.get("latency") or ""
+    key: Key | None = request.scope.get("key")
+    latency = requested.latency or (key and key.latency) or ""
     text = latency if isinstance(latency, str) else json.dumps(latency)
     reply = await request.app.state.client.forecast(requested.prompt_tokens, requested.max_tokens, text)
     return JSONResponse(json.loads(reply.text))
@@ -197,7 +198,7 @@ async def _sent(answer: Answer[Any], pieces: PieceStream, stream: bool) -> Respo
     """Answer a chat or a completion. The HTTP status follows the first piece: what fails before it is no 200."""
     if not stream:
         return JSONResponse(await answer.whole(pieces))
-    return EventStream(answer.events(await anext(pieces), pieces), pieces, answer.media_type)
+    return EventStream(answer, await anext(pieces), pieces)
 
 
 async def _check_echo(requested: CompletionRequest, prompts: list[dict[str, Any]], client: Client) -> None:
@@ -218,6 +219,16 @@ async def _check_echo(requested: CompletionRequest, prompts: list[dict[str, Any]
         raise ApiError(400, str(error), param="logprobs") from None
 
 
+def _check_entries(requested: ChatRequest | CompletionRequest, prompts: int, context: int) -> None:
+    """Refuse a request for too many log-probabilities of its answers. Raises ApiError."""
+    field = "max_completion_tokens" if getattr(requested, "max_completion_tokens", None) else "max_tokens"
+    limit, choices = requested.limit, prompts * requested.n
+    try:
+        check_answer_logprobs(field, limit, min(limit, context), choices, requested.entries)
+    except UserError as error:
+        raise ApiError(400, str(error), param=field) from None
+
+
 def _pieces(
     request: Request,
     requested: ChatRequest | CompletionRequest,
@@ -225,10 +236,12 @@ def _pieces(
     prompts: list[dict[str, Any]],
     names: dict[str, str],
 ) -> PieceStream:
-    latency = requested.latency or request.scope.get("latency")  # of the key
+    _check_entries(requested, len(prompts), info.context)
+    key: Key | None = request.scope.get("key")
+    latency = requested.latency or (key and key.latency)
     targets = {"latency": latency if isinstance(latency, str) else json.dumps(latency)} if latency else {}
     inputs = [prompt | _params(requested, info, seed) | targets for prompt in prompts for seed in requested.seeds()]
-    return merged(request, inputs, names)
+    return merged(request, inputs, names, sender(key, requested.cache_salt))
 
 
 def _params(requested: ChatRequest | CompletionRequest, info: ModelInfo, seed: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 
 from echo_trt.engine.process.client import EngineError
-from echo_trt.engine.process.wire import TextPiece
+from echo_trt.engine.process.wire import Sender, TextPiece
 from echo_trt.server.errors import ApiError, from_engine
 
 PieceStream = AsyncGenerator[tuple[int, TextPiece], None]
@@ -21,14 +21,16 @@ class ClientGone(Exception):
     """Nobody is left to read the answer."""
 
 
-async def answered(request: Request, inputs: Mapping[str, Any], names: Mapping[str, str]) -> AsyncGenerator[TextPiece]:
+async def answered(
+    request: Request, inputs: Mapping[str, Any], names: Mapping[str, str], sender: Sender
+) -> AsyncGenerator[TextPiece]:
     """Yield one choice's pieces, whose ``completion_tokens`` are those so far. Raises ApiError, in terms of ``names``.
 
     A deadline ends a text as a limit does; where there is no text, the request has failed.
     """
     state, begin, tokens = request.app.state, time.monotonic(), 0
     try:
-        async with aclosing(state.client.submit(inputs)) as pieces:
+        async with aclosing(state.client.submit(inputs, sender)) as pieces:
             async for piece in pieces:
                 if inputs["stream"] and not tokens:
                     state.metrics.first_text.observe(time.monotonic() - begin)
@@ -45,7 +47,9 @@ async def answered(request: Request, inputs: Mapping[str, Any], names: Mapping[s
         raise from_engine(error, names) from None
 
 
-async def merged(request: Request, choices: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> PieceStream:
+async def merged(
+    request: Request, choices: Sequence[Mapping[str, Any]], names: Mapping[str, str], sender: Sender
+) -> PieceStream:
     """Yield (choice, piece) as they come. The first failure, or the client's leaving, ends and closes all streams.
 
     What a slow client has not read waits in its question's queue (``engine.process.client``), at most a whole answer:
@@ -71,7 +75,7 @@ async def merged(request: Request, choices: Sequence[Mapping[str, Any]], names: 
 
     async def start() -> None:
         for choice, inputs in enumerate(choices):
-            pumps.append(asyncio.create_task(pump(choice, answered(request, inputs, names))))
+            pumps.append(asyncio.create_task(pump(choice, answered(request, inputs, names, sender))))
             await asyncio.sleep(0)  # opening one takes time, and there may be 128: other clients come between
 
     starter, watcher = asyncio.create_task(start()), asyncio.create_task(watch())

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from echo_trt.server.errors import ApiError
-from echo_trt.server.keys import Keys
+from echo_trt.server.keys import Key, Keys
 from echo_trt.server.metrics import ServerMetrics
 
 #: Paths for machines that watch over us, without a key.
@@ -53,45 +53,46 @@ class AuthMiddleware:
         scope = {**scope, "path": _origin_form(scope["path"])}
         path = scope["path"] if scope["path"] in COUNTED else "other"
         headers = dict(scope["headers"])
-        given, began = headers.get(b"x-request-id", b""), False
+        given, began = headers.get(b"x-request-id", b""), 0
         request_id = given if _REQUEST_ID.fullmatch(given) else b"req_" + secrets.token_hex(16).encode()
         names = (b"x-request-id", b"request-id")  # OpenAI's and Anthropic's
 
         async def counted_send(message: Message) -> None:
             nonlocal began
             if message["type"] == "http.response.start":
-                began = True
-                self.metrics.requests.labels(path, message["status"]).inc()
+                began = message["status"]
                 own = [*message.get("headers", ()), *((name, request_id) for name in names)]
                 message = {**message, "headers": own}
             await send(message)
 
         if path in ANSWERED:
             self.metrics.running.inc()
-        if self.keys:
-            given = headers.get(b"authorization") or b"Bearer " + headers.get(b"x-api-key", b"")
-            scope["latency"] = self.keys.latency(given)
+        scope["key"] = self._key(headers)
         try:
-            self._admit(scope["path"], headers)
+            self._admit(scope["path"], headers, scope["key"])
             await self.app(scope, self._measured(receive), counted_send)
         except ApiError as error:
             if not began:
                 await error.response(scope["path"])(scope, receive, counted_send)
         except Exception:  # answered further out
-            if not began:
-                self.metrics.requests.labels(path, 500).inc()
+            began = 500
             raise
         finally:
+            if began:  # at the end, since a stream may fail behind its headers
+                self.metrics.requests.labels(path, scope.get("failed", began)).inc()
             if path in ANSWERED:
                 self.metrics.running.dec()
 
-    def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
+    def _key(self, headers: dict[bytes, bytes]) -> Key | None:
+        given = headers.get(b"authorization", b""), b"Bearer " + headers.get(b"x-api-key", b"")  # Anthropic's clients
+        return next(filter(None, map(self.keys.find, given)), None) if self.keys else None
+
+    def _admit(self, path: str, headers: dict[bytes, bytes], key: Key | None) -> None:
         """Before a byte of the body is read. Raises ApiError."""
         if b"content-length" in headers and b"transfer-encoding" in headers:
             message = "The request has both Content-Length and Transfer-Encoding; send one."
             raise ApiError(400, message, headers={"Connection": "close"})  # where the next request begins is unclear
-        given = headers.get(b"authorization", b""), b"Bearer " + headers.get(b"x-api-key", b"")  # Anthropic's clients
-        if self.keys and path not in self._without_key and not any(map(self.keys.allow, given)):
+        if self.keys and path not in self._without_key and not key:
             message = "A valid API key is needed, as in Authorization: Bearer KEY."
             raise ApiError(401, message, "authentication_error", code="invalid_api_key")
         length = headers.get(b"content-length", b"0")

@@ -5,51 +5,64 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
+from echo_trt.engine.process.wire import Sender
 from echo_trt.errors import UserError
 from echo_trt.server.errors import log
 
 SHORTEST = 16  # characters; what is shorter can be guessed
 
 
+@dataclass(frozen=True)
+class Key:
+    """A key's SHA-256, the latency class of its requests, and whether they find texts of other such keys cached."""
+
+    digest: bytes
+    latency: str | None = None
+    shared: bool = False
+
+
+def sender(key: Key | None, cache_salt: str | None) -> Sender:
+    """Return whose a request is: texts are found in the prefix cache by requests of the same key and salt alone."""
+    own = key.digest if key and not key.shared else b""
+    salt = hashlib.blake2b((cache_salt or "").encode(), key=own, digest_size=16).digest() if own or cache_salt else b""
+    return Sender(key.digest[:8] if key else b"", salt)
+
+
 class Keys:
     """The API keys of a file, kept as digests. A file that has changed is read again.
 
-    A line is a key, or ``KEY latency=CLASS``: the latency class of its requests.
+    A line is a key, and words behind it: ``latency=CLASS`` and ``shared`` (``Key``).
     """
 
     def __init__(self, path: Path):
         """Blank lines and lines that begin with # are skipped. Raises UserError where the file holds no usable key."""
-        self._path, self._state, self._digests = path, _state(path), read(path)
+        self._path, self._state, self._keys = path, _state(path), read(path)
 
     def _follow(self) -> None:
         """Read the file again if it has changed; the keys stay while it is away or holds none that can be used."""
         if (state := _state(self._path)) != self._state:
             self._state = state
             try:
-                self._digests = read(self._path)
+                self._keys = read(self._path)
             except UserError as error:
                 log.warning("the API keys stay as they were: %s", error)
             else:  # what is below a warning is not shown
-                log.warning("API keys file %s has changed; keys that it holds: %d", self._path, len(self._digests))
+                log.warning("API keys file %s has changed; keys that it holds: %d", self._path, len(self._keys))
 
     @property
     def classes(self) -> set[str]:
-        return set(filter(None, self._digests.values()))
+        return {key.latency for key in self._keys if key.latency}
 
-    def latency(self, authorization: bytes) -> str | None:
-        """Return the latency class of the key in a header; None: it has none."""
+    def find(self, authorization: bytes) -> Key | None:
+        """Return the key that the header ``Authorization: Bearer KEY`` names. Takes as long for any wrong one."""
         self._follow()
-        return self._digests.get(hashlib.sha256(authorization.strip().partition(b" ")[2].strip()).digest())
-
-    def allow(self, authorization: bytes) -> bool:
-        """Whether the header ``Authorization: Bearer KEY`` names a key. Takes as long for any wrong one."""
-        self._follow()
-        scheme, _, key = authorization.strip().partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them, always
-        return scheme.lower() == b"bearer" and any(matches)
+        scheme, _, text = authorization.strip().partition(b" ")
+        digest = hashlib.sha256(text.strip()).digest()
+        found = [key for key in self._keys if hmac.compare_digest(digest, key.digest)]  # all of them, always
+        return found[0] if found and scheme.lower() == b"bearer" else None
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
@@ -61,21 +74,24 @@ def _state(path: Path) -> tuple[int, ...] | None:
     return now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
 
-def read(path: Path) -> dict[bytes, str | None]:
-    """Read a file of keys: digest -> latency class. Raises UserError where the file holds no usable key."""
+def read(path: Path) -> list[Key]:
+    """Read a file of keys. Raises UserError where the file holds no usable key."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         reason = f"{error.strerror}, as user {os.geteuid()}"
         raise UserError(f"API keys file {path} cannot be read ({reason}); name one that this user may read.") from None
-    parts = [line.strip().partition(b" latency=") for line in lines]
-    keys = {key: name.strip().decode() or None for key, _, name in parts if key and not key.startswith(b"#")}
-    if not keys:
+    known = {text: words for text, *words in filter(None, map(bytes.split, lines)) if not text.startswith(b"#")}
+    if not known:
         raise UserError(f"API keys file {path} holds no key; write one key per line.")
-    for number, key in enumerate(keys, 1):
-        if len(key) < SHORTEST or len(key.split()) > 1:
+    keys = []
+    for number, (text, words) in enumerate(known.items(), 1):
+        options = [word.partition(b"=")[::2] for word in words]
+        if len(text) < SHORTEST or not {b"latency", b"shared"}.issuperset(name for name, _ in options):
             raise UserError(
-                f"API keys file {path}: key {number} is shorter than {SHORTEST} characters or holds a blank; "
-                "write one longer key per line."
+                f"API keys file {path}: key {number} is shorter than {SHORTEST} characters or holds a blank; write one "
+                "longer key per line, with latency=CLASS or shared behind it."
             )
-    return {hashlib.sha256(key).digest(): name for key, name in keys.items()}
+        latency = dict(options).get(b"latency", b"").decode("utf-8", "backslashreplace") or None
+        keys.append(Key(hashlib.sha256(text).digest(), latency, b"shared" in words))
+    return keys

@@ -20,7 +20,7 @@ from pydantic import (
 
 from echo_trt.engine.latency import RULE
 from echo_trt.engine.parameter import INT32
-from echo_trt.engine.params import MAX_STOP_TOKENS, PARAMETERS, SINGLE
+from echo_trt.engine.params import MAX_ANSWER_LOGPROBS, MAX_STOP_TOKENS, PARAMETERS, SINGLE
 from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.errors import ApiError, shown
@@ -31,6 +31,7 @@ from echo_trt.server.tools import Allowed, Choice, Tool, check
 
 CHOICES = 128  # of one request, prompts times n
 STOP_STRINGS = 16
+LONGEST_SALT = 1000  # characters
 TOKEN_IDS = 2**18  # of all prompts of a request; no model that we know has a longer context
 REFUSED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
@@ -154,6 +155,7 @@ class Params(Sampled):
     guided_grammar: Any = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] = 1
     latency: LatencyField = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=LONGEST_SALT)] | None = None
     priority: Annotated[int, Field(ge=0, le=INT32)] | None = None
     deadline_ms: Annotated[int, Field(ge=1, le=INT32)] | None = None
 
@@ -191,6 +193,16 @@ class Params(Sampled):
     def limit(self) -> int:
         """The maximum number of tokens of one choice; endpoints differ in the default."""
         raise NotImplementedError
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many tokens' log-probabilities are wanted beside the emitted one's; None: none at all."""
+        raise NotImplementedError
+
+    @property
+    def entries(self) -> int:
+        """How many log-probabilities and sources a token is told with."""
+        return (0 if self.alternatives is None else self.alternatives + 1) + bool(self.token_sources)
 
     @property
     def wants_usage(self) -> bool:
@@ -266,12 +278,12 @@ class ChatRequest(Params):
 
     @property
     def limit(self) -> int:
-        """The client's limit; without one the context limits the answer."""
-        return self.max_completion_tokens or self.max_tokens or INT32
+        """The client's limit; without one the context limits the answer, or what may be told of its tokens."""
+        maximum = MAX_ANSWER_LOGPROBS // (self.n * self.entries) if self.entries else INT32
+        return self.max_completion_tokens or self.max_tokens or maximum
 
     @property
     def alternatives(self) -> int | None:
-        """How many tokens' log-probabilities are wanted beside the emitted one's; None: none at all."""
         return self.top_logprobs if self.logprobs else None
 
 

@@ -26,6 +26,7 @@ CHAT_FIELDS = (
     "priority",
     "deadline_ms",
     "latency",
+    "cache_salt",
     "structured_outputs",
     "chat_template_kwargs",
     "parallel_tool_calls",

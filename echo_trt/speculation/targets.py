@@ -108,9 +108,14 @@ class Targets:
         due = (now - np.nan_to_num(self._started[slots], nan=now)) * wanted
         return Pace(wanted, np.where(wanted > 0, due - self._tokens[slots], 0.0), self._waited[slots])
 
+    @property
+    def given(self) -> bool:
+        """Whether any request has a target."""
+        return bool(self._given.any())
+
     def by_due(self, slots: np.ndarray) -> np.ndarray:
         """Order prefilling ``slots`` by when their first token is due, where any request has a target."""
-        return slots[np.argsort(self._due[slots], kind="stable")] if self._given.any() else slots
+        return slots[np.argsort(self._due[slots], kind="stable")] if self.given else slots
 
     def hurry(self, slots: np.ndarray, now: float) -> bool:
         """Say whether a prompt of ``slots`` must not wait for others any longer."""

@@ -11,6 +11,7 @@ from refusal import refused
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import MAX_STOP_TOKENS, SamplingParams
+from echo_trt.speculation.pack import BLOCK
 
 CONTEXT, CHUNK = LIMITS["context"], LIMITS["prefill_chunk"]
 
@@ -169,6 +170,43 @@ def test_prompts_are_read_in_chunks_beside_running_requests(open_llm):
     assert mixed
     assert len(target.calls) == 3
     assert early.slot >= 0
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(open_llm):
+    texts = []
+    for alone in (True, False):
+        loop = open_llm("lookup", "static").loop
+        long = add(loop, prompt_ids(3 * CHUNK + 5, 1), max_tokens=8)
+        if alone:
+            run(loop)
+        short = add(loop, prompt_ids(6, 2), max_tokens=8)
+        if not alone:
+            loop.step()
+            assert loop.batch.length[short.slot] > 6, "its first token"
+            assert 0 < loop.batch.committed[long.slot] < 3 * CHUNK
+        run(loop)
+        texts.append((long.generated, short.generated))
+    assert texts[0] == texts[1]
+
+
+def test_a_long_prompt_gets_half_of_what_short_ones_ask_for(open_llm):
+    loop = open_llm("lookup", "static", 4).loop
+    long = add(loop, prompt_ids(3 * CHUNK, 1), max_tokens=8)
+    for passes in range(1, 7):
+        for number in range(4):
+            add(loop, prompt_ids(CHUNK // 2, 10 * passes + number), max_tokens=1)
+        loop.step()
+    assert loop.batch.committed[long.slot] >= 3 * CHUNK - 1 or long.finish_reason
+
+
+def test_a_prompt_waits_for_blocks_that_another_computes(open_llm):
+    """Requests with one long beginning compute it once, as when they come one after another."""
+    loop = open_llm("lookup", "static", 4).loop
+    beginning = prompt_ids(2 * BLOCK + 1, 1)
+    for number in range(3):
+        add(loop, [*beginning, *prompt_ids(5, number)], max_tokens=3)
+    run(loop)
+    assert loop.counters.prompt_tokens == len(beginning) + 5 + 2 * (1 + 5)
 
 
 def test_requests_are_served_oldest_first():

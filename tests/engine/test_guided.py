@@ -78,8 +78,8 @@ def test_a_grammar_that_gives_up_fails_its_request_alone(policy, open_llm, monke
     llm.loop.scheduler.add(doomed)
     free = [add(llm.loop, prompt_ids(7, seed)) for seed in (1, 2)]
     run(llm.loop)
-    assert doomed.finish_reason == "failed"
-    assert doomed.failure == "its grammar cannot go on (too complex)."
+    assert doomed.finish_reason == "invalid"
+    assert doomed.failure == "structured cannot go on here (too complex); simplify it."
     assert [request.generated for request in free] == wanted
     assert_all_free(llm.loop)
 
@@ -115,7 +115,10 @@ def test_a_draft_behind_the_token_that_a_grammar_gave_up_on_is_not_looked_at(ope
     llm.loop.scheduler.add(doomed)
     other = add(llm.loop, prompt_ids(7, 1))
     run(llm.loop)
-    assert (doomed.finish_reason, doomed.failure) == ("failed", "its grammar cannot go on (too complex).")
+    assert (doomed.finish_reason, doomed.failure) == (
+        "invalid",
+        "structured cannot go on here (too complex); simplify it.",
+    )
     assert (other.finish_reason, len(other.generated)) == ("length", 40)
 
 
@@ -133,7 +136,7 @@ def test_a_request_without_stop_tokens_ends_where_its_thought_cannot_close(think
     request = thinker.request(0, prompt, params)
     thinker.loop.scheduler.add(request)
     run(thinker.loop, 50)
-    assert request.finish_reason == "failed"
+    assert request.finish_reason == "invalid"
     assert "allows no token" in request.failure
     assert min(request.generated) >= 0
     assert_all_free(thinker.loop)

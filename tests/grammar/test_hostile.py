@@ -1,4 +1,7 @@
-"""Grammars meant to hang or kill a server are answered within two seconds of CPU: refused, or with a state to go on."""
+"""Grammars meant to hang or kill a server are answered within two seconds of CPU: refused, or with a state to go on.
+
+A long text under one of them costs no more than every text's grammar may.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from walks import choose, compiler
+from walks import allowed, choose, compiler, ends
 
 from echo_trt.errors import UserError
+from echo_trt.grammar.state import AT_ONCE_S, PER_TOKEN_S, GrammarFailed, State
 
 SECONDS = 2.0  # of CPU, for compiling and some steps
 STEPS = 12
+TOKENS = 1000  # of a long text
 START_S = 1  # of CPU, that another interpreter may take to begin
 LONG_S = 0.08  # of CPU, for five steps of a long forced text
 
@@ -78,6 +83,11 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "1 MB of Lark": {"grammar": f'start: "{"a" * 2**20}"'},
     "128 KB of words": {"json": {"description": "a" * 130_000, "type": "integer"}},
 }
+#: Those whose masks take longer the longer the text is.
+AMBIGUOUS = {
+    "Lark, ambiguous": HOSTILE["Lark, ambiguous"],
+    "Lark, ambiguous pairs": {"grammar": 'start: s\ns: s s | "a"'},
+}
 #: Those that llguidance gives up on behind the first token; a request fails there instead of being refused.
 LATE: dict[str, dict[str, Any]] = {
     "10,000 choices": {"choice": [f"v{i}" for i in range(10_000)]},
@@ -125,6 +135,39 @@ def test_hostile_grammars_are_answered_soon(name):
     begin = time.process_time()
     answered(HOSTILE[name])
     assert time.process_time() - begin < SECONDS
+
+
+def written(state: State) -> int:
+    """Write a text of TOKENS tokens, unless it must end before; returns its tokens. Raises GrammarFailed."""
+    draw = np.random.default_rng(0)
+    for number in range(TOKENS):
+        state.forced(16)
+        options = [token for token in allowed(state).tolist() if token not in ends()]
+        if not options:
+            return number
+        state = state.after(options[draw.integers(len(options))])
+    return TOKENS
+
+
+@pytest.mark.parametrize("name", HOSTILE | AMBIGUOUS)
+def test_a_long_text_costs_what_its_tokens_may(name):
+    structured, tokens = (HOSTILE | AMBIGUOUS)[name], TOKENS
+    try:
+        state = GRAMMARS.begin(structured)
+    except UserError:
+        return
+    begin = time.thread_time()
+    try:
+        tokens = written(state)
+    except GrammarFailed:
+        assert time.thread_time() - begin < SECONDS
+    assert time.thread_time() - begin < SECONDS + AT_ONCE_S + PER_TOKEN_S * tokens
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_an_ambiguous_grammar_ends_its_text(name):
+    with pytest.raises(GrammarFailed):
+        written(GRAMMARS.begin(AMBIGUOUS[name]))
 
 
 @pytest.mark.parametrize("name", LATE)

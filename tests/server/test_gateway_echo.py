@@ -1,4 +1,4 @@
-"""Echoed prompts and their log-probabilities over HTTP: places, early ends, the bound."""
+"""Echoed prompts and log-probabilities over HTTP: places, early ends, the bounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from asking import ask
 from byte_tokenizer import USER
 from server.running import client_of, refused
 
-from echo_trt.engine.params import MAX_PROMPT_LOGPROBS
+from echo_trt.engine import params
+from echo_trt.engine.params import MAX_ANSWER_LOGPROBS, MAX_PROMPT_LOGPROBS
 from echo_trt.engine.process import wire
 from echo_trt.models.tokenizer import load_tokenizer
 
@@ -82,3 +83,25 @@ def test_the_engine_has_this_bound_itself(server):
     inputs = {"input_ids": [70] * 5000, "prompt_logprobs": 20, "max_tokens": 1}
     reported = ask(str(server.engine), wire.Submit(1, inputs), 30)
     assert "prompt_logprobs is 20, which asks for 5000 prompt tokens" in reported.message
+
+
+@pytest.mark.parametrize(("n", "top", "sources"), [(128, 0, False), (6, 20, False), (64, 0, True)])
+def test_too_many_log_probabilities_of_answers_are_refused_by_their_product(n, top, sources, client):
+    """Without a limit of tokens the bound is the limit."""
+    entries = top + 1 + sources
+    tokens = MAX_ANSWER_LOGPROBS // (n * entries)
+    chat = {"model": "echo", "messages": [{"role": "user", "content": "the theme"}], "n": n, "token_sources": sources}
+    chat |= {"logprobs": True, "top_logprobs": top, "deadline_ms": 1}
+    for field in ("max_tokens", "max_completion_tokens"):
+        message = refused(client.post("/v1/chat/completions", json={**chat, field: tokens + 1}), 400, field)
+        assert f"{tokens + 1} tokens x {n} choices x {entries} = {(tokens + 1) * n * entries} " in message
+    for limit in ({"max_tokens": tokens}, {}):
+        assert "deadline" in refused(client.post("/v1/chat/completions", json={**chat, **limit}), 504)
+
+
+def test_the_engine_bounds_log_probabilities_of_answers_itself(server, monkeypatch):
+    monkeypatch.setattr(params, "MAX_ANSWER_LOGPROBS", 1000)
+    inputs = {"input_ids": [70] * 5, "return_log_probs": True, "top_logprobs": 9, "max_tokens": 101}
+    reported = ask(str(server.engine), wire.Submit(1, inputs), 30)
+    assert "max_tokens is 101, which allows 101 tokens x 1 choices x 10 = 1010 log-probabilities" in reported.message
+    assert reported.field == "max_tokens"

@@ -75,6 +75,24 @@ def test_the_deadline_counts_while_grammars_are_compiled(client, server):
         connection.close()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_that_becomes_too_complex_is_its_client_s_mistake(client, server, stream):
+    """It is no failure of the engine's, which would wake an operator. A stream that fails is no success, either."""
+    counted = 'echo_gateway_requests_total{path="/v1/chat/completions",status="%d"}'
+    before = server.metrics()
+    invalid, failed = outcomes(server, "invalid"), outcomes(server, "failed")
+    costly = {"grammar": 'start: (("ab"{1,1000}){1,1000}){900,1000}'}
+    answer = client.post(CHAT, json={**ASKED, "structured_outputs": costly, "max_tokens": 900, "stream": stream})
+    if stream and answer.status_code == 200:
+        assert "structured_outputs.grammar cannot go on here" in answer.text
+    else:
+        assert "simplify it" in refused(answer, 400, "structured_outputs.grammar")
+    after = server.metrics()
+    assert [after.get(counted % status, 0) - before.get(counted % status, 0) for status in (200, 400)] == [0, 1]
+    wait_for_outcomes(server, "invalid", invalid + 1)
+    assert outcomes(server, "failed") == failed
+
+
 def test_a_request_that_waits_for_its_grammar_is_answered_before_the_server_stops(process):
     """The last test of this file: it ends the file's server."""
     with ThreadPoolExecutor(2) as pool, client_of(process) as client:

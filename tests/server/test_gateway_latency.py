@@ -97,6 +97,5 @@ def test_classes_that_are_none(text):
 def test_a_key_may_name_a_class(keys_file):
     keys = Keys(keys_file)
     assert keys.classes == {"interactive"}
-    assert keys.allow(f"Bearer {HASTY}".encode())
-    assert keys.latency(f"Bearer {HASTY}".encode()) == "interactive"
-    assert keys.latency(f"Bearer {KEY}".encode()) is None
+    assert keys.find(f"Bearer {HASTY}".encode()).latency == "interactive"
+    assert keys.find(f"Bearer {KEY}".encode()).latency is None

@@ -69,6 +69,7 @@ def _refuse_others(job: ServeOptions) -> None:
         ("--api-keys-file", job.api_keys),
         ("--allowed-origins", job.allowed_origins),
         ("--special-tokens-in-content", job.special_tokens_in_content),
+        ("--no-prefix-cache", job.no_prefix_cache),
         ("--kv-events-config", job.kv_events_config),
         ("a second --served-model-name", job.served_model_names[1:]),
         ("--openai-port 0", job.openai_port == 0),

@@ -58,6 +58,7 @@ class TritonPythonModel:
             _setting(config, "policy") or None,
             batch,
             note=pb_utils.Logger.log_info,
+            prefix_cache=False if _truth(config, "no_prefix_cache") else None,
             kv_cache_memory=bytes_in("kv_cache_memory", memory) if memory else None,
             synthetic_text=_setting(config, "synthetic_text") or None,
         )

@@ -45,7 +45,15 @@ def run(options: HostOptions) -> int:
     base.ends_at_once = True
     bundle, memory = options.bundle, options.kv_cache_memory
     text = options.synthetic_text
-    llm = LLM(bundle, options.policy, options.batch, note=log.info, kv_cache_memory=memory, synthetic_text=text)
+    llm = LLM(
+        bundle,
+        options.policy,
+        options.batch,
+        note=log.info,
+        prefix_cache=False if options.no_prefix_cache else None,
+        kv_cache_memory=memory,
+        synthetic_text=text,
+    )
     log.info(llm.pool.warning or llm.pool.sentence)
     context, sampling = llm.loop.batch.context, llm.manifest.sampling.given()
     classes = LatencyClasses(options.latency_classes)

@@ -86,9 +86,11 @@ class Client:
                 assert isinstance(answer, wire.TextReply)
                 yield answer.text
 
-    async def submit(self, inputs: Mapping[str, Any]) -> AsyncGenerator[wire.TextPiece]:
+    async def submit(
+        self, inputs: Mapping[str, Any], sender: wire.Sender = wire.ANYONE
+    ) -> AsyncGenerator[wire.TextPiece]:
         """Yield pieces as they come. Close it early and the engine drops the request. Raises EngineError."""
-        async with aclosing(self._ask(wire.Submit(next(self._ids), dict(inputs)))) as answers:
+        async with aclosing(self._ask(wire.Submit(next(self._ids), dict(inputs), sender))) as answers:
             async for piece in answers:
                 assert isinstance(piece, wire.TextPiece)
                 self._last_piece = time.monotonic()

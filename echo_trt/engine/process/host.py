@@ -33,23 +33,41 @@ log = logging.getLogger(__name__)
 BEAT = 0.05  # seconds between two looks at what has changed; larger: a drained engine ends later
 FLUSH = 0.25  # seconds between two updates of metrics
 SNAPSHOT, IDLE_SNAPSHOT = 0.2, 1.0  # seconds between two snapshots, and where nothing happens
+SILENT_S = 10.0  # seconds in which a client with much unread reads nothing, and is cut off; larger: more memory is held
 MAX_VIEWERS = 8  # clients that get snapshots; an API server is one of them, with all its viewers
 
 
 @dataclass(eq=False)
 class ClientConnection:
-    """A client. ``answers``: its open questions by their numbers."""
+    """A client. ``answers``: its open questions by their numbers. ``written`` and ``taken`` are bytes so far."""
 
     writer: asyncio.StreamWriter
     answers: dict[int, OpenRequest] = field(default_factory=dict)
     watches: set[int] = field(default_factory=set)
+    written: int = 0
+    taken: int = 0
+    taken_at: float = 0.0  # when that was seen to change
 
     def send(self, message: wire.FromEngine) -> None:
-        """Write a message; a client that reads nothing is cut off before its answers fill the memory."""
+        """Write a message; of one that is too large to be read its client hears."""
         if self.writer.is_closing():
             return
-        self.writer.write(wire.framed(message))
-        if self.writer.transport.get_write_buffer_size() > wire.LARGEST:
+        frame = wire.framed(message)
+        if len(frame) > wire.LARGEST:
+            sentence = "the answer is too large to be sent; ask for fewer log-probabilities or sources."
+            frame = wire.framed(wire.Failure(message.id, "INVALID_ARGUMENT", sentence, "max_tokens"))
+        self.written += len(frame)
+        self.writer.write(frame)
+
+    def check(self, now: float) -> None:
+        """Cut off a client that reads nothing, before its answers fill the memory.
+
+        However much is written at once: it is the door's only connection, and holds the answers of all its clients.
+        """
+        unread = self.writer.transport.get_write_buffer_size()
+        if self.written - unread > self.taken or unread <= wire.LARGEST:
+            self.taken, self.taken_at = self.written - unread, now
+        elif now - self.taken_at > SILENT_S and not self.writer.is_closing():
             log.error("a client reads nothing; its connection is closed")
             self.writer.transport.abort()
 
@@ -108,6 +126,8 @@ class Host:
             while self._service.alive and not (stop.is_set() and self._drained()):
                 await asyncio.sleep(BEAT)
                 now = time.monotonic()
+                for connection in self._connections:
+                    connection.check(now)
                 if now - flushed >= FLUSH:
                     flushed = now
                     self._metrics.flush(self._service.statistics())
@@ -172,6 +192,7 @@ class Host:
 
     async def _submit(self, connection: ClientConnection, message: wire.Submit) -> None:
         answer = OpenRequest(connection=connection, question=message.id, arrived=time.monotonic())
+        answer.tenant, answer.salt = message.sender
         connection.answers[message.id] = answer
         failure = await self._refusal(partial(self._queue, answer, message.inputs))
         if failure:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import Struct, msgpack
 
@@ -22,10 +22,25 @@ class Numbered(Struct, tag=True):
     id: int
 
 
+class Sender(NamedTuple):
+    """Whose request it is.
+
+    tenant  who has to share slots with others; empty: with an engine without keys everyone is one
+    salt    of the prefix cache: requests of one salt find each other's text; empty: that of all without one
+    """
+
+    tenant: bytes = b""
+    salt: bytes = b""
+
+
+ANYONE = Sender()
+
+
 class Submit(Numbered):
     """A request. ``inputs``: plain values by their names in ``engine.process.inputs.INPUTS``."""
 
     inputs: dict[str, Any]
+    sender: Sender = ANYONE
 
 
 class Cancel(Numbered):

@@ -37,8 +37,8 @@ class Late(Overloaded):
 
 @dataclass(eq=False, kw_only=True)
 class ServiceRequest(Request):
-    """A request that the service answers. Jobs are ordered as they are served: by priority, lowest first, then by when
-    the first token is due, which without targets is by arrival.
+    """A request that the service answers. A tenant's jobs are ordered as they are served: by priority, lowest first,
+    then by when the first token is due, which without targets is by arrival.
 
     on_event                                 takes the answer's events; it must not block
     seconds                                  from submission to the deadline, which ends the answer; None: no deadline
@@ -46,6 +46,7 @@ class ServiceRequest(Request):
     failures                                 of the engine while this request was running, in a row
     failed_together, failed_at               the same beside others, without progress; its tokens at the latest of these
     expected                                 what was forecast when it came
+    tenant                                   whose it is: slots are shared by tenants
     emitted                                  time.monotonic() of its latest tokens; None: there are none
     """
 
@@ -61,6 +62,7 @@ class ServiceRequest(Request):
     failed_together: int = 0
     failed_at: int = 0
     expected: ExpectedLatency = ExpectedLatency()
+    tenant: bytes = b""
     emitted: float | None = None
 
     @property

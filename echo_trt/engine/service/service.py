@@ -6,7 +6,6 @@ order, and must not block. Where a device computes, they are called while it com
 
 from __future__ import annotations
 
-import heapq
 import logging
 import sys
 import threading
@@ -20,7 +19,7 @@ import numpy as np
 
 from echo_trt.engine.core import Emitted
 from echo_trt.engine.llm import LLM
-from echo_trt.engine.params import SamplingParams, check_prompt_logprobs
+from echo_trt.engine.params import SamplingParams, check_answer_logprobs, check_prompt_logprobs
 from echo_trt.engine.request import Event, Request
 from echo_trt.engine.service.fault_isolation import FaultIsolation
 from echo_trt.engine.service.forecast import Forecaster
@@ -28,6 +27,7 @@ from echo_trt.engine.service.grammars import GrammarQueue
 from echo_trt.engine.service.job import ExpectedLatency, Overloaded, ServiceRequest
 from echo_trt.engine.service.metrics import KEPT, Statistics
 from echo_trt.engine.service.protocol import FIRST
+from echo_trt.engine.service.queue import FairQueue
 from echo_trt.errors import described
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Service:
         self._changed = threading.Condition()
         self._open: dict[Request, ServiceRequest] = {}
         self._probes: dict[Request, ServiceRequest] = {}  # open jobs that only ask if the engine works
-        self._pending: list[ServiceRequest] = []  # a heap
+        self._pending = FairQueue()
         # Jobs that end before the next iteration, with reasons and messages.
         self._ending: list[tuple[ServiceRequest, str, str]] = []
         self._draining = self._closed = self._dead = False
@@ -79,12 +79,16 @@ class Service:
 
         A grammar is compiled while the job waits; one that cannot be used ends it with the reason invalid.
 
-        A probe, of one token and the priority FIRST, is taken however long the queue is, and ends with the first
-        iteration that began after it came. Raises UserError for a wrong prompt, Overloaded while no request is taken.
+        A probe, of one token and the priority FIRST, is taken however long the queue is, ends with the first iteration
+        that began after it came, and is counted nowhere. Raises UserError for a wrong prompt, Overloaded while no
+        request is taken.
         """
         job.id, job.submitted, params = next(self._epoch), time.monotonic(), job.params
+        job.counted = not job.probe
         if params.prompt_logprobs is not None:
             check_prompt_logprobs("prompt_logprobs", len(job.prompt), 1, params.prompt_logprobs)
+        tokens = min(params.max_tokens, self.loop.batch.context - len(job.prompt))
+        check_answer_logprobs("max_tokens", params.max_tokens, tokens, 1, params.entries)
         grammar = self.llm.grammars.to_compile(params.structured) if params.structured is not None else None
         self.llm.prepare(job, compiled=grammar is None)
         self.loop.scheduler.check(job)
@@ -96,7 +100,7 @@ class Service:
             # slot.
             waiting = len(self._grammars)
             ahead = waiting if grammar else len(self._open) - len(self._probes) - waiting
-            if ahead >= self.loop.batch.count + self._max_waiting and not job.probe:
+            if self._is_full(job, ahead):
                 raise Overloaded(f"the queue is full, {self._max_waiting} requests wait; try again in a second.")
             job.expected = self._forecast(job)
             if self._keeps_latency and not job.probe:
@@ -105,11 +109,19 @@ class Service:
             if grammar:
                 self._grammars.add(grammar, job)
             else:
-                heapq.heappush(self._pending, job)
+                self._pending.add(job)
             self._open[job] = job
             if job.probe:
                 self._probes[job] = job
             self._changed.notify_all()
+
+    def _is_full(self, job: ServiceRequest, ahead: int) -> bool:
+        """Say whether a job finds no place behind those ``ahead``; a tenant with less than its share does."""
+        maximum = self.loop.batch.count + self._max_waiting
+        if ahead < maximum or job.probe:
+            return False
+        held = Counter(other.tenant for other in self._open.values())
+        return held[job.tenant] * len(held.keys() | {job.tenant}) >= maximum
 
     def _forecast(self, job: ServiceRequest) -> ExpectedLatency:
         """Forecast a job as things stand; the lock is held."""
@@ -153,7 +165,7 @@ class Service:
         if failure:
             self._ending.append((job, "invalid", failure))
         else:
-            heapq.heappush(self._pending, job)
+            self._pending.add(job)
         self._changed.notify_all()
 
     def statistics(self) -> Statistics:
@@ -173,7 +185,7 @@ class Service:
             ended=dict(self._ended),
             engine_failures=self._engine_failures,
             given_up=self._isolation.given_up,
-            queued_tokens=sum(len(job.prompt) for job in list(self._pending)),
+            queued_tokens=sum(len(job.prompt) for job in self._pending),
             gain=planner.gain(),
             latency={name: (count, {what: self._kept[name, what] for what in KEPT}) for name, count in of_class},
             forecast_error=self._forecaster.errors(),
@@ -244,7 +256,8 @@ class Service:
             with self._changed:
                 if not self._pending:
                     return
-                job = heapq.heappop(self._pending)
+                taken = Counter(job.tenant for job in self._open.values() if job.taken)
+                job = self._pending.pop(taken)
             job.taken = job.taken or time.monotonic()
             loop.scheduler.add(job)
 
@@ -323,9 +336,7 @@ class Service:
             return
         self.loop.scheduler.cancel(job)
         with self._changed:
-            if job in self._pending:
-                self._pending.remove(job)
-                heapq.heapify(self._pending)
+            self._pending.remove(job)
             self._grammars.remove(job)
         self._isolation.dismiss(job)
         job.finish_reason, event = reason, Event(time=time.monotonic())
@@ -343,7 +354,8 @@ class Service:
         event.verifications, event.drafted, event.accepted = job.verifications, job.drafted, job.accepted
         event.queue_seconds = job.taken and job.taken - job.submitted
         event.first_token_seconds = job.first_token and job.first_token - job.submitted
-        self._ended[reason] += 1
+        if job.counted:
+            self._ended[reason] += 1
         if reason in ("stop", "length", "deadline"):
             self._compare(job)
         self._send(job, event)
@@ -398,7 +410,7 @@ class Service:
         with self._changed:
             for job in jobs:
                 if job in self._open:
-                    heapq.heappush(self._pending, job)
+                    self._pending.add(job)
 
     def _fail_all(self, message: str) -> None:
         with self._changed:

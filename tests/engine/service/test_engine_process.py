@@ -133,6 +133,17 @@ def test_a_server_of_nothing_is_refused(roomy_bundle, tmp_path):
     assert "nothing would be served" in server.err
 
 
+def test_without_a_prefix_cache_every_prompt_is_computed(roomy_bundle, tmp_path):
+    server = Served(roomy_bundle, tmp_path / "log", "--no-prefix-cache").wait_for("serving")
+    try:
+        for _ in range(2):
+            url = f"http://127.0.0.1:{server.openai}/v1/completions"
+            usage = httpx.post(url, json=body(prompt=[5] * 100), timeout=60).json()["usage"]
+            assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
+    finally:
+        assert server.stop() == 0
+
+
 def test_a_policy_of_a_user_s_own_file(roomy_bundle, tmp_path):
     options = "--policy-file", Path(__file__).parents[3] / "examples" / "chain_policy.py", "--policy", "chain"
     server = Served(roomy_bundle, tmp_path / "log", *options).wait_for("serving")

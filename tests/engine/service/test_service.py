@@ -164,7 +164,52 @@ def test_a_probe_finds_no_queue_too_full_and_waits_for_no_place(start):
     assert not any(listener.done.is_set() for listener in reported)
     engine.open.set()
     assert [listener.end.completion_tokens for listener in reported] == [100] * 3
-    assert service.statistics().ended == {"busy": 1, "length": 3}
+    assert service.statistics().ended == {"length": 3}
+
+
+def test_a_probe_is_counted_nowhere(start):
+    service, _ = start()
+    assert submit(service, prompt_ids(6, 1), SamplingParams(4))[1].end
+    before = service.statistics()
+    assert submit(service, [0], PROBE, priority=FIRST)[1].end.reason == "length"
+    after = service.statistics()
+    assert after.ended == before.ended == {"length": 1}
+    for name in ("asked_tokens", "prompt_tokens", "emitted_tokens", "verifications", "verified_tokens"):
+        assert getattr(after.counters, name) == getattr(before.counters, name), name
+    assert after.counters.iterations > before.counters.iterations
+
+
+def test_slots_are_shared_by_tenants(start):
+    """Who has the fewest running comes next; a tenant's own requests come in their order."""
+    service, engine = start(batch=2)
+    engine.open.clear()
+    one = SamplingParams(3, ignore_eos=True)
+    asked = [submit(service, prompt_ids(6, i), one, tenant=b"alice") for i in range(5)]
+    asked += [submit(service, prompt_ids(6, i), one, tenant=b"bob") for i in range(2)]
+    urgent = submit(service, prompt_ids(6, 9), one, tenant=b"alice", priority=-1)
+    engine.open.set()
+    assert {listener.end.reason for _, listener in (*asked, urgent)} == {"length"}
+    order = sorted([*asked, urgent], key=lambda each: each[0].taken)
+    names = [job.tenant for job, _ in order]
+    assert names[:4].count(b"bob") >= 1
+    assert names[:6].count(b"bob") == 2
+    alice = [job for job, _ in order if job.tenant == b"alice"]
+    assert alice.index(urgent[0]) <= 2
+    assert [job.id for job in alice if job is not urgent[0]] == [0, 1, 2, 3, 4]
+
+
+def test_a_full_queue_has_a_place_for_a_tenant_with_less_than_its_share(start):
+    service, engine = start(batch=1, queue=3)
+    engine.open.clear()
+    asked = [submit(service, prompt_ids(6, i), tenant=b"alice") for i in range(4)]
+    with pytest.raises(Overloaded):
+        submit(service, prompt_ids(6, 4), tenant=b"alice")
+    asked += [submit(service, prompt_ids(6, i), tenant=b"bob") for i in range(2)]
+    for tenant in (b"alice", b"bob"):
+        with pytest.raises(Overloaded):
+            submit(service, prompt_ids(6, 4), tenant=tenant)
+    engine.open.set()
+    assert {listener.end.reason for _, listener in asked} == {"length"}
 
 
 def test_a_probe_takes_nobodys_place_in_the_queue_and_gets_its_token_or_fails(start):
