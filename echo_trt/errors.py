@@ -35,6 +35,10 @@ class UserError(Exception):
         self.field = field
 
 
+class Failed(Exception):
+    """What could not be done, and is no mistake of the user's. The CLI prints the message, a sentence, and exits with 1."""
+
+
 class GrammarError(UserError):
     """A ``structured`` that cannot be used; the sentence begins with its kind, as in ``structured.json``."""
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError
 from rich.console import Console
 
-from echo_trt.errors import UserError
+from echo_trt.errors import Failed, UserError
 
 NARROWEST = 20  # columns of a terminal; larger: more values of COLUMNS are ignored
 
@@ -30,7 +30,7 @@ messages = Screen(stderr=True)
 
 
 def run_app(app: App) -> None:
-    """Run a command line; a user's mistake is one sentence on stderr and exit code 2."""
+    """Run a command line; a user's mistake is one sentence on stderr and exit code 2, what failed otherwise one and 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if hasattr(sys.stdout, "reconfigure"):  # not all that stands in for it, as in a notebook, can be
@@ -39,6 +39,8 @@ def run_app(app: App) -> None:
         _run(app)
     except UserError as error:
         _refuse(error)
+    except Failed as error:
+        _refuse(error, 1)
     except CycloptsError as error:
         error.verbose = False
         _refuse(error)
@@ -65,10 +67,10 @@ def _run(app: App) -> None:
         raise
 
 
-def _refuse(error: object) -> NoReturn:
+def _refuse(error: object, code: int = 2) -> NoReturn:
     messages.print("error:", style="bold red", end=" ", soft_wrap=True)
     messages.print(" ".join(str(error).split()), soft_wrap=True, highlight=False)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def screen_of(color: str) -> Console:
