@@ -36,7 +36,7 @@ class UserError(Exception):
 
 
 class Failed(Exception):
-    """What could not be done, and is no mistake of the user's. The CLI prints the message, a sentence, and exits with 1."""
+    """What failed and is no mistake of the user's. The message is one sentence. The CLI prints it and exits with 1."""
 
 
 class GrammarError(UserError):

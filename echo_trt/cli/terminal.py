@@ -30,7 +30,7 @@ messages = Screen(stderr=True)
 
 
 def run_app(app: App) -> None:
-    """Run a command line; a user's mistake is one sentence on stderr and exit code 2, what failed otherwise one and 1."""
+    """Run a command line; a user's mistake is one sentence on stderr and exit code 2, and a failure 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if hasattr(sys.stdout, "reconfigure"):  # not all that stands in for it, as in a notebook, can be

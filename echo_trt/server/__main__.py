@@ -45,8 +45,8 @@ def run(options: ServerOptions) -> int:
     classes = None if options.latency_classes is None else list(LatencyClasses(options.latency_classes))
     given = options.api_keys, options.largest_body, names, origins, options.page, options.hosts, classes
     app = create_app(options.engine_socket, *given)
-    listens = {"host": options.host, "port": options.port, "timeout_graceful_shutdown": options.drain_seconds}
-    server = server_of(app, options.liveness_socket, **listens)
+    more: dict[str, Any] = {"host": options.host, "timeout_graceful_shutdown": options.drain_seconds}
+    server = server_of(app, options.liveness_socket, port=options.port, **more)
     with suppress(KeyboardInterrupt):  # raised once requests in flight have ended
         server.run()
     return 0 if server.started else 1

@@ -78,7 +78,7 @@ def create_app(
     layers = [Middleware(Cors, origins=checked_origins(origins))] if origins else []
     shown = PageFiles() if page else None
     without_key = OPEN + tuple(shown.files if shown else ())
-    edge = {"keys": keys, "largest_body": largest_body, "metrics": metrics, "without_key": without_key}
+    edge: dict[str, Any] = {"keys": keys, "largest_body": largest_body, "metrics": metrics, "without_key": without_key}
     layers.append(Middleware(AuthMiddleware, **edge, hosts=checked_hosts(hosts), origins=origins))
 
     handlers: dict[Any, Any] = {  # starlette's type asks of each that it handle any exception

@@ -101,7 +101,8 @@ class HttpConnection(H11Protocol):
     def __init__(self, *args: Any, places: Places, arrival: float = ARRIVAL_S, unread: float = UNREAD_S, **more: Any):
         super().__init__(*args, **more)
         self._application, self.app = self.app, self._respond
-        self._places, self.state = places, None
+        self._places = places
+        self.state: str | None = None
         self._seconds = {ARRIVING: arrival, UNREAD: unread, CLOSING: LINGER_S}
         self._timer: asyncio.TimerHandle | None = None  # of the state
         self._look: asyncio.TimerHandle | None = None
@@ -171,7 +172,7 @@ class HttpConnection(H11Protocol):
             await send(message)
 
         scope["full"] = self._places.full()
-        await self._application(scope, receive, send_last)  # type: ignore[arg-type]
+        await self._application(scope, receive, send_last)
 
     # -- its state -----------------------------------------------------------------------------------------------------
 

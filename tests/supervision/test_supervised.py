@@ -182,10 +182,10 @@ def test_a_first_start_that_fails_says_why(small):
     with refused("no such bundle"):
         each = small("print('error: no such bundle.'); raise SystemExit(2)")
         each.until(lambda: each.serving)
-    with pytest.raises(Failed, match="^the small one did not start: no more room.$"):
+    with refused("the small one did not start: no more room", kind=Failed):
         each = small("raise SystemExit('error: no more room')")
         each.until(lambda: each.serving)
-    with pytest.raises(Failed, match="^the small one did not start: signal 9 ended it.$"):
+    with refused("the small one did not start: signal 9 ended it", kind=Failed):
         each = small("import os; print('hello'); os.kill(os.getpid(), 9)")
         each.until(lambda: each.serving)
 
@@ -377,7 +377,7 @@ def test_an_engine_is_drained_where_the_gateway_does_not_start(pair, tmp_path):
     pair.gateway.programs = [f"{waits}\nraise SystemExit('error: no room')"]
     begun = threading.Thread(target=lambda: wait_until(lambda: pair.engine.serving) and (tmp_path / "go").touch())
     begun.start()
-    with pytest.raises(Failed, match="the small one did not start: no room"):
+    with refused("the small one did not start: no room", kind=Failed):
         pair.run()
     begun.join()
     assert (tmp_path / "drained").exists()

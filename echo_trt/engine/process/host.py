@@ -167,7 +167,7 @@ class Host:
                 connection.send(wire.TextReply(message.id, self._scraped()))
 
     def _scraped(self) -> str:
-        """Return the text of the metrics, FLUSH old at most: many scrapes would take the interpreter from the engine."""
+        """Return the metrics as text, FLUSH old at most: many scrapes would take the interpreter from the engine."""
         if (now := time.monotonic()) - self._scraped_at > FLUSH:
             self._text, self._scraped_at = generate_latest(self._metrics.registry).decode(), now
         return self._text
