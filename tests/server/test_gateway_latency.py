@@ -95,8 +95,9 @@ def test_classes_that_are_none(text):
 
 
 def test_a_key_may_name_a_class(keys_file):
-    keys = Keys(keys_file)
-    assert keys.classes == {"interactive"}
+    with raises("has latency=interactive", "--latency-classes"):
+        Keys(keys_file, ["batch"])
+    keys = Keys(keys_file, ["batch", "interactive"])
     assert keys.allow(f"Bearer {HASTY}".encode())
     assert keys.latency(f"Bearer {HASTY}".encode()) == "interactive"
     assert keys.latency(f"Bearer {KEY}".encode()) is None
