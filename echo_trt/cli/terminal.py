@@ -11,7 +11,7 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError
 from rich.console import Console
 
-from echo_trt.errors import Failed, UserError
+from echo_trt.errors import Failed, UserError, no_memory
 
 NARROWEST = 20  # columns of a terminal; larger: more values of COLUMNS are ignored
 
@@ -45,9 +45,7 @@ def run_app(app: App) -> None:
         error.verbose = False
         _refuse(error)
     except MemoryError as error:
-        amount = f" ({error})" if str(error) else ""
-        limits = "limits.kv_blocks (--kv-cache-memory), limits.context or --batch"
-        _refuse(f"there is not enough memory{amount}; lower {limits}.")
+        _refuse(no_memory(error))
     except OSError as error:
         # Nothing that is still to be printed is to fail again when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -398,6 +398,39 @@ def test_a_stop_in_the_midst_of_a_restart_is_no_return(pair):
     assert pair.engine.output == ["the small one has died; starting it again"]
 
 
+def test_a_second_ctrl_c_waits_for_no_answer():
+    class Drains:
+        """Where the launcher is while it waits for requests in flight."""
+
+        def __init__(self, stop: threading.Event):
+            self.stop = stop
+
+        def run(self) -> int:
+            signal.raise_signal(signal.SIGINT)
+            assert self.stop.is_set()
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGINT)
+                return 0
+            return 7
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        assert supervised.supervise("echo-trt-test-", lambda folder, stop, log: Drains(stop)) == 7  # type: ignore[arg-type]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_temporary_folder_with_too_long_a_path_is_the_users_mistake(tmp_path, monkeypatch):
+    (long := tmp_path / ("t" * 100)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with refused("TMPDIR", long, "set it to a short one"):
+        supervised.supervise("echo-trt-test-", lambda *_: pytest.fail("it began"))
+
+
 # -- the machine ---------------------------------------------------------------------------------------------------
 
 
