@@ -114,7 +114,8 @@ class AuthMiddleware:
         name = re.sub(r":\d*$", "", host).lower()
         if name and not _LOCAL.fullmatch(name) and not {"*", name} & set(self._hosts or ()):
             raise _foreign(f"Host is {shown(name)}, and only this machine may ask; name it in --allowed-hosts.")
-        if origin and origin.partition("://")[2] != host and not {"*", origin} & set(self._origins):
+        site = origin.startswith(("http://", "https://", "null"))  # others are of programs, which no page can claim
+        if site and origin.partition("://")[2] != host and not {"*", origin} & set(self._origins):
             raise _foreign(f"Origin is {shown(origin)}, whose pages may not ask; name it in --allowed-origins.")
 
     def _measured(self, receive: Receive) -> Receive:

@@ -57,7 +57,7 @@ def test_a_server_of_this_machine_takes_its_own_names_and_origins_alone():
         ):
             assert "--allowed-hosts" in refused(answer(host), 403)
             assert "--allowed-hosts" in refused(answer(host, f"http://{host}"), 403)
-        for origin in ("http://localhost:9000", PAGE):
+        for origin in ("http://localhost:9000", PAGE, "vscode-webview://a"):
             refused(answer("localhost:9000", origin), 400, "model")
         for origin in ("http://evil.example", "http://localhost:3000", "null"):
             assert "--allowed-origins" in refused(answer("localhost:9000", origin), 403)
