@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+NO_MEMORY = "bad_alloc", "start new thread", "allocate memory"  # of what libraries say of it
 LONGEST_SHOWN = 200  # characters of a value, or of an error, in a refusal
 #: What numpy and zipfile raise for a file of arrays that is none of theirs, or was changed.
 DAMAGED = (
@@ -35,6 +36,10 @@ class UserError(Exception):
         self.field = field
 
 
+class Failed(Exception):
+    """What failed and is no mistake of the user's. The message is one sentence. The CLI prints it and exits with 1."""
+
+
 class GrammarError(UserError):
     """A ``structured`` that cannot be used; the sentence begins with its kind, as in ``structured.json``."""
 
@@ -57,6 +62,16 @@ def shown(value: Any) -> str:
 
 def shortened(text: str) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+def no_memory(error: Exception) -> UserError | None:
+    """Return what a failure for want of memory means, whichever library tells it; None for another failure."""
+    text = str(error)
+    if not isinstance(error, MemoryError) and not any(words in text for words in NO_MEMORY):
+        return None
+    amount = f" ({shortened(' '.join(text.split()))})" if text else ""
+    limits = "limits.kv_blocks (--kv-cache-memory), limits.context or --batch"
+    return UserError(f"there is not enough memory{amount}; lower {limits}.")
 
 
 def described(error: Exception) -> str:

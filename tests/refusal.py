@@ -11,9 +11,9 @@ from echo_trt.errors import UserError
 
 
 @contextmanager
-def refused(*words: object) -> Iterator[None]:
-    """Check that the block ends in a UserError whose one sentence holds all ``words``."""
-    with pytest.raises(UserError) as caught:
+def refused(*words: object, kind: type[Exception] = UserError) -> Iterator[None]:
+    """Check that the block ends in a ``kind`` whose one sentence holds all ``words``."""
+    with pytest.raises(kind) as caught:
         yield
     message = str(caught.value)
     assert all(str(word) in message for word in words), message

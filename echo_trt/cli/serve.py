@@ -17,10 +17,10 @@ from echo_trt.adapters.triton.server import TritonServer, find_server, own_prefi
 from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.errors import UserError
-from echo_trt.server.keys import Keys
-from echo_trt.server.options import checked_names, checked_origins
+from echo_trt.server.keys import read as read_keys
+from echo_trt.server.options import checked_hosts, checked_names, checked_origins
 from echo_trt.supervision.options import SYNTHETIC, ServeOptions
-from echo_trt.supervision.probe import engine_works, responds
+from echo_trt.supervision.probe import engine_works, responds, tells
 from echo_trt.supervision.process import Process, ProcessLog, lives
 from echo_trt.supervision.supervised import ANSWER_SECONDS, Supervised, Supervisor, port_trouble, supervise
 
@@ -31,7 +31,7 @@ FLUSH_SECONDS, STOP_SECONDS = 0.5, 10.0  # for Triton to send the last tokens, a
 def run(job: ServeOptions) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit code: 0 where all answers were finished.
 
-    Raises UserError for wrong options, and for a process that does not start or dies repeatedly.
+    Raises UserError for wrong options, and Failed for a process that does not start.
     """
     job = replace(job, host=_address(job.host, socket.AF_INET if job.triton else socket.AF_UNSPEC))
     _check(job)
@@ -74,13 +74,10 @@ def _check(job: ServeOptions) -> None:
     for option, port in wanted.items():
         if trouble := port_trouble(option, job.host, port):
             raise UserError(f"{trouble}.")
-    if job.api_keys:
-        unknown = Keys(job.api_keys).classes - {
-            *LatencyClasses(job.latency_classes)
-        }  # what the API server refuses, too
-        if unknown:
-            raise UserError(f"--api-keys-file has latency={min(unknown)}; name it in --latency-classes.")
+    if job.api_keys:  # what the API server refuses, too
+        read_keys(job.api_keys, list(LatencyClasses(job.latency_classes)))
     checked_origins(job.allowed_origins)
+    checked_hosts(job.allowed_hosts)
 
 
 def _address(host: str, family: socket.AddressFamily) -> str:
@@ -193,21 +190,31 @@ class Triton(EngineProcess):
 
 
 class ApiServer(Supervised):
-    """The API server's process, which serves once it answers by itself, without an engine."""
+    """The API server's process, which serves once it works by itself, without an engine.
+
+    It is asked on a socket of its own, which clients can neither reach nor fill.
+    """
 
     name = "the API server"
 
     def __init__(self, job: ServeOptions, log: ProcessLog, engine: Path):
         """``engine``: the socket that the engine's host listens on."""
         super().__init__(log, job.host, {"--openai-port": job.openai_port}, job.start_seconds)
-        self._job, self._engine = job, engine
-        self.url = f"{job.openai_url}/version"
+        self._job, self._engine, self.socket = job, engine, engine.with_name("door")
 
     def _spawn(self) -> Process:
         job = self._job
         words = ["--engine-socket", str(self._engine), "--port", str(job.openai_port), *job.api_words]
-        words += ["--drain-seconds", str(job.drain_seconds)]
+        words += ["--drain-seconds", str(job.drain_seconds), f"--latency-classes={job.latency_classes}"]
+        words += ["--liveness-socket", str(self.socket)]
+        self.socket.unlink(missing_ok=True)
         return Process("server", [sys.executable, "-m", "echo_trt.server", *words], dict(os.environ), self._log)
+
+    def _ready(self) -> bool:
+        return tells(self.socket, 1)
+
+    def _lives(self) -> bool:
+        return tells(self.socket, ANSWER_SECONDS)
 
 
 def service(

@@ -11,7 +11,7 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError
 from rich.console import Console
 
-from echo_trt.errors import UserError
+from echo_trt.errors import Failed, UserError, no_memory
 
 NARROWEST = 20  # columns of a terminal; larger: more values of COLUMNS are ignored
 
@@ -30,7 +30,7 @@ messages = Screen(stderr=True)
 
 
 def run_app(app: App) -> None:
-    """Run a command line; a user's mistake is one sentence on stderr and exit code 2."""
+    """Run a command line; a user's mistake is one sentence on stderr and exit code 2, and a failure 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if hasattr(sys.stdout, "reconfigure"):  # not all that stands in for it, as in a notebook, can be
@@ -39,13 +39,13 @@ def run_app(app: App) -> None:
         _run(app)
     except UserError as error:
         _refuse(error)
+    except Failed as error:
+        _refuse(error, 1)
     except CycloptsError as error:
         error.verbose = False
         _refuse(error)
     except MemoryError as error:
-        amount = f" ({error})" if str(error) else ""
-        limits = "limits.kv_blocks (--kv-cache-memory), limits.context or --batch"
-        _refuse(f"there is not enough memory{amount}; lower {limits}.")
+        _refuse(no_memory(error))
     except OSError as error:
         # Nothing that is still to be printed is to fail again when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -65,10 +65,10 @@ def _run(app: App) -> None:
         raise
 
 
-def _refuse(error: object) -> NoReturn:
+def _refuse(error: object, code: int = 2) -> NoReturn:
     messages.print("error:", style="bold red", end=" ", soft_wrap=True)
     messages.print(" ".join(str(error).split()), soft_wrap=True, highlight=False)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def screen_of(color: str) -> Console:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 from cyclopts import App, CycloptsError, Parameter, Token
 
 from echo_trt.engine.params import MAX_AT_ONCE
-from echo_trt.errors import UserError
+from echo_trt.errors import UserError, no_memory
 from echo_trt.files.extras import extra
 
 #: Of options: a flag has no opposite of its own, and where an option is repeated its last value counts.
@@ -50,8 +50,11 @@ def run_alone(run: App | Callable[..., Any], about: str | None = None) -> None:
         app.default(run)
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
-    except (UserError, CycloptsError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, CycloptsError, MemoryError, RuntimeError) as error:
+        mistake = error if isinstance(error, UserError | CycloptsError) else no_memory(error)
+        if not mistake:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
 
 

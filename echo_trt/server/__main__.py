@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ import uvicorn
 from cyclopts import Parameter
 from starlette.applications import Starlette
 
+from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.options import Port, bounds, command, run_alone
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.server.app import LARGEST_BODY, create_app
-from echo_trt.server.connections import HttpConnection, max_connections
+from echo_trt.server.connections import HttpConnection, Places, max_connections
 from echo_trt.server.options import ApiOptions
 
 
@@ -30,45 +32,71 @@ class ServerOptions(ApiOptions):
     drain_seconds: Annotated[
         int, Parameter(help="How long SIGTERM waits for running answers.", validator=bounds(0))
     ] = 60
+    latency_classes: Annotated[str | None, Parameter(help="The engine's, which keys may have. Default: any.")] = None
+    liveness_socket: Annotated[
+        Path | None, Parameter(help="A socket that tells a supervisor, beside all clients, that this process works.")
+    ] = None
 
 
 @command
 def run(options: ServerOptions) -> int:
     """Serve OpenAI's API for an engine."""
     names, origins = list(options.served_model_names) or [MODEL], list(options.allowed_origins)
-    app = create_app(options.engine_socket, options.api_keys, options.largest_body, names, origins, options.page)
-    server = server_of(app, host=options.host, port=options.port, timeout_graceful_shutdown=options.drain_seconds)
+    classes = None if options.latency_classes is None else list(LatencyClasses(options.latency_classes))
+    given = options.api_keys, options.largest_body, names, origins, options.page, options.hosts, classes
+    app = create_app(options.engine_socket, *given)
+    more: dict[str, Any] = {"host": options.host, "timeout_graceful_shutdown": options.drain_seconds}
+    server = server_of(app, options.liveness_socket, port=options.port, **more)
     with suppress(KeyboardInterrupt):  # raised once requests in flight have ended
         server.run()
     return 0 if server.started else 1
 
 
-def server_of(app: Starlette, **options: Any) -> DrainingServer:
-    limit = max_connections()
-    protocol: Any = partial(HttpConnection, limit=limit)  # uvicorn only calls it; its type asks for a class
+def server_of(
+    app: Starlette, liveness: Path | None = None, places: Places | None = None, **options: Any
+) -> DrainingServer:
+    places = places or Places(max_connections())
+    metrics = getattr(app.state, "metrics", None)
+    if metrics is not None:
+        metrics.connections.set_function(partial(len, places))
+        metrics.max_connections.set(places.limit)
+    protocol: Any = partial(HttpConnection, places=places)  # uvicorn only calls it; its type asks for a class
     fixed: dict[str, Any] = {
         "loop": "asyncio",  # uvloop would read as much at once as it likes (``connections.READ``)
         "http": protocol,
-        "backlog": max(limit // 4, 1),  # asyncio accepts so many at once before it counts them
+        "backlog": max(places.limit // 4, 1),  # asyncio accepts so many at once before it counts them
         "log_level": "error",  # its warnings are of what clients send, and any client can send it for ever
         "access_log": False,
         "server_header": False,
     }
-    return DrainingServer(uvicorn.Config(app, **(fixed | options)), app)
+    return DrainingServer(uvicorn.Config(app, **(fixed | options)), app, liveness)
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server, which ends the streams of viewers before it waits for requests in flight."""
+    """uvicorn's server, which ends the streams of viewers before it waits for requests in flight.
 
-    def __init__(self, config: uvicorn.Config, app: Starlette):
+    Who connects at ``liveness``, a path, is sent a byte: no crowd of clients can be in the way.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: Starlette, liveness: Path | None):
         super().__init__(config)
-        self._app = app
+        self._app, self._liveness = app, liveness
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._liveness:
+            self.servers.append(await asyncio.start_unix_server(_tell, self._liveness))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         live = getattr(self._app.state, "live", None)  # another application, or one that did not start, has no viewers
         if live is not None:
             live.leave()
         await super().shutdown(sockets)
+
+
+async def _tell(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b".")
+    writer.close()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from echo_trt.server.ollama import models as ollama_models
 from echo_trt.server.ollama.answer import OllamaAnswer, head
 from echo_trt.server.ollama.request import GenerateRequest, OllamaChatRequest, OllamaRequest
 from echo_trt.server.openapi import show_openapi
-from echo_trt.server.options import checked_names, checked_origins
+from echo_trt.server.options import checked_hosts, checked_names, checked_origins
 from echo_trt.server.page_files import PageFiles
 from echo_trt.server.responses.answer import Response as ResponsesAnswer
 from echo_trt.server.responses.request import ResponsesRequest
@@ -60,6 +60,8 @@ def create_app(
     names: Sequence[str] = (MODEL,),
     origins: Sequence[str] = (),
     page: bool = True,
+    hosts: Sequence[str] | None = None,
+    classes: Collection[str] | None = None,
 ) -> Starlette:
     """Make the application of the engine at a socket. Raises UserError for unusable keys, an odd name or origin.
 
@@ -69,14 +71,15 @@ def create_app(
     names          what clients may call the model
     origins        web pages that may ask
     page           whether / is the live page
+    hosts          names of this server beside this machine's own; None: any name, and any page that a browser lets ask
+    classes        latency classes that keys may have; None: any
     """
-    keys, metrics = Keys(api_keys_file) if api_keys_file else None, ServerMetrics()
+    keys, metrics = Keys(api_keys_file, classes) if api_keys_file else None, ServerMetrics()
     layers = [Middleware(Cors, origins=checked_origins(origins))] if origins else []
     shown = PageFiles() if page else None
     without_key = OPEN + tuple(shown.files if shown else ())
-    layers.append(
-        Middleware(AuthMiddleware, keys=keys, largest_body=largest_body, metrics=metrics, without_key=without_key)
-    )
+    edge: dict[str, Any] = {"keys": keys, "largest_body": largest_body, "metrics": metrics, "without_key": without_key}
+    layers.append(Middleware(AuthMiddleware, **edge, hosts=checked_hosts(hosts), origins=origins))
 
     handlers: dict[Any, Any] = {  # starlette's type asks of each that it handle any exception
         ApiError: _failed,
@@ -189,9 +192,8 @@ async def version(request: Request) -> Response:
 
 async def show_metrics(request: Request) -> PlainTextResponse:
     """GET /metrics, for Prometheus: the API server's and the engine's."""
-    metrics, theirs = request.app.state.metrics, await request.app.state.client.metrics()
-    metrics.engine_up.set(theirs is not None)
-    return PlainTextResponse(metrics.text() + (theirs or ""), media_type=CONTENT_TYPE_LATEST)
+    text = await request.app.state.metrics.scrape(request.app.state.client.metrics)
+    return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
 
 
 async def _sent(answer: Answer[Any], pieces: PieceStream, stream: bool) -> Response:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from echo_trt.server.errors import ApiError
+from echo_trt.server.errors import ApiError, full, shown
 from echo_trt.server.keys import Key, Keys
 from echo_trt.server.metrics import ServerMetrics
 
@@ -30,11 +30,17 @@ COUNTED = (
     "/detokenize",
     "/live",
 )
+#: Names of this machine, as an HTTP Host has them.
+_LOCAL = re.compile(r"(.+\.)?localhost|127(\.\d{1,3}){3}|\[::1\]")
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # of a client, that is sent back
 
 
 class AuthMiddleware:
-    """Around the application: keys and body sizes are looked at before anything is read; every answer is counted."""
+    """Around the application: hosts, keys and body sizes are looked at before anything is read; answers are counted.
+
+    hosts    taken beside this machine's names, * for all; None: no host and no origin is looked at
+    origins  web pages of other origins that may ask, * for all
+    """
 
     def __init__(
         self,
@@ -43,8 +49,10 @@ class AuthMiddleware:
         largest_body: int,
         metrics: ServerMetrics,
         without_key: Container[str] = OPEN,
+        hosts: Collection[str] | None = None,
+        origins: Collection[str] = (),
     ):
-        self._without_key = without_key
+        self._without_key, self._hosts, self._origins = without_key, hosts, origins
         self.app, self.keys, self.largest_body, self.metrics = app, keys, largest_body, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,7 +77,7 @@ class AuthMiddleware:
             self.metrics.running.inc()
         scope["key"] = self._key(headers)
         try:
-            self._admit(scope["path"], headers, scope["key"])
+            self._admit(scope, headers)
             await self.app(scope, self._measured(receive), counted_send)
         except ApiError as error:
             if not began:
@@ -87,17 +95,31 @@ class AuthMiddleware:
         given = headers.get(b"authorization", b""), b"Bearer " + headers.get(b"x-api-key", b"")  # Anthropic's clients
         return next(filter(None, map(self.keys.find, given)), None) if self.keys else None
 
-    def _admit(self, path: str, headers: dict[bytes, bytes], key: Key | None) -> None:
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Before a byte of the body is read. Raises ApiError."""
+        if self._hosts is not None:
+            self._check_host(headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin", b"").decode("latin-1"))
         if b"content-length" in headers and b"transfer-encoding" in headers:
             message = "The request has both Content-Length and Transfer-Encoding; send one."
             raise ApiError(400, message, headers={"Connection": "close"})  # where the next request begins is unclear
-        if self.keys and path not in self._without_key and not key:
+        key = scope["key"]
+        if self.keys and not key and scope["path"] not in self._without_key:
             message = "A valid API key is needed, as in Authorization: Bearer KEY."
             raise ApiError(401, message, "authentication_error", code="invalid_api_key")
+        if scope.get("full") and not key and scope["path"] not in OPEN:
+            raise full()
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.largest_body:
             raise self._too_large()
+
+    def _check_host(self, host: str, origin: str) -> None:
+        """Refuse what a web page of another site may have sent, also one whose name leads here. Raises ApiError."""
+        name = re.sub(r":\d*$", "", host).lower()
+        if name and not _LOCAL.fullmatch(name) and not {"*", name} & set(self._hosts or ()):
+            raise _foreign(f"Host is {shown(name)}, and only this machine may ask; name it in --allowed-hosts.")
+        site = origin.startswith(("http://", "https://", "null"))  # others are of programs, which no page can claim
+        if site and origin.partition("://")[2] != host and not {"*", origin} & set(self._origins):
+            raise _foreign(f"Origin is {shown(origin)}, whose pages may not ask; name it in --allowed-origins.")
 
     def _measured(self, receive: Receive) -> Receive:
         size = 0
@@ -115,6 +137,10 @@ class AuthMiddleware:
     def _too_large(self) -> ApiError:
         message = f"The body is larger than {self.largest_body} bytes; send a shorter prompt."
         return ApiError(413, message, code="request_too_large")
+
+
+def _foreign(message: str) -> ApiError:
+    return ApiError(403, message, "permission_error", code="forbidden")
 
 
 class Cors(CORSMiddleware):

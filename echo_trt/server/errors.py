@@ -19,6 +19,7 @@ _GRAMMAR_LINE = re.compile(r"\(at (\d+)\(\d+\): failed to compile JSON schema: (
 ANTHROPIC = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     413: "request_too_large",
@@ -68,6 +69,12 @@ class ApiError(HTTPException):
 def unavailable() -> ApiError:
     """503: the engine is starting, stopping or gone."""
     return ApiError(503, "The engine is not available; retry in a few seconds.", "server_error", retry_after=5)
+
+
+def full() -> ApiError:
+    """503: requests of others are answered on all connections."""
+    message, headers = "All connections of this server are in use; retry in a second.", {"Connection": "close"}
+    return ApiError(503, message, "server_error", code="connections", retry_after=1, headers=headers)
 
 
 def from_engine(error: EngineError, names: Mapping[str, str] | None = None) -> ApiError:

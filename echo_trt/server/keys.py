@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from echo_trt.errors import UserError
 from echo_trt.server.errors import log
 
 SHORTEST = 16  # characters; what is shorter can be guessed
+SETTLED_S = 1.0  # an empty file that is younger is being written; larger: keys are withdrawn later
 
 
 @dataclass(frozen=True)
@@ -37,24 +40,30 @@ class Keys:
     A line is a key, and words behind it: ``latency=CLASS`` and ``shared`` (``Key``).
     """
 
-    def __init__(self, path: Path):
-        """Blank lines and lines that begin with # are skipped. Raises UserError where the file holds no usable key."""
-        self._path, self._state, self._keys = path, _state(path), read(path)
+    def __init__(self, path: Path, classes: Collection[str] | None = None):
+        """``classes``: known latency classes; None: any. Raises UserError where the file holds no usable key."""
+        self._path, self._classes, self._state = path, classes, _state(path)
+        self._keys = read(path, classes)
+        if not self._keys:
+            raise UserError(f"API keys file {path} holds no key; write one key per line.")
+        if path.stat().st_mode & 0o004:
+            log.warning("API keys file %s can be read by every user of this machine; chmod 600 it.", path)
 
     def _follow(self) -> None:
-        """Read the file again if it has changed; the keys stay while it is away or holds none that can be used."""
+        """Read the file again if it has changed; the keys stay while it is away or cannot be used.
+
+        One that holds no key lets nobody in.
+        """
         if (state := _state(self._path)) != self._state:
+            if state and not state[1] and time.time() - state[2] / 1e9 < SETTLED_S:
+                return
             self._state = state
             try:
-                self._keys = read(self._path)
+                self._keys = read(self._path, self._classes)
             except UserError as error:
                 log.warning("the API keys stay as they were: %s", error)
             else:  # what is below a warning is not shown
                 log.warning("API keys file %s has changed; keys that it holds: %d", self._path, len(self._keys))
-
-    @property
-    def classes(self) -> set[str]:
-        return {key.latency for key in self._keys if key.latency}
 
     def find(self, authorization: bytes) -> Key | None:
         """Return the key that the header ``Authorization: Bearer KEY`` names. Takes as long for any wrong one."""
@@ -74,16 +83,17 @@ def _state(path: Path) -> tuple[int, ...] | None:
     return now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
 
-def read(path: Path) -> list[Key]:
-    """Read a file of keys. Raises UserError where the file holds no usable key."""
+def read(path: Path, classes: Collection[str] | None = None) -> list[Key]:
+    """Read a file of keys, whose latency classes are among ``classes``. Blank lines and those with # are skipped.
+
+    Raises UserError for a file that cannot be read, a key that is none, and an unknown class.
+    """
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         reason = f"{error.strerror}, as user {os.geteuid()}"
         raise UserError(f"API keys file {path} cannot be read ({reason}); name one that this user may read.") from None
     known = {text: words for text, *words in filter(None, map(bytes.split, lines)) if not text.startswith(b"#")}
-    if not known:
-        raise UserError(f"API keys file {path} holds no key; write one key per line.")
     keys = []
     for number, (text, words) in enumerate(known.items(), 1):
         options = [word.partition(b"=")[::2] for word in words]
@@ -93,5 +103,7 @@ def read(path: Path) -> list[Key]:
                 "longer key per line, with latency=CLASS or shared behind it."
             )
         latency = dict(options).get(b"latency", b"").decode("utf-8", "backslashreplace") or None
+        if latency and classes is not None and latency not in classes:
+            raise UserError(f"API keys file {path} has latency={latency}; name it in --latency-classes.")
         keys.append(Key(hashlib.sha256(text).digest(), latency, b"shared" in words))
     return keys

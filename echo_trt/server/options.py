@@ -14,6 +14,7 @@ from echo_trt.errors import UserError
 
 LONGEST = 256  # characters of a name
 _ORIGIN = re.compile(r"\*|https?://[^/\s@?#,]+")
+_HOST = re.compile(r"\*|[^/\s@?#,:\[\]]+|\[[0-9a-f:.]+\]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,14 @@ class ApiOptions:
             help="A web page's origin that may ask the OpenAI API, * for all; again for more.", show_default=False
         ),
     ] = ()
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Parameter(
+            help="A name, beside localhost, by which the OpenAI API may be asked, * for any; again for more. Default: "
+            "any, without --api-keys-file on a loopback address none.",
+            show_default=False,
+        ),
+    ] = ()
     page: Annotated[
         bool, Parameter(negative="--no-page", help="Whether / of the OpenAI API's port shows the live page.")
     ] = True
@@ -46,8 +55,19 @@ class ApiOptions:
         """These options, as the command line of another process has them."""
         words = [f"--host={self.host}", *(f"--served-model-name={name}" for name in self.served_model_names)]
         words += [f"--allowed-origins={origin}" for origin in self.allowed_origins]
+        words += [f"--allowed-hosts={name}" for name in self.allowed_hosts]
         words += [f"--api-keys-file={self.api_keys}"] if self.api_keys else []
         return words if self.page else [*words, "--no-page"]
+
+    @property
+    def hosts(self) -> tuple[str, ...] | None:
+        """Names beside this machine's that a request's Host may have; None: any.
+
+        A server on loopback without keys serves this machine alone, and a page of any site can have a name of its own
+        lead there.
+        """
+        loopback = self.host == "localhost" or self.host.startswith("127.") or self.host == "::1"
+        return self.allowed_hosts if self.allowed_hosts or (loopback and not self.api_keys) else None
 
 
 def checked_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -59,6 +79,17 @@ def checked_names(names: Sequence[str]) -> tuple[str, ...]:
                 "without blanks."
             )
     return tuple(dict.fromkeys(names))
+
+
+def checked_hosts(hosts: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Names of a Host header, in lower case. Raises UserError."""
+    for host in hosts or ():
+        if not _HOST.fullmatch(host.lower()):
+            raise UserError(
+                f"--allowed-hosts is {host[:LONGEST]!a}; give a name without a scheme and a port, such as "
+                "llm.example.com, or * for any."
+            )
+    return None if hosts is None else tuple(host.lower() for host in hosts)
 
 
 def checked_origins(origins: Sequence[str]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import urllib.request
 from contextlib import suppress
 from http.client import HTTPException
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from echo_trt.engine.process.client import Client, EngineError
 
-PROBE_SECONDS, METRICS_SECONDS = 20.0, 2.0  # for an answer, and for metrics; larger: a hang is noticed later
+PROBE_SECONDS, METRICS_SECONDS = 10.0, 2.0  # for an answer, and for metrics; larger: a hang is noticed later
 open_directly = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # without http_proxy
 
 
@@ -28,6 +29,15 @@ async def engine_works(path: Path, seconds: float = PROBE_SECONDS, patient: bool
         return patient and iterations(await client.metrics() or "") > before
     finally:
         await client.close()
+
+
+def tells(path: Path, seconds: float) -> bool:
+    """Return whether the process that listens on a socket for this question alone sends its byte in time."""
+    with socket.socket(socket.AF_UNIX) as question, suppress(OSError):
+        question.settimeout(seconds)
+        question.connect(str(path))
+        return bool(question.recv(1))
+    return False
 
 
 def iterations(metrics: str) -> float:

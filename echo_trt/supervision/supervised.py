@@ -14,23 +14,25 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from echo_trt.errors import UserError
+from echo_trt.errors import Failed, UserError
 from echo_trt.supervision.probe import responds
 from echo_trt.supervision.process import Process, ProcessLog, raise_open_files
 from echo_trt.supervision.stopping import stop_signals
 
 CHECK_SECONDS = 0.25  # between two checks of the processes; larger: a failure is noticed later
 STOP_SECONDS = 10.0  # for processes behind the first ones, without open requests, to stop; larger: a slower end
-ANSWER_SECONDS = 30.0  # for an answer among thousands of streams; larger: a hang is noticed later
+ANSWER_SECONDS = 10.0  # for an answer among thousands of streams; larger: a hang is noticed later
 PROBE_EVERY = 10.0  # seconds between two questions whether a process serves; larger: a hang is noticed later
-#: Backoff: seconds before the first, second, ... restart in a row; the failure after the last one is the end. Longer:
-#: more attempts before that.
-WAITS = (0, 1, 4, 16)
-RESTARTS_WITHIN = 300.0  # seconds after which a restart is forgotten; larger: rare failures add up to giving up
+LONGEST_FOLDER = 107 - len("/engine")  # bytes of a path; the system's limit of a Unix socket's
+FAILURES, AGAIN = 3, 1.0  # questions in a row without an answer that are a hang, and seconds between those
+WAITS = (0, 1, 4, 16, 60)  # backoff: seconds before the first, second, ... restart in a row, and before all later ones
+RESTARTS_WITHIN = 300.0  # seconds after which a restart is forgotten; larger: rare failures are waited for longer
 
 
 class Supervised(ABC):
     """Keeps a process serving, and reports to ``log``; ``ports``: option -> port on which it listens.
+
+    One that never served is given up at its first failure, one that has served never.
 
     A subclass starts the process (``_spawn``). Once it listens, it is asked whether it serves (``_ready``), and from
     then on by a thread whether it still does (``_lives``): by a GET of ``url``. A subclass may know further faults
@@ -46,10 +48,11 @@ class Supervised(ABC):
         self._log, self._host, self._ports, self._start_seconds = log, host, ports, start_seconds
         self._watch: LivenessThread | None = None
         self._restarts: deque[float] = deque()
+        self._mistake: str | None = None  # the user's, for which it did not start
         self._failed = self._due = 0.0  # time.monotonic() of the failure, and of the next start or its end
 
     def step(self) -> None:
-        """Check it once; to be called repeatedly. Raises UserError if it does not start or is given up."""
+        """Check it once; to be called repeatedly. Raises Failed, or UserError for a mistake, if it never served."""
         if self.process is None:
             if time.monotonic() >= self._due:
                 self.process, self._due = self._spawn(), time.monotonic() + self._start_seconds
@@ -94,8 +97,9 @@ class Supervised(ABC):
         if not self.process.alive and not self.serving:
             troubles = (port_trouble(option, self._host, port) for option, port in self._ports.items())
             reason = self.process.reason()
-            mistake = self.process.exit_code == 2  # the user's, which the reason tells as a whole
-            return next(filter(None, troubles), None) or (reason if mistake else f"{self.name} did not start: {reason}")
+            told = self.process.exit_code == 2 or any("UserError: " in line for line in self.process.lines)  # Triton's
+            self._mistake = next(filter(None, troubles), reason if told else None)  # a reason that tells the whole
+            return self._mistake or f"{self.name} did not start: {reason}"
         if not self.process.alive:
             return f"{self.name} has died"
         if self._watch and self._watch.silent:
@@ -116,23 +120,19 @@ class Supervised(ABC):
         now, served = time.monotonic(), self.serving
         self.stop()
         if not self.served:
-            raise UserError(f"{trouble}.")
+            raise (UserError if trouble == self._mistake else Failed)(f"{trouble}.")
         if served:
             self._failed = now
             while self._restarts and now - self._restarts[0] > RESTARTS_WITHIN:
                 self._restarts.popleft()
-        if len(self._restarts) == len(WAITS):
-            self._log.say(f"{trouble}; giving up")
-            often = f"{len(WAITS) + 1} times in {RESTARTS_WITHIN / 60:.0f} minutes"
-            raise UserError(f"{self.name} failed {often}, the last time so: {trouble}.")
-        wait = WAITS[len(self._restarts)]
+        wait = WAITS[min(len(self._restarts), len(WAITS) - 1)]
         self._restarts.append(now)
         self._due = now + wait
         self._log.say(f"{trouble}; starting it again{f' in {wait} s' if wait else ''}")
 
 
 class LivenessThread:
-    """A thread that calls ``lives`` at intervals; ``silent`` is true once that failed."""
+    """A thread that calls ``lives`` at intervals; ``silent`` is true once that failed FAILURES times in a row."""
 
     def __init__(self, lives: Callable[[], bool]):
         self._lives, self._stop, self.silent = lives, threading.Event(), False
@@ -142,10 +142,12 @@ class LivenessThread:
         self._stop.set()
 
     def _run(self) -> None:
-        while not self._stop.wait(PROBE_EVERY):
-            if not self._lives():
-                self.silent = True
+        failed = 0
+        while failed < FAILURES:
+            if self._stop.wait(AGAIN if failed else PROBE_EVERY):
                 return
+            failed = 0 if self._lives() else failed + 1
+        self.silent = True
 
 
 class Supervisor:
@@ -171,7 +173,7 @@ class Supervisor:
     def run(self) -> int:
         """Run until ``stop`` is set; returns the exit code, 1 where requests in flight were lost.
 
-        Raises UserError when it gives up.
+        Raises Failed or UserError where a process does not start.
         """
         try:
             while not self._stop.wait(CHECK_SECONDS):
@@ -182,7 +184,7 @@ class Supervisor:
                     self._log.say(text)
                     self._announcement = None
             return self._drain()
-        except UserError:
+        except (Failed, UserError):
             self._drain()  # others still have requests in flight
             raise
         finally:
@@ -216,12 +218,22 @@ class Supervisor:
 def supervise(prefix: str, make: Callable[[Path, threading.Event, ProcessLog], Supervisor]) -> int:
     """Run what ``make`` makes, of a folder for its files, until SIGTERM, SIGINT or SIGHUP; returns the exit code."""
     stop = threading.Event()
+
+    def end(number: int, _: object) -> None:
+        if number == signal.SIGINT and stop.is_set():  # a second Ctrl-C does not wait for answers
+            raise KeyboardInterrupt
+        stop.set()
+
     for number in (signal.SIGINT, *stop_signals()):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, end)
     raise_open_files()
     log = ProcessLog(sys.stderr.fileno() if sys.stderr else os.open(os.devnull, os.O_WRONLY))
     try:
         with tempfile.TemporaryDirectory(prefix=prefix) as work:
+            if len(os.fsencode(work)) > LONGEST_FOLDER:
+                raise UserError(
+                    f"TMPDIR leads to {work}, too long a path for a socket; set it to a short one, as /tmp."
+                )
             return make(Path(work), stop, log).run()
     finally:
         log.close()

@@ -20,6 +20,7 @@ from pairs import recipe_of
 
 from echo_trt.cli.app import main
 from echo_trt.engine.llm import LLM
+from echo_trt.engine.options import run_alone
 from echo_trt.engine.params import SamplingParams
 
 
@@ -203,6 +204,21 @@ def test_a_pool_beyond_the_memory_is_a_sentence(words, reported, echo_trt, bundl
     outcome = echo_trt("generate", bundle_of("lookup"), "hi")
     assert outcome.code == 2
     assert f"not enough {reported}lower limits.kv_blocks" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(MemoryError("3 TiB"), 2), (RuntimeError("core.cpp:117:\nstd::bad_alloc"), 2), (RuntimeError("odd"), None)],
+)
+def test_an_engine_s_process_that_lacks_memory_says_so(error, code, capsys, monkeypatch):
+    def process() -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["process"])
+    with pytest.raises(SystemExit if code else RuntimeError) as ended:
+        run_alone(process)
+    assert getattr(ended.value, "code", None) == code
+    assert ("error: there is not enough memory (" in capsys.readouterr().err) == bool(code)
 
 
 def test_a_prompt_that_is_too_long_is_named_before_any_is_answered(echo_trt, bundle_of, tmp_path):

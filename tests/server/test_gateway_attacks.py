@@ -199,7 +199,7 @@ def worked(process: psutil.Process) -> float:
 
 def drip(port: int, end: float) -> None:
     """Send a body of which every byte is a chunk, as fast as it is read."""
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
         connection.sendall(head)
         rest = b""

@@ -6,16 +6,20 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 import psutil
 import pytest
-from server.running import alone, is_up, running
+from server.running import KEY, alone, is_up, running
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from waiting import wait_until
 
-from echo_trt.server.connections import HttpConnection
+from echo_trt.server.connections import HttpConnection, Places
 
 MOST, SECONDS = 6, 1.5  # the latter also bounds how long a busy machine may take between two lines of a test
 MODELS = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -24,7 +28,7 @@ HALF_A_BODY = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    protocol = partial(HttpConnection, limit=MOST, seconds=SECONDS)
+    protocol = partial(HttpConnection, places=Places(MOST), arrival=SECONDS)
     with running(server={"http": protocol, "timeout_keep_alive": 4}) as client:
         yield client.base_url.port
 
@@ -116,39 +120,147 @@ def test_another_application_stops_as_ours_does():
 @pytest.fixture(scope="module")
 def patient() -> Iterator[int]:
     """Nobody's time runs out."""
-    protocol = partial(HttpConnection, limit=MOST, seconds=600)
+    protocol = partial(HttpConnection, places=Places(MOST), arrival=600)
     with running(server={"http": protocol, "timeout_keep_alive": 600}) as client:
         client.close()
         yield client.base_url.port
 
 
-def test_beyond_the_limit_who_has_owed_a_request_longest_is_closed(patient, caplog):
+def test_at_the_limit_idle_connections_are_closed_first_and_of_them_the_least_recently_used(patient):
+    with ExitStack() as stack:
+        silent, *idle = [stack.enter_context(connect(patient)) for _ in range(MOST)]
+        for connection in (*idle, idle[0]):
+            answers(connection)
+        for connection in (*idle[1:], idle[0]):
+            answers(stack.enter_context(connect(patient)))
+            assert is_closed(connection)
+        silent.sendall(MODELS.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        assert silent.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_where_none_is_idle_who_has_owed_a_request_longest_is_refused(patient, caplog):
     with ExitStack() as stack:
         silent = [stack.enter_context(connect(patient)) for _ in range(MOST)]
+        silent[1].sendall(HALF_A_BODY)  # that is no request yet
         for connection in silent[:2]:
-            assert_alone_closed_by_another(connection, stack, patient)
-        silent[2].sendall(HALF_A_BODY)  # that is no request yet
-        assert_alone_closed_by_another(silent[2], stack, patient)
-        for connection in silent[3:]:
+            crowd = stack.enter_context(connect(patient))
+            crowd.sendall(MODELS[:-2])
+            received = connection.recv(65536)
+            assert received.startswith(b"HTTP/1.1 503")
+            assert b"retry-after: 1\r\n" in received
+            assert received.endswith(b"}}")
+            assert is_closed(connection)
+        crowd.sendall(MODELS[-2:])
+        assert crowd.recv(100).startswith(b"HTTP/1.1 200")
+        for connection in silent[2:]:
             connection.settimeout(0.3)
             assert not is_closed(connection)
     assert "Exception" not in caplog.text
 
 
-def assert_alone_closed_by_another(connection: socket.socket, stack: ExitStack, port: int) -> None:
-    answers(stack.enter_context(connect(port)))
-    assert is_closed(connection)
+LARGE = b"x" * 2**24  # more than the system keeps of an answer that nobody reads
 
 
-def test_where_nobody_owes_a_request_the_newest_is_closed(patient):
+async def large(request: Request) -> Response:
+    return Response(LARGE)
+
+
+@contextmanager
+def unread(most: int, seconds: float) -> Iterator[int]:
+    protocol = partial(HttpConnection, places=Places(most), unread=seconds)
+    app = Starlette(routes=[Route("/large", large), Route("/v1/models", lambda _: Response("]}]}"))])
+    with running(app, server={"http": protocol, "timeout_keep_alive": 600}) as client:
+        yield client.base_url.port
+
+
+def ask_for_much(port: int) -> socket.socket:
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.settimeout(60)
+    connection.connect(("127.0.0.1", port))
+    connection.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert connection.recv(10) == b"HTTP/1.1 2"
+    return connection
+
+
+def read_to_the_end(connection: socket.socket, slow: float = 0) -> int:
+    """Return the number of bytes that come before the end, which may be a reset; ``slow``: seconds without haste."""
+    number, begin = 0, time.monotonic()
+    with suppress(ConnectionError):
+        while number < len(LARGE) and (part := connection.recv(2**18)):
+            number += len(part)
+            time.sleep(0.1 if time.monotonic() - begin < slow else 0)
+    return number
+
+
+def test_an_answer_of_which_nothing_is_taken_ends_its_connection():
+    with unread(MOST, 0.5) as port, ask_for_much(port) as connection:
+        time.sleep(3)
+        assert read_to_the_end(connection) < len(LARGE) / 2  # what the system held
+
+
+def test_a_slow_reader_gets_its_answer_whole():
+    with unread(MOST, 2) as port, ask_for_much(port) as connection:
+        assert read_to_the_end(connection, slow=5) >= len(LARGE)
+
+
+def test_at_the_limit_unread_answers_end_before_a_new_client_is_refused():
+    with unread(MOST, 600) as port, ExitStack() as stack:
+        crowd = [stack.enter_context(ask_for_much(port)) for _ in range(MOST)]
+        for _ in crowd:
+            answers(stack.enter_context(connect(port)))
+
+
+@pytest.fixture
+def busy(tmp_path, keys) -> Iterator[tuple[int, Callable[[], None], ExitStack]]:
+    """Return the port of a door of which all places but the kept one are taken by answers that are long in coming, and
+    what takes that one.
+    """
+    body = b'{"model": "echo", "prompt": "hello"}'
+    head = f"Host: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+
+    def take_one() -> None:
+        taken, connection = len(places._since["answered"]), stack.enter_context(connect(port))
+        connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + body)
+        wait_until(lambda: len(places._since["answered"]) > taken)
+
+    places = Places(MOST)
+    server = {"http": partial(HttpConnection, places=places)}
     with ExitStack() as stack:
-        crowd = [stack.enter_context(connect(patient)) for _ in range(MOST)]
-        for connection in crowd:
-            answers(connection)
-        assert is_closed(stack.enter_context(connect(patient)))
-        answers(crowd[0])
-    with connect(patient) as connection:
-        answers(connection)
+        silent = stack.enter_context(socket.socket(socket.AF_UNIX))
+        silent.bind(str(tmp_path / "engine"))
+        silent.listen()  # an engine that does not answer
+        port = stack.enter_context(running(tmp_path / "engine", server=server, api_keys_file=keys)).base_url.port
+        for _ in range(MOST - 1):
+            take_one()
+        yield port, take_one, stack
+
+
+def reply(port: int, stack: ExitStack, path: str, key: str) -> bytes:
+    connection = stack.enter_context(connect(port))
+    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nX-Api-Key: {key}\r\n\r\n".encode())
+    return connection.recv(65536)
+
+
+def test_a_door_that_is_full_answers_503_and_keeps_a_place_for_keys_and_probes(busy):
+    port, _, stack = busy
+    refusal = reply(port, stack, "/openapi.json", "a-wrong-key-0123456789")
+    assert refusal.startswith(b"HTTP/1.1 401")  # a key that is wrong is not told that it should come again
+    assert reply(port, stack, "/", "").startswith(b"HTTP/1.1 503")
+    assert reply(port, stack, "/version", "").startswith(b"HTTP/1.1 200")
+    assert reply(port, stack, "/v1/models/none", KEY).startswith(b"HTTP/1.1 404")
+
+
+def test_who_comes_when_all_are_answered_is_told_to_come_again(busy):
+    port, take_one, stack = busy
+    take_one()
+    for _ in range(3):
+        connection = stack.enter_context(connect(port))
+        received = connection.recv(65536)
+        assert received.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+        assert b"retry-after: 1\r\n" in received
+        assert b'"All connections of this server are in use; retry in a second."' in received
+        assert is_closed(connection)
 
 
 def test_the_process_survives_more_connections_than_descriptors_and_says_nothing(tmp_path):

@@ -95,7 +95,8 @@ def test_classes_that_are_none(text):
 
 
 def test_a_key_may_name_a_class(keys_file):
-    keys = Keys(keys_file)
-    assert keys.classes == {"interactive"}
+    with raises("has latency=interactive", "--latency-classes"):
+        Keys(keys_file, ["batch"])
+    keys = Keys(keys_file, ["batch", "interactive"])
     assert keys.find(f"Bearer {HASTY}".encode()).latency == "interactive"
     assert keys.find(f"Bearer {KEY}".encode()).latency is None

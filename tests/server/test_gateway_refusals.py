@@ -306,7 +306,7 @@ def test_a_keys_file_that_changes_is_read_again(tmp_path, caplog):
         os.utime(new, ns=(0, file.stat().st_mtime_ns))  # as a copy that keeps times
         new.replace(file)
 
-    with running(api_keys_file=file) as client:
+    with running(api_keys_file=file, classes=["a"]) as client:
 
         def statuses() -> list[int]:
             headers = ({"Authorization": f"Bearer {key}"} for key in (KEY, OTHER_KEY))
@@ -319,10 +319,24 @@ def test_a_keys_file_that_changes_is_read_again(tmp_path, caplog):
         with file.open("a") as lines:
             lines.write(f"\n{KEY}\n")
         assert statuses() == [200, 200]
+        replaced(f"{KEY}\n{OTHER_KEY} latency=a\n")
+        assert statuses() == [200, 200]
+        for line in (b" latency=unknown", b" latency=\xff"):
+            file.write_bytes(OTHER_KEY.encode() + line)
+            assert statuses() == [200, 200]
         file.unlink()
         assert statuses() == [200, 200]
-    assert caplog.text.count("the API keys stay as they were: API keys file") == 2
-    for number, times in ((2, 2), (1, 1)):
+        file.write_text("# nobody\n")
+        assert statuses() == [401, 401]
+        replaced(OTHER_KEY)
+        assert statuses() == [401, 200]
+        file.write_text("")
+        os.utime(file)  # just now: it may be being written
+        assert statuses() == [401, 200]
+        os.utime(file, (0, 0))
+        assert statuses() == [401, 401]
+    assert caplog.text.count("the API keys stay as they were: API keys file") == 4
+    for number, times in ((2, 3), (1, 2), (0, 2)):
         assert caplog.text.count(f"{file} has changed; keys that it holds: {number}") == times
 
 
@@ -371,6 +385,8 @@ def test_the_model_has_all_its_names(tmp_path):
         ({"names": ["x" * 300]}, "--served-model-name"),
         ({"origins": ["page.example"]}, "--allowed-origins"),
         ({"origins": ["https://page.example/"]}, "--allowed-origins"),
+        ({"hosts": ["https://page.example"]}, "--allowed-hosts"),
+        ({"hosts": ["page.example:80"]}, "--allowed-hosts"),
     ],
 )
 def test_odd_options_are_the_users_mistake(options, output):

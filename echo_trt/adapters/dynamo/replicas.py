@@ -42,7 +42,7 @@ VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 def run(job: ServeOptions) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit code: 0 where all answers were finished.
 
-    Raises UserError for wrong options, and for a process that does not start or dies repeatedly.
+    Raises UserError for wrong options, and Failed for a process that does not start.
     """
     _refuse_others(job)
     manifest = read_manifest(job.bundle)
@@ -68,6 +68,7 @@ def _refuse_others(job: ServeOptions) -> None:
     for option, given in (
         ("--api-keys-file", job.api_keys),
         ("--allowed-origins", job.allowed_origins),
+        ("--allowed-hosts", job.allowed_hosts),
         ("--special-tokens-in-content", job.special_tokens_in_content),
         ("--no-prefix-cache", job.no_prefix_cache),
         ("--kv-events-config", job.kv_events_config),

@@ -160,6 +160,6 @@ class Client:
                     answers.put_nowait(message)
         finally:
             writer.close()
-            self._info = None  # another engine may come
+            self._info, self._last_piece = None, float("-inf")  # another engine may come
             for answers in unanswered.values():
                 answers.put_nowait(None)

@@ -113,6 +113,7 @@ class Host:
         self._reading = ThreadPoolExecutor(1, "requests")
         self._events: deque[tuple[OpenRequest, Event]] = deque()
         self._woken = False
+        self._text, self._scraped_at = "", float("-inf")  # of a scrape
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self, path: Path, stop: asyncio.Event) -> bool:
@@ -183,7 +184,13 @@ class Host:
             case wire.AskForecast():
                 self._start(self._forecast(connection, message))
             case wire.Scrape():
-                connection.send(wire.TextReply(message.id, generate_latest(self._metrics.registry).decode()))
+                connection.send(wire.TextReply(message.id, self._scraped()))
+
+    def _scraped(self) -> str:
+        """Return the metrics as text, FLUSH old at most: many scrapes would take the interpreter from the engine."""
+        if (now := time.monotonic()) - self._scraped_at > FLUSH:
+            self._text, self._scraped_at = generate_latest(self._metrics.registry).decode(), now
+        return self._text
 
     def _start(self, work: Any) -> None:
         task = self._loop.create_task(work)

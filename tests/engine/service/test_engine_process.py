@@ -89,7 +89,7 @@ def test_clients_that_do_not_read_hold_up_nobody(server, answered):
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             reader.connect(("127.0.0.1", server.openai))
             sent = json.dumps(body(prompt=TEXTS[number % 4], max_tokens=400, stream=True)).encode()
-            head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}"
+            head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}"
             reader.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + sent)
         assert answered() == expected
     server.rest()

@@ -14,7 +14,7 @@ from waiting import wait_until
 
 from echo_trt import LLM
 from echo_trt.engine.process import host, wire
-from echo_trt.engine.process.client import Client
+from echo_trt.engine.process.client import Client, EngineError
 from echo_trt.engine.process.host import Host
 from echo_trt.engine.process.request import Reader
 from echo_trt.engine.service.metrics import EngineMetrics
@@ -44,6 +44,36 @@ def path(service, bundle_of, tmp_path_factory) -> Iterator[str]:
     loop.call_soon_threadsafe(stop.set)
     thread.join(30)
     assert served == [True]
+
+
+def test_an_engine_whose_connection_has_ended_is_not_well_though_text_has_just_come(tmp_path):
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        question = await wire.read_request(reader)
+        writer.write(wire.framed(wire.TextPiece(question.id, "x", finish_reason="stop")))
+        await asyncio.sleep(0.1)
+        writer.close()
+
+    async def check() -> None:
+        engine = await asyncio.start_unix_server(answer, tmp_path / "engine")
+        client = Client(tmp_path / "engine")
+        async for _ in client.submit({}):
+            await client.check()
+        engine.close()
+        (tmp_path / "engine").unlink()
+        while not client._writer.is_closing():
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineError):
+            await client.check()
+
+    asyncio.run(check())
+
+
+def test_any_number_of_scrapes_cost_as_much_as_one(path, monkeypatch):
+    monkeypatch.setattr(host, "FLUSH", 3600)
+    made = []
+    monkeypatch.setattr(host, "generate_latest", lambda _: made.append(1) or b"text")
+    assert all(isinstance(ask(path, wire.Scrape(number), 30), wire.TextReply) for number in range(9))
+    assert len(made) <= 1  # none where a test has just asked
 
 
 def request(**more: object) -> dict[str, object]:
