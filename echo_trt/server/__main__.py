@@ -13,8 +13,9 @@ import uvicorn
 from cyclopts import Parameter
 from starlette.applications import Starlette
 
-from echo_trt.engine.options import Port, bounds, command, run_alone
+from echo_trt.engine.options import LogFormat, Port, bounds, command, run_alone
 from echo_trt.engine.service.protocol import MODEL
+from echo_trt.files.log import configure
 from echo_trt.server.app import LARGEST_BODY, create_app
 from echo_trt.server.connections import HttpConnection, max_connections
 from echo_trt.server.options import ApiOptions
@@ -25,6 +26,7 @@ class ServerOptions(ApiOptions):
     """What the API server's process is asked to do."""
 
     engine_socket: Annotated[Path, Parameter(help="The socket of the engine's host.")]
+    log_format: LogFormat = "text"
     port: Annotated[Port, Parameter(help="Port to listen on.")] = 9000
     largest_body: Annotated[int, Parameter(help="Largest request body in bytes.", validator=bounds(1))] = LARGEST_BODY
     drain_seconds: Annotated[
@@ -35,8 +37,10 @@ class ServerOptions(ApiOptions):
 @command
 def run(options: ServerOptions) -> int:
     """Serve OpenAI's API for an engine."""
+    configure("server", options.log_format)
     names, origins = list(options.served_model_names) or [MODEL], list(options.allowed_origins)
-    app = create_app(options.engine_socket, options.api_keys, options.largest_body, names, origins, options.page)
+    given = options.engine_socket, options.api_keys, options.largest_body, names, origins
+    app = create_app(*given, options.page, options.request_log)
     server = server_of(app, host=options.host, port=options.port, timeout_graceful_shutdown=options.drain_seconds)
     with suppress(KeyboardInterrupt):  # raised once requests in flight have ended
         server.run()
@@ -52,6 +56,7 @@ def server_of(app: Starlette, **options: Any) -> DrainingServer:
         "backlog": max(limit // 4, 1),  # asyncio accepts so many at once before it counts them
         "log_level": "error",  # its warnings are of what clients send, and any client can send it for ever
         "access_log": False,
+        "log_config": None,  # its lines have the form of all others
         "server_header": False,
     }
     return DrainingServer(uvicorn.Config(app, **(fixed | options)), app)

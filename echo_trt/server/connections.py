@@ -82,6 +82,12 @@ class HttpConnection(H11Protocol):
         self._request_came()
         super().connection_lost(exc)
 
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, which no handler sees, with a line of the log."""
+        super().send_400_response(msg)
+        if lines := getattr(getattr(self.config.app, "state", None), "lines", None):
+            lines.write({"status": 400, "error": msg})
+
     def _await_request(self) -> None:
         self._late = self._late or self.loop.call_later(self._seconds, self._abort)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import secrets
 from collections.abc import Container, Sequence
 
 from starlette.datastructures import Headers
@@ -30,7 +28,6 @@ COUNTED = (
     "/detokenize",
     "/live",
 )
-_REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # of a client, that is sent back
 
 
 class AuthMiddleware:
@@ -53,17 +50,13 @@ class AuthMiddleware:
         scope = {**scope, "path": _origin_form(scope["path"])}
         path = scope["path"] if scope["path"] in COUNTED else "other"
         headers = dict(scope["headers"])
-        given, began = headers.get(b"x-request-id", b""), False
-        request_id = given if _REQUEST_ID.fullmatch(given) else b"req_" + secrets.token_hex(16).encode()
-        names = (b"x-request-id", b"request-id")  # OpenAI's and Anthropic's
+        began = False
 
         async def counted_send(message: Message) -> None:
             nonlocal began
             if message["type"] == "http.response.start":
                 began = True
                 self.metrics.requests.labels(path, message["status"]).inc()
-                own = [*message.get("headers", ()), *((name, request_id) for name in names)]
-                message = {**message, "headers": own}
             await send(message)
 
         if path in ANSWERED:
@@ -76,7 +69,7 @@ class AuthMiddleware:
             await self.app(scope, self._measured(receive), counted_send)
         except ApiError as error:
             if not began:
-                await error.response(scope["path"])(scope, receive, counted_send)
+                await error.response(scope)(scope, receive, counted_send)
         except Exception:  # answered further out
             if not began:
                 self.metrics.requests.labels(path, 500).inc()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from echo_trt.errors import UserError
-from echo_trt.server.errors import log
 
+log = logging.getLogger(__name__)
 SHORTEST = 16  # characters; what is shorter can be guessed
 
 
@@ -31,7 +33,7 @@ class Keys:
                 self._digests = read(self._path)
             except UserError as error:
                 log.warning("the API keys stay as they were: %s", error)
-            else:  # what is below a warning is not shown
+            else:
                 log.warning("API keys file %s has changed; keys that it holds: %d", self._path, len(self._digests))
 
     @property
@@ -42,6 +44,12 @@ class Keys:
         """Return the latency class of the key in a header; None: it has none."""
         self._follow()
         return self._digests.get(hashlib.sha256(authorization.strip().partition(b" ")[2].strip()).digest())
+
+    def ordinal(self, headers: Mapping[bytes, bytes]) -> int | None:
+        """Return which of the file's keys a request's headers have, the first is 1; None: none of them."""
+        keys = headers.get(b"authorization", b"").strip().partition(b" ")[2], headers.get(b"x-api-key", b"")
+        given = {hashlib.sha256(key.strip()).digest() for key in keys}
+        return next((number for number, known in enumerate(self._digests, 1) if known in given), None)
 
     def allow(self, authorization: bytes) -> bool:
         """Whether the header ``Authorization: Bearer KEY`` names a key. Takes as long for any wrong one."""

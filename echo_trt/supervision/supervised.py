@@ -122,13 +122,13 @@ class Supervised(ABC):
             while self._restarts and now - self._restarts[0] > RESTARTS_WITHIN:
                 self._restarts.popleft()
         if len(self._restarts) == len(WAITS):
-            self._log.say(f"{trouble}; giving up")
+            self._log.say(f"{trouble}; giving up", "ERROR")
             often = f"{len(WAITS) + 1} times in {RESTARTS_WITHIN / 60:.0f} minutes"
             raise UserError(f"{self.name} failed {often}, the last time so: {trouble}.")
         wait = WAITS[len(self._restarts)]
         self._restarts.append(now)
         self._due = now + wait
-        self._log.say(f"{trouble}; starting it again{f' in {wait} s' if wait else ''}")
+        self._log.say(f"{trouble}; starting it again{f' in {wait} s' if wait else ''}", "ERROR")
 
 
 class LivenessThread:
@@ -202,9 +202,8 @@ class Supervisor:
                 dead = [process for process in left if process.process and not process.process.alive]
                 if dead or time.monotonic() > end:
                     late = f"not finished in {self._drain_seconds} s"
-                    self._log.say(
-                        f"requests in flight were {f'lost with {dead[0].name}, which died' if dead else late}"
-                    )
+                    lost = f"lost with {dead[0].name}, which died" if dead else late
+                    self._log.say(f"requests in flight were {lost}", "ERROR")
                     return 1
                 time.sleep(0.05)
             for process in draining:
@@ -213,16 +212,22 @@ class Supervisor:
         return 0
 
 
-def supervise(prefix: str, make: Callable[[Path, threading.Event, ProcessLog], Supervisor]) -> int:
-    """Run what ``make`` makes, of a folder for its files, until SIGTERM, SIGINT or SIGHUP; returns the exit code."""
+def supervise(prefix: str, form: str, make: Callable[[Path, threading.Event, ProcessLog], Supervisor]) -> int:
+    """Run what ``make`` makes, of a folder for its files, until SIGTERM, SIGINT or SIGHUP; returns the exit code.
+
+    ``form``: the log's. Where it gives up, or a start fails, the log's last line says why.
+    """
     stop = threading.Event()
     for number in (signal.SIGINT, *stop_signals()):
         signal.signal(number, lambda *_: stop.set())
     raise_open_files()
-    log = ProcessLog(sys.stderr.fileno() if sys.stderr else os.open(os.devnull, os.O_WRONLY))
+    log = ProcessLog(sys.stderr.fileno() if sys.stderr else os.open(os.devnull, os.O_WRONLY), form=form)
     try:
         with tempfile.TemporaryDirectory(prefix=prefix) as work:
             return make(Path(work), stop, log).run()
+    except UserError as error:
+        log.say(str(error), "ERROR")
+        return 2
     finally:
         log.close()
 

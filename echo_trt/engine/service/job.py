@@ -43,6 +43,7 @@ class ServiceRequest(Request):
     on_event                                 takes the answer's events; it must not block
     seconds                                  from submission to the deadline, which ends the answer; None: no deadline
     deadline, submitted, taken, first_token  time.monotonic(); None: there is none, or it has not come
+    request_id                               the client's, for the log
     failures                                 of the engine while this request was running, in a row
     expected                                 what was forecast when it came
     emitted                                  time.monotonic() of its latest tokens; None: there are none
@@ -59,6 +60,12 @@ class ServiceRequest(Request):
     failures: int = 0
     expected: ExpectedLatency = ExpectedLatency()
     emitted: float | None = None
+    request_id: str = ""
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The ``extra`` of a line of the log about it."""
+        return {"request_id": self.request_id or str(self.id)}
 
     @property
     def latency(self) -> Latency:
