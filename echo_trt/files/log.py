@@ -51,7 +51,8 @@ def read(text: str, process: str) -> Line:
     """Read a line of a child process: one of this form in JSON, or any text, whose level is guessed."""
     if text.startswith(OWN):
         with suppress(ValueError):  # cut, or mixed with another one
-            return {"level": "INFO", "process": process, "message": "", **json.loads(text)}
+            found: Line = json.loads(text)
+            return dict.fromkeys(found) | {"level": "INFO", "process": process, "message": ""} | found
     if found := _TRITON.match(text):
         return line(_LEVELS[found[1]], process, text[found.end() :])
     wrong = text.startswith("error: ")
