@@ -28,7 +28,7 @@ LONGEST = 200  # characters of a path, a user agent or a sentence
 KIND = ("method", "path", "status", "field", "error", "reason")  # in which equal lines are equal
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # of a client, that is sent back
 #: What a sentence repeats of a body: values in quotation marks, whose end may be cut off, and details in brackets.
-_REPEATED = re.compile(r"""(?<!\w)'(?:\\.|[^'\\])*(?:'|$)|"(?:\\.|[^"\\])*(?:"|$)|\(.*\)""", re.DOTALL)
+_REPEATED = re.compile(r"""(?<!\w)'(?:\\.|[^'\\])*(?:'|$)|"(?:\\.|[^"\\])*(?:"|$)|\((?:.*\)|.*)""", re.DOTALL)
 
 
 @dataclass
@@ -83,7 +83,7 @@ class RequestLines:
 
     def _wait(self, key: Any, kind: dict[str, Any], level: int) -> None:
         timer = asyncio.get_running_loop().call_later(EVERY_S, self._end, key)
-        self._repeated[key] = Repeated(kind, level, timer)
+        self._repeated[key] = Repeated(kind, level, timer, time.monotonic())
 
     def _end(self, key: Any) -> None:
         repeated = self._repeated.pop(key)
@@ -99,11 +99,13 @@ class Repeated:
     kind: dict[str, Any]
     level: int
     timer: asyncio.TimerHandle
+    began: float  # time.monotonic()
     number: int = 0
 
     def tell(self) -> None:
         if self.number:
-            message = f"... {self.number} more{'' if self.kind else ' of other kinds'} in {EVERY_S} s"
+            seconds = max(round(time.monotonic() - self.began), 1)
+            message = f"... {self.number} more{'' if self.kind else ' of other kinds'} in {seconds} s"
             extra = {"fields": self.kind | {"more": self.number}, "request_id": ""}
             log.log(self.level, message, extra=extra)
 
@@ -175,5 +177,6 @@ def _said(error: ApiError | None) -> dict[str, Any]:
     """Return what the log says of an error: the field, and the sentence without values of the body."""
     if error is None:
         return {}
-    sentence = _REPEATED.sub("...", error.detail) if error.status_code == 400 else error.detail
+    sentence = error.detail[: 4 * LONGEST]
+    sentence = _REPEATED.sub("...", sentence) if error.status_code == 400 else sentence
     return {"field": error.body["error"]["param"], "error": sentence[:LONGEST], "reason": error.reason[:LONGEST]}

@@ -53,6 +53,7 @@ def lines_with(server: Served, **fields: Any) -> list[dict[str, Any]]:
 def said(caplog) -> Callable[[], list[dict[str, Any]]]:
     """Return the lines of this process."""
     caplog.set_level(logging.INFO)
+    caplog.set_level(logging.WARNING, "httpx")
     caplog.handler.setFormatter(LineFormatter("test", "json"))
     return lambda: lines_of(caplog.text)
 
@@ -152,8 +153,8 @@ def test_probes_have_no_line(server):
     with client_of(server) as client:
         for path in ("/health", "/ping", "/metrics", "/version"):
             assert client.get(path, headers={"X-Request-Id": "probe"}).status_code == 200
-        assert client.get("/v1/models", headers={"X-Request-Id": "behind probes"}).status_code == 200
-    [found] = lines_with(server, request_id="behind probes")
+        assert client.get("/v1/models", headers={"X-Request-Id": "behind-probes"}).status_code == 200
+    [found] = lines_with(server, request_id="behind-probes")
     assert (found["path"], found["status"]) == ("/v1/models", 200)
     assert not [each for each in lines_of(server.err) if each.get("request_id") == "probe"]
 
@@ -169,9 +170,10 @@ def test_an_engine_that_dies_is_a_line_of_each_process(server):
     with client_of(server) as client:
         answer = client.send(request, stream=True)
         assert answer.status_code == 200
-        next(answer.iter_bytes())
+        pieces = answer.iter_bytes()
+        next(pieces)
         os.kill(engine.pid, signal.SIGKILL)
-        answer.read()
+        assert b"not available" in b"".join(pieces)
     [found] = lines_with(server, request_id="lost")
     assert (found["level"], found["message"], found["status"]) == ("ERROR", "request failed", 503)
     assert found["reason"] == "UNAVAILABLE: the engine is away."
@@ -217,7 +219,7 @@ def test_equal_lines_are_one_and_many_kinds_are_few(said, monkeypatch):
             client.get(f"/{number}")
     several = said()[before:]  # what was counted is written where the door ends
     assert len(several) == DISTINCT + 1
-    assert several[-1]["message"] == f"... {2 * DISTINCT} more of other kinds in 60 s"
+    assert several[-1]["message"].startswith(f"... {2 * DISTINCT} more of other kinds in ")
     assert "request_id" not in several[-1]
 
 
