@@ -47,7 +47,7 @@ class AuthMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        scope = {**scope, "path": _origin_form(scope["path"])}
+        scope["path"] = _origin_form(scope["path"])
         path = scope["path"] if scope["path"] in COUNTED else "other"
         headers = dict(scope["headers"])
         began = False

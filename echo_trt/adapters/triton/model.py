@@ -62,7 +62,7 @@ class TritonPythonModel:
             kv_cache_memory=bytes_in("kv_cache_memory", memory) if memory else None,
             synthetic_text=_setting(config, "synthetic_text") or None,
         )
-        log.info(llm.pool.warning or llm.pool.sentence)
+        (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
         self._reader = Reader(
             bundle,
             llm.loop.batch.context,

@@ -48,7 +48,7 @@ def run(options: HostOptions) -> int:
     bundle, memory = options.bundle, options.kv_cache_memory
     text = options.synthetic_text
     llm = LLM(bundle, options.policy, options.batch, note=log.info, kv_cache_memory=memory, synthetic_text=text)
-    log.info(llm.pool.warning or llm.pool.sentence)
+    (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
     context, sampling = llm.loop.batch.context, llm.manifest.sampling.given()
     classes = LatencyClasses(options.latency_classes)
     reader = Reader(bundle, context, options.special_tokens_in_content, sampling, classes)
