@@ -85,8 +85,12 @@ class HttpConnection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, which no handler sees, with a line of the log."""
         super().send_400_response(msg)
+        self._tell({"status": 400, "error": msg})
+
+    def _tell(self, fields: dict[str, Any]) -> None:
+        """Write a line of the log of what was refused here (``request_log.RequestLines``)."""
         if lines := getattr(getattr(self.config.app, "state", None), "lines", None):
-            lines.write({"status": 400, "error": msg})
+            lines.write(fields)
 
     def _await_request(self) -> None:
         self._late = self._late or self.loop.call_later(self._seconds, self._abort)
