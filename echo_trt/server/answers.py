@@ -37,7 +37,7 @@ class Answer(ABC, Generic[Requested]):
         self._requested, self._turns, self._turn, self._metrics = requested, turns, turns[0], metrics
         self._prompts = turns  # one of each prompt's
         self._id, self._created = secrets.token_hex(16), int(time.time())
-        self.error: ApiError | None = None  # that ended it
+        self.error: dict[str, Any] = {}  # that ended it, as ``ApiError.told``
 
     async def whole(self, pieces: PieceStream) -> dict[str, Any]:
         """Return the body of an answer that is not streamed, once all texts have ended."""
@@ -60,7 +60,7 @@ class Answer(ABC, Generic[Requested]):
             if self.last:
                 yield self.last
         except ApiError as error:
-            self.error = error
+            self.error = error.told()
             for event in self.failed(self._requested.in_client_fields(error)):
                 yield self.written(event)
         except ClientGone:

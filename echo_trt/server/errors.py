@@ -56,10 +56,15 @@ class ApiError(HTTPException):
             return {"type": "error", "error": {"type": kind, "message": message}}
         return self.body
 
+    def told(self) -> dict[str, Any]:
+        """Return what the log tells of it. (The error itself would keep the request's body, by its traceback.)"""
+        field = self.body["error"]["param"]
+        return {"status": self.status_code, "field": field, "error": self.detail, "reason": self.reason}
+
     def response(self, scope: Scope) -> JSONResponse:
         """Return the answer to the request of an ASGI scope, whose line of the log tells it too."""
         if record := scope.get("record"):
-            record.error = self
+            record.error = self.told()
         headers = dict(self.headers or {})
         if self.retry_after:
             headers["Retry-After"] = str(self.retry_after)

@@ -7,7 +7,7 @@ import logging
 import re
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -36,13 +36,13 @@ class RequestRecord:
     """What is known of a request, in its ASGI scope as "record".
 
     status  0: no answer has begun
-    error   what it was refused with
+    error   what it was refused with, as ``ApiError.told``
     answer  the engine's
     """
 
     id: str
     status: int = 0
-    error: ApiError | None = None
+    error: dict[str, Any] = field(default_factory=dict)
     answer: Answer[Any] | None = None
 
 
@@ -143,13 +143,14 @@ class RequestLog:
             failed = ApiError(500, "The API server failed at this request; its log says why.", "server_error")
             await failed.response(scope)(scope, receive, named_send)
         finally:
+            del scope["record"]  # a kept connection has its last scope, which is not to hold a request's body
             self._write(scope, headers, record, time.monotonic() - began)
 
     def _write(self, scope: Scope, headers: dict[bytes, bytes], record: RequestRecord, seconds: float) -> None:
         answer = record.answer
-        error = record.error or (answer.error if answer else None)
+        error = record.error or (answer.error if answer else {})
         ended = answer.summary() if answer else {}
-        status = error.status_code if error else record.status or HUNG_UP
+        status = error.get("status") or record.status or HUNG_UP
         if status < 400 and "cancelled" in ended.get("finish_reason", ""):
             status = HUNG_UP
         if status < 400 and scope["path"] in OPEN:
@@ -173,10 +174,9 @@ def _told_as(status: int) -> tuple[int, str]:
     return (logging.WARNING, "request refused") if status < 500 else (logging.ERROR, "request failed")
 
 
-def _said(error: ApiError | None) -> dict[str, Any]:
-    """Return what the log says of an error: the field, and the sentence without values of the body."""
-    if error is None:
-        return {}
-    sentence = error.detail[: 4 * LONGEST]
-    sentence = _REPEATED.sub("...", sentence) if error.status_code == 400 else sentence
-    return {"field": error.body["error"]["param"], "error": sentence[:LONGEST], "reason": error.reason[:LONGEST]}
+def _said(error: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of an error's line: of a refused body the sentence is without the values that it repeats."""
+    texts = {name: str(error.get(name) or "")[: 4 * LONGEST] for name in ("field", "error", "reason")}
+    if error.get("status") == 400:
+        texts["error"] = _REPEATED.sub("...", texts["error"])
+    return {name: text[:LONGEST] for name, text in texts.items()}
