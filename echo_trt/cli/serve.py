@@ -41,7 +41,7 @@ def run(job: ServeOptions) -> int:
     server = find_server() if job.triton else None
     remove_folders(Path(tempfile.gettempdir()))
     try:
-        return supervise(own_prefix(), lambda *given: service(job, server, *given))
+        return supervise(own_prefix(), job.log_format, lambda *given: service(job, server, *given))
     finally:
         remove_regions()
 
@@ -105,7 +105,7 @@ class EngineProcess(Supervised):
     def _spawn(self) -> Process:
         job = self._job
         self.socket.unlink(missing_ok=True)
-        words = [str(job.bundle.resolve()), "--socket", str(self.socket), *job.words]
+        words = [str(job.bundle.resolve()), "--socket", str(self.socket), "--log-format=json", *job.words]
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
         return Process("engine", [sys.executable, "-m", "echo_trt.engine.process", *words], environment, self._log)
 
@@ -147,6 +147,7 @@ class Triton(EngineProcess):
             **{name.replace("-", "_").upper(): value for name, value in job.given.items()},
             "SIGNALS": self._signals,
             "SOCKET": self.socket,
+            "LOG_FORMAT": "json",
         }
         settings = {f"ECHO_TRT_{name}": str(value) for name, value in given.items()}
         command = self._server.command(job.host, self._ports, self._signals)
@@ -206,7 +207,7 @@ class ApiServer(Supervised):
         job = self._job
         words = ["--engine-socket", str(self._engine), "--port", str(job.openai_port), *job.api_words]
         words += ["--drain-seconds", str(job.drain_seconds), f"--latency-classes={job.latency_classes}"]
-        words += ["--liveness-socket", str(self.socket)]
+        words += ["--liveness-socket", str(self.socket), "--log-format=json"]
         self.socket.unlink(missing_ok=True)
         return Process("server", [sys.executable, "-m", "echo_trt.server", *words], dict(os.environ), self._log)
 

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 from cyclopts import App, CycloptsError, Parameter, Token
 
 from echo_trt.engine.params import MAX_AT_ONCE
 from echo_trt.errors import UserError, no_memory
 from echo_trt.files.extras import extra
+from echo_trt.files.log import tell_mistake
 
 #: Of options: a flag has no opposite of its own, and where an option is repeated its last value counts.
 DEFAULTS = Parameter(negative=(), allow_repeating=True)
@@ -54,7 +55,7 @@ def run_alone(run: App | Callable[..., Any], about: str | None = None) -> None:
         mistake = error if isinstance(error, UserError | CycloptsError) else no_memory(error)
         if not mistake:
             raise
-        print(f"error: {mistake}", file=sys.stderr)
+        tell_mistake(mistake)
         sys.exit(2)
 
 
@@ -115,6 +116,7 @@ SyntheticRates = Annotated[
     ),
 ]
 Flag = Annotated[bool, Parameter(show_default=False)]  # off where it is not given
+LogFormat = Annotated[Literal["text", "json"], Parameter(help="How the log is written: lines of text, or of JSON.")]
 SpecialTokens = Annotated[
     Flag,
     Parameter(help="Take <|im_end|> and the like in a message for the control token. Default: for text."),

@@ -15,8 +15,9 @@ from cyclopts import Parameter
 from starlette.applications import Starlette
 
 from echo_trt.engine.latency import LatencyClasses
-from echo_trt.engine.options import Port, bounds, command, run_alone
+from echo_trt.engine.options import LogFormat, Port, bounds, command, run_alone
 from echo_trt.engine.service.protocol import MODEL
+from echo_trt.files.log import configure
 from echo_trt.server.app import LARGEST_BODY, create_app
 from echo_trt.server.connections import HttpConnection, Places, max_connections
 from echo_trt.server.options import ApiOptions
@@ -27,6 +28,7 @@ class ServerOptions(ApiOptions):
     """What the API server's process is asked to do."""
 
     engine_socket: Annotated[Path, Parameter(help="The socket of the engine's host.")]
+    log_format: LogFormat = "text"
     port: Annotated[Port, Parameter(help="Port to listen on.")] = 9000
     largest_body: Annotated[int, Parameter(help="Largest request body in bytes.", validator=bounds(1))] = LARGEST_BODY
     drain_seconds: Annotated[
@@ -41,10 +43,11 @@ class ServerOptions(ApiOptions):
 @command
 def run(options: ServerOptions) -> int:
     """Serve OpenAI's API for an engine."""
+    configure("server", options.log_format)
     names, origins = list(options.served_model_names) or [MODEL], list(options.allowed_origins)
     classes = None if options.latency_classes is None else list(LatencyClasses(options.latency_classes))
     given = options.api_keys, options.largest_body, names, origins, options.page, options.hosts, classes
-    app = create_app(options.engine_socket, *given)
+    app = create_app(options.engine_socket, *given, request_log=options.request_log)
     more: dict[str, Any] = {"host": options.host, "timeout_graceful_shutdown": options.drain_seconds}
     server = server_of(app, options.liveness_socket, port=options.port, **more)
     with suppress(KeyboardInterrupt):  # raised once requests in flight have ended
@@ -67,6 +70,7 @@ def server_of(
         "backlog": max(places.limit // 4, 1),  # asyncio accepts so many at once before it counts them
         "log_level": "error",  # its warnings are of what clients send, and any client can send it for ever
         "access_log": False,
+        "log_config": None,  # its lines have the form of all others
         "server_header": False,
     }
     return DrainingServer(uvicorn.Config(app, **(fixed | options)), app, liveness)

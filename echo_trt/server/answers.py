@@ -32,12 +32,12 @@ class Answer(ABC, Generic[Requested]):
 
     media_type = "text/event-stream"
     last = ""  # what is sent behind all events
-    failure: ApiError | None = None  # which has ended the stream
 
     def __init__(self, requested: Requested, turns: list[OutputParser], metrics: ServerMetrics):
         self._requested, self._turns, self._turn, self._metrics = requested, turns, turns[0], metrics
         self._prompts = turns  # one of each prompt's
         self._id, self._created = secrets.token_hex(16), int(time.time())
+        self.error: dict[str, Any] = {}  # that ended it, as ``ApiError.told``
 
     async def whole(self, pieces: PieceStream) -> dict[str, Any]:
         """Return the body of an answer that is not streamed, once all texts have ended."""
@@ -60,7 +60,7 @@ class Answer(ABC, Generic[Requested]):
             if self.last:
                 yield self.last
         except ApiError as error:
-            self.failure = error
+            self.error = error.told()
             for event in self.failed(self._requested.in_client_fields(error)):
                 yield self.written(event)
         except ClientGone:
@@ -69,8 +69,22 @@ class Answer(ABC, Generic[Requested]):
             self._count()
 
     def _count(self) -> None:
-        self._metrics.prompt_tokens.inc(sum(turn.prompt_tokens for turn in self._prompts))
-        self._metrics.completion_tokens.inc(sum(turn.completion_tokens for turn in self._turns))
+        self._metrics.prompt_tokens.inc(sum(turn.prompt_tokens for turn in self._prompts if turn.finish_reason))
+        self._metrics.completion_tokens.inc(sum(turn.completion_tokens for turn in self._turns if turn.finish_reason))
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the log says of it, whose choices are one answer; tokens as far as they are known."""
+        turns, prompts, model = self._turns, self._prompts, getattr(self._requested, "model", None)
+        reasons = dict.fromkeys(turn.finish_reason or "cancelled" for turn in turns)
+        tokens = {
+            "prompt_tokens": sum(turn.prompt_tokens for turn in prompts),
+            "cached_tokens": sum(turn.cached_tokens for turn in prompts),
+            "completion_tokens": sum(turn.completion_tokens for turn in turns),
+            "queue_ms": max((turn.queue_ms for turn in turns if turn.queue_ms is not None), default=None),
+            "first_token_ms": min((t.first_token_ms for t in turns if t.first_token_ms is not None), default=None),
+        }
+        known = tokens if tokens["prompt_tokens"] else {}
+        return {"model": model, "finish_reason": ",".join(reasons), **known}
 
     def begin(self, first: TextPiece) -> Iterator[AnswerEvent]:
         """Yield events before the first text."""
@@ -208,8 +222,8 @@ class EventStream(StreamingResponse):
         try:
             await self.stream_response(send)
         finally:
-            if self._answer.failure:
-                scope["failed"] = self._answer.failure.status_code
+            if self._answer.error:
+                scope["failed"] = self._answer.error["status"]
             await self._pieces.aclose()
 
 

@@ -30,7 +30,7 @@ from echo_trt.server.bodies import Bodies, reads
 from echo_trt.server.chats import chat_for
 from echo_trt.server.choices import ClientGone, PieceStream, merged
 from echo_trt.server.edge import OPEN, AuthMiddleware, Cors
-from echo_trt.server.errors import ApiError, from_engine, log, shown
+from echo_trt.server.errors import ApiError, from_engine, shown
 from echo_trt.server.keys import Key, Keys, sender
 from echo_trt.server.live import Live, show_about, show_live
 from echo_trt.server.metrics import ServerMetrics
@@ -40,6 +40,7 @@ from echo_trt.server.ollama.request import GenerateRequest, OllamaChatRequest, O
 from echo_trt.server.openapi import show_openapi
 from echo_trt.server.options import checked_hosts, checked_names, checked_origins
 from echo_trt.server.page_files import PageFiles
+from echo_trt.server.request_log import HUNG_UP, RequestLines, RequestLog
 from echo_trt.server.responses.answer import Response as ResponsesAnswer
 from echo_trt.server.responses.request import ResponsesRequest
 from echo_trt.server.schemas import ChatRequest, CompletionRequest, ForecastRequest
@@ -50,7 +51,6 @@ from echo_trt.server.turns import OutputParser
 from echo_trt.server.unserved import refusal
 
 LARGEST_BODY = 2**20  # bytes
-HUNG_UP = 499  # the status of an answer that nobody waits for, in logs and metrics only
 
 
 def create_app(
@@ -62,6 +62,7 @@ def create_app(
     page: bool = True,
     hosts: Sequence[str] | None = None,
     classes: Collection[str] | None = None,
+    request_log: bool = True,
 ) -> Starlette:
     """Make the application of the engine at a socket. Raises UserError for unusable keys, an odd name or origin.
 
@@ -73,9 +74,12 @@ def create_app(
     page           whether / is the live page
     hosts          names of this server beside this machine's own; None: any name, and any page that a browser lets ask
     classes        latency classes that keys may have; None: any
+    request_log    whether the log has a line for each answered request; refused ones have theirs
     """
     keys, metrics = Keys(api_keys_file, classes) if api_keys_file else None, ServerMetrics()
-    layers = [Middleware(Cors, origins=checked_origins(origins))] if origins else []
+    lines = RequestLines(request_log)
+    layers = [Middleware(RequestLog, lines=lines, keys=keys)]
+    layers += [Middleware(Cors, origins=checked_origins(origins))] if origins else []
     shown = PageFiles() if page else None
     without_key = OPEN + tuple(shown.files if shown else ())
     edge: dict[str, Any] = {"keys": keys, "largest_body": largest_body, "metrics": metrics, "without_key": without_key}
@@ -87,7 +91,6 @@ def create_app(
         HTTPException: _frameworks,
         ClientDisconnect: _hung_up,  # while its body was read
         ClientGone: _hung_up,  # while it was answered
-        Exception: _unexpected,
     }
 
     @asynccontextmanager
@@ -97,6 +100,7 @@ def create_app(
         yield
         await app.state.live.close()
         await app.state.client.close()
+        lines.close()
 
     app = Starlette(
         routes=[
@@ -128,7 +132,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False  # it would redirect to whatever the Host header says
-    app.state.metrics, app.state.created = metrics, int(time.time())
+    app.state.metrics, app.state.created, app.state.lines = metrics, int(time.time()), lines
     app.state.names = checked_names(names)
     app.state.page_build = shown.build if shown else ""
     return app
@@ -149,7 +153,7 @@ def chats(kind: type[ChatRequest | TranslatedRequest], answer_type: type[Answer[
                 return JSONResponse({"input_tokens": len(await token_ids(state.client, chat.inputs, chat.names))})
             pieces = _pieces(request, wanted, info, [chat.inputs], chat.names)
             turns = [chat.turn() for _ in range(wanted.n)]
-            response = await _sent(answer_type(requested, turns, state.metrics), pieces, requested.stream)
+            response = await _sent(request, answer_type(requested, turns, state.metrics), pieces, requested.stream)
         except ApiError as error:
             raise requested.in_client_fields(error) from None
         if requested.left_out:
@@ -166,7 +170,7 @@ async def completions(request: Request, requested: CompletionRequest) -> Respons
     await _check_echo(requested, prompts, state.client)
     pieces = _pieces(request, requested, info, prompts, requested.names)
     turns = [OutputParser() for _ in range(len(prompts) * requested.n)]
-    return await _sent(ApiAnswer(requested, turns, state.metrics), pieces, requested.stream)
+    return await _sent(request, ApiAnswer(requested, turns, state.metrics), pieces, requested.stream)
 
 
 @reads(ForecastRequest)
@@ -196,8 +200,9 @@ async def show_metrics(request: Request) -> PlainTextResponse:
     return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
 
 
-async def _sent(answer: Answer[Any], pieces: PieceStream, stream: bool) -> Response:
+async def _sent(request: Request, answer: Answer[Any], pieces: PieceStream, stream: bool) -> Response:
     """Answer a chat or a completion. The HTTP status follows the first piece: what fails before it is no 200."""
+    request.scope["record"].answer = answer
     if not stream:
         return JSONResponse(await answer.whole(pieces))
     return EventStream(answer, await anext(pieces), pieces)
@@ -265,7 +270,7 @@ def _params(requested: ChatRequest | CompletionRequest, info: ModelInfo, seed: i
 
 
 async def _failed(request: Request, error: ApiError | EngineError) -> Response:
-    return (from_engine(error) if isinstance(error, EngineError) else error).response(request.scope["path"])
+    return (from_engine(error) if isinstance(error, EngineError) else error).response(request.scope)
 
 
 async def _frameworks(request: Request, error: HTTPException) -> Response:
@@ -278,15 +283,9 @@ async def _frameworks(request: Request, error: HTTPException) -> Response:
     elif error.status_code == 405 and error.headers:
         message = f"{path} does not take this method; use {error.headers['Allow']}."
     refused = ApiError(error.status_code, message, headers=error.headers)  # 405 has Allow
-    return refused.response(request.scope["path"])
+    return refused.response(request.scope)
 
 
 async def _hung_up(request: Request, error: Exception) -> Response:
     request.app.state.metrics.disconnects.inc()
     return Response(status_code=HUNG_UP)
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
-    log.error("unexpected %s", type(error).__name__)  # the traceback follows, from the server that runs us
-    failed = ApiError(500, "The API server failed at this request; its log says why.", "server_error")
-    return failed.response(request.scope["path"])

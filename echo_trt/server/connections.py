@@ -174,6 +174,16 @@ class HttpConnection(H11Protocol):
         scope["full"] = self._places.full()
         await self._application(scope, receive, send_last)
 
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, which no handler sees, with a line of the log."""
+        super().send_400_response(msg)
+        self._tell({"status": 400, "error": msg})
+
+    def _tell(self, fields: dict[str, Any]) -> None:
+        """Write a line of the log of what was refused here (``request_log.RequestLines``)."""
+        if lines := getattr(getattr(self.config.app, "state", None), "lines", None):
+            lines.write(fields)
+
     # -- its state -----------------------------------------------------------------------------------------------------
 
     def _settle(self, waiting: str) -> None:
@@ -217,7 +227,8 @@ class HttpConnection(H11Protocol):
             if self.cycle:  # it waits for the body
                 self.cycle.disconnected = True
                 self.cycle.message_event.set()
-            refusal = full().response()
+            refusal = full().response({"path": ""})
+            self._tell({"status": refusal.status_code, "error": full().detail})
             head = "".join(f"{name}: {value}\r\n" for name, value in refusal.headers.items())
             self._selector.write(f"HTTP/1.1 503 Service Unavailable\r\n{head}\r\n".encode() + bytes(refusal.body))
             self._linger()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Collection, Container, Sequence
 
 from starlette.datastructures import Headers
@@ -32,7 +31,6 @@ COUNTED = (
 )
 #: Names of this machine, as an HTTP Host has them.
 _LOCAL = re.compile(r"(.+\.)?localhost|127(\.\d{1,3}){3}|\[::1\]")
-_REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # of a client, that is sent back
 
 
 class AuthMiddleware:
@@ -58,19 +56,15 @@ class AuthMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        scope = {**scope, "path": _origin_form(scope["path"])}
+        scope["path"] = _origin_form(scope["path"])
         path = scope["path"] if scope["path"] in COUNTED else "other"
         headers = dict(scope["headers"])
-        given, began = headers.get(b"x-request-id", b""), 0
-        request_id = given if _REQUEST_ID.fullmatch(given) else b"req_" + secrets.token_hex(16).encode()
-        names = (b"x-request-id", b"request-id")  # OpenAI's and Anthropic's
+        began = 0
 
         async def counted_send(message: Message) -> None:
             nonlocal began
             if message["type"] == "http.response.start":
                 began = message["status"]
-                own = [*message.get("headers", ()), *((name, request_id) for name in names)]
-                message = {**message, "headers": own}
             await send(message)
 
         if path in ANSWERED:
@@ -81,7 +75,7 @@ class AuthMiddleware:
             await self.app(scope, self._measured(receive), counted_send)
         except ApiError as error:
             if not began:
-                await error.response(scope["path"])(scope, receive, counted_send)
+                await error.response(scope)(scope, receive, counted_send)
         except Exception:  # answered further out
             began = 500
             raise

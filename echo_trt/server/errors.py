@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.types import Scope
 
 from echo_trt.engine.process.client import EngineError
 
-log = logging.getLogger("echo_trt.server")
 #: A schema that does not compile, in a grammar that was made here: its line, and what is wrong.
 _GRAMMAR_LINE = re.compile(r"\(at (\d+)\(\d+\): failed to compile JSON schema: (.*?) \d+ \| .*\);", re.DOTALL)
 #: Anthropic's types of errors by status; others are "api_error".
@@ -31,7 +30,7 @@ SHOWN = 100  # characters at most of a value, or of a field's name, that an erro
 
 
 class ApiError(HTTPException):
-    """One sentence for the client, with the HTTP status it goes out under."""
+    """One sentence for the client, with the HTTP status it goes out under. ``reason``: what the log says beside it."""
 
     def __init__(
         self,
@@ -42,9 +41,10 @@ class ApiError(HTTPException):
         code: str | None = None,
         retry_after: int | None = None,
         headers: Mapping[str, str] | None = None,
+        reason: str = "",
     ):
         super().__init__(status, message, headers)
-        self.retry_after = retry_after
+        self.retry_after, self.reason = retry_after, reason
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def body_for(self, path: str) -> dict[str, Any]:
@@ -57,18 +57,27 @@ class ApiError(HTTPException):
             return {"type": "error", "error": {"type": kind, "message": message}}
         return self.body
 
-    def response(self, path: str = "") -> JSONResponse:
+    def told(self) -> dict[str, Any]:
+        """Return what the log tells of it. (The error itself would keep the request's body, by its traceback.)"""
+        field = self.body["error"]["param"]
+        return {"status": self.status_code, "field": field, "error": self.detail, "reason": self.reason}
+
+    def response(self, scope: Scope) -> JSONResponse:
+        """Return the answer to the request of an ASGI scope, whose line of the log tells it too."""
+        if record := scope.get("record"):
+            record.error = self.told()
         headers = dict(self.headers or {})
         if self.retry_after:
             headers["Retry-After"] = str(self.retry_after)
         if self.status_code == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self.body_for(path), self.status_code, headers)
+        return JSONResponse(self.body_for(scope["path"]), self.status_code, headers)
 
 
-def unavailable() -> ApiError:
+def unavailable(reason: str = "") -> ApiError:
     """503: the engine is starting, stopping or gone."""
-    return ApiError(503, "The engine is not available; retry in a few seconds.", "server_error", retry_after=5)
+    message = "The engine is not available; retry in a few seconds."
+    return ApiError(503, message, "server_error", retry_after=5, reason=reason)
 
 
 def full() -> ApiError:
@@ -78,7 +87,7 @@ def full() -> ApiError:
 
 
 def from_engine(error: EngineError, names: Mapping[str, str] | None = None) -> ApiError:
-    """Translate an engine's failure. What a client cannot act on is logged here and not told outside.
+    """Translate an engine's failure. What a client cannot act on is the log's ``reason`` and not told outside.
 
     names  an input of the engine -> the client's field, where they differ; "structured:LINE" of a grammar's lines
     """
@@ -96,10 +105,11 @@ def from_engine(error: EngineError, names: Mapping[str, str] | None = None) -> A
     if code == "UNAVAILABLE" and "queue" in sentence:
         message = "The server's queue is full; retry in a second."
         return ApiError(429, message, "rate_limit_error", code="queue_full", retry_after=1)
-    log.error("the engine: %s %s", code, sentence)
+    reason = f"{code}: {sentence}"
     if code in ("UNAVAILABLE", "CANCELLED"):
-        return unavailable()
-    return ApiError(500, "The engine failed at this request; the server's log says why.", "server_error")
+        return unavailable(reason)
+    message = "The engine failed at this request; the server's log says why."
+    return ApiError(500, message, "server_error", reason=reason)
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:

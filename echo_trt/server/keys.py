@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import time
 from collections.abc import Collection
@@ -12,8 +13,8 @@ from pathlib import Path
 
 from echo_trt.engine.process.wire import Sender
 from echo_trt.errors import UserError
-from echo_trt.server.errors import log
 
+log = logging.getLogger(__name__)
 SHORTEST = 16  # characters; what is shorter can be guessed
 SETTLED_S = 1.0  # an empty file that is younger is being written; larger: keys are withdrawn later
 
@@ -62,7 +63,7 @@ class Keys:
                 self._keys = read(self._path, self._classes)
             except UserError as error:
                 log.warning("the API keys stay as they were: %s", error)
-            else:  # what is below a warning is not shown
+            else:
                 log.warning("API keys file %s has changed; keys that it holds: %d", self._path, len(self._keys))
 
     def find(self, authorization: bytes) -> Key | None:
@@ -72,6 +73,10 @@ class Keys:
         digest = hashlib.sha256(text.strip()).digest()
         found = [key for key in self._keys if hmac.compare_digest(digest, key.digest)]  # all of them, always
         return found[0] if found and scheme.lower() == b"bearer" else None
+
+    def ordinal(self, key: Key) -> int:
+        """Return which of the file's keys it is; the first is 1."""
+        return 1 + self._keys.index(key) if key in self._keys else 0
 
 
 def _state(path: Path) -> tuple[int, ...] | None:

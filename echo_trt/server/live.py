@@ -22,7 +22,7 @@ MAX_VIEWERS = 256  # viewers at once; larger: more open connections
 # Seconds that an event may wait for a viewer; larger: a viewer that does not read stays connected longer
 STUCK_S = 20.0
 VIEW_S = 600.0  # seconds after which a viewer has to ask again; larger: forgotten connections last longer
-AWAY_S = 1.0  # seconds between attempts to reach an engine that is away; larger: fewer lines in the log
+AWAY_S = 1.0  # seconds between attempts to reach an engine that is away; larger: one that is back is seen later
 SILENT_S = 15.0  # seconds without an event until a viewer gets a comment; larger: a viewer's end is noticed later
 LARGEST = 2**17  # characters of a snapshot that is passed on; larger: more memory for a viewer that reads slowly
 

@@ -49,6 +49,9 @@ class ApiOptions:
     page: Annotated[
         bool, Parameter(negative="--no-page", help="Whether / of the OpenAI API's port shows the live page.")
     ] = True
+    request_log: Annotated[
+        bool, Parameter(negative="--no-request-log", help="Whether the log has a line for each answered request.")
+    ] = True
 
     @property
     def api_words(self) -> list[str]:
@@ -57,6 +60,7 @@ class ApiOptions:
         words += [f"--allowed-origins={origin}" for origin in self.allowed_origins]
         words += [f"--allowed-hosts={name}" for name in self.allowed_hosts]
         words += [f"--api-keys-file={self.api_keys}"] if self.api_keys else []
+        words += [] if self.request_log else ["--no-request-log"]
         return words if self.page else [*words, "--no-page"]
 
     @property

@@ -20,7 +20,8 @@ class OutputParser:
 
     content, reasoning, calls            of the text so far
     logprobs, sources                    entries of tokens, until ``take_details``
-    finish_reason and numbers of tokens  once the last piece has come
+    prompt_tokens, completion_tokens     of the text so far
+    finish_reason, cached_tokens, times  once the last piece has come
     drafted, accepted                    likewise, as of ``TextPiece``
     """
 
@@ -37,6 +38,8 @@ class OutputParser:
         self.drafted: list[int] = []
         self.accepted: list[int] = []
         self.reasoning_tokens = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
+        self.queue_ms: float | None = None
+        self.first_token_ms: float | None = None
 
     @property
     def thinks(self) -> bool:
@@ -45,6 +48,7 @@ class OutputParser:
     def take(self, piece: TextPiece) -> list[MessageDelta]:
         """Deltas of OpenAI's for what became certain; all of the rest with the last piece."""
         deltas: list[MessageDelta] = []
+        self.prompt_tokens, self.completion_tokens = piece.prompt_tokens, piece.completion_tokens
         if self._reasoning and self._first:
             self._reasoning.begin(piece.in_thought)
         self._first = False
@@ -57,8 +61,8 @@ class OutputParser:
             if self._parser:
                 deltas += map(self._delta, self._parser.finish())
             self.finish_reason = "tool_calls" if self.calls and piece.finish_reason == "stop" else piece.finish_reason
-            self.prompt_tokens, self.cached_tokens = piece.prompt_tokens, piece.cached_tokens
-            self.completion_tokens = piece.completion_tokens
+            self.cached_tokens = piece.cached_tokens
+            self.queue_ms, self.first_token_ms = piece.queue_ms, piece.first_token_ms
             self.drafted, self.accepted = piece.drafted, piece.accepted
         if self._reasoning:
             self._count(piece)

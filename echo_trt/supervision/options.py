@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.engine.options import Flag, HostedOptions, Port, bounds
+from echo_trt.engine.options import Flag, HostedOptions, LogFormat, Port, bounds
 from echo_trt.files.extras import extra
 from echo_trt.server.options import ApiOptions
 
@@ -35,6 +35,7 @@ class ServeOptions(ApiOptions, HostedOptions):
     triton: Annotated[
         Flag, Parameter(help="Let Triton Inference Server host the engine, with Triton's own HTTP and gRPC.")
     ] = False
+    log_format: LogFormat = "text"
     replicas: Annotated[
         int,
         Parameter(

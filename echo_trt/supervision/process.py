@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from echo_trt.files.log import OWN, Line, line, read, written
+
 #: Words of Triton's complaints that are harmless on a machine without a GPU.
 HARMLESS = () if Path("/proc/driver/nvidia").exists() else ("cuda", "dcgm", "nvml")
 # Bytes of a thread's stack, allocated as used. Larger: Triton 2.51, which parses JSON by recursion at 170 bytes a
@@ -27,17 +29,22 @@ _LIBC = ctypes.CDLL(None)
 class ProcessLog:
     """A log that a thread writes to a file descriptor, so that a full disk or a stalled reader blocks no caller.
 
-    A line is dropped if it cannot be written, or if ``maximum`` lines wait.
+    A line is dropped if it cannot be written, or if ``maximum`` lines wait. ``form``: of ``files.log.FORMATS``.
     """
 
-    def __init__(self, descriptor: int, maximum: int = 10_000):
-        self._descriptor, self._lines = descriptor, queue.Queue(maximum)
+    def __init__(self, descriptor: int, maximum: int = 10_000, form: str = "text"):
+        self._descriptor, self._lines, self._form = descriptor, queue.Queue(maximum), form
         self._writer = threading.Thread(target=self._write, name="log", daemon=True)
         self._writer.start()
 
-    def say(self, line: str) -> None:
+    def say(self, text: str, level: str = "INFO") -> None:
+        """Say lines of the launcher's own."""
+        for each in text.splitlines():
+            self.write(line(level, "serve", each))
+
+    def write(self, line: Line) -> None:
         with contextlib.suppress(queue.Full):
-            self._lines.put_nowait(f"{line}\n".encode(errors="replace"))
+            self._lines.put_nowait(f"{written(line, self._form)}\n".encode(errors="replace"))
 
     def close(self, seconds: float = 1.0) -> None:
         """End the thread, after ``seconds`` for the waiting lines."""
@@ -123,10 +130,12 @@ class Process:
     def _show_lines(self) -> None:
         """Empty the pipe and show its lines; a child that writes into a full pipe would stand still."""
         for raw in self._child.stdout:
-            line = raw.decode(errors="replace").rstrip()
-            self.lines.append(line)
-            if line and not _is_harmless(line):
-                self._log.say(f"{self.name}: {line}")
+            text = raw.decode(errors="replace").rstrip()
+            found = read(text, self.name)
+            grave = found["level"] in ("ERROR", "CRITICAL")
+            self.lines.append(f"error: {found['message']}" if grave else str(found["message"]))
+            if text and (text.startswith(OWN) or not _is_harmless(text)):
+                self._log.write(found)
 
 
 def listening_ports(pid: int) -> set[int]:

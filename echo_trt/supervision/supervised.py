@@ -128,7 +128,7 @@ class Supervised(ABC):
         wait = WAITS[min(len(self._restarts), len(WAITS) - 1)]
         self._restarts.append(now)
         self._due = now + wait
-        self._log.say(f"{trouble}; starting it again{f' in {wait} s' if wait else ''}")
+        self._log.say(f"{trouble}; starting it again{f' in {wait} s' if wait else ''}", "ERROR")
 
 
 class LivenessThread:
@@ -204,9 +204,8 @@ class Supervisor:
                 dead = [process for process in left if process.process and not process.process.alive]
                 if dead or time.monotonic() > end:
                     late = f"not finished in {self._drain_seconds} s"
-                    self._log.say(
-                        f"requests in flight were {f'lost with {dead[0].name}, which died' if dead else late}"
-                    )
+                    lost = f"lost with {dead[0].name}, which died" if dead else late
+                    self._log.say(f"requests in flight were {lost}", "ERROR")
                     return 1
                 time.sleep(0.05)
             for process in draining:
@@ -215,8 +214,11 @@ class Supervisor:
         return 0
 
 
-def supervise(prefix: str, make: Callable[[Path, threading.Event, ProcessLog], Supervisor]) -> int:
-    """Run what ``make`` makes, of a folder for its files, until SIGTERM, SIGINT or SIGHUP; returns the exit code."""
+def supervise(prefix: str, form: str, make: Callable[[Path, threading.Event, ProcessLog], Supervisor]) -> int:
+    """Run what ``make`` makes, of a folder for its files, until SIGTERM, SIGINT or SIGHUP; returns the exit code.
+
+    ``form``: the log's. Where it gives up, or a start fails, the log's last line says why.
+    """
     stop = threading.Event()
 
     def end(number: int, _: object) -> None:
@@ -227,7 +229,7 @@ def supervise(prefix: str, make: Callable[[Path, threading.Event, ProcessLog], S
     for number in (signal.SIGINT, *stop_signals()):
         signal.signal(number, end)
     raise_open_files()
-    log = ProcessLog(sys.stderr.fileno() if sys.stderr else os.open(os.devnull, os.O_WRONLY))
+    log = ProcessLog(sys.stderr.fileno() if sys.stderr else os.open(os.devnull, os.O_WRONLY), form=form)
     try:
         with tempfile.TemporaryDirectory(prefix=prefix) as work:
             if len(os.fsencode(work)) > LONGEST_FOLDER:
@@ -235,6 +237,9 @@ def supervise(prefix: str, make: Callable[[Path, threading.Event, ProcessLog], S
                     f"TMPDIR leads to {work}, too long a path for a socket; set it to a short one, as /tmp."
                 )
             return make(Path(work), stop, log).run()
+    except (Failed, UserError) as error:
+        log.say(str(error), "ERROR")
+        return 1 if isinstance(error, Failed) else 2
     finally:
         log.close()
 

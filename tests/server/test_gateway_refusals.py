@@ -17,6 +17,7 @@ from starlette.routing import Route
 from echo_trt import __version__
 from echo_trt.engine.process import client as engine_client
 from echo_trt.errors import UserError
+from echo_trt.files.log import LineFormatter
 from echo_trt.server.anthropic.blocks import READ
 from echo_trt.server.anthropic.request import CountTokensRequest, MessagesRequest
 from echo_trt.server.app import create_app
@@ -284,13 +285,20 @@ def test_without_a_right_key_nothing_but_health_and_metrics(keys_file):
 
 def test_keys_are_neither_kept_nor_logged_and_prompts_not_logged(keys_file, caplog):
     caplog.set_level("DEBUG")
+    caplog.handler.setFormatter(LineFormatter("test", "json"))
     keys = Keys(keys_file)
     with running(api_keys_file=keys_file) as client:
         for key in (KEY, KEY + "wrong"):
             body = COMPLETION | {"prompt": "a private question"}
-            client.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"})
+            for wrong in (
+                {},
+                {"n": "a private question"},
+                {"stop": ["a private question", 1] * 99},
+                {"a b": "private"},
+            ):
+                client.post("/v1/completions", json=body | wrong, headers={"Authorization": f"Bearer {key}"})
         assert KEY not in client.get("/metrics").text
-    assert "the engine" in caplog.text  # the failure was logged, so the log is not empty by accident
+    assert "the engine is away" in caplog.text  # the failure was logged, so the log is not empty by accident
     assert KEY not in caplog.text
     assert "private" not in caplog.text
     assert KEY.encode() not in repr(vars(keys)).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -28,6 +29,7 @@ from echo_trt.adapters.triton import server as triton_server
 from echo_trt.cli import serve as launcher
 from echo_trt.cli.serve import ApiServer
 from echo_trt.errors import Failed, UserError
+from echo_trt.files.log import Line
 from echo_trt.supervision import supervised
 from echo_trt.supervision.options import ServeOptions
 from echo_trt.supervision.probe import open_directly, responds
@@ -54,8 +56,8 @@ class LogLine(ProcessLog):
     def __init__(self):
         self.lines: list[str] = []
 
-    def say(self, line: str) -> None:
-        self.lines.append(line)
+    def write(self, line: Line) -> None:
+        self.lines.append(line["message"])
 
 
 class Small(Supervised):
@@ -142,7 +144,37 @@ def test_the_log_is_written_before_it_is_closed(tmp_path):
         for number in range(1000):
             log.say(f"line {number}")
         log.close(60)
-    assert (tmp_path / "log").read_text().splitlines() == [f"line {number}" for number in range(1000)]
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [each.partition(" INFO serve: ")[2] for each in lines] == [f"line {number}" for number in range(1000)]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_child_s_lines_have_one_time_and_one_level(form, tmp_path):
+    """Its own lines, and those of other code in it, at the log's reader and in the reason of its end."""
+    program = """
+import logging
+from echo_trt.files.log import configure
+print("a library's word", flush=True)
+configure("engine", "json")
+logging.warning("careful with %s", "cuda", extra={"request_id": "r"})
+raise MemoryError("no more room")
+"""
+    with (tmp_path / "log").open("wb") as out:
+        log = ProcessLog(out.fileno(), form=form)
+        child = Process("child", [sys.executable, "-c", program], dict(os.environ), log)
+        assert child.wait(120)
+        assert child.reason() == "ended by MemoryError: no more room"
+        log.close(60)
+    first, second, last, *trace = (tmp_path / "log").read_text().splitlines()
+    if form == "json":
+        assert trace == []
+        assert [json.loads(each)["process"] for each in (first, second, last)] == ["child", "engine", "engine"]
+        assert json.loads(second)["request_id"] == "r"
+        return
+    assert first.endswith("Z INFO child: a library's word")
+    assert second.endswith("Z WARNING engine: careful with cuda request_id=r")
+    assert last.endswith("Z CRITICAL engine: ended by MemoryError: no more room")
+    assert trace[-1].endswith("Z CRITICAL engine: MemoryError: no more room")
 
 
 def test_a_log_that_could_not_be_written_for_a_while_goes_on():
@@ -161,7 +193,7 @@ def test_a_log_that_could_not_be_written_for_a_while_goes_on():
     log.say("written")
     log.close(60)
     os.set_blocking(read, False)
-    assert os.read(read, 100).removeprefix(b"lost or not\n") == b"written\n"
+    assert os.read(read, 1000).splitlines()[-1].endswith(b" INFO serve: written")
     os.close(read)
     os.close(write)
 
@@ -453,7 +485,7 @@ def test_what_another_user_left_is_let_be():
 def test_the_servers_get_an_address_and_a_name_that_has_none_is_refused(monkeypatch, bundle_of):
     jobs: list[ServeOptions] = []
     monkeypatch.setattr(launcher, "service", lambda job, *_: jobs.append(job))
-    monkeypatch.setattr(launcher, "supervise", lambda prefix, make: make(Path(), threading.Event(), LogLine()))
+    monkeypatch.setattr(launcher, "supervise", lambda prefix, form, make: make(Path(), threading.Event(), LogLine()))
     options = ServeOptions(bundle_of("lookup"), openai_port=free_ports(1)[0])
     for host, found in (("localhost", ("127.0.0.1", "::1")), ("0.0.0.0", ("0.0.0.0",)), ("::1", ("::1",))):
         launcher.run(replace(options, host=host))

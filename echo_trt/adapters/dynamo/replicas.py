@@ -59,6 +59,7 @@ def run(job: ServeOptions) -> int:
     settings = {"DYN_LOG": QUIET} | os.environ
     return supervise(
         "echo-trt-dynamo-",
+        job.log_format,
         lambda folder, *given: replicas(job, completed({FOLDER: str(folder)} | settings), *given),
     )
 
@@ -75,6 +76,7 @@ def _refuse_others(job: ServeOptions) -> None:
         ("a second --served-model-name", job.served_model_names[1:]),
         ("--openai-port 0", job.openai_port == 0),
         ("--no-page", not job.page),
+        ("--no-request-log", not job.request_log),
         ("--triton", job.triton),
         *((option, True) for option in job.given_triton_ports),
     ):

@@ -30,9 +30,10 @@ from echo_trt.engine.service.kv_events import publish_kv_events
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
 from echo_trt.errors import UserError
+from echo_trt.files.log import configure
 from echo_trt.speculation.policies import load_policies
 
-log = logging.getLogger("engine")
+log = logging.getLogger(__name__)
 
 QUEUE = 256
 _MANY = {tensor.name for tensor in INPUTS if tensor.many}
@@ -43,8 +44,8 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the bundle; under the policy goodput, costs that are not known yet are measured here."""
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         config = json.loads(args["model_config"])
+        configure("engine", _setting(config, "log_format") or "text")
         self._inputs = [each["name"] for each in config["input"]]
         bundle = Path(_setting(config, "bundle"))
         if not bundle.name:
@@ -62,7 +63,7 @@ class TritonPythonModel:
             kv_cache_memory=bytes_in("kv_cache_memory", memory) if memory else None,
             synthetic_text=_setting(config, "synthetic_text") or None,
         )
-        log.info(llm.pool.warning or llm.pool.sentence)
+        (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
         self._reader = Reader(
             bundle,
             llm.loop.batch.context,
@@ -94,7 +95,7 @@ class TritonPythonModel:
         reply = Reply(arrived=time.monotonic(), sender=request.get_response_sender(), coded=_wants_codes(request))
 
         def queue() -> None:
-            _check_id(request)
+            reply.request_id = _checked_id(request)
             found = {name: pb_utils.get_input_tensor_by_name(request, name) for name in self._inputs}
             given = {name: _plain(name, tensor.as_numpy()) for name, tensor in found.items() if tensor is not None}
             self._reader.read(given, reply)
@@ -108,10 +109,10 @@ class TritonPythonModel:
             reply.sender.send(failed(code, sentence, reply.coded), flags=FINAL)
 
 
-def _check_id(request: pb_utils.InferenceRequest) -> None:
-    """Raise UserError for an id of the client's that is no text."""
+def _checked_id(request: pb_utils.InferenceRequest) -> str:
+    """Return the client's id. Raises UserError for one that is no text."""
     try:
-        request.request_id()
+        return str(request.request_id())
     except UnicodeDecodeError as error:
         raise UserError(f"id is not UTF-8 (byte {error.start}); send text in UTF-8.") from None
 

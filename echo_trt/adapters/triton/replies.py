@@ -156,7 +156,7 @@ class Replies:
 
     def _break(self, reply: Reply) -> None:
         """Let a reply end with an error, since a part of it is lost."""
-        log.exception("a reply could not be sent; its request is cancelled")
+        log.exception("a reply could not be sent; its request is cancelled", extra=reply.named)
         reply.broken = True
         self._service.cancel(reply)
 

@@ -17,16 +17,17 @@ from cyclopts import Parameter
 from echo_trt.backends import base
 from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.llm import LLM
-from echo_trt.engine.options import HostedOptions, command, run_alone
+from echo_trt.engine.options import HostedOptions, LogFormat, command, run_alone
 from echo_trt.engine.process.host import Host
 from echo_trt.engine.process.request import Reader
 from echo_trt.engine.service.kv_events import publish_kv_events
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.engine.service.service import Service
+from echo_trt.files.log import configure
 from echo_trt.speculation.policies import policy_named
 
-log = logging.getLogger("engine")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +35,13 @@ class HostOptions(HostedOptions):
     """What the engine's process is asked to do."""
 
     socket: Annotated[Path, Parameter(help="Path of the socket to listen on.")]
+    log_format: LogFormat = "text"
 
 
 @command
 def run(options: HostOptions) -> int:
     """Open a bundle and answer on a socket until SIGTERM; requests in flight finish."""
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    configure("engine", options.log_format)
     if options.policy:
         policy_named(options.policy, "--policy")
     base.ends_at_once = True
@@ -54,7 +56,7 @@ def run(options: HostOptions) -> int:
         kv_cache_memory=memory,
         synthetic_text=text,
     )
-    log.info(llm.pool.warning or llm.pool.sentence)
+    (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
     context, sampling = llm.loop.batch.context, llm.manifest.sampling.given()
     classes = LatencyClasses(options.latency_classes)
     reader = Reader(bundle, context, options.special_tokens_in_content, sampling, classes)

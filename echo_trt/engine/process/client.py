@@ -12,6 +12,7 @@ from typing import Any
 
 from echo_trt.engine.process import wire
 from echo_trt.engine.service.protocol import PROBE
+from echo_trt.files.log import REQUEST_ID
 
 WAIT_S = 10.0  # seconds that a probe, or a question which no iteration answers, may take; larger: a hang shows later
 SCRAPE_S = 1.0  # seconds that metrics may take
@@ -90,7 +91,8 @@ class Client:
         self, inputs: Mapping[str, Any], sender: wire.Sender = wire.ANYONE
     ) -> AsyncGenerator[wire.TextPiece]:
         """Yield pieces as they come. Close it early and the engine drops the request. Raises EngineError."""
-        async with aclosing(self._ask(wire.Submit(next(self._ids), dict(inputs), sender))) as answers:
+        asked = wire.Submit(next(self._ids), dict(inputs), REQUEST_ID.get(), sender)
+        async with aclosing(self._ask(asked)) as answers:
             async for piece in answers:
                 assert isinstance(piece, wire.TextPiece)
                 self._last_piece = time.monotonic()

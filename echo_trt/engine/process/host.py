@@ -99,6 +99,7 @@ class OpenRequest(Pending):
             piece.finish_reason, piece.cached_tokens = event.reason, event.cached_tokens
             piece.drafted, piece.accepted = list(event.drafted), list(event.accepted)
             piece.completion_tokens, piece.stop_string = event.completion_tokens, event.stop_string
+            piece.queue_ms, piece.first_token_ms = _ms(event.queue_seconds), _ms(event.first_token_seconds)
         self.unsent_text, self.unsent_tokens = "", []
         return piece
 
@@ -198,10 +199,12 @@ class Host:
         task.add_done_callback(self._tasks.discard)
 
     async def _submit(self, connection: ClientConnection, message: wire.Submit) -> None:
-        answer = OpenRequest(connection=connection, question=message.id, arrived=time.monotonic())
+        answer = OpenRequest(
+            connection=connection, question=message.id, arrived=time.monotonic(), request_id=message.request_id
+        )
         answer.tenant, answer.salt = message.sender
         connection.answers[message.id] = answer
-        failure = await self._refusal(partial(self._queue, answer, message.inputs))
+        failure = await self._refusal(partial(self._queue, answer, message.inputs), message.request_id)
         if failure:
             connection.answers.pop(message.id, None)
             connection.send(wire.Failure(message.id, *failure))
@@ -220,8 +223,8 @@ class Host:
         reply = wire.Failure(message.id, *failure) if failure else wire.TextReply(message.id, json.dumps(found[0]))
         connection.send(reply)
 
-    async def _refusal(self, work: Callable[[], None]) -> tuple[str, str, str | None] | None:
-        return await self._loop.run_in_executor(self._reading, refusal, self._metrics, work)
+    async def _refusal(self, work: Callable[[], None], request_id: str = "") -> tuple[str, str, str | None] | None:
+        return await self._loop.run_in_executor(self._reading, refusal, self._metrics, work, request_id)
 
     def _queue(self, answer: OpenRequest, inputs: dict[str, Any]) -> None:
         if answer.gone:
@@ -264,7 +267,7 @@ class Host:
         try:
             work(*inputs)
         except Exception:
-            log.exception("an answer could not be sent; its request is cancelled")
+            log.exception("an answer could not be sent; its request is cancelled", extra=answer.named)
             answer.broken = True
             self._cancel(answer)
             sentence = "the answer could not be sent; the server's log says why."
@@ -288,3 +291,7 @@ class Host:
             snapshot = self._recorder.snapshot()
             for connection, id in watched:
                 connection.send(wire.TextReply(id, snapshot))
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1000 * seconds, 1)

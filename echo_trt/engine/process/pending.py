@@ -70,7 +70,9 @@ class Pending(ServiceRequest):
             metrics.ended(event, event.time - self.arrived)
 
 
-def refusal(metrics: EngineMetrics, work: Callable[[], None]) -> tuple[str, str, str | None] | None:
+def refusal(
+    metrics: EngineMetrics, work: Callable[[], None], request_id: str = ""
+) -> tuple[str, str, str | None] | None:
     """Do the work; return code (``ERRORS``), sentence and field where the request cannot be taken."""
     try:
         work()
@@ -84,7 +86,7 @@ def refusal(metrics: EngineMetrics, work: Callable[[], None]) -> tuple[str, str,
     except Overloaded as full:
         outcome, code, sentence, field = "refused", "UNAVAILABLE", str(full), None
     except Exception as failure:  # logged; others go on
-        log.exception("a request could not be read")
+        log.exception("a request could not be read", extra={"request_id": request_id})
         outcome, code, sentence, field = "failed", "INTERNAL", f"the request could not be read ({failure}).", None
     metrics.refuse(outcome)
     return code, sentence, field

@@ -37,9 +37,13 @@ ANYONE = Sender()
 
 
 class Submit(Numbered):
-    """A request. ``inputs``: plain values by their names in ``engine.process.inputs.INPUTS``."""
+    """A request. ``inputs``: plain values by their names in ``engine.process.inputs.INPUTS``.
+
+    request_id  the client's, for lines of the log
+    """
 
     inputs: dict[str, Any]
+    request_id: str = ""
     sender: Sender = ANYONE
 
 
@@ -81,6 +85,8 @@ class TextPiece(Numbered, omit_defaults=True):
     finish_reason      of the last piece
     drafted, accepted  of the last piece: draft tokens of each verification that had any, and the accepted ones
     stop_string        of the last piece: the stop string that ended the text, if one did
+    queue_ms           of the last piece: until the engine took the request; None: it never did
+    first_token_ms     of the last piece: until the first token, the queue included; None: it never came
     """
 
     text: str = ""
@@ -95,6 +101,8 @@ class TextPiece(Numbered, omit_defaults=True):
     drafted: list[int] = []
     accepted: list[int] = []
     stop_string: str = ""
+    queue_ms: float | None = None
+    first_token_ms: float | None = None
 
 
 class Failure(Numbered):

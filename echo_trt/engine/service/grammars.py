@@ -88,6 +88,6 @@ class GrammarQueue:
         except UserError as mistake:
             return str(mistake)
         except Exception as error:  # one request's grammar is no other's trouble
-            log.exception("the grammar of request %s cannot be set", job.id)
+            log.exception("the grammar of a request cannot be set", extra=job.named)
             return f"structured cannot be used ({type(error).__name__}); mend or simplify it."
         return ""

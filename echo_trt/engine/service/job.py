@@ -43,6 +43,7 @@ class ServiceRequest(Request):
     on_event                                 takes the answer's events; it must not block
     seconds                                  from submission to the deadline, which ends the answer; None: no deadline
     deadline, submitted, taken, first_token  time.monotonic(); None: there is none, or it has not come
+    request_id                               the client's, for the log
     failures                                 of the engine while this request was running, in a row
     failed_together, failed_at               the same beside others, without progress; its tokens at the latest of these
     expected                                 what was forecast when it came
@@ -64,6 +65,12 @@ class ServiceRequest(Request):
     expected: ExpectedLatency = ExpectedLatency()
     tenant: bytes = b""
     emitted: float | None = None
+    request_id: str = ""
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The ``extra`` of a line of the log about it."""
+        return {"request_id": self.request_id or str(self.id)}
 
     @property
     def latency(self) -> Latency:

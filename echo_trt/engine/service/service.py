@@ -314,7 +314,7 @@ class Service:
         try:
             event = job.take(self.loop.scheduler.cancel, tokens)
         except Exception as error:  # one request's text is no other's trouble
-            log.exception("request %s cannot be put into text", job.id)
+            log.exception("a request cannot be put into text", extra=job.named)
             self._broken[job] = f"its tokens could not be put into text ({described(error)})."
             return
         event.time = when
@@ -345,7 +345,7 @@ class Service:
                 event = job.take(self.loop.scheduler.cancel, [])  # what was held back
                 event.time = time.monotonic()
             except Exception:  # as in _report
-                log.exception("what request %s held back cannot be put into text", job.id)
+                log.exception("what a request held back cannot be put into text", extra=job.named)
         self._close_job(job, event, reason, message)
 
     def _close_job(self, job: ServiceRequest, event: Event, reason: str, message: str = "") -> None:
@@ -379,7 +379,7 @@ class Service:
         try:
             job.on_event(event)
         except Exception:  # a listener's trouble is its own request's alone
-            log.exception("the listener of request %s failed; the request is cancelled", job.id)
+            log.exception("the listener of a request failed; the request is cancelled", extra=job.named)
             if not event.reason:
                 self.cancel(job)
 
@@ -403,6 +403,7 @@ class Service:
         self._end_broken()
         unended = [job for job in running if job in self._open]
         if faulty := self._isolation.engine_failed(unended, alone=len(running) == 1):
+            log.error("the engine fails on a request that ran alone; it is given up", extra=faulty.named)
             self._end(faulty, "failed", f"the engine fails on this request ({described(error)}).")
         self._requeue([job for job in inside if job not in running])
 
@@ -423,4 +424,4 @@ class Service:
             try:
                 self._close_job(job, Event(time=time.monotonic()), "failed", message)
             except Exception:  # the others must end, too
-                log.exception("request %s could not be ended", job.id)
+                log.exception("a request could not be ended", extra=job.named)

@@ -108,7 +108,8 @@ def test_a_parser_that_dynamo_lacks_is_refused(bundle):
         run(WorkerOptions(bundle, tool_call_parser="mine"))
 
 
-OPTIONS = "--http-port=80 --grpc-port=81 --metrics-port=82 --no-page --openai-port=0 --api-keys-file=keys"
+OPTIONS = "--http-port=80 --grpc-port=81 --metrics-port=82 --openai-port=0 --api-keys-file=keys"
+OPTIONS += " --no-page --no-request-log"
 
 
 @pytest.mark.parametrize("option", OPTIONS.split())

@@ -152,7 +152,7 @@ def test_of_two_launchers_on_the_same_ports_one_serves(roomy_bundle, tmp_path, m
         wait_until(lambda: any(server.process.poll() is not None for server in both))
         loser, winner = sorted(both, key=lambda server: server.process.poll() is None)
         assert loser.process.returncode == 2
-        assert "\nserving" not in f"\n{loser.err}"
+        assert "serve: serving" not in loser.err
         assert "in use" in loser.err.strip().splitlines()[-1]
         winner.wait_for("serving")
         assert winner.generate(text_input="a thing", max_tokens=2)["completion_tokens"] == 2
@@ -208,7 +208,7 @@ def test_a_bundle_that_does_not_load(bundle_of, tmp_path):
     last = server.err.strip().splitlines()[-1]
     assert "was changed after the build" in last
     assert ".py" not in last, "frames of Python"
-    assert last.startswith("error: ")
+    assert " ERROR serve: " in last
     assert not server.regions()
 
 
@@ -219,7 +219,7 @@ def test_a_launcher_that_is_killed_while_the_bundle_loads_takes_everything_along
     time.sleep(1)
     below = server.children("triton")
     server.kill()
-    assert "\nserving" not in server.err
+    assert "serve: serving" not in server.err
     wait_until(lambda: not any(map(psutil.pid_exists, below)))
 
 
