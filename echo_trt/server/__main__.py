@@ -36,7 +36,8 @@ class ServerOptions(ApiOptions):
 def run(options: ServerOptions) -> int:
     """Serve OpenAI's API for an engine."""
     names, origins = list(options.served_model_names) or [MODEL], list(options.allowed_origins)
-    app = create_app(options.engine_socket, options.api_keys, options.largest_body, names, origins, options.page)
+    chosen = names, origins, options.page, options.strict_fields
+    app = create_app(options.engine_socket, options.api_keys, options.largest_body, *chosen)
     server = server_of(app, host=options.host, port=options.port, timeout_graceful_shutdown=options.drain_seconds)
     with suppress(KeyboardInterrupt):  # raised once requests in flight have ended
         server.run()

@@ -26,9 +26,9 @@ from echo_trt.errors import UserError
 from echo_trt.server.answers import Answer, ApiAnswer, EventStream
 from echo_trt.server.anthropic.answer import MessagesAnswer
 from echo_trt.server.anthropic.request import CountTokensRequest, MessagesRequest
-from echo_trt.server.bodies import Bodies, reads
+from echo_trt.server.bodies import Bodies, reads, with_ignored
 from echo_trt.server.chats import chat_for
-from echo_trt.server.choices import ClientGone, PieceStream, merged
+from echo_trt.server.choices import ClientGone, PieceStream, merged, prompts_alone
 from echo_trt.server.edge import OPEN, AuthMiddleware, Cors
 from echo_trt.server.errors import ApiError, from_engine, log, shown
 from echo_trt.server.keys import Keys
@@ -38,7 +38,7 @@ from echo_trt.server.ollama import models as ollama_models
 from echo_trt.server.ollama.answer import OllamaAnswer, head
 from echo_trt.server.ollama.request import GenerateRequest, OllamaChatRequest, OllamaRequest
 from echo_trt.server.openapi import show_openapi
-from echo_trt.server.options import checked_names, checked_origins
+from echo_trt.server.options import ANY, checked_names, checked_origins
 from echo_trt.server.page_files import PageFiles
 from echo_trt.server.responses.answer import Response as ResponsesAnswer
 from echo_trt.server.responses.request import ResponsesRequest
@@ -60,20 +60,22 @@ def create_app(
     names: Sequence[str] = (MODEL,),
     origins: Sequence[str] = (),
     page: bool = True,
+    strict_fields: bool = False,
 ) -> Starlette:
     """Make the application of the engine at a socket. Raises UserError for unusable keys, an odd name or origin.
 
     engine         path of the socket, which need not be there yet
     api_keys_file  None: everyone may ask
     largest_body   bytes
-    names          what clients may call the model
+    names          what clients may call the model; with * anything
     origins        web pages that may ask
     page           whether / is the live page
+    strict_fields  whether a field that is not known is refused, whatever it is
     """
     keys, metrics = Keys(api_keys_file) if api_keys_file else None, ServerMetrics()
     layers = [Middleware(Cors, origins=checked_origins(origins))] if origins else []
     shown = PageFiles() if page else None
-    without_key = OPEN + tuple(shown.files if shown else ())
+    without_key = OPEN + tuple(shown.files if shown else ("/",))
     layers.append(
         Middleware(AuthMiddleware, keys=keys, largest_body=largest_body, metrics=metrics, without_key=without_key)
     )
@@ -89,7 +91,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.client, app.state.bodies = Client(engine), Bodies(largest_body)
+        app.state.client, app.state.bodies = Client(engine), Bodies(largest_body, strict_fields)
         app.state.live = Live(app.state.client)
         yield
         await app.state.live.close()
@@ -102,11 +104,13 @@ def create_app(
             Route("/v1/chat/completions", chats(ChatRequest, ApiAnswer), methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/responses", chats(ResponsesRequest, ResponsesAnswer), methods=["POST"]),
+            Route("/v1/responses/input_tokens", chats(ResponsesRequest, None), methods=["POST"]),
             Route("/v1/messages", chats(MessagesRequest, MessagesAnswer), methods=["POST"]),
             Route("/v1/messages/count_tokens", chats(CountTokensRequest, None), methods=["POST"]),
             Route("/api/chat", chats(OllamaChatRequest, OllamaAnswer), methods=["POST"]),
             Route("/api/generate", chats(GenerateRequest, OllamaAnswer), methods=["POST"]),
             Route("/api/tags", ollama_models.tags),
+            Route("/api/ps", ollama_models.running),
             Route("/api/show", ollama_models.show, methods=["POST"]),
             Route("/api/version", ollama_models.version),
             Route("/v1/forecast", forecast, methods=["POST"]),
@@ -117,8 +121,12 @@ def create_app(
             Route("/detokenize", detokenize, methods=["POST"]),
             Route("/openapi.json", show_openapi),
             Route("/metrics", show_metrics),
-            *([Route(path, shown.show, include_in_schema=False) for path in shown.files] if shown else []),
-            *([Route("/live", show_live), Route("/live/about", show_about)] if shown else []),
+            *(
+                [Route("/live", show_live), Route("/live/about", show_about)]
+                + [Route(path, shown.show, include_in_schema=False) for path in shown.files]
+                if shown
+                else [Route("/", ollama_models.alive, include_in_schema=False)]
+            ),
         ],
         middleware=layers,
         exception_handlers=handlers,
@@ -126,7 +134,8 @@ def create_app(
     )
     app.router.redirect_slashes = False  # it would redirect to whatever the Host header says
     app.state.metrics, app.state.created = metrics, int(time.time())
-    app.state.names = checked_names(names)
+    app.state.names = tuple(name for name in checked_names(names) if name != ANY) or (MODEL,)
+    app.state.any_name = ANY in names
     app.state.page_build = shown.build if shown else ""
     return app
 
@@ -143,7 +152,9 @@ def chats(kind: type[ChatRequest | TranslatedRequest], answer_type: type[Answer[
             wanted = requested.chat_for_model(info)
             chat = chat_for(wanted, info)
             if answer_type is None:
-                return JSONResponse({"input_tokens": len(await token_ids(state.client, chat.inputs, chat.names))})
+                counted = {"object": "response.input_tokens"} if isinstance(requested, ResponsesRequest) else {}
+                tokens = await token_ids(state.client, chat.inputs, chat.names)
+                return JSONResponse(counted | {"input_tokens": len(tokens)})
             pieces = _pieces(request, wanted, info, [chat.inputs], chat.names)
             turns = [chat.turn() for _ in range(wanted.n)]
             response = await _sent(answer_type(requested, turns, state.metrics), pieces, requested.stream)
@@ -162,6 +173,7 @@ async def completions(request: Request, requested: CompletionRequest) -> Respons
     info = await state.client.model_info()
     await _check_echo(requested, prompts, state.client)
     pieces = _pieces(request, requested, info, prompts, requested.names)
+    pieces = prompts_alone(pieces) if requested.scores else pieces
     turns = [OutputParser() for _ in range(len(prompts) * requested.n)]
     return await _sent(ApiAnswer(requested, turns, state.metrics), pieces, requested.stream)
 
@@ -250,15 +262,17 @@ def _params(requested: ChatRequest | CompletionRequest, info: ModelInfo, seed: i
 
 
 async def _failed(request: Request, error: ApiError | EngineError) -> Response:
-    return (from_engine(error) if isinstance(error, EngineError) else error).response(request.scope["path"])
+    refused = from_engine(error) if isinstance(error, EngineError) else error
+    return with_ignored(refused.response(request.scope["path"]), request)
 
 
 async def _frameworks(request: Request, error: HTTPException) -> Response:
     message, path = str(error.detail), shown(request.scope["path"])
     if error.status_code == 404:
         routes = [route for route in request.app.routes if isinstance(route, Route) and route.include_in_schema]
-        known = ", ".join(route.path for route in routes if "{" not in route.path)
-        why = refusal(request.scope["path"])
+        paths = [route.path for route in routes if "{" not in route.path]
+        known, bare = ", ".join(paths), request.scope["path"].rstrip("/")
+        why = f"there is no slash at its end; use {bare}" if bare in paths else refusal(request.scope["path"])
         message = f"{path}: {why}." if why else f"{path} is no path of this server; use one of {known}."
     elif error.status_code == 405 and error.headers:
         message = f"{path} does not take this method; use {error.headers['Allow']}."

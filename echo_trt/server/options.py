@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from echo_trt.errors import UserError
 
 LONGEST = 256  # characters of a name
+ANY = "*"  # among the model's names: it may be called anything
 _ORIGIN = re.compile(r"\*|https?://[^/\s@?#,]+")
 
 
@@ -28,7 +29,9 @@ class ApiOptions:
     served_model_names: Annotated[
         tuple[str, ...],
         Parameter(
-            "--served-model-name", help="What OpenAI clients call the model; again for more.", show_default=False
+            "--served-model-name",
+            help="What OpenAI clients call the model, * for any name; again for more.",
+            show_default=False,
         ),
     ] = ()
     allowed_origins: Annotated[
@@ -37,6 +40,10 @@ class ApiOptions:
             help="A web page's origin that may ask the OpenAI API, * for all; again for more.", show_default=False
         ),
     ] = ()
+    strict_fields: Annotated[
+        bool,
+        Parameter(negative="", help="Refuse every field of a request that is not known, instead of dropping it."),
+    ] = False
     page: Annotated[
         bool, Parameter(negative="--no-page", help="Whether / of the OpenAI API's port shows the live page.")
     ] = True
@@ -47,6 +54,7 @@ class ApiOptions:
         words = [f"--host={self.host}", *(f"--served-model-name={name}" for name in self.served_model_names)]
         words += [f"--allowed-origins={origin}" for origin in self.allowed_origins]
         words += [f"--api-keys-file={self.api_keys}"] if self.api_keys else []
+        words += ["--strict-fields"] if self.strict_fields else []
         return words if self.page else [*words, "--no-page"]
 
 
