@@ -163,7 +163,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(echo_trt, bundle_of, tmp_path
         (["bench", "b", "--prompts", "p", "--requests", 10**20], ["--requests", "Give "]),
         (["bench", "b", "--prompts", "p", "--rounds", 1001], ["--rounds", "Give "]),
         (["bench", "b", "--prompts", "p", "--batch", "x" * 5000], ["--batch is 'xxx"]),
+        (["serve", "b", "--port", 70000], ["--port", "70000", "Give 0 to 65,535."]),
         (["inspect", "nothing.yaml"], ["nothing.yaml does not exist; "]),
+        (["inspect", "nothing"], ["nothing is neither a recipe", "shipped recipe"]),
         (["inspect", "."], [". "]),
     ],
 )
@@ -238,6 +240,7 @@ def test_odd_columns_hide_nothing(columns, tmp_path):
     assert done.stderr.startswith(f"error: {tmp_path / 'nope'} does not exist; ")
     assert len(done.stderr.splitlines()) == 1
     assert "Usage" in echo_trt_of("inspect", "--help", COLUMNS=columns).stdout
+    assert "--port" in echo_trt_of("serve", "-h", COLUMNS=columns).stdout
 
 
 def test_a_standard_output_without_the_characters_gets_others_for_them(tmp_path):
