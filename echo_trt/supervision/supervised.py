@@ -97,7 +97,7 @@ class Supervised(ABC):
             mistake = self.process.exit_code == 2  # the user's, which the reason tells as a whole
             return next(filter(None, troubles), None) or (reason if mistake else f"{self.name} did not start: {reason}")
         if not self.process.alive:
-            return f"{self.name} has died"
+            return f"{self.name} has died ({self.process.ended})"
         if self._watch and self._watch.silent:
             return f"{self.name} does not answer"
         if not self.serving and time.monotonic() > self._due:
