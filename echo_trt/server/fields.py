@@ -83,32 +83,32 @@ def is_strict() -> bool:
     return reading is not None and reading.strict
 
 
-def read_fields(given: Mapping[str, Any], known: Collection[str], place: str = "") -> dict[str, Any]:
+def read_fields(given: Mapping[str, Any], known: Collection[str], path: str = "") -> dict[str, Any]:
     """Return the fields that are ``known``, and drop the others but those that matter to the text.
 
-    Null asks for nothing. ``place`` stands before the names that are told. Raises PydanticCustomError for
+    Null asks for nothing. ``path`` stands before the names that are told. Raises PydanticCustomError for
     one that is refused.
     """
     kept = {name: value for name, value in given.items() if name in known}
     for name, value in given.items() if len(kept) < len(given) else ():
         if name in known or value is None or name in ABOUT:
             continue
-        if why := _refusal(name, value, known, given, place):
+        if why := _refusal(name, value, known, given, path):
             raise PydanticCustomError(REFUSED_FIELD, "{why}", {"name": name, "why": why})
-        ignore(place + name)
+        ignore(path + name)
     return kept
 
 
-def read_at(where: str, given: Mapping[str, Any], known: Collection[str], place: str) -> dict[str, Any]:
+def read_at(where: str, given: Mapping[str, Any], known: Collection[str], path: str) -> dict[str, Any]:
     """Do as ``read_fields``, for the object in the field ``where``. Raises ApiError."""
     try:
-        return read_fields(given, known, place)
+        return read_fields(given, known, path)
     except PydanticCustomError as error:
         param = f"{where}.{error.context['name'][:LONGEST]}" if error.context else where
         raise ApiError(400, f"{param} {error.message()}", param=param) from None
 
 
-def _refusal(name: str, value: Any, known: Collection[str], given: Mapping[str, Any], place: str) -> str:
+def _refusal(name: str, value: Any, known: Collection[str], given: Mapping[str, Any], path: str) -> str:
     """Say why a field that is not known is refused; "": it is dropped."""
     if name in UNSUPPORTED:
         if any(value == free and isinstance(value, bool) == isinstance(free, bool) for free in UNSUPPORTED[name]):
@@ -117,7 +117,7 @@ def _refusal(name: str, value: Any, known: Collection[str], given: Mapping[str, 
     reading = READING.get(None) or Reading()
     if reading.strict:
         return "is not known here; leave it out."
-    if place + name not in reading.ignored and (near := _nearest(name, [each for each in known if each not in given])):
+    if path + name not in reading.ignored and (near := _nearest(name, [each for each in known if each not in given])):
         return f"is not known here (did you mean {near}?); mend it, or leave it out."
     if value and _CONSTRAINS.match(name[: 2 * LONGEST]):
         return f"is {shown(value)}, which this engine does not support; leave it out."
@@ -143,12 +143,12 @@ def bounded(raw: dict[str, Any]) -> dict[str, Any]:
 class Strict(BaseModel):
     """An object whose fields are read by the rule of this module, and by their types.
 
-    PLACE  what stands before the names of fields that are dropped
-    ALSO   fields that are read beside those of the model
+    PATH  what stands before the names of fields that are dropped
+    ALSO  fields that are read beside those of the model
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    PLACE: ClassVar[str] = ""
+    PATH: ClassVar[str] = ""
     ALSO: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="before")
@@ -166,7 +166,7 @@ class Strict(BaseModel):
         """Return the fields as they are checked. JavaScript and Lua write whole numbers as 2.0."""
         if len(given) > FIELDS:
             raise ValueError(f"give at most {FIELDS} fields")
-        read = read_fields(given, cls.known(), cls.PLACE)
+        read = read_fields(given, cls.known(), cls.PATH)
         return {name: int(x) if type(x) is float and x.is_integer() else x for name, x in read.items()}
 
 

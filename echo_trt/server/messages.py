@@ -30,7 +30,7 @@ def few_calls(messages: Any) -> Any:
 
 
 class CalledFunction(Strict):
-    PLACE = "messages.tool_calls.function."
+    PATH = "messages.tool_calls.function."
 
     name: Name
     arguments: str = "{}"
@@ -54,7 +54,7 @@ class CalledFunction(Strict):
 class ToolCall(Strict):
     """A call in a turn of the assistant's."""
 
-    PLACE = "messages.tool_calls."
+    PATH = "messages.tool_calls."
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -64,7 +64,7 @@ class ToolCall(Strict):
 class Message(Strict):
     """One turn of a chat; its content is text, null where there are calls. A user's ``name`` is seldom used."""
 
-    PLACE = "messages."
+    PATH = "messages."
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     tool_calls: Annotated[list[ToolCall], FailFast(), at_most(MAX_TOOLS, "calls")] = Field([])

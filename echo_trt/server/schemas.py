@@ -76,7 +76,7 @@ LatencyField = Annotated[
 
 
 class StreamOptions(Strict):
-    PLACE = "stream_options."
+    PATH = "stream_options."
 
     include_usage: bool = False
     continuous_usage_stats: bool = False  # vLLM's: with include_usage, every chunk tells its choice's tokens so far
@@ -94,7 +94,7 @@ def _field(name: str) -> tuple[Any, Any]:
 class Thinking(Strict):
     """Whether the model is to think, in Anthropic's and DeepSeek's words."""
 
-    PLACE = "thinking."
+    PATH = "thinking."
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
@@ -104,7 +104,7 @@ class Thinking(Strict):
 class Reasoning(Strict):
     """How hard the model is to think, in OpenRouter's words and those of the Responses API."""
 
-    PLACE = "reasoning."
+    PATH = "reasoning."
 
     effort: str | None = None
     enabled: bool | None = None

@@ -14,7 +14,7 @@ from echo_trt.server.messages import Name
 
 
 class Function(Strict):
-    PLACE = "tools.function."
+    PATH = "tools.function."
 
     name: Name
     description: str | None = None
@@ -23,7 +23,7 @@ class Function(Strict):
 
 
 class Tool(Strict):
-    PLACE = "tools."
+    PATH = "tools."
 
     type: Literal["function"]
     function: Function
@@ -38,20 +38,20 @@ class Tool(Strict):
 
 
 class NamedFunction(Strict):
-    PLACE = "tool_choice.function."
+    PATH = "tool_choice.function."
 
     name: str
 
 
 class NamedTool(Strict):
-    PLACE = "tool_choice."
+    PATH = "tool_choice."
 
     type: Literal["function"]
     function: NamedFunction
 
 
 class AllowedTools(Strict):
-    PLACE = "tool_choice.allowed_tools."
+    PATH = "tool_choice.allowed_tools."
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], Field(min_length=1), at_most(MAX_TOOLS, "tools")]
@@ -60,7 +60,7 @@ class AllowedTools(Strict):
 class Allowed(Strict):
     """Some of the tools: the model sees all of them, and calls these alone."""
 
-    PLACE = "tool_choice."
+    PATH = "tool_choice."
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools

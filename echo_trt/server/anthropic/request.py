@@ -30,7 +30,7 @@ Fields = Annotated[dict[str, Any], at_most(FIELDS, "fields")]
 
 
 class ToolChoice(Strict):
-    PLACE = "tool_choice."
+    PATH = "tool_choice."
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -42,7 +42,7 @@ class ToolChoice(Strict):
 
 
 class OutputConfig(Strict):
-    PLACE = "output_config."
+    PATH = "output_config."
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: Fields | None = None

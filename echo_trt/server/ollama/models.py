@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from echo_trt import __version__
+from echo_trt.engine.process.client import EngineError
 from echo_trt.server.bodies import reads
 from echo_trt.server.fields import RequestBody
 from echo_trt.server.ollama.request import without_tag
@@ -39,12 +41,12 @@ class ShowRequest(RequestBody):
 async def tags(request: Request) -> Response:
     """GET /api/tags: the model by each of its names."""
     modified = datetime.fromtimestamp(request.app.state.created, UTC).isoformat()
-    return JSONResponse({"models": _models(request, modified_at=modified)})
+    return JSONResponse({"models": await _models(request, modified_at=modified)})
 
 
 async def running(request: Request) -> Response:
     """GET /api/ps: the same, for the model is always loaded."""
-    return JSONResponse({"models": _models(request, expires_at="9999-12-31T23:59:59Z", size_vram=0)})
+    return JSONResponse({"models": await _models(request, expires_at="9999-12-31T23:59:59Z", size_vram=0)})
 
 
 async def alive(request: Request) -> Response:
@@ -52,8 +54,11 @@ async def alive(request: Request) -> Response:
     return PlainTextResponse("Ollama is running")
 
 
-def _models(request: Request, **more: Any) -> list[dict[str, Any]]:
-    about = {"size": 0, "details": DETAILS, **more}
+async def _models(request: Request, **more: Any) -> list[dict[str, Any]]:
+    size = 0
+    with suppress(EngineError):  # it is away
+        size = (await request.app.state.client.model_info()).size
+    about = {"size": size, "details": DETAILS, **more}
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in request.app.state.names}  # clients need one
     return [{"name": name, "model": name, "digest": digest, **about} for name, digest in digests.items()]
 

@@ -33,7 +33,7 @@ CLIENT_FIELDS = {
 
 
 class Text(Strict):
-    PLACE = "text."
+    PATH = "text."
 
     format: Annotated[dict[str, Any], at_most(FIELDS, "fields")] | None = None
     verbosity: Literal["medium"] | None = None
@@ -46,7 +46,7 @@ class Text(Strict):
 
 
 class EventOptions(Strict):
-    PLACE = "stream_options."
+    PATH = "stream_options."
 
     include_obfuscation: bool = False  # padding against traffic analysis: there is none either way
 

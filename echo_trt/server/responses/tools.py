@@ -25,7 +25,7 @@ HOSTED = {
 class FlatTool(Function):
     """A function, in one object where a chat has two."""
 
-    PLACE = "tools."
+    PATH = "tools."
 
     type: Literal["function"]
 
@@ -33,7 +33,7 @@ class FlatTool(Function):
 class Namespace(Strict):
     """Functions with a name in common."""
 
-    PLACE = "tools."
+    PATH = "tools."
 
     type: Literal["namespace"]
     name: Name
@@ -72,7 +72,7 @@ ToolList = Annotated[list[Given], BeforeValidator(_read), at_most(MAX_TOOLS, "to
 
 
 class FlatChoice(Strict):
-    PLACE = "tool_choice."
+    PATH = "tool_choice."
 
     type: Literal["function"]
     name: str
@@ -85,7 +85,7 @@ class FlatChoice(Strict):
 class FlatAllowed(Strict):
     """Some of the tools. Hosted ones, which do not run here, are no functions to call."""
 
-    PLACE = "tool_choice."
+    PATH = "tool_choice."
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
