@@ -296,7 +296,7 @@ class CompletionRequest(Params):
     """The body of /v1/completions."""
 
     prompt: list[str | list[int]]
-    max_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=INT32, json_schema_extra={"minimum": 1})] | None = None  # 0: see scores
     logprobs: Alternatives | None = None
     echo: bool = False  # the prompt precedes the answer, with its log-probabilities where those are asked for
 
