@@ -176,10 +176,10 @@ class LLM:
     ) -> Iterator[Delta]:
         """Run prompts of token ids; a refusal names the argument that they came in."""
         loop = loop or self.loop
-        for one in params if isinstance(params, Sequence) else [] if params is None else [params]:
-            if not isinstance(one, SamplingParams):
+        for given in params if isinstance(params, Sequence) else [] if params is None else [params]:
+            if not isinstance(given, SamplingParams):
                 raise UserError(
-                    f"params is {shown(one)}; give SamplingParams(max_tokens=3), or one for each of {name}."
+                    f"params is {shown(given)}; give SamplingParams(max_tokens=3), or one for each of {name}."
                 )
         all_params = params if isinstance(params, Sequence) else [params or self.default_params] * len(prompts)
         if len(all_params) != len(prompts):

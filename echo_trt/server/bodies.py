@@ -31,7 +31,7 @@ def reads(kind: type[Body]) -> Callable[[Callable[[Request, Body], Awaitable[Res
             if request.state.ignored:
                 log.info("%s: fields without an effect: %s", request.scope["path"], request.state.ignored)
             if "model" in kind.model_fields:
-                requested.model = model_of(request, requested.model)  # type: ignore[attr-defined]
+                requested.model = model_of(request, requested.model)
             return with_ignored(await answer(request, requested), request)
 
         endpoint.body = kind  # type: ignore[attr-defined]

