@@ -245,7 +245,7 @@ def echo_trt_of(*words: object, stdout: Any = subprocess.PIPE, **more: Any) -> s
 @pytest.mark.parametrize("columns", ["0", "19", "-3", "²", "9" * 5000])
 def test_odd_columns_hide_nothing(columns, tmp_path):
     done = echo_trt_of("inspect", str(tmp_path / "nope"), COLUMNS=columns)
-    assert done.stderr.startswith(f"error: {tmp_path / 'nope'} does not exist; ")
+    assert done.stderr.startswith(f"error: {tmp_path / 'nope'} is neither a recipe")
     assert len(done.stderr.splitlines()) == 1
     assert "Usage" in echo_trt_of("inspect", "--help", COLUMNS=columns).stdout
 
