@@ -22,7 +22,7 @@ app = App(
     "`echo-trt build RECIPE` makes a bundle, `echo-trt generate BUNDLE` answers with it, "
     "and `--compare` shows what speculation is worth.",
     version=f"echo-trt {__version__}",
-    help_flags=["--help"],
+    help_flags=["--help", "-h"],
     version_flags=["--version"],
     help_format="plaintext",
     default_parameter=DEFAULTS,
@@ -53,8 +53,8 @@ def build(options: BuildOptions) -> None:
     from echo_trt.cli.progress import BuildProgress
     from echo_trt.cli.recipes import recipe_for, sized
 
+    found, path = recipe_for(options.model, options.draft, options.engine)  # a mistyped name costs no import of torch
     table = extra("build", "table")  # if it is missing, then before the hours of compiling
-    found, path = recipe_for(options.model, options.draft, options.engine)
     if options.random_weights:
         found = extra("build", "random_weights")(found)
     settings = found.built_as(options.engine, options.precision)
@@ -77,6 +77,10 @@ def generate(options: GenerateOptions) -> None:
     Examples: `echo-trt generate bundles/smollm2-135m "Why is the sky blue?"`,
     `echo-trt generate bundles/smollm2-135m --prompts prompts.jsonl --batch 8 --json answers.json`
     """
+    if not options.bundle.exists():  # refused before the engine is imported, which takes seconds
+        from echo_trt.bundle.manifest import read_manifest
+
+        read_manifest(options.bundle)
     from echo_trt.cli.generate import run
 
     run(options, screen_of(options.color), messages)

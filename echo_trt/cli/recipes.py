@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from echo_trt.bundle.recipe import HUB, Recipe
 from echo_trt.bundle.sources import CONFIG, from_hub
 from echo_trt.cli.options import BuildOptions
 from echo_trt.errors import UserError
-from echo_trt.sizing.limits import filling, limited, with_kv_cache
+from echo_trt.files.inputs import is_gguf
 
 RECIPES = Path(__file__).parents[2] / "build"  # of the repository
 PACKAGED = Path(__file__).parents[1] / "recipes"  # of the wheel
@@ -28,7 +29,7 @@ def recipe_for(what: str, draft: str | None = None, engine: str | None = None) -
     engine  that was chosen; None: a shipped recipe for a GPU is for OpenVINO on a machine without one
     """
     path = Path(what).expanduser()
-    if path.suffix in (".yaml", ".yml") or (path.is_file() and path.suffix != ".gguf"):
+    if path.suffix in (".yaml", ".yml") or (path.is_file() and not is_gguf(path)):
         recipe, folder = load_recipe(path), path.parent
         return (_with_draft(recipe, draft) if draft else recipe), folder
     named = shipped_folder() / f"{what}.yaml"
@@ -50,9 +51,11 @@ def source_of(what: str) -> dict[str, str]:
         return {"path": str(Path(what).expanduser().resolve())}
     if re.fullmatch(HUB, what) and not GGUF.search(what):
         return {"hub": what}
+    shipped = sorted(path.stem for path in shipped_folder().glob("*.yaml"))
+    near = difflib.get_close_matches(what.lower(), shipped, 3, 0.5)
     raise UserError(
         f"{what} is neither a recipe, a checkpoint's folder or GGUF file, nor an id of the hub such as Qwen/Qwen3-8B; "
-        "name one."
+        + (f"did you mean {' or '.join(near)}?" if near else f"name one, or a shipped recipe: {', '.join(shipped)}.")
     )
 
 
@@ -146,6 +149,8 @@ def _has_gpu() -> bool:
 
 def sized(recipe: Recipe, folder: Path, options: BuildOptions) -> Recipe:
     """Return the recipe with the limits that are on the command line. ``folder``: that its paths are relative to."""
+    from echo_trt.sizing.limits import filling, limited, with_kv_cache
+
     memory, utilization = options.kv_cache_memory, options.gpu_memory_utilization
     recipe = limited(recipe, options.max_model_len, options.max_num_seqs)
     if memory is not None:

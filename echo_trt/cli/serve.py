@@ -18,7 +18,7 @@ from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.errors import UserError
 from echo_trt.server.keys import read as read_keys
-from echo_trt.server.options import checked_hosts, checked_names, checked_origins
+from echo_trt.server.options import ANY, checked_hosts, checked_names, checked_origins
 from echo_trt.supervision.options import SYNTHETIC, ServeOptions
 from echo_trt.supervision.probe import engine_works, responds, tells
 from echo_trt.supervision.process import Process, ProcessLog, lives
@@ -35,8 +35,9 @@ def run(job: ServeOptions) -> int:
     """
     job = replace(job, host=_address(job.host, socket.AF_INET if job.triton else socket.AF_UNSPEC))
     _check(job)
-    names = job.served_model_names or (MODEL, _name(job.bundle))
-    names += (names[-1] + SYNTHETIC,) if job.synthetic_text else ()  # the last one is the live page's
+    named = tuple(name for name in job.served_model_names if name != ANY) or (MODEL, _name(job.bundle))
+    named += (named[-1] + SYNTHETIC,) if job.synthetic_text else ()  # the last one is the live page's
+    names = named + ((ANY,) if ANY in job.served_model_names else ())
     job = replace(job, served_model_names=checked_names(names))
     server = find_server() if job.triton else None
     remove_folders(Path(tempfile.gettempdir()))

@@ -23,7 +23,7 @@ from echo_trt.engine.params import (
 )
 from echo_trt.engine.request import Request
 from echo_trt.engine.tuning import Tuning
-from echo_trt.errors import UserError, encodable
+from echo_trt.errors import UserError, encodable, shown
 from echo_trt.files.extras import extra
 from echo_trt.grammar.compiler import GrammarCompiler
 from echo_trt.grammar.state import ReasoningState, Vocabulary
@@ -33,6 +33,7 @@ from echo_trt.models.tokenizer import REASONING, load_tokenizer, think_tokens
 from echo_trt.speculation.planner import Planner
 
 TextOrIds = str | Sequence[int]
+Prompts = str | Sequence[TextOrIds]  # a string is a single prompt
 RequestParams = SamplingParams | Sequence[SamplingParams] | None
 
 
@@ -118,7 +119,7 @@ class LLM:
             conversation = [{"role": "user", "content": conversation}]
         return self._chat.ids(conversation, checked_tools(tools) if tools else None, chat_template_kwargs)
 
-    def generate(self, prompts: Sequence[TextOrIds], params: RequestParams = None) -> list[Completion]:
+    def generate(self, prompts: Prompts, params: RequestParams = None) -> list[Completion]:
         """Continue texts as they are; completions come in the order of the prompts.
 
         A string is encoded with the tokenizer's special tokens, and no chat template; names of control tokens in it
@@ -142,15 +143,12 @@ class LLM:
         """
         return _completions(self.stream_chat(conversations, params, tools, chat_template_kwargs))
 
-    def stream(
-        self, prompts: Sequence[TextOrIds], params: RequestParams = None, loop: EngineCore | None = None
-    ) -> Iterator[Delta]:
+    def stream(self, prompts: Prompts, params: RequestParams = None, loop: EngineCore | None = None) -> Iterator[Delta]:
         """Do as ``generate``, a Delta for each new piece of text; a request's last one holds its Completion.
 
         ``loop``: another one over the same engines (``Networks.over``), to run in instead of the LLM's own.
         """
-        if isinstance(prompts, str):
-            raise UserError("prompts is a string; give a list of prompts, if only of one.")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         ids = [
             self.tokenizer(encodable(prompt, f"prompts[{index}]"))["input_ids"] if isinstance(prompt, str) else prompt
             for index, prompt in enumerate(prompts)
@@ -178,6 +176,11 @@ class LLM:
     ) -> Iterator[Delta]:
         """Run prompts of token ids; a refusal names the argument that they came in."""
         loop = loop or self.loop
+        for given in params if isinstance(params, Sequence) else [] if params is None else [params]:
+            if not isinstance(given, SamplingParams):
+                raise UserError(
+                    f"params is {shown(given)}; give SamplingParams(max_tokens=3), or one for each of {name}."
+                )
         all_params = params if isinstance(params, Sequence) else [params or self.default_params] * len(prompts)
         if len(all_params) != len(prompts):
             one = name.removesuffix("s")

@@ -47,7 +47,7 @@ def run_alone(run: App | Callable[..., Any], about: str | None = None) -> None:
     """Run a process's only command, or the commands of an App; a user's mistake is one sentence and exit code 2."""
     app = run
     if not isinstance(app, App):
-        app = App(help=about, help_flags=["--help"], version_flags=[], default_parameter=DEFAULTS)
+        app = App(help=about, help_flags=["--help", "-h"], version_flags=[], default_parameter=DEFAULTS)
         app.default(run)
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)

@@ -103,7 +103,7 @@ class SamplingParams:
         option=True,
         openai={"default": None, "low": -(2**63)},
     )
-    stop: tuple[str, ...] = parameter(
+    stop: str | Sequence[str] = parameter(
         (),
         "strings that end the text, and are left out of it",
         rule=f"a list of strings of 1 to {MAX_STOP_CHARACTERS} characters",
@@ -113,7 +113,7 @@ class SamplingParams:
         option=True,
         tensor="stop_words",
     )
-    stop_token_ids: tuple[int, ...] = parameter(
+    stop_token_ids: Sequence[int] = parameter(
         (), "tokens that end the text, beside the model's own", rule="token ids from 0 to 2^31 - 1", kind=int
     )
     ignore_eos: bool = parameter(False, "goes on after the model's end token")
@@ -194,6 +194,8 @@ class SamplingParams:
     speculate: bool = parameter(True, "false: the request decodes plainly, one token per pass")
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
         for name, known in PARAMETERS.items():
             value = getattr(self, name)
             if not known.allows(value) or (name == "min_tokens" and value > self.max_tokens):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 # Bytes of a text, such as a recipe or a manifest, and of a line. Larger: more memory goes before a file is refused.
@@ -27,3 +28,15 @@ def read_lines(path: Path) -> Iterator[bytes]:
             if len(line) > LONGEST_LINE:
                 raise OSError(errno.EFBIG, f"a line is longer than {LONGEST_LINE >> 20} MB", str(path))
             yield from line.splitlines()  # also at a bare carriage return
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is in GGUF, by its first bytes: Ollama's have no suffix. A .gguf file with others is a broken one.
+
+    False for a folder, and where there is no file.
+    """
+    if not path.is_file():
+        return False
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(4) == b"GGUF" or path.suffix == ".gguf"
+    return path.suffix == ".gguf"

@@ -23,6 +23,7 @@ SMALLEST_DIVISOR, LARGEST_DIVISOR = 0.0001, 100_000  # of multipleOf; time grows
 _JOINED = ("allOf", "anyOf", "oneOf")
 #: Keywords of schemas for other values: those by name, and all.
 _NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_IDENTIFIERS = frozenset({"$id", "$schema", "$comment"})  # they constrain nothing
 _BELOW = _NAMED | {"items", "prefixItems", "additionalItems", "additionalProperties"}
 _OF_OBJECTS = frozenset({"properties", "patternProperties", "additionalProperties"})
 #: Beside ``properties`` they say that there may be others.
@@ -68,9 +69,12 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
 
     An object stays open where the schema says so (``additionalProperties``, ``patternProperties``), where it requires a
     property that it does not list, and where another part of the schema may add properties to it: through ``allOf``,
-    ``anyOf``, ``oneOf`` or ``$ref``.
+    ``anyOf``, ``oneOf`` or ``$ref``. Identifiers, which need not be URIs at clients, are left out where no ``$ref``
+    names them.
     """
     copy: dict[str, Any] = json.loads(json.dumps(schema))
+    references = [value for key, value in _entries(copy) if key == "$ref"]
+    alone = all(isinstance(each, str) and each.startswith("#") for each in references)  # none names an $id
     seen: dict[tuple[int, bool], dict[str, Any]] = {}
     waiting: list[tuple[Any, bool]] = [(copy, False)]  # and whether another part constrains the same value
     while waiting:
@@ -78,6 +82,8 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(part, dict) or (id(part), shares) in seen:
             continue
         seen[id(part), shares] = part
+        for name in part.keys() & _IDENTIFIERS if alone else ():
+            del part[name]
         joined = [each for name in _JOINED for each in listed(part.get(name))]
         if isinstance(reference := part.get("$ref"), str):
             joined.append(resolved(reference, copy))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from echo_trt.errors import UserError
+from echo_trt.files.inputs import is_gguf
 from echo_trt.models.checkpoint import Checkpoint, SafetensorsCheckpoint
 from echo_trt.models.fp8_checkpoint import dequantised
 
@@ -13,10 +14,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open a folder with config.json and safetensors, which may be FP8, or a .gguf file."""
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist; give a Hugging Face folder or a .gguf file.")
-    if path.is_file() and path.suffix != ".gguf":
-        raise UserError(f"checkpoint {path} is a single file; give a Hugging Face folder or a .gguf file.")
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         from echo_trt.models.gguf_checkpoint import GgufCheckpoint
 
         return GgufCheckpoint(path)
+    if path.is_file():
+        raise UserError(f"checkpoint {path} is a single file and no GGUF file; give a Hugging Face folder or one.")
     return dequantised(SafetensorsCheckpoint(path))

@@ -26,9 +26,9 @@ from echo_trt.errors import UserError
 from echo_trt.server.answers import Answer, ApiAnswer, EventStream
 from echo_trt.server.anthropic.answer import MessagesAnswer
 from echo_trt.server.anthropic.request import CountTokensRequest, MessagesRequest
-from echo_trt.server.bodies import Bodies, reads
+from echo_trt.server.bodies import Bodies, reads, with_ignored
 from echo_trt.server.chats import chat_for
-from echo_trt.server.choices import ClientGone, PieceStream, merged
+from echo_trt.server.choices import ClientGone, PieceStream, merged, prompts_alone
 from echo_trt.server.edge import OPEN, AuthMiddleware, Cors
 from echo_trt.server.errors import ApiError, from_engine, shown
 from echo_trt.server.keys import Key, Keys, sender
@@ -38,7 +38,7 @@ from echo_trt.server.ollama import models as ollama_models
 from echo_trt.server.ollama.answer import OllamaAnswer, head
 from echo_trt.server.ollama.request import GenerateRequest, OllamaChatRequest, OllamaRequest
 from echo_trt.server.openapi import show_openapi
-from echo_trt.server.options import checked_hosts, checked_names, checked_origins
+from echo_trt.server.options import ANY, checked_hosts, checked_names, checked_origins
 from echo_trt.server.page_files import PageFiles
 from echo_trt.server.request_log import HUNG_UP, RequestLines, RequestLog
 from echo_trt.server.responses.answer import Response as ResponsesAnswer
@@ -63,25 +63,27 @@ def create_app(
     hosts: Sequence[str] | None = None,
     classes: Collection[str] | None = None,
     request_log: bool = True,
+    strict_fields: bool = False,
 ) -> Starlette:
     """Make the application of the engine at a socket. Raises UserError for unusable keys, an odd name or origin.
 
     engine         path of the socket, which need not be there yet
     api_keys_file  None: everyone may ask
     largest_body   bytes
-    names          what clients may call the model
+    names          what clients may call the model; with * anything
     origins        web pages that may ask
     page           whether / is the live page
     hosts          names of this server beside this machine's own; None: any name, and any page that a browser lets ask
     classes        latency classes that keys may have; None: any
     request_log    whether the log has a line for each answered request; refused ones have theirs
+    strict_fields  whether a field that is not known is refused, whatever it is
     """
     keys, metrics = Keys(api_keys_file, classes) if api_keys_file else None, ServerMetrics()
     lines = RequestLines(request_log)
     layers = [Middleware(RequestLog, lines=lines, keys=keys)]
     layers += [Middleware(Cors, origins=checked_origins(origins))] if origins else []
     shown = PageFiles() if page else None
-    without_key = OPEN + tuple(shown.files if shown else ())
+    without_key = OPEN + tuple(shown.files if shown else ("/",))
     edge: dict[str, Any] = {"keys": keys, "largest_body": largest_body, "metrics": metrics, "without_key": without_key}
     layers.append(Middleware(AuthMiddleware, **edge, hosts=checked_hosts(hosts), origins=origins))
 
@@ -95,7 +97,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.client, app.state.bodies = Client(engine), Bodies(largest_body)
+        app.state.client, app.state.bodies = Client(engine), Bodies(largest_body, strict_fields)
         app.state.live = Live(app.state.client)
         yield
         await app.state.live.close()
@@ -109,11 +111,13 @@ def create_app(
             Route("/v1/chat/completions", chats(ChatRequest, ApiAnswer), methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/responses", chats(ResponsesRequest, ResponsesAnswer), methods=["POST"]),
+            Route("/v1/responses/input_tokens", chats(ResponsesRequest, None), methods=["POST"]),
             Route("/v1/messages", chats(MessagesRequest, MessagesAnswer), methods=["POST"]),
             Route("/v1/messages/count_tokens", chats(CountTokensRequest, None), methods=["POST"]),
             Route("/api/chat", chats(OllamaChatRequest, OllamaAnswer), methods=["POST"]),
             Route("/api/generate", chats(GenerateRequest, OllamaAnswer), methods=["POST"]),
             Route("/api/tags", ollama_models.tags),
+            Route("/api/ps", ollama_models.running),
             Route("/api/show", ollama_models.show, methods=["POST"]),
             Route("/api/version", ollama_models.version),
             Route("/v1/forecast", forecast, methods=["POST"]),
@@ -124,8 +128,12 @@ def create_app(
             Route("/detokenize", detokenize, methods=["POST"]),
             Route("/openapi.json", show_openapi),
             Route("/metrics", show_metrics),
-            *([Route(path, shown.show, include_in_schema=False) for path in shown.files] if shown else []),
-            *([Route("/live", show_live), Route("/live/about", show_about)] if shown else []),
+            *(
+                [Route("/live", show_live), Route("/live/about", show_about)]
+                + [Route(path, shown.show, include_in_schema=False) for path in shown.files]
+                if shown
+                else [Route("/", ollama_models.alive, include_in_schema=False)]
+            ),
         ],
         middleware=layers,
         exception_handlers=handlers,
@@ -133,7 +141,8 @@ def create_app(
     )
     app.router.redirect_slashes = False  # it would redirect to whatever the Host header says
     app.state.metrics, app.state.created, app.state.lines = metrics, int(time.time()), lines
-    app.state.names = checked_names(names)
+    app.state.names = tuple(name for name in checked_names(names) if name != ANY) or (MODEL,)
+    app.state.any_name = ANY in names
     app.state.page_build = shown.build if shown else ""
     return app
 
@@ -150,7 +159,9 @@ def chats(kind: type[ChatRequest | TranslatedRequest], answer_type: type[Answer[
             wanted = requested.chat_for_model(info)
             chat = chat_for(wanted, info)
             if answer_type is None:
-                return JSONResponse({"input_tokens": len(await token_ids(state.client, chat.inputs, chat.names))})
+                counted = {"object": "response.input_tokens"} if isinstance(requested, ResponsesRequest) else {}
+                tokens = await token_ids(state.client, chat.inputs, chat.names)
+                return JSONResponse(counted | {"input_tokens": len(tokens)})
             pieces = _pieces(request, wanted, info, [chat.inputs], chat.names)
             turns = [chat.turn() for _ in range(wanted.n)]
             response = await _sent(request, answer_type(requested, turns, state.metrics), pieces, requested.stream)
@@ -169,6 +180,7 @@ async def completions(request: Request, requested: CompletionRequest) -> Respons
     info = await state.client.model_info()
     await _check_echo(requested, prompts, state.client)
     pieces = _pieces(request, requested, info, prompts, requested.names)
+    pieces = prompts_alone(pieces) if requested.scores else pieces
     turns = [OutputParser() for _ in range(len(prompts) * requested.n)]
     return await _sent(request, ApiAnswer(requested, turns, state.metrics), pieces, requested.stream)
 
@@ -270,15 +282,17 @@ def _params(requested: ChatRequest | CompletionRequest, info: ModelInfo, seed: i
 
 
 async def _failed(request: Request, error: ApiError | EngineError) -> Response:
-    return (from_engine(error) if isinstance(error, EngineError) else error).response(request.scope)
+    refused = from_engine(error) if isinstance(error, EngineError) else error
+    return with_ignored(refused.response(request.scope), request)
 
 
 async def _frameworks(request: Request, error: HTTPException) -> Response:
     message, path = str(error.detail), shown(request.scope["path"])
     if error.status_code == 404:
         routes = [route for route in request.app.routes if isinstance(route, Route) and route.include_in_schema]
-        known = ", ".join(route.path for route in routes if "{" not in route.path)
-        why = refusal(request.scope["path"])
+        paths = [route.path for route in routes if "{" not in route.path]
+        known, bare = ", ".join(paths), request.scope["path"].rstrip("/")
+        why = f"there is no slash at its end; use {bare}" if bare in paths else refusal(request.scope["path"])
         message = f"{path}: {why}." if why else f"{path} is no path of this server; use one of {known}."
     elif error.status_code == 405 and error.headers:
         message = f"{path} does not take this method; use {error.headers['Allow']}."

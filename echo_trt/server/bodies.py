@@ -12,9 +12,9 @@ from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from echo_trt.server.errors import ApiError, from_validation, no_object
-from echo_trt.server.fields import Strict
-from echo_trt.server.served import check_model
+from echo_trt.server.errors import ApiError, from_validation, log, no_object, shown
+from echo_trt.server.fields import READING, Reading, Strict
+from echo_trt.server.served import model_of
 
 #: Most opening brackets in a body, those in texts included. Each may become a list or a dict, which take the most time:
 #: parsing a megabyte of empty lists holds the loop for 100 ms, as many lists as this for 30 ms.
@@ -27,14 +27,24 @@ def reads(kind: type[Body]) -> Callable[[Callable[[Request, Body], Awaitable[Res
 
     def endpoint_of(answer: Callable[[Request, Body], Awaitable[Response]]) -> Any:
         async def endpoint(request: Request) -> Response:
-            requested = await request.app.state.bodies.read(request, kind)
-            check_model(request, getattr(requested, "model", None))
-            return await answer(request, requested)
+            requested, request.state.ignored = await request.app.state.bodies.read(request, kind)
+            if request.state.ignored:
+                log.info("%s: fields without an effect: %s", request.scope["path"], request.state.ignored)
+            if "model" in kind.model_fields:
+                requested.model = model_of(request, requested.model)
+            return with_ignored(await answer(request, requested), request)
 
         endpoint.body = kind  # type: ignore[attr-defined]
         return endpoint
 
     return endpoint_of
+
+
+def with_ignored(response: Response, request: Request) -> Response:
+    """Name the fields that had no effect in an answer or a refusal."""
+    if ignored := getattr(request.state, "ignored", ""):
+        response.headers["X-Fields-Ignored"] = ignored
+    return response
 
 
 class Bodies:
@@ -44,32 +54,42 @@ class Bodies:
     the parser nor pydantic lets another thread run meanwhile.
     """
 
-    def __init__(self, largest: int):
+    def __init__(self, largest: int, strict_fields: bool = False):
         """``largest``: bytes of a body, and of a body times its ``n``."""
-        self._largest, self._turn = largest, asyncio.Lock()
+        self._largest, self._strict, self._turn = largest, strict_fields, asyncio.Lock()
 
-    async def read(self, request: Request, kind: type[Body]) -> Body:
-        """Read a request's body as a ``kind``. Raises ApiError."""
-        body = await request.body()
+    async def read(self, request: Request, kind: type[Body]) -> tuple[Body, str]:
+        """Read a request's body as a ``kind``, and the names of fields that had no effect. Raises ApiError."""
+        body, reading = await request.body(), Reading(self._strict)
+        _check_type(request)
         async with self._turn:
-            begin = time.monotonic()
+            begin, token = time.monotonic(), READING.set(reading)
             try:
-                requested = parsed(body, request.headers.get("content-type", ""), kind)
+                requested = parsed(body, kind)
             finally:
+                READING.reset(token)
                 await asyncio.sleep(time.monotonic() - begin)
         n = getattr(requested, "n", 1)
         if n > 1 and n * len(body) > self._largest:  # the engine is sent the prompt for each choice
             maximum = max(self._largest // len(body), 1)
             message = f"n is {n} for a body of {len(body)} bytes; ask for at most {maximum} choices."
             raise ApiError(400, message, param="n")
-        return requested
+        return requested, ", ".join(ascii(name)[1:-1] for name in reading.ignored)
 
 
-def parsed(body: bytes, content_type: str, kind: type[Body]) -> Body:
-    """Parse a JSON object as a ``kind``. Takes at most some dozens of milliseconds per megabyte. Raises ApiError."""
-    media = content_type.partition(";")[0].strip().lower()
+def _check_type(request: Request) -> None:
+    """Refuse what a web page may send without asking first; Ollama's clients name any type. Raises ApiError."""
+    if encoding := request.headers.get("content-encoding", "identity").lower().replace("identity", ""):
+        raise ApiError(400, f"Content-Encoding is {shown(encoding)}; send the body as it is, without compression.")
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if request.scope["path"].startswith("/api/") and "origin" not in request.headers:
+        return
     if media != "application/json" and not media.endswith("+json"):
         raise no_object()
+
+
+def parsed(body: bytes, kind: type[Body]) -> Body:
+    """Parse a JSON object as a ``kind``. Takes at most some dozens of milliseconds per megabyte. Raises ApiError."""
     if body.count(b"[") + body.count(b"{") > BRACKETS:
         raise ApiError(400, f"The body has more than {BRACKETS} opening brackets; send fewer lists and objects.")
     try:

@@ -10,7 +10,7 @@ from echo_trt.engine.process.wire import ModelInfo, ThinkTokens
 from echo_trt.grammar.requested import LONGEST
 from echo_trt.models.tools_as_text import tools_as_text
 from echo_trt.server.errors import ApiError
-from echo_trt.server.schemas import ChatRequest
+from echo_trt.server.schemas import SWITCH, ChatRequest
 from echo_trt.server.structured import Structured
 from echo_trt.server.tool_formats import format_of
 from echo_trt.server.tool_formats.base import Format, ToolRequest, json_rule
@@ -18,7 +18,6 @@ from echo_trt.server.tool_formats.marked import HERMES, Marked
 from echo_trt.server.tools import NamedTool, Tool, names_in
 from echo_trt.server.turns import OutputParser
 
-SWITCH = "enable_thinking"  # the variable of templates that can do without a thought
 NO_THOUGHT = "this model does not think; leave it out"
 
 

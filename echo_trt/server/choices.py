@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -45,6 +47,22 @@ async def answered(
                 yield piece
     except EngineError as error:
         raise from_engine(error, names) from None
+
+
+async def prompts_alone(pieces: PieceStream) -> PieceStream:
+    """Yield one piece per choice: the echoed prompt and its log-probabilities, without the token that follows."""
+    texts: dict[int, str] = defaultdict(str)
+    logprobs: dict[int, list[Any]] = defaultdict(list)
+    async with aclosing(pieces):
+        async for choice, piece in pieces:
+            texts[choice] += piece.text
+            logprobs[choice] += json.loads(piece.logprobs or "[]")
+            if piece.finish_reason:
+                piece.text, own = texts[choice], logprobs[choice][: piece.prompt_tokens]
+                if answer := logprobs[choice][piece.prompt_tokens :]:
+                    piece.text = piece.text[: answer[0]["text_offset"]]
+                piece.logprobs, piece.sources, piece.token_ids, piece.completion_tokens = json.dumps(own), "", [], 0
+                yield choice, piece
 
 
 async def merged(

@@ -26,6 +26,7 @@ ANTHROPIC = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+REFUSED_FIELD = "refused_field"  # pydantic's type of an error that names a field of its own
 SHOWN = 100  # characters at most of a value, or of a field's name, that an error repeats
 
 
@@ -115,6 +116,9 @@ def from_engine(error: EngineError, names: Mapping[str, str] | None = None) -> A
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """Turn the first of pydantic's errors into a sentence that names the field and the value."""
     first = errors[0]
+    if first["type"] == REFUSED_FIELD:
+        param = ".".join(_cut(str(part)) for part in (*first["loc"], first["ctx"]["name"]))
+        return ApiError(400, f"{param} {first['ctx']['why']}", param=param)
     if not first["loc"]:
         return no_object()
     param = ".".join(_cut(str(part)) for part in first["loc"])
@@ -122,8 +126,6 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     reason = reason[0].lower() + reason[1:]
     if first["type"] == "missing":
         return ApiError(400, f"{param} is missing.", param=param)
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{param} is not known here; leave it out.", param=param)
     return ApiError(400, f"{param} is {shown(first['input'])}: {reason}.", param=param)
 
 

@@ -13,19 +13,11 @@ from echo_trt.server.errors import shown
 from echo_trt.server.fields import MESSAGES, Strict, at_most
 from echo_trt.server.tool_formats.base import NAME
 
-ADDED = ("index", "parsed_arguments")
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 
 
 def _legacy(value: Any) -> Any:
     raise ValueError("functions are not supported by this engine; give tools and tool_calls")
-
-
-def _known(raw: Any) -> Any:
-    """Without what clients add to an answer: a call's ``index`` in a stream, and what they have parsed."""
-    if isinstance(raw, dict):
-        return {name: value for name, value in raw.items() if name not in ADDED and value is not None}
-    return raw
 
 
 def few_calls(messages: Any) -> Any:
@@ -38,10 +30,10 @@ def few_calls(messages: Any) -> Any:
 
 
 class CalledFunction(Strict):
+    PATH = "messages.tool_calls.function."
+
     name: Name
     arguments: str = "{}"
-
-    _without_parsed = model_validator(mode="before")(_known)
 
     @field_validator("arguments")
     @classmethod
@@ -62,15 +54,17 @@ class CalledFunction(Strict):
 class ToolCall(Strict):
     """A call in a turn of the assistant's."""
 
+    PATH = "messages.tool_calls."
+
     id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
 
-    _without_index = model_validator(mode="before")(_known)
-
 
 class Message(Strict):
     """One turn of a chat; its content is text, null where there are calls. A user's ``name`` is seldom used."""
+
+    PATH = "messages."
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     tool_calls: Annotated[list[ToolCall], FailFast(), at_most(MAX_TOOLS, "calls")] = Field([])
@@ -87,7 +81,6 @@ class Message(Strict):
         if not isinstance(raw, dict):
             return raw
         kept = {name: value for name, value in raw.items() if name == "content" or value not in (None, [])}
-        kept.pop("parsed", None)  # OpenAI's client adds it to an answer that fits a schema
         reasoning = kept.pop("reasoning", None)  # vLLM's newer name
         if reasoning is not None:
             kept.setdefault("reasoning_content", reasoning)

@@ -56,7 +56,7 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
     for body in bodies.values():
         if issubclass(body, TranslatedRequest):
             properties = schemas[body.__name__]["properties"]
-            del properties["shared"]
+            properties.pop("shared", None)  # two paths may read the same body
             if not issubclass(body, OllamaRequest):  # whose clients know options alone
                 properties |= {name: schemas["ChatRequest"]["properties"][name] for name in CHAT_FIELDS} | properties
     paths: dict[str, Any] = {}

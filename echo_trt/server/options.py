@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from echo_trt.errors import UserError
 
 LONGEST = 256  # characters of a name
+ANY = "*"  # among the model's names: it may be called anything
 _ORIGIN = re.compile(r"\*|https?://[^/\s@?#,]+")
 _HOST = re.compile(r"\*|[^/\s@?#,:\[\]]+|\[[0-9a-f:.]+\]")
 
@@ -29,7 +30,9 @@ class ApiOptions:
     served_model_names: Annotated[
         tuple[str, ...],
         Parameter(
-            "--served-model-name", help="What OpenAI clients call the model; again for more.", show_default=False
+            "--served-model-name",
+            help="What OpenAI clients call the model, * for any name; again for more.",
+            show_default=False,
         ),
     ] = ()
     allowed_origins: Annotated[
@@ -46,6 +49,10 @@ class ApiOptions:
             show_default=False,
         ),
     ] = ()
+    strict_fields: Annotated[
+        bool,
+        Parameter(negative="", help="Refuse every field of a request that is not known, instead of dropping it."),
+    ] = False
     page: Annotated[
         bool, Parameter(negative="--no-page", help="Whether / of the OpenAI API's port shows the live page.")
     ] = True
@@ -61,6 +68,7 @@ class ApiOptions:
         words += [f"--allowed-hosts={name}" for name in self.allowed_hosts]
         words += [f"--api-keys-file={self.api_keys}"] if self.api_keys else []
         words += [] if self.request_log else ["--no-request-log"]
+        words += ["--strict-fields"] if self.strict_fields else []
         return words if self.page else [*words, "--no-page"]
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -24,51 +24,23 @@ from echo_trt.engine.params import MAX_ANSWER_LOGPROBS, MAX_STOP_TOKENS, PARAMET
 from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.errors import ApiError, shown
-from echo_trt.server.fields import FIELDS, MESSAGES, RequestBody, Strict, at_most, within
+from echo_trt.server.fields import FIELDS, MESSAGES, RequestBody, Strict, at_most, ignore, within
 from echo_trt.server.messages import Message, few_calls
 from echo_trt.server.structured import STRUCTURED, Structured, structured_of
 from echo_trt.server.tools import Allowed, Choice, Tool, check
 
+SWITCH = "enable_thinking"  # the variable of templates that can do without a thought
 CHOICES = 128  # of one request, prompts times n
 STOP_STRINGS = 16
 LONGEST_SALT = 1000  # characters
 TOKEN_IDS = 2**18  # of all prompts of a request; no model that we know has a longer context
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "functions": ([],),
-    "function_call": ("none",),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "store": (False, True),  # nothing is stored either way, as answers say
-    "suffix": ("",),
-    "verbosity": ("medium",),
-    # vLLM's and llama.cpp's, with the values that change nothing
-    "add_generation_prompt": (True,),
-    "cache_prompt": (True,),
-    "continue_final_message": (False,),
-    "early_stopping": (False,),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1, 1.0),
-    "prompt_logprobs": (0,),
-    "return_token_ids": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "use_beam_search": (False,),
-}
-#: They say something about the caller and nothing about the text.
-IGNORED = (
-    "user",
-    "metadata",
-    "service_tier",
-    "safety_identifier",
-    "request_id",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "prompt_cache_options",
-)
 #: Other servers' names of fields.
-ALIASES = {"repeat_penalty": "repetition_penalty"}
+ALIASES = {
+    "n_predict": "max_tokens",
+    "repeat_penalty": "repetition_penalty",
+}
+#: Stands for a top_p of 0, which leaves the best token alone. Larger: a text of nearly equal tokens has several.
+SMALLEST_TOP_P = 1e-9
 
 
 def _by_token(bias: dict[str, float]) -> dict[int, float]:
@@ -105,6 +77,8 @@ LatencyField = Annotated[
 
 
 class StreamOptions(Strict):
+    PATH = "stream_options."
+
     include_usage: bool = False
     continuous_usage_stats: bool = False  # vLLM's: with include_usage, every chunk tells its choice's tokens so far
     include_obfuscation: bool = False  # padding against traffic analysis: there is none either way
@@ -118,6 +92,27 @@ def _field(name: str) -> tuple[Any, Any]:
     return (kind if default is not None else kind | None), default
 
 
+class Thinking(Strict):
+    """Whether the model is to think, in Anthropic's and DeepSeek's words."""
+
+    PATH = "thinking."
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = None
+    display: str | None = None  # thoughts are given as they are
+
+
+class Reasoning(Strict):
+    """How hard the model is to think, in OpenRouter's words and those of the Responses API."""
+
+    PATH = "reasoning."
+
+    effort: str | None = None
+    enabled: bool | None = None
+    summary: str | None = None  # there is none: the thought itself is given
+    generate_summary: str | None = None
+
+
 #: Sampling parameters of one value that both endpoints have by their own names (docs/request-fields.md).
 SHARED = tuple(name for name, known in SINGLE.items() if known.openai is not None)
 if TYPE_CHECKING:
@@ -126,15 +121,17 @@ if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
 
 else:
-    Sampled = create_model("Sampled", __base__=RequestBody, **{name: _field(name) for name in SHARED})
+    constraints = dict.fromkeys(STRUCTURED, (Any, None))
+    Sampled = create_model("Sampled", __base__=RequestBody, **{name: _field(name) for name in SHARED}, **constraints)
 
 
 class Params(Sampled):
     """What both endpoints share. ``top_k`` and others are not OpenAI's (docs/request-fields.md)."""
 
-    REFUSED, IGNORED = REFUSED, IGNORED
+    ALSO = (*ALIASES, "best_of")
+    NEUTRAL: ClassVar = {"max_tokens": (-1,), "max_completion_tokens": (-1,), "n_predict": (-1,), "stop": ("",)}
 
-    model: str
+    model: str = ""
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Limit | None = None
@@ -147,12 +144,6 @@ class Params(Sampled):
     stop_token_ids: Annotated[list[Annotated[int, within("stop_token_ids")]], at_most(MAX_STOP_TOKENS, "token ids")] = (
         Field([])
     )
-    response_format: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] = 1
     latency: LatencyField = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=LONGEST_SALT)] | None = None
@@ -161,11 +152,14 @@ class Params(Sampled):
 
     @classmethod
     def kept(cls, given: dict[str, Any]) -> dict[str, Any]:
+        given = super().kept(given)
         if "best_of" in given:
             _check_best_of(given.pop("best_of"), given.get("n"))
         for name, ours in ALIASES.items():
-            if name in given and ours in given:
+            if name in given and given[name] != given.get(ours, given[name]):
                 raise ApiError(400, f"{name} and {ours} are both given; give the latter.", param=name)
+        if given.get("top_p") == 0 and type(given["top_p"]) is int:
+            given["top_p"] = SMALLEST_TOP_P
         return {ALIASES.get(name, name): value for name, value in given.items()}
 
     @field_validator("stop", mode="before")
@@ -176,8 +170,7 @@ class Params(Sampled):
     @model_validator(mode="after")
     def _agree(self) -> Params:
         if self.stream_options is not None and not self.stream:
-            message = "stream_options is only allowed where stream is true."
-            raise ApiError(400, message, param="stream_options")
+            ignore("stream_options")
         if self.min_tokens > self.limit:
             message = f"min_tokens is {self.min_tokens}; give a whole number from 0 to the limit, {self.limit}."
             raise ApiError(400, message, param="min_tokens")
@@ -251,6 +244,9 @@ class ChatRequest(Params):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any], at_most(FIELDS, "variables")] = Field({})
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    enable_thinking: bool | None = None  # Qwen's
+    thinking: Thinking | None = None
+    reasoning: Reasoning | None = None
 
     @model_validator(mode="after")
     def _chat_agrees(self) -> ChatRequest:
@@ -262,13 +258,35 @@ class ChatRequest(Params):
         if self.top_logprobs and not self.logprobs:
             message = f"top_logprobs is {self.top_logprobs}, which is only allowed where logprobs is true."
             raise ApiError(400, message, param="top_logprobs")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
+        if self.max_tokens not in (None, self.max_completion_tokens) and self.max_completion_tokens is not None:
             message = "max_tokens and max_completion_tokens are both given; give the latter."
             raise ApiError(400, message, param="max_tokens")
         return self
 
+    @property
+    def thoughts(self) -> tuple[bool | None, str | None]:
+        """Whether the model is to think and how hard, where it can choose; None: as it likes."""
+        effort, enabled = (self.reasoning.effort, self.reasoning.enabled) if self.reasoning else (None, None)
+        switched = self.thinking.type != "disabled" if self.thinking else None
+        wanted = self.enable_thinking, switched, enabled
+        return next((each for each in wanted if each is not None), False if effort == "none" else None), effort
+
     def chat_for_model(self, info: ModelInfo) -> ChatRequest:
-        return self
+        budget = self.thinking.budget_tokens if self.thinking and self.thinking.type == "enabled" else None
+        return self.thinking_as(info, *self.thoughts, budget)
+
+    def thinking_as(
+        self, info: ModelInfo, thinks: bool | None, effort: str | None, budget: int | None = None
+    ) -> ChatRequest:
+        """Return the chat, with what is asked of thoughts as far as the model takes it."""
+        changes: dict[str, Any] = {} if budget is None else {"thinking_token_budget": budget}
+        if thinks is False and info.thinking and SWITCH in info.variables:
+            changes["chat_template_kwargs"] = {SWITCH: False} | self.chat_template_kwargs
+        if effort and "reasoning_effort" in info.variables:
+            changes["reasoning_effort"] = effort
+        if thinks is not None and info.thinking is None:
+            changes["thinking_token_budget"] = None
+        return self.model_copy(update=changes)
 
     @property
     def must_call(self) -> bool:
@@ -291,6 +309,7 @@ class CompletionRequest(Params):
     """The body of /v1/completions."""
 
     prompt: list[str | list[int]]
+    max_tokens: Annotated[int, Field(ge=0, le=INT32, json_schema_extra={"minimum": 1})] | None = None  # 0: see scores
     logprobs: Alternatives | None = None
     echo: bool = False  # the prompt precedes the answer, with its log-probabilities where those are asked for
 
@@ -317,11 +336,19 @@ class CompletionRequest(Params):
         if len(self.prompt) * self.n > CHOICES:
             message = f"{len(self.prompt)} prompts times n = {self.n} are more than {CHOICES} choices; ask for fewer."
             raise ApiError(400, message, param="prompt")
+        if self.scores and not (self.echo and self.logprobs is not None):
+            message = "max_tokens is 0, which asks for the prompt's log-probabilities; give echo and logprobs, or 1."
+            raise ApiError(400, message, param="max_tokens")
         return self
 
     @property
+    def scores(self) -> bool:
+        """Whether log-probabilities of prompts are all that is wanted."""
+        return self.max_tokens == 0
+
+    @property
     def limit(self) -> int:
-        return self.max_tokens or 16  # OpenAI's own default here
+        return 1 if self.scores else self.max_tokens or 16  # OpenAI's own default here
 
     @property
     def alternatives(self) -> int | None:

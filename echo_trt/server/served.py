@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from starlette.requests import Request
@@ -20,17 +21,20 @@ async def models(request: Request) -> Response:
 async def one_model(request: Request) -> Response:
     """GET /v1/models/NAME; 404 for another name."""
     name = request.path_params["name"]
-    check_model(request, name)
+    model_of(request, name)
     return JSONResponse(_model(request, name, await _context(request)))
 
 
-def check_model(request: Request, name: str | None) -> None:
-    """Raise ApiError for a name that is not served; None: there is one model alone."""
+def model_of(request: Request, name: str | None) -> str:
+    """Return the name that an answer has, the first one's where a request has none. Raises ApiError for another."""
     names = request.app.state.names
-    if name is not None and name not in names:
+    if name and name not in names and not request.app.state.any_name:
         known = " or ".join(f"'{each}'" for each in names[:4])
-        message = f"The model {name[:80]!a} does not exist here; ask for {known}."
+        near = difflib.get_close_matches(name[:80], names, 1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        message = f"The model {name[:80]!a} does not exist here{hint}; ask for {known}."
         raise ApiError(404, message, param="model", code="model_not_found")
+    return name or names[0]
 
 
 async def _context(request: Request) -> int | None:

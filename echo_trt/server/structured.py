@@ -11,10 +11,13 @@ from pydantic_core import from_json
 
 from echo_trt.grammar.requested import KINDS
 from echo_trt.server.errors import ApiError
+from echo_trt.server.fields import read_at
 
-#: vLLM's older names of fields.
+#: Fields that are a constraint themselves: vLLM's older names, and those of llama.cpp and SGLang.
 GUIDED = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
+GUIDED |= {"json_schema": "json", "regex": "regex", "grammar": "grammar", "ebnf": "grammar"}
 STRUCTURED = ("response_format", "structured_outputs", *GUIDED)
+SCHEMAS = ("schema", "response_schema", "value")  # beside the type json_object
 TYPES = "text, json_object or json_schema"
 
 
@@ -32,11 +35,12 @@ class Structured:
 
 
 def structured_of(given: Mapping[str, Any]) -> Structured | None:
-    """Read the one of STRUCTURED that a request gives; None: it gives none. Raises ApiError."""
+    """Read the one of STRUCTURED that a request gives, if more than once; None: it gives none. Raises ApiError."""
     found = [each for name in STRUCTURED if given.get(name) is not None and (each := _read(name, given[name]))]
-    if len(found) > 1:
-        names = [each.field.partition(".")[0] for each in found]
-        raise ApiError(400, f"{' and '.join(names)} are both given; give one of them.", param=names[1])
+    for other in found[1:]:
+        if (other.kind, other.value) != (found[0].kind, found[0].value):
+            names = [each.field.partition(".")[0] for each in (found[0], other)]
+            raise ApiError(400, f"{' and '.join(names)} are both given; give one of them.", param=names[1])
     return found[0] if found else None
 
 
@@ -45,7 +49,7 @@ def _read(name: str, value: Any) -> Structured | None:
         return _response_format(value)
     if name == "structured_outputs":
         return _structured_outputs(value)
-    return Structured(GUIDED[name], _parsed(value, name) if name == "guided_json" else value, name)
+    return Structured(GUIDED[name], _parsed(value, name) if GUIDED[name] == "json" else value, name)
 
 
 def _response_format(value: Any) -> Structured | None:
@@ -53,17 +57,17 @@ def _response_format(value: Any) -> Structured | None:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "text":
         return None
-    if kind == "json_object":  # LiteLLM and instructor put a schema beside it
-        name = next((name for name in ("schema", "response_schema") if value.get(name) is not None), None)
-        _only(value, ("type", "schema", "response_schema"), field)
+    if kind == "json_object":  # LiteLLM, instructor and Hugging Face's client put a schema beside it
+        name = next((name for name in SCHEMAS if value.get(name) is not None), None)
+        read_at(field, value, ("type", *SCHEMAS), f"{field}.")
         return Structured("json", _schema(value[name], f"{field}.{name}"), f"{field}.{name}") if name else _any(field)
     if kind != "json_schema":
         raise ApiError(400, f"{field} has no type that is known here; give {TYPES}.", param=field)
     inner, where = value.get("json_schema"), f"{field}.json_schema"
     if not isinstance(inner, dict):
         raise ApiError(400, f'{where} is no object; give {{"name": ..., "schema": ...}}.', param=where)
-    _only(value, ("type", "json_schema"), field)
-    _only(inner, ("name", "schema", "strict", "description"), where)
+    read_at(field, value, ("type", "json_schema"), f"{field}.")
+    read_at(where, inner, ("name", "schema", "strict", "description"), f"{where}.")
     if inner.get("schema") is None:
         return _any(field)
     return Structured("json", _schema(inner["schema"], f"{where}.schema"), f"{where}.schema")
@@ -101,9 +105,3 @@ def _schema(value: Any, field: str) -> Any:
 
 def _any(field: str) -> Structured:
     return Structured("json_object", True, field)
-
-
-def _only(value: dict[str, Any], names: tuple[str, ...], field: str) -> None:
-    for name, each in value.items():
-        if name not in names and each is not None:
-            raise ApiError(400, f"{field} has {name[:50]!a}, which is not known here; leave it out.", param=field)

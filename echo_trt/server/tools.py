@@ -9,11 +9,13 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.errors import ApiError
-from echo_trt.server.fields import Strict, at_most
+from echo_trt.server.fields import Strict, at_most, ignore
 from echo_trt.server.messages import Name
 
 
 class Function(Strict):
+    PATH = "tools.function."
+
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -21,6 +23,8 @@ class Function(Strict):
 
 
 class Tool(Strict):
+    PATH = "tools."
+
     type: Literal["function"]
     function: Function
 
@@ -34,21 +38,29 @@ class Tool(Strict):
 
 
 class NamedFunction(Strict):
+    PATH = "tool_choice.function."
+
     name: str
 
 
 class NamedTool(Strict):
+    PATH = "tool_choice."
+
     type: Literal["function"]
     function: NamedFunction
 
 
 class AllowedTools(Strict):
+    PATH = "tool_choice.allowed_tools."
+
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], Field(min_length=1), at_most(MAX_TOOLS, "tools")]
 
 
 class Allowed(Strict):
     """Some of the tools: the model sees all of them, and calls these alone."""
+
+    PATH = "tool_choice."
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
@@ -90,6 +102,8 @@ def check(tools: Sequence[Tool], choice: Choice | None) -> None:
         known.add(tool.function.name)
     if choice in (None, "none"):
         return
+    if not tools and choice == "auto":
+        return ignore("tool_choice")
     if not tools:
         raise ApiError(400, "tool_choice is only allowed where tools are given; leave it out.", param="tool_choice")
     for name in names_in(choice) or ():

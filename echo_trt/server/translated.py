@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from echo_trt.engine.process.wire import ModelInfo
-from echo_trt.server.chats import SWITCH
 from echo_trt.server.errors import ApiError, from_validation
 from echo_trt.server.fields import RequestBody
 from echo_trt.server.schemas import SHARED, ChatRequest
@@ -70,16 +69,22 @@ class TurnList:
 class TranslatedRequest(RequestBody):
     """A body that stands for a chat. Subclasses have their API's fields."""
 
-    model: str
+    ALSO = CHAT_FIELDS
+
+    model: str = ""
     stream: bool = False
     shared: Any = Field(None, exclude=True)
 
     @classmethod
     def kept(cls, given: dict[str, Any]) -> dict[str, Any]:
-        if "shared" in given:
-            raise ApiError(400, "shared is not known here; leave it out.", param="shared")
+        given = super().kept(given)
         shared = {name: given.pop(name) for name in CHAT_FIELDS if name in given}
         return given | {"shared": shared}
+
+    @classmethod
+    @cache
+    def known(cls) -> frozenset[str]:
+        return super().known() - {"shared"}
 
     @abstractmethod
     def body(self) -> dict[str, Any]:
@@ -107,15 +112,7 @@ class TranslatedRequest(RequestBody):
 
     def chat_for_model(self, info: ModelInfo) -> ChatRequest:
         """Return the chat, with what is asked of thoughts as far as the model takes it."""
-        thinks, effort = self.thoughts
-        changes: dict[str, Any] = {}
-        if thinks is False and info.thinking and SWITCH in info.variables:
-            changes["chat_template_kwargs"] = {SWITCH: False} | self.chat.chat_template_kwargs
-        if effort and "reasoning_effort" in info.variables:
-            changes["reasoning_effort"] = effort
-        if thinks is not None and info.thinking is None:
-            changes["thinking_token_budget"] = None
-        return self.chat.model_copy(update=changes)
+        return self.chat.thinking_as(info, *self.thoughts)
 
     @model_validator(mode="after")
     def _is_a_chat(self) -> TranslatedRequest:

@@ -20,6 +20,7 @@ UNSERVED = {
     "/v1/messages/batches": _STORED,
     **dict.fromkeys(("/v1/files", "/v1/uploads", "/v1/batches", "/v1/vector_stores"), _STORED),
     **dict.fromkeys(("/v1/assistants", "/v1/threads", "/v1/conversations", "/v1/evals"), _STORED),
+    "/v1/responses/compact": "nothing is compacted here; leave out the items that the model need not read again",
     **dict.fromkeys(("/v1/responses/", "/v1/chat/completions/", "/v1/containers"), _STORED),
     "/v1/fine_tuning/": "nothing is trained here; train with the model's own tools, and build a bundle of the result",
     **dict.fromkeys((f"/api/{name}" for name in ("pull", "push", "create", "copy", "delete", "blobs")), _FIXED),

@@ -22,9 +22,10 @@ class ServeOptions(ApiOptions, HostedOptions):
     http_port: Annotated[Port | None, Parameter(help="Triton's HTTP endpoint, with --triton. Default: 8000.")] = None
     grpc_port: Annotated[Port | None, Parameter(help="Triton's gRPC endpoint, with --triton. Default: 8001.")] = None
     metrics_port: Annotated[Port | None, Parameter(help="Triton's metrics, with --triton. Default: 8002.")] = None
-    openai_port: Annotated[int, Parameter(help="The OpenAI-compatible API; 0 is off.", validator=bounds(0, 65535))] = (
-        9000
-    )
+    openai_port: Annotated[
+        int,
+        Parameter(("--openai-port", "--port"), help="The OpenAI-compatible API; 0 is off.", validator=bounds(0, 65535)),
+    ] = 9000
     start_seconds: Annotated[
         int, Parameter("--start-timeout", help="Seconds until the first answer, at most.", validator=bounds(1))
     ] = 300

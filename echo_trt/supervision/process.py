@@ -90,6 +90,12 @@ class Process:
         """The exit code, negative for a signal; None while it runs."""
         return self._child.poll()
 
+    @property
+    def ended(self) -> str:
+        """How it has ended, in words."""
+        code = self.exit_code or 0
+        return f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
+
     def children(self) -> set[int]:
         """Return ids of the processes that it started itself, with those that died and were not waited for."""
         with contextlib.suppress(psutil.Error):

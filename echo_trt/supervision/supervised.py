@@ -101,7 +101,7 @@ class Supervised(ABC):
             self._mistake = next(filter(None, troubles), reason if told else None)  # a reason that tells the whole
             return self._mistake or f"{self.name} did not start: {reason}"
         if not self.process.alive:
-            return f"{self.name} has died"
+            return f"{self.name} has died ({self.process.ended})"
         if self._watch and self._watch.silent:
             return f"{self.name} does not answer"
         if not self.serving and time.monotonic() > self._due:

@@ -148,6 +148,14 @@ def test_bad_input_is_one_sentence_and_exit_code_2(echo_trt, bundle_of, tmp_path
     assert len(outcome.err.strip().splitlines()) == 1, outcome.err
 
 
+def test_other_servers_names_of_options_are_known(echo_trt):
+    for words in (["serve", "-h"], ["-h"]):
+        outcome = echo_trt(*words)
+        assert outcome.code == 0
+        assert "--host" in outcome.out or "serve" in outcome.out
+    assert "--port" in echo_trt("serve", "-h").out
+
+
 @pytest.mark.parametrize(
     ("words", "reported"),
     [
@@ -164,6 +172,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(echo_trt, bundle_of, tmp_path
         (["bench", "b", "--prompts", "p", "--requests", 10**20], ["--requests", "Give "]),
         (["bench", "b", "--prompts", "p", "--rounds", 1001], ["--rounds", "Give "]),
         (["bench", "b", "--prompts", "p", "--batch", "x" * 5000], ["--batch is 'xxx"]),
+        (["serve", "b", "--port", 70000], ["--port", "70000", "Give 0 to 65,535."]),
         (["inspect", "nothing.yaml"], ["nothing.yaml does not exist; "]),
         (["inspect", "."], [". "]),
     ],
@@ -251,7 +260,7 @@ def echo_trt_of(*words: object, stdout: Any = subprocess.PIPE, **more: Any) -> s
 @pytest.mark.parametrize("columns", ["0", "19", "-3", "²", "9" * 5000])
 def test_odd_columns_hide_nothing(columns, tmp_path):
     done = echo_trt_of("inspect", str(tmp_path / "nope"), COLUMNS=columns)
-    assert done.stderr.startswith(f"error: {tmp_path / 'nope'} does not exist; ")
+    assert done.stderr.startswith(f"error: {tmp_path / 'nope'} is neither a recipe")
     assert len(done.stderr.splitlines()) == 1
     assert "Usage" in echo_trt_of("inspect", "--help", COLUMNS=columns).stdout
 

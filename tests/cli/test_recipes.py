@@ -24,6 +24,7 @@ from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
 from echo_trt.cli.options import BuildOptions
 from echo_trt.cli.recipes import RECIPES, recipe_for, sized
 from echo_trt.engine.kv_pool import kv_pool
+from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.sizing.limits import filling, limited
 from echo_trt.sizing.needs import needs
 from echo_trt.sizing.shapes import shapes
@@ -195,9 +196,29 @@ def test_another_draft_keeps_the_recipe_and_tells_its_kind_by_its_configuration(
         recipe_for("Qwen/Qwen3-8B", str(tmp_path / "odd"))
 
 
-def test_a_name_that_is_nothing():
-    with refused("qwen3 is neither a recipe", "Qwen/Qwen3-8B"):
-        recipe_for("qwen3")
+def test_a_name_that_is_nothing_says_what_there_is():
+    with refused("smolm2-135m is neither a recipe", "Qwen/Qwen3-8B", "did you mean smollm2-135m?"):
+        recipe_for("smolm2-135m")
+    with refused("nothing is neither a recipe", "or a shipped recipe: gemma3-270m, ", "smollm2-135m."):
+        recipe_for("nothing")
+
+
+@pytest.mark.parametrize("words", [("build", "smolm2-135m"), ("serve", "nope"), ("generate", "nope", "x")])
+def test_a_mistyped_name_imports_no_engine(words):
+    """It costs a tenth of what imports of torch and transformers do."""
+    code = (
+        "import sys; from echo_trt.cli.app import main\ntry: main()\n"
+        "except SystemExit as done: print(done.code, *{'torch', 'openvino', 'transformers'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "2\n", done.stderr
+
+
+def test_a_gguf_file_is_known_by_its_first_bytes(tmp_path):
+    file = write_gguf(tmp_path / "sha256-deadbeef", qwen3(**GGUF_SIZES))
+    recipe, _ = recipe_for(str(file))
+    assert (recipe.name, recipe.target.path) == ("sha256-deadbeef", str(file))
+    assert open_checkpoint(file).config["architectures"] == ["Qwen3ForCausalLM"]
 
 
 def test_memory_is_filled_as_far_as_was_said():

@@ -12,6 +12,7 @@ from driving import assert_all_free, prompt_ids
 from refusal import refused
 
 import echo_trt
+from echo_trt import errors
 from echo_trt.engine import llm as module
 from echo_trt.engine import params
 
@@ -85,9 +86,17 @@ def test_a_stream_s_pieces_are_the_whole_answers(llm):
         assert last == dict(enumerate(c.token_ids for c in whole))
 
 
+def test_one_text_and_one_stop_string_need_no_list(llm):
+    assert llm.generate("the theme", FEW) == llm.generate(["the theme"], FEW)
+    assert params.SamplingParams(stop="of") == params.SamplingParams(stop=("of",))
+
+
 def test_mistakes_name_the_argument(llm):
-    with refused("prompts is a string", "give a list of prompts"):
-        llm.generate("the theme")
+    assert echo_trt.UserError is errors.UserError
+    with refused("params is {'max_tokens': 3}; give SamplingParams(max_tokens=3)"):
+        llm.generate("the theme", {"max_tokens": 3})
+    with refused("params is {}; give SamplingParams"):
+        llm.chat(TURN, {})
     with refused("prompts[1]", "half a surrogate pair"):
         llm.generate(["a", "\ud800"])
     with refused("prompts[0]", "token id -1"):

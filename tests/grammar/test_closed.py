@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from walks import allowed, assert_fits, compiler, ends, ids_of, rows, text_of, walk
 
+from echo_trt.errors import UserError
 from echo_trt.server.tool_formats.base import ToolRequest
 from echo_trt.server.tool_formats.marked import HERMES, Marked
 
 A, B = {"a": {"type": "integer"}}, {"b": {"type": "integer"}}
 LISTED = {"type": "object", "properties": A, "required": ["a"]}
 OTHER = {"type": "object", "properties": B, "required": ["b"]}
+DEFINED = {"required": ["a"], "$defs": {"n": {"$id": "a number", "type": "integer"}}}
 ONE, TWO = {"a": 1}, {"a": 1, "b": 2}
 
 
@@ -105,3 +107,13 @@ def test_every_open_schema_still_has_texts_that_fit_it(grammars, schema):
         ', "additionalProperties": false', ""
     ))  # fmt: skip
     assert_fits(text_of(walk(grammars.begin({"json": schema}), 1, 10)), schema)
+
+
+def test_identifiers_are_left_out_where_nothing_refers_to_them(grammars):
+    names = {"$id": "Output Format", "$schema": "http://json-schema.org/draft-07/schema#", "$comment": "x"}
+    inner = {"type": "object", "properties": {"$id": {"const": 1} | names}, "required": ["$id"]}
+    for schema in (LISTED | names, names | {"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}}} | DEFINED):
+        assert takes(grammars, {"json": schema}, json.dumps(ONE))
+    assert takes(grammars, {"json": inner | names}, '{"$id": 1}')
+    with pytest.raises(UserError, match="Output Format"):
+        grammars.begin({"json": names | {"properties": {"a": {"$ref": "Output Format#/$defs/n"}}}})

@@ -131,7 +131,7 @@ def test_bad_folder(spoil, words, good_target, tmp_path):
 
 
 def test_weights_file_is_not_a_checkpoint(good_target):
-    with refused(WEIGHTS, "single file", "give a Hugging Face folder"):
+    with refused(WEIGHTS, "single file and no GGUF file", "give a Hugging Face folder"):
         open_checkpoint(good_target / WEIGHTS)
 
 

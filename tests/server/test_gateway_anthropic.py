@@ -151,7 +151,7 @@ def content(*blocks: dict[str, Any], role: str = "user") -> dict[str, Any]:
             "messages.0.content.0.content.0 is of type 'image'",
         ),
         ({"messages": [USER, {"role": "assistant", "content": "The"}]}, "messages.1.role is 'assistant'"),
-        ({"messages": [USER | {"x": 1}]}, "messages.0 is an object of 3"),
+        ({"messages": [USER | {"tools": [1]}]}, "messages.0.tools is a list of 1"),
         ({"messages": [USER | {"content": []}]}, "messages.0.content is a list of 0: give a string, or blocks."),
         ({"messages": []}, "messages is a list of 0: give 1 to 2048 messages."),
         ({"system": [{"type": "image"}]}, "system.0 is of type 'image'"),
@@ -166,7 +166,7 @@ def content(*blocks: dict[str, Any], role: str = "user") -> dict[str, Any]:
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format has no type that is known here"),
         ({"mcp_servers": [{}]}, "mcp_servers is a list of 1, which this engine does not support; leave it out."),
         ({"stop": "x"}, "stop is 'x', which this engine does not support"),
-        ({"temprature": 1}, "temprature is not known here; leave it out."),
+        ({"temprature": 1}, "temprature is not known here (did you mean temperature?); mend it, or leave it out."),
         ({"model": "claude"}, "The model 'claude' does not exist here; ask for 'echo'."),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import httpx
@@ -48,6 +49,23 @@ def test_offsets_are_places_in_the_text_that_comes_back(client, tokenizer):
                 assert (at, text.startswith("the theme")) == (0, True)
             else:
                 assert text.startswith(token, at)
+
+
+@pytest.mark.parametrize("prompt", ["the theme of it", [70, 71, 72]])
+def test_without_new_tokens_the_prompt_is_scored(client, prompt):
+    body = {**ASKED, "prompt": [prompt, "another"], "logprobs": 2}
+    asked, scored = (client.post("/v1/completions", json=body | {"max_tokens": most}).json() for most in (1, 0))
+    for whole, alone in zip(asked["choices"], scored["choices"], strict=True):
+        assert whole["text"].startswith(alone["text"])
+        size = len(whole["logprobs"]["tokens"]) - 1
+        assert {name: each[:size] for name, each in whole["logprobs"].items()} == alone["logprobs"]
+    assert scored["usage"]["completion_tokens"] == 0
+    assert scored["usage"]["prompt_tokens"] == asked["usage"]["prompt_tokens"]
+    stream = client.post("/v1/completions", json=body | {"max_tokens": 0, "stream": True}).text
+    texts = [json.loads(line[6:])["choices"][0]["text"] for line in stream.splitlines() if line.startswith("data: {")]
+    assert sorted(texts) == sorted(choice["text"] for choice in scored["choices"])
+    for other in ({"echo": False}, {"logprobs": None}):
+        refused(client.post("/v1/completions", json=body | {"max_tokens": 0} | other), 400, "max_tokens")
 
 
 @pytest.mark.parametrize("requested", [{"logprobs": None, "echo": False}, {"logprobs": None}, {"echo": False}, {}])

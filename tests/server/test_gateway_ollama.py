@@ -82,10 +82,12 @@ def test_think_is_the_template_s_switch(client):
 
 
 def test_the_model_is_told_of_and_always_loaded(client):
-    assert [model.model for model in client.list().models] == ["echo"]
+    assert [model.model for model in client.list().models] == [model.model for model in client.ps().models] == ["echo"]
+    assert client.list().models[0].size > 10_000
     shown = client.show(NAME)
     assert shown.capabilities == ["completion", "tools", "thinking"]
     assert shown.modelinfo["echo-trt.context_length"] == 1200
+    assert shown.modelinfo["general.basename"] == "echo"
     assert "<tool_call>" in shown.template
     for loaded in (client.chat(NAME, keep_alive="5m"), client.generate(NAME, keep_alive=0)):
         assert loaded.done
@@ -101,7 +103,7 @@ def test_the_model_is_told_of_and_always_loaded(client):
         ("chat", {"messages": CHAT, "options": {"num_predict": 0}}, "options.num_predict is 0"),
         ("chat", {"messages": CHAT, "options": {"repeat_penalty": 0}}, "options.repeat_penalty is 0"),
         ("chat", {"messages": CHAT, "options": {"mirostat": 2}}, "options.mirostat is 2, which this engine does not"),
-        ("chat", {"messages": CHAT, "options": {"temprature": 1}}, "options.temprature is not known here"),
+        ("chat", {"messages": CHAT, "options": {"temprature": 1}}, "options.temprature is not known here (did"),
         ("chat", {"messages": CHAT, "format": "xml"}, "format is 'xml': give json or a JSON schema."),
         ("chat", {"messages": CHAT, "format": {"type": 5}}, "format"),
         (

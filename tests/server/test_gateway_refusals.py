@@ -21,10 +21,11 @@ from echo_trt.files.log import LineFormatter
 from echo_trt.server.anthropic.blocks import READ
 from echo_trt.server.anthropic.request import CountTokensRequest, MessagesRequest
 from echo_trt.server.app import create_app
+from echo_trt.server.fields import ABOUT, UNSUPPORTED
 from echo_trt.server.keys import Keys
 from echo_trt.server.ollama.request import GenerateRequest, OllamaChatRequest
 from echo_trt.server.responses.request import ResponsesRequest
-from echo_trt.server.schemas import IGNORED, REFUSED, ChatRequest, CompletionRequest
+from echo_trt.server.schemas import ChatRequest, CompletionRequest
 
 #: Path -> a body that passes, and the model that reads it.
 KINDS = {
@@ -113,8 +114,7 @@ def test_no_nonsense_makes_the_gateway_fail(client):
     generator, seen = random.Random(0), set()
     for _ in range(1000):
         path, (valid, kind) = generator.choice(list(KINDS.items()))
-        others = [*getattr(kind, "REFUSED", REFUSED), *getattr(kind, "IGNORED", IGNORED)]
-        names = [*kind.model_fields, *others, "nobody knows it", ""]
+        names = [*kind.known(), *UNSUPPORTED, *ABOUT, "nobody knows it", ""]
         body = dict(valid)
         for _ in range(generator.randint(1, 3)):
             body[generator.choice(names)] = generator.choice(values)

@@ -242,7 +242,7 @@ def test_failures_of_a_restart_are_restarts_too(small):
     os.kill(each.process.pid, signal.SIGKILL)
     each.until(lambda: not each.serving)
     each.until(lambda: each.serving)
-    assert each.output[0] == "the small one has died; starting it again"
+    assert each.output[0] == "the small one has died (signal 9, Killed); starting it again"
     assert "the small one did not start: shot again; starting it again" in each.output
     assert len(each.starts) == 4
     assert re.fullmatch(r"serving again after \d+\.\d s", each.output[-1])
@@ -427,7 +427,7 @@ def test_a_stop_in_the_midst_of_a_restart_is_no_return(pair):
     shooter = pair.when_serving(shoot_and_stop)
     assert pair.run() == 0
     shooter.join()
-    assert pair.engine.output == ["the small one has died; starting it again"]
+    assert pair.engine.output == ["the small one has died (signal 9, Killed); starting it again"]
 
 
 def test_a_second_ctrl_c_waits_for_no_answer():

@@ -47,6 +47,7 @@ class Reader:
         self._texts = TokenTexts(self._tokenizer)
         self._marks = think_tokens(self._tokenizer)
         self._context = context
+        self._size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
         longest = max(map(len, self._tokenizer.get_vocab()))
         self._max_characters = context * longest  # a longer text cannot have as few tokens as fit
 
@@ -111,7 +112,7 @@ class Reader:
         thinking = wire.ThinkTokens(*REASONING, self._marks[1]) if self._marks else None
         chat = self._chat
         known = chat.source, chat.tokens, sorted(chat.variables), chat.takes_tools
-        return wire.ModelInfo(id, *known, thinking, self._context, self._sampling)
+        return wire.ModelInfo(id, *known, thinking, self._context, self._sampling, self._size)
 
     def _prompt(self, inputs: Mapping[str, Any]) -> tuple[list[int], str]:
         """Token ids, and the text that the caller may want to see before the answer."""

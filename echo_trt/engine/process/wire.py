@@ -148,6 +148,7 @@ class ModelInfo(Numbered):
     thinking     None for a model that does not think
     context      tokens of a prompt and its answer, at most
     sampling     parameters of requests that leave them out, where the model recommends any
+    size         bytes of the bundle
     """
 
     template: str
@@ -157,6 +158,7 @@ class ModelInfo(Numbered):
     thinking: ThinkTokens | None
     context: int
     sampling: dict[str, float]
+    size: int = 0
 
 
 ToEngine = Submit | Cancel | Describe | Tokenize | WatchSnapshots | AskForecast | Scrape

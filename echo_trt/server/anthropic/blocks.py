@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from echo_trt.server.errors import ApiError, shown, wrong
-from echo_trt.server.fields import FIELDS, MESSAGES
+from echo_trt.server.fields import FIELDS, MESSAGES, read_at
 from echo_trt.server.translated import TurnList
 
 #: What a block must hold. What is not read, such as cache_control, changes no text.
@@ -35,8 +35,9 @@ class BlockTurns(TurnList):
             raise wrong("messages", given, f"give 1 to {MESSAGES} messages")
         for index, message in enumerate(given):
             role = message.get("role") if isinstance(message, dict) else None
-            if not isinstance(role, str) or role not in BLOCKS or message.keys() != {"role", "content"}:
+            if not isinstance(role, str) or role not in BLOCKS or "content" not in message or len(message) > FIELDS:
                 raise wrong(f"messages.{index}", message, "give an object of a role, user or assistant, and content")
+            read_at(f"messages.{index}", message, ("role", "content"), "messages.")
             if message["content"] == []:
                 raise wrong(f"messages.{index}.content", [], "give a string, or blocks")
             self._take(f"messages.{index}", role, message["content"])

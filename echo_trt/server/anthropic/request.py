@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -11,7 +11,8 @@ from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.anthropic.blocks import BlockTurns
 from echo_trt.server.errors import ApiError, wrong
 from echo_trt.server.fields import FIELDS, Strict, at_most
-from echo_trt.server.translated import TranslatedRequest, renamed
+from echo_trt.server.schemas import Thinking
+from echo_trt.server.translated import CHAT_FIELDS, TranslatedRequest, renamed
 
 #: Beginnings of the types of tools that Anthropic's servers run.
 HOSTED = ("web_search", "web_fetch", "code_execution", "tool_search_tool")
@@ -29,6 +30,8 @@ Fields = Annotated[dict[str, Any], at_most(FIELDS, "fields")]
 
 
 class ToolChoice(Strict):
+    PATH = "tool_choice."
+
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool = False
@@ -38,13 +41,9 @@ class ToolChoice(Strict):
         return named if self.type == "tool" else "required" if self.type == "any" else self.type
 
 
-class Thinking(Strict):
-    type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None
-    display: Literal["summarized", "omitted"] | None = None  # thoughts are given as they are
-
-
 class OutputConfig(Strict):
+    PATH = "output_config."
+
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: Fields | None = None
     task_budget: Fields | None = None  # of several answers: each is ended by max_tokens
@@ -53,8 +52,7 @@ class OutputConfig(Strict):
 class CountTokensRequest(TranslatedRequest):
     """The body of /v1/messages/count_tokens. ``seed`` and others that are shared are not Anthropic's."""
 
-    REFUSED: ClassVar = {"container": (), "mcp_servers": ([],), "stop": (), "parallel_tool_calls": ()}
-    IGNORED = ("metadata", "service_tier", "cache_control", "context_management", "inference_geo", "speed")
+    ALSO = tuple(name for name in CHAT_FIELDS if name not in ("stop", "parallel_tool_calls"))
 
     messages: Any
     system: Any = None

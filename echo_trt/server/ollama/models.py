@@ -1,16 +1,18 @@
-"""What Ollama's API reports of the model and the server: /api/tags, /api/show and /api/version."""
+"""What Ollama's API reports of the model and the server: /api/tags, /api/ps, /api/show and /api/version."""
 
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from echo_trt import __version__
+from echo_trt.engine.process.client import EngineError
 from echo_trt.server.bodies import reads
 from echo_trt.server.fields import RequestBody
 from echo_trt.server.ollama.request import without_tag
@@ -24,11 +26,14 @@ DETAILS = {"format": KIND, "family": KIND, "families": [KIND], "parameter_size":
 class ShowRequest(RequestBody):
     """The body of /api/show."""
 
+    ALSO = ("name",)
+
     model: Annotated[str, AfterValidator(without_tag)] = ""
     verbose: bool = False
 
     @classmethod
     def kept(cls, given: dict[str, Any]) -> dict[str, Any]:
+        given = super().kept(given)
         older = given.pop("name", "")
         return given | {"model": given.get("model") or older}
 
@@ -36,10 +41,26 @@ class ShowRequest(RequestBody):
 async def tags(request: Request) -> Response:
     """GET /api/tags: the model by each of its names."""
     modified = datetime.fromtimestamp(request.app.state.created, UTC).isoformat()
-    about = {"modified_at": modified, "size": 0, "details": DETAILS}
+    return JSONResponse({"models": await _models(request, modified_at=modified)})
+
+
+async def running(request: Request) -> Response:
+    """GET /api/ps: the same, for the model is always loaded."""
+    return JSONResponse({"models": await _models(request, expires_at="9999-12-31T23:59:59Z", size_vram=0)})
+
+
+async def alive(request: Request) -> Response:
+    """GET /, which Ollama's command asks before anything else."""
+    return PlainTextResponse("Ollama is running")
+
+
+async def _models(request: Request, **more: Any) -> list[dict[str, Any]]:
+    size = 0
+    with suppress(EngineError):  # it is away
+        size = (await request.app.state.client.model_info()).size
+    about = {"size": size, "details": DETAILS, **more}
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in request.app.state.names}  # clients need one
-    models = [{"name": name, "model": name, "digest": digest, **about} for name, digest in digests.items()]
-    return JSONResponse({"models": models})
+    return [{"name": name, "model": name, "digest": digest, **about} for name, digest in digests.items()]
 
 
 @reads(ShowRequest)
@@ -51,7 +72,11 @@ async def show(request: Request, requested: ShowRequest) -> Response:
         "parameters": "\n".join(f"{name} {value}" for name, value in info.sampling.items()),
         "template": info.template,
         "details": DETAILS,
-        "model_info": {"general.architecture": KIND, f"{KIND}.context_length": info.context},
+        "model_info": {
+            "general.architecture": KIND,
+            "general.basename": requested.model,
+            f"{KIND}.context_length": info.context,
+        },
         "capabilities": ["completion", "tools", *(["thinking"] if info.thinking else [])],
     }
     return JSONResponse(shown)

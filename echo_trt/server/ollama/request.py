@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from echo_trt.server.errors import ApiError, wrong
-from echo_trt.server.fields import FIELDS, MESSAGES, at_most, check_supported
-from echo_trt.server.translated import TranslatedRequest, renamed
+from echo_trt.server.fields import FIELDS, MESSAGES, at_most, read_at
+from echo_trt.server.translated import CHAT_FIELDS, TranslatedRequest, renamed
 
 #: The chat's fields -> their names here.
 CLIENT_FIELDS = {
@@ -22,14 +22,6 @@ CLIENT_FIELDS = {
 SAMPLED = ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")
 CLIENT_FIELDS |= {name: f"options.{name}" for name in SAMPLED}
 OPTIONS = {field.removeprefix("options."): name for name, field in CLIENT_FIELDS.items() if "options." in field}
-#: Options that ask for something we don't have, unless they hold one of these values.
-REFUSED: dict[str, tuple[Any, ...]] = {f"options.{name}": (1, 1.0) for name in ("tfs_z", "typical_p")}
-REFUSED["options.mirostat"] = (0,)
-#: Options of how a model is loaded or run, which the server decides; a prompt that does not fit is refused anyway.
-IGNORED = (
-    *("num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "numa", "low_vram", "f16_kv"),
-    *("use_mmap", "use_mlock", "vocab_only", "penalize_newline", "repeat_last_n", "mirostat_tau", "mirostat_eta"),
-)
 
 
 def without_tag(model: str) -> str:
@@ -40,9 +32,9 @@ def without_tag(model: str) -> str:
 class OllamaRequest(TranslatedRequest):
     """What both paths share."""
 
-    IGNORED = ("keep_alive", "truncate", "shift")
+    ALSO = tuple(name for name in CHAT_FIELDS if name != "top_logprobs")  # these answers have none
 
-    model: Annotated[str, AfterValidator(without_tag)]
+    model: Annotated[str, AfterValidator(without_tag)] = ""
     stream: bool = True
     format: Any = None
     options: Annotated[dict[str, Any], at_most(FIELDS, "options")] = Field({})
@@ -79,15 +71,9 @@ class OllamaRequest(TranslatedRequest):
         return schema if isinstance(self.format, dict) else {"type": "json_object"}
 
     def _options(self) -> dict[str, Any]:
-        kept = {}
-        for name, value in self.options.items():
-            if value is None or name in IGNORED or (name == "num_predict" and value in (-1, -2)):
-                continue
-            if name in OPTIONS:
-                kept[OPTIONS[name]] = value
-            elif not check_supported(f"options.{name}", value, REFUSED):
-                raise ApiError(400, f"options.{name[:50]} is not known here; leave it out.", param="options")
-        return kept
+        read = read_at("options", self.options, OPTIONS, "options.")
+        without_limit = read.get("num_predict") in (-1, -2)  # as Ollama says it
+        return {OPTIONS[name]: read[name] for name in read if not (without_limit and name == "num_predict")}
 
 
 class OllamaChatRequest(OllamaRequest):
@@ -106,8 +92,6 @@ class OllamaChatRequest(OllamaRequest):
 
 class GenerateRequest(OllamaRequest):
     """The body of /api/generate: a text, put into the chat template as a user's turn."""
-
-    REFUSED: ClassVar = {"suffix": ("",), "template": ("",), "images": ([],), "raw": (False,), "context": ([],)}
 
     prompt: str = ""
     system: str = ""

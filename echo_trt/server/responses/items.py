@@ -6,19 +6,18 @@ import re
 from typing import Any
 
 from echo_trt.server.errors import ApiError, wrong
-from echo_trt.server.fields import FIELDS, MESSAGES
+from echo_trt.server.fields import FIELDS, MESSAGES, read_at
 from echo_trt.server.responses.tools import joined
 from echo_trt.server.translated import TurnList
 
 TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
-#: What an item may hold. What is not read says something about the item's first answer, and clients send it back.
+#: What an item must hold.
 READ = {
     "message": ("role", "content"),
     "function_call": ("call_id", "name", "arguments"),
     "function_call_output": ("call_id", "output"),
     "reasoning": (),
 }
-NOT_READ = frozenset({"type", "id", "status", "phase", "namespace"})  # the last: read in calls
 ROLES = ("system", "developer", "user", "assistant")
 
 
@@ -57,10 +56,7 @@ class Turns(TurnList):
         for name in READ[kind]:
             if item.get(name) is None:
                 raise ApiError(400, f"{field}.{name} is missing.", param=f"{field}.{name}")
-        for name in item:
-            if name not in READ[kind] and name not in NOT_READ and item[name] is not None:
-                shown_name = name[:50]
-                raise wrong(f"{field}.{shown_name}", item[name], "nothing of this name is known here; leave it out")
+        read_at(field, item, (*READ[kind], "type", "id", "namespace"), "input.")
         if kind == "message":
             if item["role"] not in ROLES:
                 raise wrong(f"{field}.role", item["role"], f"give {', '.join(ROLES)}")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from echo_trt.server.errors import ApiError
-from echo_trt.server.fields import FIELDS, Strict, at_most
+from echo_trt.server.fields import FIELDS, Strict, at_most, ignore
 from echo_trt.server.responses.items import Turns
 from echo_trt.server.responses.tools import (
     CallableFunction,
@@ -19,20 +18,9 @@ from echo_trt.server.responses.tools import (
     functions_of,
     left_out,
 )
-from echo_trt.server.schemas import IGNORED as CHAT_IGNORED
+from echo_trt.server.schemas import Reasoning
 from echo_trt.server.translated import TranslatedRequest, renamed
 
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "store": (False, True),  # nothing is stored either way, as answers say
-    "background": (False,),
-    "previous_response_id": (),
-    "conversation": (),
-    "prompt": (),
-    "max_tool_calls": (),
-    "context_management": (),
-    "truncation": ("disabled", "auto"),  # nothing is cut off: a prompt that does not fit is refused
-}
-IGNORED = (*(name for name in CHAT_IGNORED if name != "metadata"), "client_metadata")
 LOGPROBS = "message.output_text.logprobs"
 Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]  # the latter: nothing here is
 #: The chat's names of fields that are called otherwise here. A longer one stands before its beginning.
@@ -44,13 +32,9 @@ CLIENT_FIELDS = {
 }
 
 
-class Reasoning(Strict):
-    effort: str | None = None
-    summary: Literal["auto"] | None = None  # there is none: the thought itself is given
-    generate_summary: Literal["auto"] | None = None
-
-
 class Text(Strict):
+    PATH = "text."
+
     format: Annotated[dict[str, Any], at_most(FIELDS, "fields")] | None = None
     verbosity: Literal["medium"] | None = None
 
@@ -62,13 +46,15 @@ class Text(Strict):
 
 
 class EventOptions(Strict):
+    PATH = "stream_options."
+
     include_obfuscation: bool = False  # padding against traffic analysis: there is none either way
 
 
 class ResponsesRequest(TranslatedRequest):
     """What is asked. ``top_k`` and others of CHAT_FIELDS are not OpenAI's (docs/request-fields.md)."""
 
-    REFUSED, IGNORED = REFUSED, IGNORED
+    NEUTRAL: ClassVar = {"max_output_tokens": (-1,)}
 
     input: Any
     instructions: str | None = None
@@ -116,8 +102,7 @@ class ResponsesRequest(TranslatedRequest):
     @model_validator(mode="after")
     def _agrees(self) -> ResponsesRequest:
         if self.stream_options is not None and not self.stream:
-            message = "stream_options is only allowed where stream is true."
-            raise ApiError(400, message, param="stream_options")
+            ignore("stream_options")
         return self
 
     def client_field(self, chat_field: str) -> str:

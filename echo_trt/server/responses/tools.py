@@ -25,11 +25,15 @@ HOSTED = {
 class FlatTool(Function):
     """A function, in one object where a chat has two."""
 
+    PATH = "tools."
+
     type: Literal["function"]
 
 
 class Namespace(Strict):
     """Functions with a name in common."""
+
+    PATH = "tools."
 
     type: Literal["namespace"]
     name: Name
@@ -68,6 +72,8 @@ ToolList = Annotated[list[Given], BeforeValidator(_read), at_most(MAX_TOOLS, "to
 
 
 class FlatChoice(Strict):
+    PATH = "tool_choice."
+
     type: Literal["function"]
     name: str
     namespace: str | None = None
@@ -78,6 +84,8 @@ class FlatChoice(Strict):
 
 class FlatAllowed(Strict):
     """Some of the tools. Hosted ones, which do not run here, are no functions to call."""
+
+    PATH = "tool_choice."
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]

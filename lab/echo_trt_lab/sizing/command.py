@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 
 from rich.console import Console
 
 from echo_trt.bundle.manifest import MANIFEST, read_manifest, verify_files
 from echo_trt.bundle.recipe import Recipe
-from echo_trt.cli.recipes import recipe_for, shipped_folder
+from echo_trt.cli.recipes import recipe_for
 from echo_trt.errors import UserError
 from echo_trt.sizing.limits import limited
-from echo_trt.sizing.shapes import published
 from echo_trt_lab.sizing.cards import CARDS, parse_cards
 from echo_trt_lab.sizing.fit import fit
 from echo_trt_lab.sizing.options import InspectOptions
@@ -23,8 +21,6 @@ from echo_trt_lab.sizing.tables import cards_table, manifest_table, recipe_table
 def run(options: InspectOptions, console: Console) -> int:
     """Print the tables; returns the exit code, 1 where a recipe does not fit."""
     path, cards = Path(options.path), options.cards
-    if not (os.path.exists(path) or options.path in published() or (shipped_folder() / f"{path}.yaml").is_file()):
-        raise UserError(f"{path} does not exist; name a bundle's folder, a recipe, or a model such as Qwen/Qwen3-8B.")
     if not path.is_dir() or ((path / "config.json").exists() and not (path / MANIFEST).exists()):
         engine = options.engine or ("of a GPU" if cards else None)  # with cards the recipe's own
         recipe, folder = recipe_for(options.path, engine=engine)

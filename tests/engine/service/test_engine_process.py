@@ -107,7 +107,7 @@ def test_an_engine_that_is_killed_comes_back_and_open_requests_end_with_an_error
         assert found[0].status_code == 503
         wait_until(lambda: ask().status_code == 200)
         assert client.get("/health").status_code == 200
-    assert "the engine has died; starting it again" in server.err
+    assert "the engine has died (signal 9, Killed); starting it again" in server.err
 
 
 def test_it_listens_on_ipv6_and_sigterm_lets_open_answers_finish(roomy_bundle, tmp_path):

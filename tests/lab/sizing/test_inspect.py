@@ -57,7 +57,7 @@ def test_a_shipped_recipe_is_found_by_its_name_from_anywhere(inspect, tmp_path, 
     assert inspect("qwen3-8b", "--engine", "tensorrt") == by_file
     code, _, err = inspect("qwen3-9b")
     assert code == 2
-    assert "qwen3-9b does not exist" in " ".join(err.split())
+    assert "qwen3-9b is neither a recipe" in " ".join(err.split())
 
 
 def test_a_mixture_of_experts_on_8_gpus_has_two_knees(inspect):
