@@ -23,9 +23,11 @@ from echo_trt.engine.process.client import Client, EngineError
 from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.errors import UserError
-from echo_trt.server.answers import Answer, ApiAnswer, EventStream
+from echo_trt.server.answer_types import Health, LatencyForecast, Version
+from echo_trt.server.answers import Answer, ChatAnswer, EventStream, TextAnswer
 from echo_trt.server.anthropic.answer import MessagesAnswer
 from echo_trt.server.anthropic.request import CountTokensRequest, MessagesRequest
+from echo_trt.server.anthropic.types import CountedTokens
 from echo_trt.server.bodies import Bodies, reads
 from echo_trt.server.chats import chat_for
 from echo_trt.server.choices import ClientGone, PieceStream, merged
@@ -35,7 +37,7 @@ from echo_trt.server.keys import Keys
 from echo_trt.server.live import Live, show_about, show_live
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.ollama import models as ollama_models
-from echo_trt.server.ollama.answer import OllamaAnswer, head
+from echo_trt.server.ollama.answer import OllamaAnswer, line
 from echo_trt.server.ollama.request import GenerateRequest, OllamaChatRequest, OllamaRequest
 from echo_trt.server.openapi import show_openapi
 from echo_trt.server.options import checked_names, checked_origins
@@ -99,7 +101,7 @@ def create_app(
         routes=[
             Route("/v1/models", models),  # where GET is answered, HEAD is too
             Route("/v1/models/{name:path}", one_model),
-            Route("/v1/chat/completions", chats(ChatRequest, ApiAnswer), methods=["POST"]),
+            Route("/v1/chat/completions", chats(ChatRequest, ChatAnswer), methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/responses", chats(ResponsesRequest, ResponsesAnswer), methods=["POST"]),
             Route("/v1/messages", chats(MessagesRequest, MessagesAnswer), methods=["POST"]),
@@ -137,13 +139,14 @@ def chats(kind: type[ChatRequest | TranslatedRequest], answer_type: type[Answer[
     async def endpoint(request: Request, requested: ChatRequest | TranslatedRequest) -> Response:
         state = request.app.state
         if isinstance(requested, OllamaRequest) and not requested.turns:  # the model is loaded already
-            return JSONResponse(head(requested) | {"done": True, "done_reason": "load"})
+            return JSONResponse(line(requested, "", {}, {"done": True, "done_reason": "load"}))
         try:
             info = await state.client.model_info()
             wanted = requested.chat_for_model(info)
             chat = chat_for(wanted, info)
             if answer_type is None:
-                return JSONResponse({"input_tokens": len(await token_ids(state.client, chat.inputs, chat.names))})
+                ids = await token_ids(state.client, chat.inputs, chat.names)
+                return JSONResponse(CountedTokens(input_tokens=len(ids)))
             pieces = _pieces(request, wanted, info, [chat.inputs], chat.names)
             turns = [chat.turn() for _ in range(wanted.n)]
             response = await _sent(answer_type(requested, turns, state.metrics), pieces, requested.stream)
@@ -163,7 +166,7 @@ async def completions(request: Request, requested: CompletionRequest) -> Respons
     await _check_echo(requested, prompts, state.client)
     pieces = _pieces(request, requested, info, prompts, requested.names)
     turns = [OutputParser() for _ in range(len(prompts) * requested.n)]
-    return await _sent(ApiAnswer(requested, turns, state.metrics), pieces, requested.stream)
+    return await _sent(TextAnswer(requested, turns, state.metrics), pieces, requested.stream)
 
 
 @reads(ForecastRequest)
@@ -172,18 +175,19 @@ async def forecast(request: Request, requested: ForecastRequest) -> Response:
     latency = requested.latency or request.scope.get("latency") or ""
     text = latency if isinstance(latency, str) else json.dumps(latency)
     reply = await request.app.state.client.forecast(requested.prompt_tokens, requested.max_tokens, text)
-    return JSONResponse(json.loads(reply.text))
+    found: LatencyForecast = json.loads(reply.text)
+    return JSONResponse(found)
 
 
 async def health(request: Request) -> Response:
     """GET /health: 200 where the engine answers, 503 where it does not."""
     await request.app.state.client.check()
-    return JSONResponse({"status": "ok"})
+    return JSONResponse(Health(status="ok"))
 
 
 async def version(request: Request) -> Response:
     """GET /version: this package's."""
-    return JSONResponse({"version": __version__})
+    return JSONResponse(Version(version=__version__))
 
 
 async def show_metrics(request: Request) -> PlainTextResponse:

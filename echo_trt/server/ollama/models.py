@@ -14,11 +14,18 @@ from echo_trt import __version__
 from echo_trt.server.bodies import reads
 from echo_trt.server.fields import RequestBody
 from echo_trt.server.ollama.request import without_tag
+from echo_trt.server.ollama.types import OllamaDetails, OllamaModel, OllamaModels, OllamaShown, OllamaVersion
 
 #: Version of Ollama whose API this is: clients refuse older ones.
 OLLAMA = "0.13.0"
 KIND = "echo-trt"
-DETAILS = {"format": KIND, "family": KIND, "families": [KIND], "parameter_size": "", "quantization_level": ""}
+DETAILS: OllamaDetails = {
+    "format": KIND,
+    "family": KIND,
+    "families": [KIND],
+    "parameter_size": "",
+    "quantization_level": "",
+}
 
 
 class ShowRequest(RequestBody):
@@ -36,17 +43,19 @@ class ShowRequest(RequestBody):
 async def tags(request: Request) -> Response:
     """GET /api/tags: the model by each of its names."""
     modified = datetime.fromtimestamp(request.app.state.created, UTC).isoformat()
-    about = {"modified_at": modified, "size": 0, "details": DETAILS}
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in request.app.state.names}  # clients need one
-    models = [{"name": name, "model": name, "digest": digest, **about} for name, digest in digests.items()]
-    return JSONResponse({"models": models})
+    models: list[OllamaModel] = [
+        {"name": name, "model": name, "digest": digest, "modified_at": modified, "size": 0, "details": DETAILS}
+        for name, digest in digests.items()
+    ]
+    return JSONResponse(OllamaModels(models=models))
 
 
 @reads(ShowRequest)
 async def show(request: Request, requested: ShowRequest) -> Response:
     """POST /api/show: what the model is. Raises EngineError."""
     info = await request.app.state.client.model_info()
-    shown: dict[str, Any] = {
+    shown: OllamaShown = {
         "modelfile": "",
         "parameters": "\n".join(f"{name} {value}" for name, value in info.sampling.items()),
         "template": info.template,
@@ -59,4 +68,4 @@ async def show(request: Request, requested: ShowRequest) -> Response:
 
 async def version(request: Request) -> Response:
     """GET /api/version."""
-    return JSONResponse({"version": OLLAMA, "echo_trt": __version__})
+    return JSONResponse(OllamaVersion(version=OLLAMA, echo_trt=__version__))
