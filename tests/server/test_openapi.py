@@ -26,7 +26,7 @@ CHAT = {"messages": [{"role": "user", "content": "the theme"}], "seed": 3, "thin
 SHORT = CHAT | {"model": "echo", "max_tokens": 12}
 OLLAMA = {"model": "echo", "options": {"seed": 3, "num_predict": 12}}
 #: The path, and a body that each of its kinds of answers comes to.
-ASKED: list[tuple[str, dict[str, Any]]] = [
+ANSWERED: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", SHORT),
     ("/v1/chat/completions", SHORT | {"logprobs": True, "top_logprobs": 2, "token_sources": True, "n": 2}),
     ("/v1/chat/completions", CHAT | {"model": "echo", "tools": TOOLS, "tool_choice": "required"}),
@@ -95,7 +95,7 @@ def test_every_operation_has_a_name_a_tag_and_answers(document):
             assert all(media["schema"] for media in answer["content"].values())
 
 
-@pytest.mark.parametrize(("path", "body"), ASKED)
+@pytest.mark.parametrize(("path", "body"), ANSWERED)
 def test_answers_and_their_parts_are_as_the_document_says(path, body, door, document):
     answer = door.post(path, json=body | {"stream": False})
     assert answer.status_code == 200, answer.text
@@ -145,7 +145,7 @@ def test_other_people_s_types_take_every_answer(path, library, name, ours, door)
     """
     theirs = TypeAdapter(getattr(pytest.importorskip(library, reason="needs the client"), name))
     own, whole = TypeAdapter(ours), name in ("ChatCompletion", "Completion", "Response", "Message")
-    for body in (body for asked, body in ASKED if asked == path and "echo" not in body):
+    for body in (body for each, body in ANSWERED if each == path and "echo" not in body):
         answer = door.post(path, json=body | {"stream": not whole})
         lines = [answer.text] if whole else [line[6:] for line in answer.text.splitlines() if line[:7] == "data: {"]
         for line in lines:
