@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from refusal import refused
 
-from echo_trt.bundle.manifest import Sampling
+from echo_trt.bundle.recipe import Sampling
 from echo_trt.engine.params import PARAMETERS, SamplingParams
 from echo_trt.engine.process.inputs import ALIASES
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from echo_trt.bundle.recipe import NETWORKS, EngineName, Precision, Recipe
+from echo_trt.bundle.recipe import NETWORKS, EngineName, Precision, Recipe, Sampling
 from echo_trt.errors import UserError, first_mistake, shown
 from echo_trt.files.inputs import read_text
 
@@ -115,20 +115,6 @@ class TensorRTFacts(_Facts):
     capabilities: list[str]
 
 
-class Sampling(_Facts):
-    """Holds what a checkpoint's generation_config.json recommends where it samples; None: nothing."""
-
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-
-    def given(self) -> dict[str, Any]:
-        """Return the parameters that are recommended, by name."""
-        return self.model_dump(exclude_none=True)
-
-
 class Manifest(_Facts):
     """Holds manifest.json.
 
@@ -136,7 +122,7 @@ class Manifest(_Facts):
     draft_sha256   of the draft's checkpoint, "" without a draft network; a calibration belongs to it
     checks         network -> self-check; a network that could not be checked where it was built is missing
     files          name -> sha256
-    sampling       sampling parameters that the checkpoint recommends: defaults of requests
+    sampling       what recipe and checkpoint recommend: defaults of requests
     tokenizer      whose it is where the target's weights are random; "": the target's
     """
 

@@ -158,12 +158,27 @@ class Decoding(_Section):
         return self
 
 
+class Sampling(_Section):
+    """Recommends sampling parameters to requests that leave them out; None: nothing."""
+
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Return the parameters that are recommended, by name."""
+        return self.model_dump(exclude_none=True)
+
+
 class Recipe(_Section):
     """Holds a whole recipe.
 
     engine, precision   defaults that ``echo-trt build`` can override
     tensor_parallel     GPUs among which the target's matrices are divided
     calibration         file that echo-trt calibrate wrote for this target and draft, relative to the recipe
+    sampling            comes before what the checkpoint recommends, key by key
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -175,6 +190,7 @@ class Recipe(_Section):
     limits: Limits = Limits()
     decoding: Decoding = Decoding()
     calibration: str | None = None
+    sampling: Sampling = Sampling()
 
     def built_as(self, engine: str | None, precision: str | None) -> Recipe:
         """Return the recipe with the build settings that are given.

@@ -27,13 +27,12 @@ from echo_trt.bundle.manifest import (
     BlockFacts,
     Manifest,
     NetworkFacts,
-    Sampling,
     SelfCheck,
     TensorRTFacts,
     sha256,
 )
 from echo_trt.bundle.ngrams import read_ngrams
-from echo_trt.bundle.recipe import Precision, Recipe, Source
+from echo_trt.bundle.recipe import Precision, Recipe, Sampling, Source
 from echo_trt.bundle.sources import locate
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.engine.params import MAX_STOP_TOKENS
@@ -195,7 +194,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         target=facts["target"],
         draft=facts.get("draft"),
         eos_token_ids=eos,
-        sampling=_sampling(checkpoint, config),
+        sampling=_sampling(checkpoint, config, recipe.sampling),
         target_sha256=digest,
         draft_sha256=draft_digest,
         tokenizer=tokenizer.name_or_path if recipe.target.random_weights else "",
@@ -398,15 +397,16 @@ def _eos(checkpoint: Checkpoint, config: DecoderConfig, tokenizer) -> list[int]:
     return ends
 
 
-def _sampling(checkpoint: Checkpoint, config: DecoderConfig) -> Sampling:
-    """Return what requests that say nothing get: what a checkpoint that samples recommends, of GGUF else its family."""
-    path = checkpoint.path / "generation_config.json"
+def _sampling(checkpoint: Checkpoint, config: DecoderConfig, preferred: Sampling) -> Sampling:
+    """Return what requests that say nothing get: what the recipe prefers, else what a checkpoint that samples
+    recommends, of GGUF else its family."""
+    path, stated = checkpoint.path / "generation_config.json", {}
     if checkpoint.path.is_file():
         path, stated = checkpoint.path, {**FAMILIES[config.family].sampling, **checkpoint.config["generation_config"]}
-    elif not path.exists() or not (stated := read_json(path)).get("do_sample"):
-        return Sampling()
+    elif path.exists() and (written := read_json(path)).get("do_sample"):
+        stated = written
     named = {name: stated[name] for name in Sampling.model_fields if stated.get(name) is not None}
     try:
-        return Sampling(**named)
+        return Sampling.model_validate(named | preferred.given(), strict=False)
     except ValidationError as error:
         raise UserError(f"{path}: {first_mistake(error)}; mend it, or set do_sample to false.") from None

@@ -47,8 +47,7 @@ def run(options: ServerOptions) -> int:
     names, origins = list(options.served_model_names) or [MODEL], list(options.allowed_origins)
     classes = None if options.latency_classes is None else list(LatencyClasses(options.latency_classes))
     given = options.api_keys, options.largest_body, names, origins, options.page, options.hosts, classes
-    told = {"request_log": options.request_log, "strict_fields": options.strict_fields}
-    app = create_app(options.engine_socket, *given, **told)
+    app = create_app(options.engine_socket, *given, options.request_log, options.strict_fields)
     more: dict[str, Any] = {"host": options.host, "timeout_graceful_shutdown": options.drain_seconds}
     server = server_of(app, options.liveness_socket, port=options.port, **more)
     with suppress(KeyboardInterrupt):  # raised once requests in flight have ended

@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 
@@ -14,16 +14,36 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from echo_trt.engine.process.wire import TextPiece
+from echo_trt.server.answer_types import (
+    AnswerHead,
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDetails,
+    ChatLogprobs,
+    ChatToken,
+    ChunkChoice,
+    DraftAcceptance,
+    FinishReason,
+    MessageDelta,
+    RunningUsage,
+    SourcedChoice,
+    TextChoice,
+    TextCompletion,
+    TextLogprobs,
+    Usage,
+)
 from echo_trt.server.choices import ClientGone, PieceStream
 from echo_trt.server.errors import ApiError
 from echo_trt.server.fields import RequestBody
 from echo_trt.server.metrics import ServerMetrics
-from echo_trt.server.schemas import ChatRequest, CompletionRequest
-from echo_trt.server.turns import MessageDelta, OutputParser
+from echo_trt.server.schemas import ChatRequest, CompletionRequest, Params
+from echo_trt.server.turns import OutputParser
 
 Item = TypeVar("Item")
 Requested = TypeVar("Requested", bound=RequestBody)
-AnswerEvent = dict[str, Any]
+OpenAIRequest = TypeVar("OpenAIRequest", bound=Params)
+AnswerEvent = Mapping[str, Any]
 TokenLogprob = dict[str, Any]  # of a token: token, logprob, bytes, top_logprobs (a list of such), text_offset
 
 
@@ -39,7 +59,7 @@ class Answer(ABC, Generic[Requested]):
         self._id, self._created = secrets.token_hex(16), int(time.time())
         self.error: dict[str, Any] = {}  # that ended it, as ``ApiError.told``
 
-    async def whole(self, pieces: PieceStream) -> dict[str, Any]:
+    async def whole(self, pieces: PieceStream) -> AnswerEvent:
         """Return the body of an answer that is not streamed, once all texts have ended."""
         async for choice, piece in pieces:
             for _event in self.take(choice, piece):
@@ -101,7 +121,7 @@ class Answer(ABC, Generic[Requested]):
     def failed(self, error: ApiError) -> Iterator[AnswerEvent]: ...
 
     @abstractmethod
-    def complete(self) -> dict[str, Any]:
+    def complete(self) -> AnswerEvent:
         """Return the answer, once its texts have ended."""
 
     def written(self, event: AnswerEvent) -> str:
@@ -110,76 +130,36 @@ class Answer(ABC, Generic[Requested]):
         return f"{kind}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-class ApiAnswer(Answer[ChatRequest | CompletionRequest]):
+class ApiAnswer(Answer[OpenAIRequest]):
     """The answer to a chat or completions; ``requested.n`` turns are of one prompt."""
 
     last = "data: [DONE]\n\n"
+    prefix = ""  # of its id
 
-    def __init__(self, requested: ChatRequest | CompletionRequest, turns: list[OutputParser], metrics: ServerMetrics):
+    def __init__(self, requested: OpenAIRequest, turns: list[OutputParser], metrics: ServerMetrics):
         super().__init__(requested, turns, metrics)
         self._prompts = turns[:: requested.n]
-        self._chat = isinstance(requested, ChatRequest)
-        self._id = ("chatcmpl-" if self._chat else "cmpl-") + self._id
-
-    def complete(self) -> dict[str, Any]:
-        kind = "chat.completion" if self._chat else "text_completion"
-        choices = []
-        for index, turn in enumerate(self._turns):
-            content = {"message": turn.message()} if self._chat else {"text": turn.content}
-            choices.append({"index": index, **content, **self._details(turn), "finish_reason": turn.finish_reason})
-        return self._head(kind) | {"choices": choices, "usage": self._usage(), **self._speculation()}
-
-    def begin(self, first: TextPiece) -> Iterator[AnswerEvent]:
-        begin = TextPiece(0, prompt_tokens=first.prompt_tokens)  # all choices of a chat have one prompt
-        for index in range(len(self._turns) if self._chat else 0):
-            yield self._chunk(_delta(index, {"role": "assistant", "content": ""}), begin)
-
-    def take(self, choice: int, piece: TextPiece) -> Iterator[AnswerEvent]:
-        turn = self._turns[choice]
-        deltas = turn.take(piece)
-        if not self._requested.stream:
-            return
-        if not self._chat:
-            reported = {"index": choice, "text": piece.text, **self._details(turn)}
-            yield self._chunk(reported | {"finish_reason": piece.finish_reason}, piece)
-            return
-        for delta in deltas:
-            yield self._chunk(_delta(choice, delta) | self._details(turn), piece)
-        if turn.finish_reason:
-            reported = self._details(turn) if turn.logprobs or turn.sources else {}
-            yield self._chunk(_delta(choice, {}, turn.finish_reason) | reported, piece)
-
-    def end(self) -> Iterator[AnswerEvent]:
-        if self._requested.wants_usage:
-            yield self._head(self._chunk_kind) | {"choices": [], "usage": self._usage(), **self._speculation()}
+        self._id = self.prefix + self._id
 
     def failed(self, error: ApiError) -> Iterator[AnswerEvent]:
         yield error.body
 
-    @property
-    def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self._chat else "text_completion"
+    def _head(self) -> AnswerHead:
+        return {"id": self._id, "created": self._created, "model": self._requested.model}
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._requested.model}
-
-    def _chunk(self, choice: dict[str, Any], piece: TextPiece) -> AnswerEvent:
-        chunk = self._head(self._chunk_kind) | {"choices": [choice]}
+    def _running(self, piece: TextPiece) -> RunningUsage:
+        """Return a chunk's field of usage, where it has one."""
         if self._requested.wants_running_usage:
-            chunk["usage"] = _counts(piece.prompt_tokens, piece.completion_tokens)
-        elif self._requested.wants_usage:
-            chunk["usage"] = None
-        return chunk
+            return {"usage": _counts(piece.prompt_tokens, piece.completion_tokens)}
+        return {"usage": None} if self._requested.wants_usage else {}
 
-    def _details(self, turn: OutputParser) -> dict[str, Any]:
-        """Take a choice's fields of details: ``logprobs``, and ``token_sources`` where the request asks for them."""
-        logprobs: dict[str, Any] | None = None
+    def _taken(self, turn: OutputParser) -> tuple[list[TokenLogprob] | None, SourcedChoice]:
+        """Take a choice's log-probabilities, None where none are asked for, and its field ``token_sources``."""
         entries, sources = turn.take_details()
-        if self._requested.alternatives is not None:
-            logprobs = chat_logprobs(entries) if self._chat else _completion_logprobs(entries)
-        return {"logprobs": logprobs, **({"token_sources": sources} if self._requested.token_sources else {})}
+        sourced: SourcedChoice = {"token_sources": sources} if self._requested.token_sources else {}
+        return (None if self._requested.alternatives is None else entries), sourced
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> Usage:
         """Count tokens: every prompt once however many choices it has, and every choice."""
         prompt = sum(turn.prompt_tokens for turn in self._prompts)
         body = _counts(prompt, sum(turn.completion_tokens for turn in self._turns))
@@ -189,12 +169,12 @@ class ApiAnswer(Answer[ChatRequest | CompletionRequest]):
             body["completion_tokens_details"] = {"reasoning_tokens": reasoning}
         return body
 
-    def _speculation(self) -> dict[str, Any]:
-        """Return vLLM's field of draft acceptance, where one choice was asked for and drafts were verified."""
-        drafted, accepted = self._turn.drafted, self._turn.accepted
+    def _ended(self) -> AnswerHead:
+        """Return the head, and vLLM's field of draft acceptance where one choice was asked for and drafts verified."""
+        head, drafted, accepted = self._head(), self._turn.drafted, self._turn.accepted
         if len(self._turns) > 1 or not drafted:
-            return {}
-        reported = {
+            return head
+        reported: DraftAcceptance = {
             "mean_acceptance_length": 1 + sum(accepted) / len(accepted),
             "draft_acceptance_rate": sum(accepted) / sum(drafted),
             "acceptance_histogram": [accepted.count(length) for length in range(max(accepted) + 1)],
@@ -204,7 +184,74 @@ class ApiAnswer(Answer[ChatRequest | CompletionRequest]):
             "per_step_accepted": accepted,
             "per_step_drafted": drafted,
         }
-        return {"metrics": {"speculative_decoding": reported}}
+        return {**head, "metrics": {"speculative_decoding": reported}}
+
+
+class ChatAnswer(ApiAnswer[ChatRequest]):
+    """The answer to a chat."""
+
+    prefix = "chatcmpl-"
+
+    def complete(self) -> ChatCompletion:
+        choices: list[ChatChoice] = []
+        for index, turn in enumerate(self._turns):
+            message, details = turn.message(), self._details(turn)
+            choices.append({"index": index, "message": message, **details, "finish_reason": turn.finish_reason})
+        return {**self._ended(), "object": "chat.completion", "choices": choices, "usage": self._usage()}
+
+    def begin(self, first: TextPiece) -> Iterator[ChatCompletionChunk]:
+        begin = TextPiece(0, prompt_tokens=first.prompt_tokens)  # all choices of a chat have one prompt
+        for index in range(len(self._turns)):
+            yield self._chunk(_delta(index, {"role": "assistant", "content": ""}), begin)
+
+    def take(self, choice: int, piece: TextPiece) -> Iterator[ChatCompletionChunk]:
+        turn = self._turns[choice]
+        deltas = turn.take(piece)
+        if not self._requested.stream:
+            return
+        for delta in deltas:
+            yield self._chunk({**_delta(choice, delta), **self._details(turn)}, piece)
+        if turn.finish_reason:
+            last = _delta(choice, {}, turn.finish_reason)
+            yield self._chunk({**last, **self._details(turn)} if turn.logprobs or turn.sources else last, piece)
+
+    def end(self) -> Iterator[ChatCompletionChunk]:
+        if self._requested.wants_usage:
+            yield {**self._ended(), "object": "chat.completion.chunk", "choices": [], "usage": self._usage()}
+
+    def _details(self, turn: OutputParser) -> ChatDetails:
+        entries, sourced = self._taken(turn)
+        return {"logprobs": None if entries is None else chat_logprobs(entries), **sourced}
+
+    def _chunk(self, choice: ChunkChoice, piece: TextPiece) -> ChatCompletionChunk:
+        return {**self._head(), "object": "chat.completion.chunk", "choices": [choice], **self._running(piece)}
+
+
+class TextAnswer(ApiAnswer[CompletionRequest]):
+    """The answer to completions."""
+
+    prefix = "cmpl-"
+
+    def complete(self) -> TextCompletion:
+        turns = enumerate(self._turns)
+        choices = [self._choice(index, turn, turn.content, turn.finish_reason) for index, turn in turns]
+        return {**self._ended(), "object": "text_completion", "choices": choices, "usage": self._usage()}
+
+    def take(self, choice: int, piece: TextPiece) -> Iterator[TextCompletion]:
+        turn = self._turns[choice]
+        turn.take(piece)
+        if self._requested.stream:
+            choices = [self._choice(choice, turn, piece.text, turn.finish_reason or None)]
+            yield {**self._head(), "object": "text_completion", "choices": choices, **self._running(piece)}
+
+    def end(self) -> Iterator[TextCompletion]:
+        if self._requested.wants_usage:
+            yield {**self._ended(), "object": "text_completion", "choices": [], "usage": self._usage()}
+
+    def _choice(self, index: int, turn: OutputParser, text: str, reason: FinishReason | None) -> TextChoice:
+        entries, sourced = self._taken(turn)
+        logprobs = None if entries is None else _completion_logprobs(entries)
+        return {"index": index, "text": text, "logprobs": logprobs, **sourced, "finish_reason": reason}
 
 
 class EventStream(StreamingResponse):
@@ -234,12 +281,15 @@ async def chained(first: Item, rest: AsyncGenerator[Item]) -> AsyncIterator[Item
             yield item
 
 
-def chat_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-    content = [{key: value for key, value in entry.items() if key != "text_offset"} for entry in entries]
+def chat_logprobs(entries: Sequence[TokenLogprob]) -> ChatLogprobs:
+    content: list[ChatToken] = [
+        {"token": e["token"], "logprob": e["logprob"], "bytes": e["bytes"], "top_logprobs": e["top_logprobs"]}
+        for e in entries
+    ]
     return {"content": content, "refusal": None}
 
 
-def _completion_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+def _completion_logprobs(entries: Sequence[TokenLogprob]) -> TextLogprobs:
     return {
         "tokens": [entry["token"] for entry in entries],
         "token_logprobs": [entry["logprob"] for entry in entries],
@@ -255,9 +305,9 @@ def _by_token(entry: TokenLogprob) -> dict[str, float] | None:
     return {each["token"]: each["logprob"] for each in (*entry["top_logprobs"], entry)}
 
 
-def _counts(prompt: int, completion: int) -> dict[str, Any]:
+def _counts(prompt: int, completion: int) -> Usage:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _delta(index: int, delta: MessageDelta, reason: str | None = None) -> dict[str, Any]:
+def _delta(index: int, delta: MessageDelta, reason: FinishReason | None = None) -> ChunkChoice:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}

@@ -23,9 +23,11 @@ from echo_trt.engine.process.client import Client, EngineError
 from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.errors import UserError
-from echo_trt.server.answers import Answer, ApiAnswer, EventStream
+from echo_trt.server.answer_types import Health, LatencyForecast, Version
+from echo_trt.server.answers import Answer, ChatAnswer, EventStream, TextAnswer
 from echo_trt.server.anthropic.answer import MessagesAnswer
 from echo_trt.server.anthropic.request import CountTokensRequest, MessagesRequest
+from echo_trt.server.anthropic.types import CountedTokens
 from echo_trt.server.bodies import Bodies, reads, with_ignored
 from echo_trt.server.chats import chat_for
 from echo_trt.server.choices import ClientGone, PieceStream, merged, prompts_alone
@@ -35,7 +37,7 @@ from echo_trt.server.keys import Key, Keys, sender
 from echo_trt.server.live import Live, show_about, show_live
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.ollama import models as ollama_models
-from echo_trt.server.ollama.answer import OllamaAnswer, head
+from echo_trt.server.ollama.answer import OllamaAnswer, line
 from echo_trt.server.ollama.request import GenerateRequest, OllamaChatRequest, OllamaRequest
 from echo_trt.server.openapi import show_openapi
 from echo_trt.server.options import ANY, checked_hosts, checked_names, checked_origins
@@ -43,6 +45,7 @@ from echo_trt.server.page_files import PageFiles
 from echo_trt.server.request_log import HUNG_UP, RequestLines, RequestLog
 from echo_trt.server.responses.answer import Response as ResponsesAnswer
 from echo_trt.server.responses.request import ResponsesRequest
+from echo_trt.server.responses.types import CountedInput
 from echo_trt.server.schemas import ChatRequest, CompletionRequest, ForecastRequest
 from echo_trt.server.served import models, one_model
 from echo_trt.server.tokens import detokenize, token_ids, tokenize
@@ -108,7 +111,7 @@ def create_app(
         routes=[
             Route("/v1/models", models),  # where GET is answered, HEAD is too
             Route("/v1/models/{name:path}", one_model),
-            Route("/v1/chat/completions", chats(ChatRequest, ApiAnswer), methods=["POST"]),
+            Route("/v1/chat/completions", chats(ChatRequest, ChatAnswer), methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/responses", chats(ResponsesRequest, ResponsesAnswer), methods=["POST"]),
             Route("/v1/responses/input_tokens", chats(ResponsesRequest, None), methods=["POST"]),
@@ -153,15 +156,17 @@ def chats(kind: type[ChatRequest | TranslatedRequest], answer_type: type[Answer[
     async def endpoint(request: Request, requested: ChatRequest | TranslatedRequest) -> Response:
         state = request.app.state
         if isinstance(requested, OllamaRequest) and not requested.turns:  # the model is loaded already
-            return JSONResponse(head(requested) | {"done": True, "done_reason": "load"})
+            return JSONResponse(line(requested, "", {}, {"done": True, "done_reason": "load"}))
         try:
             info = await state.client.model_info()
             wanted = requested.chat_for_model(info)
             chat = chat_for(wanted, info)
             if answer_type is None:
-                counted = {"object": "response.input_tokens"} if isinstance(requested, ResponsesRequest) else {}
-                tokens = await token_ids(state.client, chat.inputs, chat.names)
-                return JSONResponse(counted | {"input_tokens": len(tokens)})
+                count = len(await token_ids(state.client, chat.inputs, chat.names))
+                counted: Any = CountedTokens(input_tokens=count)
+                if isinstance(requested, ResponsesRequest):
+                    counted = CountedInput(object="response.input_tokens", input_tokens=count)
+                return JSONResponse(counted)
             pieces = _pieces(request, wanted, info, [chat.inputs], chat.names)
             turns = [chat.turn() for _ in range(wanted.n)]
             response = await _sent(request, answer_type(requested, turns, state.metrics), pieces, requested.stream)
@@ -182,7 +187,7 @@ async def completions(request: Request, requested: CompletionRequest) -> Respons
     pieces = _pieces(request, requested, info, prompts, requested.names)
     pieces = prompts_alone(pieces) if requested.scores else pieces
     turns = [OutputParser() for _ in range(len(prompts) * requested.n)]
-    return await _sent(request, ApiAnswer(requested, turns, state.metrics), pieces, requested.stream)
+    return await _sent(request, TextAnswer(requested, turns, state.metrics), pieces, requested.stream)
 
 
 @reads(ForecastRequest)
@@ -192,18 +197,19 @@ async def forecast(request: Request, requested: ForecastRequest) -> Response:
     latency = requested.latency or (key and key.latency) or ""
     text = latency if isinstance(latency, str) else json.dumps(latency)
     reply = await request.app.state.client.forecast(requested.prompt_tokens, requested.max_tokens, text)
-    return JSONResponse(json.loads(reply.text))
+    found: LatencyForecast = json.loads(reply.text)
+    return JSONResponse(found)
 
 
 async def health(request: Request) -> Response:
     """GET /health: 200 where the engine answers, 503 where it does not."""
     await request.app.state.client.check()
-    return JSONResponse({"status": "ok"})
+    return JSONResponse(Health(status="ok"))
 
 
 async def version(request: Request) -> Response:
     """GET /version: this package's."""
-    return JSONResponse({"version": __version__})
+    return JSONResponse(Version(version=__version__))
 
 
 async def show_metrics(request: Request) -> PlainTextResponse:

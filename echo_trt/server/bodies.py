@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -12,10 +13,11 @@ from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from echo_trt.server.errors import ApiError, from_validation, log, no_object, shown
+from echo_trt.server.errors import ApiError, from_validation, no_object, shown
 from echo_trt.server.fields import READING, Reading, Strict
 from echo_trt.server.served import model_of
 
+log = logging.getLogger(__name__)
 #: Most opening brackets in a body, those in texts included. Each may become a list or a dict, which take the most time:
 #: parsing a megabyte of empty lists holds the loop for 100 ms, as many lists as this for 30 ms.
 BRACKETS = 50_000

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import Scope
+from typing_extensions import TypedDict
 
 from echo_trt.engine.process.client import EngineError
 
@@ -30,6 +31,40 @@ REFUSED_FIELD = "refused_field"  # pydantic's type of an error that names a fiel
 SHOWN = 100  # characters at most of a value, or of a field's name, that an error repeats
 
 
+class OpenAIError(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIFailure(TypedDict):
+    """A refusal or a failure, in a stream too."""
+
+    error: OpenAIError
+
+
+class AnthropicError(TypedDict):
+    type: str
+    message: str
+
+
+class AnthropicFailure(TypedDict):
+    """A refusal or a failure, in a stream too."""
+
+    type: Literal["error"]
+    error: AnthropicError
+
+
+class OllamaFailure(TypedDict):
+    """A refusal or a failure, in a stream too."""
+
+    error: str
+
+
+AnyFailure = OpenAIFailure | AnthropicFailure | OllamaFailure
+
+
 class ApiError(HTTPException):
     """One sentence for the client, with the HTTP status it goes out under. ``reason``: what the log says beside it."""
 
@@ -46,14 +81,14 @@ class ApiError(HTTPException):
     ):
         super().__init__(status, message, headers)
         self.retry_after, self.reason = retry_after, reason
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body: OpenAIFailure = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
-    def body_for(self, path: str) -> dict[str, Any]:
+    def body_for(self, path: str) -> AnyFailure:
         """Return the body in the form of the API that ``path`` belongs to."""
-        message = self.body["error"]["message"]
-        if path.startswith("/api/"):  # Ollama's
+        message, form = self.body["error"]["message"], failure_type(path)
+        if form is OllamaFailure:
             return {"error": message}
-        if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        if form is AnthropicFailure:
             kind = ANTHROPIC.get(self.status_code, "api_error")
             return {"type": "error", "error": {"type": kind, "message": message}}
         return self.body
@@ -73,6 +108,13 @@ class ApiError(HTTPException):
         if self.status_code == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body_for(scope["path"]), self.status_code, headers)
+
+
+def failure_type(path: str) -> type[AnyFailure]:
+    """Return the form of failures of the API that ``path`` belongs to."""
+    if path.startswith("/api/"):
+        return OllamaFailure
+    return AnthropicFailure if path == "/v1/messages" or path.startswith("/v1/messages/") else OpenAIFailure
 
 
 def unavailable(reason: str = "") -> ApiError:

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -15,6 +14,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from echo_trt import __version__
 from echo_trt.engine.process.client import Client, EngineError
 from echo_trt.engine.service.protocol import SNAPSHOT_FORMAT
+from echo_trt.server.answer_types import About
 from echo_trt.server.answers import chained
 from echo_trt.server.errors import ApiError, from_engine, unavailable
 
@@ -129,7 +129,7 @@ async def show_about(request: Request) -> Response:
     """GET /live/about: the facts of model and server that the page shows or needs. Raises EngineError."""
     state = request.app.state
     info = await state.client.model_info()
-    about: dict[str, Any] = {
+    about: About = {
         "format": SNAPSHOT_FORMAT,
         "build": state.page_build,
         "version": __version__,

@@ -2,21 +2,88 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
-from pydantic.json_schema import models_json_schema
+from pydantic import TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from echo_trt import __version__
+from echo_trt.server.answer_types import (
+    About,
+    ChatCompletion,
+    ChatCompletionChunk,
+    DetokenizedText,
+    Health,
+    LatencyForecast,
+    ServedModel,
+    ServedModels,
+    TextCompletion,
+    TokenizedText,
+    Version,
+)
+from echo_trt.server.anthropic.types import AnthropicMessage, CountedTokens, MessageEvent
 from echo_trt.server.edge import OPEN
+from echo_trt.server.errors import OllamaFailure, OpenAIFailure, failure_type
 from echo_trt.server.ollama.request import OllamaRequest
+from echo_trt.server.ollama.types import (
+    OllamaChatLine,
+    OllamaModels,
+    OllamaShown,
+    OllamaTextLine,
+    OllamaVersion,
+)
+from echo_trt.server.responses.types import CountedInput, ResponseObject, StreamedEvent
 from echo_trt.server.translated import CHAT_FIELDS, TranslatedRequest
 
-STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/live")
-LINES = ("/api/chat", "/api/generate")
+
+class Operation(NamedTuple):
+    """What an operation is called, and what it answers: whole, and an event or a line of a stream."""
+
+    tag: str
+    id: str
+    summary: str
+    answer: Any = None
+    event: Any = None
+
+
+OPERATIONS = {
+    "/v1/chat/completions": Operation(
+        "OpenAI", "createChatCompletion", "Answer a chat", ChatCompletion, ChatCompletionChunk | OpenAIFailure
+    ),
+    "/v1/completions": Operation(
+        "OpenAI", "createCompletion", "Continue texts", TextCompletion, TextCompletion | OpenAIFailure
+    ),
+    "/v1/responses": Operation("OpenAI", "createResponse", "Answer by items", ResponseObject, StreamedEvent),
+    "/v1/responses/input_tokens": Operation("OpenAI", "countInputTokens", "Count an input's tokens", CountedInput),
+    "/v1/models": Operation("OpenAI", "listModels", "Name the model", ServedModels),
+    "/v1/models/{name}": Operation("OpenAI", "retrieveModel", "Describe the model", ServedModel),
+    "/v1/messages": Operation("Anthropic", "createMessage", "Answer by blocks", AnthropicMessage, MessageEvent),
+    "/v1/messages/count_tokens": Operation("Anthropic", "countTokens", "Count a prompt's tokens", CountedTokens),
+    "/api/chat": Operation("Ollama", "ollamaChat", "Answer a chat", OllamaChatLine, OllamaChatLine | OllamaFailure),
+    "/api/generate": Operation(
+        "Ollama", "ollamaGenerate", "Answer a prompt", OllamaTextLine, OllamaTextLine | OllamaFailure
+    ),
+    "/api/tags": Operation("Ollama", "ollamaTags", "Name the model", OllamaModels),
+    "/api/ps": Operation("Ollama", "ollamaPs", "Name the loaded model", OllamaModels),
+    "/api/show": Operation("Ollama", "ollamaShow", "Describe the model", OllamaShown),
+    "/api/version": Operation("Ollama", "ollamaVersion", "Name Ollama's version", OllamaVersion),
+    "/tokenize": Operation("Tokens", "tokenize", "Turn a text or a chat into tokens", TokenizedText),
+    "/detokenize": Operation("Tokens", "detokenize", "Turn tokens into text", DetokenizedText),
+    "/v1/forecast": Operation("Server", "forecast", "Forecast a request's latency", LatencyForecast),
+    "/health": Operation("Server", "health", "Tell whether the engine works", Health),
+    "/ping": Operation("Server", "ping", "Tell whether the engine works", Health),
+    "/version": Operation("Server", "version", "Name the package's version", Version),
+    "/openapi.json": Operation("Server", "openapi", "Describe this API", dict[str, Any]),
+    "/metrics": Operation("Server", "metrics", "Count, for Prometheus", str),
+    "/live": Operation("Server", "live", "Show the engine at work", event=dict[str, Any]),
+    "/live/about": Operation("Server", "liveAbout", "Describe model and server", About),
+}
 TEXT, MANY = {"type": "string"}, {"type": "array", "items": {}}
 #: Fields that are taken in more shapes than they are kept in.
 WIDER: dict[tuple[str, str], dict[str, Any]] = {
@@ -26,21 +93,19 @@ WIDER: dict[tuple[str, str], dict[str, Any]] = {
     ("ChatRequest", "stop"): {"anyOf": [TEXT, {"type": "array", "items": TEXT}]},
     ("CompletionRequest", "stop"): {"anyOf": [TEXT, {"type": "array", "items": TEXT}]},
 }
-ERROR = {
-    "type": "object",
-    "properties": {
-        "error": {
-            "type": "object",
-            "properties": {name: {"type": ["string", "null"]} for name in ("message", "type", "param", "code")},
-        }
-    },
-}
+
+
+class _Untitled(GenerateJsonSchema):
+    """Leaves out titles of fields, which say their names again."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
 
 
 async def show_openapi(request: Request) -> Response:
     state = request.app.state
-    if not hasattr(state, "openapi"):  # made once: it takes some 10 ms of the event loop
-        state.openapi = document(request.app.routes)
+    if not hasattr(state, "openapi"):  # made once, in a thread: it takes some 100 ms
+        state.openapi = await asyncio.to_thread(document, request.app.routes)
     return JSONResponse(state.openapi)
 
 
@@ -48,8 +113,12 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
     """Describe an application's routes in OpenAPI 3.1."""
     shown = [route for route in routes if isinstance(route, Route) and route.include_in_schema]
     bodies: dict[str, Any] = {each.path: each.endpoint.body for each in shown if hasattr(each.endpoint, "body")}
-    reference = "#/components/schemas/{model}"
-    _, known = models_json_schema([(body, "validation") for body in bodies.values()], ref_template=reference)
+    answers = {path: [each for each in (*known[3:], failure_type(path)) if each] for path, known in OPERATIONS.items()}
+    kinds = dict.fromkeys([*bodies.values(), *chain(*answers.values())])
+    typed: Any = [(kind, "validation", TypeAdapter(kind)) for kind in kinds]
+    shapes, known = TypeAdapter.json_schemas(
+        typed, ref_template="#/components/schemas/{model}", schema_generator=_Untitled
+    )
     schemas = known["$defs"]
     for (model, field), schema in WIDER.items():
         schemas[model]["properties"][field] = schema
@@ -58,35 +127,48 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
             properties = schemas[body.__name__]["properties"]
             properties.pop("shared", None)  # two paths may read the same body
             if not issubclass(body, OllamaRequest):  # whose clients know options alone
-                properties |= {name: schemas["ChatRequest"]["properties"][name] for name in CHAT_FIELDS} | properties
+                names = [name for name in CHAT_FIELDS if name not in body.REFUSED]
+                properties |= {name: schemas["ChatRequest"]["properties"][name] for name in names} | properties
     paths: dict[str, Any] = {}
     for route in shown:
-        path, methods = route.path.replace(":path", ""), (route.methods or set()) - {"HEAD"}
-        paths[path] = {method.lower(): _operation(path) for method in sorted(methods)}
+        path, methods = route.path.replace(":path", ""), sorted((route.methods or set()) - {"HEAD"})
+        written = {kind: shapes[kind, "validation"] for kind in answers[path]}
+        paths[path] = {
+            method.lower(): _operation(path, method if len(methods) > 1 else "", written) for method in methods
+        }
     for path, body in bodies.items():
-        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
+        content = {"application/json": {"schema": shapes[body, "validation"]}}
         paths[path]["post"]["requestBody"] = {"required": True, "content": content}
     paths["/v1/models/{name}"]["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": TEXT}]
     return {
         "openapi": "3.1.0",
         "info": {"title": "echo-trt", "version": __version__},
+        "tags": [{"name": tag} for tag in dict.fromkeys(each.tag for each in OPERATIONS.values())],
         "paths": paths,
         "components": {
-            "schemas": schemas | {"Error": ERROR},
+            "schemas": schemas,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
 
 
-def _operation(path: str) -> dict[str, Any]:
-    """Describe what an endpoint answers, and whether it asks for a key."""
-    kinds = ["text/plain"] if path == "/metrics" else ["application/json"]
-    kinds += ["text/event-stream"] if path in STREAMS else ["application/x-ndjson"] if path in LINES else []
-    refused = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+def _operation(path: str, method: str, written: dict[Any, Any]) -> dict[str, Any]:
+    """Describe an operation; ``written`` has the schemas of what it answers. ``method``: where a path has several."""
+    known = OPERATIONS[path]
+    content = {}
+    if known.answer:
+        content["text/plain" if known.answer is str else "application/json"] = {"schema": written[known.answer]}
+    if known.event:
+        lines = "application/x-ndjson" if known.tag == "Ollama" else "text/event-stream"
+        content[lines] = {"schema": written[known.event]}
+    refused = {"application/json": {"schema": written[failure_type(path)]}}
     return {
+        "operationId": known.id + method.capitalize(),
+        "summary": f"{known.summary}.",
+        "tags": [known.tag],
         "security": [{}] if path in OPEN else [{}, {"key": []}],
         "responses": {
-            "200": {"description": "The answer.", "content": {kind: {} for kind in kinds}},
+            "200": {"description": "The answer.", "content": content},
             "default": {"description": "A refusal or a failure.", "content": refused},
         },
     }

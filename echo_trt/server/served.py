@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from echo_trt.engine.process.client import Client, EngineError
+from echo_trt.server.answer_types import ServedModel, ServedModels
 from echo_trt.server.errors import ApiError
 
 
 async def models(request: Request) -> Response:
     """GET /v1/models: the model, by each of its names."""
     context, names = await _context(request), request.app.state.names
-    return JSONResponse({"object": "list", "data": [_model(request, name, context) for name in names]})
+    return JSONResponse(ServedModels(object="list", data=[_model(request, name, context) for name in names]))
 
 
 async def one_model(request: Request) -> Response:
@@ -46,9 +46,13 @@ async def _context(request: Request) -> int | None:
         return None
 
 
-def _model(request: Request, name: str, context: int | None) -> dict[str, Any]:
-    """``max_model_len`` is vLLM's name of the context, ``meta.n_ctx`` llama.cpp's."""
+def _model(request: Request, name: str, context: int | None) -> ServedModel:
     state = request.app.state
-    limits = {"max_model_len": context, "meta": {"n_ctx": context}} if context else {}
-    about = {"object": "model", "created": state.created, "owned_by": "echo-trt", "root": state.names[0]}
-    return {"id": name, **about, **limits}
+    model: ServedModel = {
+        "id": name,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "echo-trt",
+        "root": state.names[0],
+    }
+    return {**model, "max_model_len": context, "meta": {"n_ctx": context}} if context else model

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from echo_trt.engine.parameter import INT32
 from echo_trt.engine.process.client import Client, EngineError
 from echo_trt.models.messages import MAX_TOOLS
+from echo_trt.server.answer_types import DetokenizedText, TokenizedText
 from echo_trt.server.bodies import reads
 from echo_trt.server.chats import chat_for
 from echo_trt.server.errors import ApiError, from_engine, from_validation
@@ -91,7 +92,7 @@ async def tokenize(request: Request, requested: TokenizeRequest) -> Response:
         chat = chat_for(requested.chat, info)
         inputs, names = chat.inputs, chat.names
     ids = await token_ids(state.client, inputs, names)
-    return JSONResponse({"count": len(ids), "max_model_len": info.context, "tokens": ids})
+    return JSONResponse(TokenizedText(count=len(ids), max_model_len=info.context, tokens=ids))
 
 
 async def token_ids(client: Client, inputs: dict[str, Any], names: dict[str, str]) -> list[int]:
@@ -105,9 +106,9 @@ async def token_ids(client: Client, inputs: dict[str, Any], names: dict[str, str
 @reads(DetokenizeRequest)
 async def detokenize(request: Request, requested: DetokenizeRequest) -> Response:
     if not requested.tokens:
-        return JSONResponse({"prompt": ""})
+        return JSONResponse(DetokenizedText(prompt=""))
     try:
         reported = await request.app.state.client.tokenize({"input_ids": requested.tokens})
     except EngineError as error:
         raise from_engine(error, {"input_ids": "tokens"}) from None
-    return JSONResponse({"prompt": reported.text})
+    return JSONResponse(DetokenizedText(prompt=reported.text or ""))

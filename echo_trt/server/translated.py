@@ -121,7 +121,7 @@ class TranslatedRequest(RequestBody):
 
     def in_client_fields(self, error: ApiError) -> ApiError:
         """Rewrite a chat's refusal in the client's names of fields."""
-        reported: dict[str, Any] = error.body["error"]
+        reported = error.body["error"]
         chat_field, message = reported["param"], reported["message"]
         if not chat_field:
             return error

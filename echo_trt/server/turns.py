@@ -10,9 +10,14 @@ from typing import Any
 
 from echo_trt.engine.process.wire import TextPiece, ThinkTokens
 from echo_trt.engine.text import overlap
+from echo_trt.server.answer_types import (
+    AssistantMessage,
+    MessageDelta,
+    PartialCall,
+    SourcedToken,
+    WrittenCall,
+)
 from echo_trt.server.tool_formats.base import Arguments, Call, Content, ParsedPart, Parser
-
-MessageDelta = dict[str, Any]
 
 
 class OutputParser:
@@ -31,10 +36,10 @@ class OutputParser:
         self._parser = parser
         self._first, self._closed = True, False
         self.content = self.reasoning = ""
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[WrittenCall] = []
         self.logprobs: list[dict[str, Any]] = []
-        self.sources: list[dict[str, Any]] = []
-        self.finish_reason = ""  # OpenAI's word
+        self.sources: list[SourcedToken] = []
+        self.finish_reason: Any = ""  # a FinishReason
         self.drafted: list[int] = []
         self.accepted: list[int] = []
         self.reasoning_tokens = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
@@ -70,18 +75,20 @@ class OutputParser:
         self.sources += json.loads(piece.sources or "[]")
         return deltas
 
-    def take_details(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def take_details(self) -> tuple[list[dict[str, Any]], list[SourcedToken]]:
         """Return the entries of log-probabilities and of sources since the last call."""
         logprobs, sources, self.logprobs, self.sources = self.logprobs, self.sources, [], []
         return logprobs, sources
 
-    def message(self) -> dict[str, Any]:
+    def message(self) -> AssistantMessage:
         """Return OpenAI's message. Content is null where the message has calls or reasoning alone."""
-        other: dict[str, Any] = {"tool_calls": self.calls} if self.calls else {}
+        content = self.content if self.content or not (self.calls or self.reasoning) else None
+        message: AssistantMessage = {"role": "assistant", "content": content, "refusal": None}
+        if self.calls:
+            message["tool_calls"] = self.calls
         if self.reasoning:
-            other |= {"reasoning_content": self.reasoning, "reasoning": self.reasoning}
-        content = self.content if self.content or not other else None
-        return {"role": "assistant", "content": content, "refusal": None, **other}
+            message["reasoning_content"] = message["reasoning"] = self.reasoning
+        return message
 
     def _content(self, reasoning: bool, text: str) -> Iterator[MessageDelta]:
         if reasoning and text:
@@ -98,9 +105,8 @@ class OutputParser:
             return {"content": event.text}
         if isinstance(event, Call):
             id = "call_" + "".join(secrets.choice(string.ascii_letters) for _ in range(24))
-            call: dict[str, Any] = {"id": id, "type": "function"}
-            self.calls.append(call | {"function": {"name": event.name, "arguments": ""}})
-            call["function"] = {"name": event.name, "arguments": ""}
+            self.calls.append({"id": id, "type": "function", "function": {"name": event.name, "arguments": ""}})
+            call: PartialCall = {"id": id, "type": "function", "function": {"name": event.name, "arguments": ""}}
         else:
             assert isinstance(event, Arguments)
             self.calls[-1]["function"]["arguments"] += event.text

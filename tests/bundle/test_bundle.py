@@ -9,6 +9,7 @@ from pairs import FOLDERS, PAIRS, SIZES, VOCAB, recipe_of, write_tokenizer
 from refusal import refused
 
 from echo_trt.bundle.manifest import read_manifest, sha256, verify_files
+from echo_trt.bundle.recipe import Sampling
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
@@ -237,6 +238,12 @@ def test_what_the_checkpoint_recommends_is_the_default_of_requests(networks, tmp
     assert answer.params == llm.default_params
     reader.read(ids | greedy, answer)
     assert answer.params == SamplingParams(temperature=0.0, top_k=20, top_p=0.95, min_p=0.1)
+    preferred = {"sampling": Sampling(temperature=0.2, repetition_penalty=1.1)}
+    recipe = recipe_of("lookup", folder).model_copy(update=preferred)
+    recommended = build(recipe, folder, tmp_path / "bundle").sampling
+    assert recommended == Sampling(temperature=0.2, top_k=20, top_p=0.95, min_p=0.1, repetition_penalty=1.1)
+    config.unlink()
+    assert build(recipe, folder, tmp_path / "bundle").sampling == preferred["sampling"]
     config.write_text('{"do_sample": true, "temperature": -1}')
     with refused("temperature", "do_sample"):
         build(recipe_of("lookup", folder), folder, tmp_path / "bundle")

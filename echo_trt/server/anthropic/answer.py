@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Literal
 
 from echo_trt.engine.process.wire import TextPiece
 from echo_trt.server.answers import Answer, AnswerEvent
 from echo_trt.server.anthropic.request import MessagesRequest
+from echo_trt.server.anthropic.types import (
+    AnthropicMessage,
+    Block,
+    BlockDelta,
+    BlockPart,
+    BlockStart,
+    BlockStop,
+    MessageEnd,
+    MessageEvent,
+    ToolUse,
+)
 from echo_trt.server.errors import ApiError
 from echo_trt.server.translated import arguments_of
 
-REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-#: Type of a block -> the type of its deltas, and their field.
-DELTAS = {
-    "thinking": ("thinking_delta", "thinking"),
-    "text": ("text_delta", "text"),
-    "tool_use": ("input_json_delta", "partial_json"),
+REASONS: dict[str, Literal["end_turn", "max_tokens", "tool_use"]] = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
 }
 
 
@@ -26,48 +35,44 @@ class MessagesAnswer(Answer[MessagesRequest]):
     _stop_string = ""
     _index, _kind = -1, ""  # of the block that is open; without a kind none is
 
-    def begin(self, first: TextPiece) -> Iterator[AnswerEvent]:
+    def begin(self, first: TextPiece) -> Iterator[MessageEvent]:
         message = self.complete()
         message["usage"]["input_tokens"] = first.prompt_tokens
-        yield {"type": "message_start", "message": message | {"content": []}}
+        yield {"type": "message_start", "message": {**message, "content": []}}
 
-    def take(self, choice: int, piece: TextPiece) -> Iterator[AnswerEvent]:
+    def take(self, choice: int, piece: TextPiece) -> Iterator[MessageEvent]:
         self._stop_string = piece.stop_string
         for delta in self._turn.take(piece):
-            for kind, name in (("thinking", "reasoning"), ("text", "content")):
-                if text := delta.get(name):
+            for kind, text in (("thinking", delta.get("reasoning")), ("text", delta.get("content"))):
+                if text:
                     if self._kind != kind:
                         yield from self._open(_block(kind, ""))
                     yield self._added(text)
             for call in delta.get("tool_calls", ()):
                 if "id" in call:
-                    yield from self._open(_call(call))
+                    yield from self._open(_call(call["id"], call["function"]["name"], ""))
                 if arguments := call["function"]["arguments"]:
                     yield self._added(arguments)
 
-    def end(self) -> Iterator[AnswerEvent]:
+    def end(self) -> Iterator[MessageEvent]:
         yield from self._close()
-        ended = self.complete()
-        delta = {name: ended[name] for name in ("stop_reason", "stop_sequence", "stop_details")}
-        yield {"type": "message_delta", "delta": delta, "usage": ended["usage"]}
+        yield {"type": "message_delta", "delta": self._end(), "usage": self.complete()["usage"]}
         yield {"type": "message_stop"}
 
     def failed(self, error: ApiError) -> Iterator[AnswerEvent]:
         yield error.body_for("/v1/messages")
 
-    def complete(self) -> dict[str, Any]:
+    def complete(self) -> AnthropicMessage:
         turn = self._turn
         texts = {"thinking": turn.reasoning, "text": turn.content}
-        stopped = self._stop_string if turn.finish_reason == "stop" else ""
+        calls = [_call(call["id"], **call["function"]) for call in turn.calls]
         return {
             "id": f"msg_{self._id}",
             "type": "message",
             "role": "assistant",
             "model": self._requested.model,
-            "content": [_block(kind, text) for kind, text in texts.items() if text] + [*map(_call, turn.calls)],
-            "stop_reason": "stop_sequence" if stopped else REASONS.get(turn.finish_reason),
-            "stop_sequence": stopped or None,
-            "stop_details": None,
+            "content": [*(_block(kind, text) for kind, text in texts.items() if text), *calls],
+            **self._end(),
             "usage": {
                 "input_tokens": turn.prompt_tokens - turn.cached_tokens,  # the API counts these apart
                 "cache_creation_input_tokens": 0,
@@ -76,25 +81,38 @@ class MessagesAnswer(Answer[MessagesRequest]):
             },
         }
 
-    def _open(self, block: dict[str, Any]) -> Iterator[AnswerEvent]:
+    def _end(self) -> MessageEnd:
+        stopped = self._stop_string if self._turn.finish_reason == "stop" else ""
+        reason = REASONS.get(self._turn.finish_reason)
+        return {
+            "stop_reason": "stop_sequence" if stopped else reason,
+            "stop_sequence": stopped or None,
+            "stop_details": None,
+        }
+
+    def _open(self, block: Block) -> Iterator[BlockStart | BlockStop]:
         yield from self._close()
         self._index, self._kind = self._index + 1, block["type"]
         yield {"type": "content_block_start", "index": self._index, "content_block": block}
 
-    def _added(self, text: str) -> AnswerEvent:
-        kind, field = DELTAS[self._kind]
-        return {"type": "content_block_delta", "index": self._index, "delta": {"type": kind, field: text}}
+    def _added(self, text: str) -> BlockDelta:
+        part: BlockPart = {"type": "input_json_delta", "partial_json": text}
+        if self._kind != "tool_use":
+            thinks = self._kind == "thinking"
+            part = {"type": "thinking_delta", "thinking": text} if thinks else {"type": "text_delta", "text": text}
+        return {"type": "content_block_delta", "index": self._index, "delta": part}
 
-    def _close(self) -> Iterator[AnswerEvent]:
+    def _close(self) -> Iterator[BlockStop]:
         if self._kind:
             self._kind = ""
             yield {"type": "content_block_stop", "index": self._index}
 
 
-def _block(kind: str, text: str) -> dict[str, Any]:
-    return {"type": kind, kind: text} | ({"signature": ""} if kind == "thinking" else {})
+def _block(kind: str, text: str) -> Block:
+    if kind == "thinking":
+        return {"type": "thinking", "thinking": text, "signature": ""}
+    return {"type": "text", "text": text}
 
 
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    arguments = arguments_of(call["function"]["arguments"])
-    return {"type": "tool_use", "id": call["id"], "name": call["function"]["name"], "input": arguments}
+def _call(id: str, name: str, arguments: str) -> ToolUse:
+    return {"type": "tool_use", "id": id, "name": name, "input": arguments_of(arguments)}

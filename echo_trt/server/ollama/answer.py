@@ -6,23 +6,23 @@ import json
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any
 
 from echo_trt.engine.process.wire import TextPiece
 from echo_trt.server.answers import Answer, AnswerEvent
 from echo_trt.server.errors import ApiError
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.ollama.request import GenerateRequest, OllamaRequest
+from echo_trt.server.ollama.types import OllamaCall, OllamaChatLine, OllamaEnd, OllamaMore, OllamaTextLine
 from echo_trt.server.translated import arguments_of
 from echo_trt.server.turns import OutputParser
 
 
-def head(requested: OllamaRequest, content: str = "", **more: Any) -> AnswerEvent:
-    """Return a line's model, time and text; ``more`` stands beside the text."""
-    about = {"model": requested.model, "created_at": datetime.now(UTC).isoformat()}
+def line(requested: OllamaRequest, content: str, more: OllamaMore, end: OllamaEnd) -> OllamaChatLine | OllamaTextLine:
+    """Return a whole answer, or a line of one; ``more`` stands beside the text."""
+    model, now = requested.model, datetime.now(UTC).isoformat()
     if isinstance(requested, GenerateRequest):
-        return {**about, "response": content, **more}
-    return {**about, "message": {"role": "assistant", "content": content, **more}}
+        return {"model": model, "created_at": now, "response": content, **more, **end}
+    return {"model": model, "created_at": now, "message": {"role": "assistant", "content": content, **more}, **end}
 
 
 class OllamaAnswer(Answer[OllamaRequest]):
@@ -38,35 +38,37 @@ class OllamaAnswer(Answer[OllamaRequest]):
         self._first = self._first or time.monotonic_ns()
         for delta in self._turn.take(piece):
             if "reasoning" in delta:
-                yield self._line(thinking=delta["reasoning"])
+                yield self._line("", {"thinking": delta["reasoning"]})
             elif "content" in delta:
-                yield self._line(delta["content"])
+                yield self._line(delta["content"], {})
         if piece.finish_reason and self._turn.calls:  # this API has whole calls alone
-            yield self._line(tool_calls=self._calls())
+            yield self._line("", {"tool_calls": self._calls()})
 
     def end(self) -> Iterator[AnswerEvent]:
-        yield head(self._requested) | self._end()
+        yield line(self._requested, "", {}, self._end())
 
     def failed(self, error: ApiError) -> Iterator[AnswerEvent]:
         yield error.body_for("/api/chat")
 
     def complete(self) -> AnswerEvent:
-        turn = self._turn
-        thinking = {"thinking": turn.reasoning} if turn.reasoning else {}
-        calls = {"tool_calls": self._calls()} if turn.calls else {}
-        return head(self._requested, turn.content, **thinking, **calls) | self._end()
+        turn, more = self._turn, OllamaMore()
+        if turn.reasoning:
+            more["thinking"] = turn.reasoning
+        if turn.calls:
+            more["tool_calls"] = self._calls()
+        return line(self._requested, turn.content, more, self._end())
 
     def written(self, event: AnswerEvent) -> str:
         return json.dumps(event, ensure_ascii=False, separators=(",", ":")) + "\n"
 
-    def _line(self, content: str = "", **more: Any) -> AnswerEvent:
-        return head(self._requested, content, **more) | {"done": False}
+    def _line(self, content: str, more: OllamaMore) -> AnswerEvent:
+        return line(self._requested, content, more, {"done": False})
 
-    def _calls(self) -> list[dict[str, Any]]:
+    def _calls(self) -> list[OllamaCall]:
         functions = [call["function"] for call in self._turn.calls]
-        return [{"function": each | {"arguments": arguments_of(each["arguments"])}} for each in functions]
+        return [{"function": {"name": f["name"], "arguments": arguments_of(f["arguments"])}} for f in functions]
 
-    def _end(self) -> AnswerEvent:
+    def _end(self) -> OllamaEnd:
         ended = time.monotonic_ns()
         return {
             "done": True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import AfterValidator
 from starlette.requests import Request
@@ -16,11 +16,18 @@ from echo_trt.engine.process.client import EngineError
 from echo_trt.server.bodies import reads
 from echo_trt.server.fields import RequestBody
 from echo_trt.server.ollama.request import without_tag
+from echo_trt.server.ollama.types import OllamaDetails, OllamaModel, OllamaModels, OllamaShown, OllamaVersion
 
 #: Version of Ollama whose API this is: clients refuse older ones.
 OLLAMA = "0.13.0"
 KIND = "echo-trt"
-DETAILS = {"format": KIND, "family": KIND, "families": [KIND], "parameter_size": "", "quantization_level": ""}
+DETAILS: OllamaDetails = {
+    "format": KIND,
+    "family": KIND,
+    "families": [KIND],
+    "parameter_size": "",
+    "quantization_level": "",
+}
 
 
 class ShowRequest(RequestBody):
@@ -41,12 +48,13 @@ class ShowRequest(RequestBody):
 async def tags(request: Request) -> Response:
     """GET /api/tags: the model by each of its names."""
     modified = datetime.fromtimestamp(request.app.state.created, UTC).isoformat()
-    return JSONResponse({"models": await _models(request, modified_at=modified)})
+    return JSONResponse(OllamaModels(models=await _models(request, modified_at=modified)))
 
 
 async def running(request: Request) -> Response:
     """GET /api/ps: the same, for the model is always loaded."""
-    return JSONResponse({"models": await _models(request, expires_at="9999-12-31T23:59:59Z", size_vram=0)})
+    models = await _models(request, expires_at="9999-12-31T23:59:59Z", size_vram=0)
+    return JSONResponse(OllamaModels(models=models))
 
 
 async def alive(request: Request) -> Response:
@@ -54,20 +62,21 @@ async def alive(request: Request) -> Response:
     return PlainTextResponse("Ollama is running")
 
 
-async def _models(request: Request, **more: Any) -> list[dict[str, Any]]:
+async def _models(request: Request, **more: Any) -> list[OllamaModel]:
     size = 0
     with suppress(EngineError):  # it is away
         size = (await request.app.state.client.model_info()).size
     about = {"size": size, "details": DETAILS, **more}
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in request.app.state.names}  # clients need one
-    return [{"name": name, "model": name, "digest": digest, **about} for name, digest in digests.items()]
+    named = [{"name": name, "model": name, "digest": digest, **about} for name, digest in digests.items()]
+    return cast(list[OllamaModel], named)
 
 
 @reads(ShowRequest)
 async def show(request: Request, requested: ShowRequest) -> Response:
     """POST /api/show: what the model is. Raises EngineError."""
     info = await request.app.state.client.model_info()
-    shown: dict[str, Any] = {
+    shown: OllamaShown = {
         "modelfile": "",
         "parameters": "\n".join(f"{name} {value}" for name, value in info.sampling.items()),
         "template": info.template,
@@ -84,4 +93,4 @@ async def show(request: Request, requested: ShowRequest) -> Response:
 
 async def version(request: Request) -> Response:
     """GET /api/version."""
-    return JSONResponse({"version": OLLAMA, "echo_trt": __version__})
+    return JSONResponse(OllamaVersion(version=OLLAMA, echo_trt=__version__))

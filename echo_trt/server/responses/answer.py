@@ -5,15 +5,17 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from echo_trt.engine.process.wire import TextPiece
+from echo_trt.server.answer_types import ChatToken, MessageDelta
 from echo_trt.server.answers import Answer, AnswerEvent, TokenLogprob, chat_logprobs
 from echo_trt.server.errors import ApiError
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.responses.request import ResponsesRequest
 from echo_trt.server.responses.tools import Hosted
-from echo_trt.server.turns import MessageDelta, OutputParser
+from echo_trt.server.responses.types import ResponseObject, ResponseStatus, ResponseUsage, StreamedEvent
+from echo_trt.server.turns import OutputParser
 
 PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_"}
 #: Of items with a text: its part's type, which is also in the names of its events.
@@ -32,25 +34,26 @@ class Response(Answer[ResponsesRequest]):
         self._number = 0  # of the next event
         self._cut = False  # whether the text was cut short
 
-    def complete(self) -> dict[str, Any]:
+    def complete(self) -> ResponseObject:
         return self._body(self._status)
 
-    def begin(self, first: TextPiece) -> Iterator[AnswerEvent]:
-        for kind in ("created", "in_progress"):
-            yield {"type": f"response.{kind}", "response": self._body("in_progress")}
+    def begin(self, first: TextPiece) -> Iterator[StreamedEvent]:
+        yield {"type": "response.created", "response": self._body("in_progress")}
+        yield {"type": "response.in_progress", "response": self._body("in_progress")}
 
-    def end(self) -> Iterator[AnswerEvent]:
-        yield {"type": f"response.{self._status}", "response": self._body(self._status)}
+    def end(self) -> Iterator[StreamedEvent]:
+        body = self._body(self._status)
+        yield {"type": "response.incomplete" if self._cut else "response.completed", "response": body}
 
-    def failed(self, error: ApiError) -> Iterator[AnswerEvent]:
+    def failed(self, error: ApiError) -> Iterator[StreamedEvent]:
         reported = error.body["error"]
-        code = reported["code"] or "server_error"
-        yield {**reported, "code": code, "type": "error"}
-        body = self._body("failed") | {"error": {"code": code, "message": reported["message"]}}
+        code, message = reported["code"] or "server_error", reported["message"]
+        yield {"type": "error", "code": code, "message": message, "param": reported["param"]}
+        body: ResponseObject = {**self._body("failed"), "error": {"code": code, "message": message}}
         yield {"type": "response.failed", "response": body}
 
     @property
-    def _status(self) -> str:
+    def _status(self) -> Literal["incomplete", "completed"]:
         return "incomplete" if self._cut else "completed"
 
     def take(self, choice: int, piece: TextPiece) -> Iterator[AnswerEvent]:
@@ -65,9 +68,9 @@ class Response(Answer[ResponsesRequest]):
 
     def written(self, event: AnswerEvent) -> str:
         self._number += 1
-        return super().written(event | {"sequence_number": self._number - 1})
+        return super().written({**event, "sequence_number": self._number - 1})
 
-    def _body(self, status: str) -> dict[str, Any]:
+    def _body(self, status: ResponseStatus) -> ResponseObject:
         requested, chat = self._requested, self._requested.chat
         choice, ended = requested.tool_choice or "auto", status == "completed"
         return {
@@ -103,10 +106,10 @@ class Response(Answer[ResponsesRequest]):
         }
 
 
-def _counted(turn: OutputParser) -> dict[str, Any]:
+def _counted(turn: OutputParser) -> ResponseUsage:
     return {
         "input_tokens": turn.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": turn.cached_tokens},
+        "input_tokens_details": {"cached_tokens": turn.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": turn.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": turn.reasoning_tokens},
         "total_tokens": turn.prompt_tokens + turn.completion_tokens,
@@ -119,7 +122,7 @@ class Output:
     def __init__(self, namespaces: Mapping[str, tuple[str, str]] | None = None) -> None:
         """``namespaces``: name of a function in the chat -> its namespace, and its name there."""
         self._namespaces = namespaces or {}
-        self.items: list[dict[str, Any]] = []
+        self.items: list[Any] = []
         self._part: dict[str, Any] = {}  # of the open item, where that has a text
         self._open = False
 
@@ -145,7 +148,7 @@ class Output:
             yield from self._begin("message", {"role": "assistant", "content": []})
         yield from self._close(status)
 
-    def _text(self, kind: str, text: str, logprobs: Sequence[TokenLogprob]) -> Iterator[AnswerEvent]:
+    def _text(self, kind: str, text: str, logprobs: Sequence[ChatToken]) -> Iterator[AnswerEvent]:
         if not self._open or self.items[-1]["type"] != kind:
             own: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
             yield from self._begin(kind, {**own, "content": []})
