@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 from rich.console import Console
 
 from echo_trt.bundle.manifest import MANIFEST, read_manifest, verify_files
-from echo_trt.bundle.recipe import Recipe
+from echo_trt.bundle.recipe import HUB, Recipe
 from echo_trt.cli.recipes import recipe_for, shipped_folder
 from echo_trt.errors import UserError
 from echo_trt.sizing.limits import limited
@@ -23,7 +24,9 @@ from echo_trt_lab.sizing.tables import cards_table, manifest_table, recipe_table
 def run(options: InspectOptions, console: Console) -> int:
     """Print the tables; returns the exit code, 1 where a recipe does not fit."""
     path, cards = Path(options.path), options.cards
-    if not (os.path.exists(path) or options.path in published() or (shipped_folder() / f"{path}.yaml").is_file()):
+    local = os.path.exists(path) or (shipped_folder() / f"{path}.yaml").is_file()
+    # OWNER/NAME is asked for on the hub, as by build, unless OWNER is a folder here.
+    if not (local or options.path in published() or (re.fullmatch(HUB, options.path) and not path.parent.exists())):
         raise UserError(f"{path} does not exist; name a bundle's folder, a recipe, or a model such as Qwen/Qwen3-8B.")
     if not path.is_dir() or ((path / "config.json").exists() and not (path / MANIFEST).exists()):
         engine = options.engine or ("of a GPU" if cards else None)  # with cards the recipe's own
