@@ -99,7 +99,10 @@ def python_table() -> str:
 
 
 def type_and_bounds(schema: dict[str, Any]) -> tuple[str, str]:
-    schema = next((each for each in schema.get("anyOf", ()) if each["type"] != "null"), schema)
+    kinds = [each for each in schema.get("anyOf", ()) if each["type"] != "null"]
+    if {each["type"] for each in kinds} == {"string", "object"}:  # a name, or what it stands for
+        return "string or object", ""
+    schema = next(iter(kinds), schema)
     if schema["type"] == "array":
         kind, bounds = type_and_bounds(schema["items"])
         return f"list of {kind}s", bounds

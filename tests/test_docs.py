@@ -85,6 +85,18 @@ def test_the_citation_is_this_version_s_and_names_the_paper():
     assert citation["references"][0]["url"].endswith("2604.09603")
 
 
+def test_one_sentence_says_where_llama_cpp_is_faster():
+    pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("faq", "known-limits", "precision"))]
+    found = [re.findall(r"llama\.cpp is faster [^.]*?\([^)]*\)\.", page.read_text()) for page in pages]
+    assert found == [found[0]] * 4
+    assert len(found[0]) == 1
+
+
+def test_the_first_lines_name_the_models_that_have_been_run():
+    first = "".join((ROOT / "README.md").read_text().splitlines(keepends=True)[:10])
+    assert "two models have been run end to end with published weights, SmolLM2-135M and Gemma 3 270M" in first
+
+
 def test_code_names_pages_that_exist():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in listed.splitlines():

@@ -84,6 +84,7 @@ def peer_figures(
         "accepted_length": _median([r.accepted_length for r in rounds]),
         "ttft_ms": _percentiles([x for r in rounds for x in r.ttft]),
         "time_per_token_ms": _percentiles([x for r in rounds for x in r.pace]),
+        "reported_time_per_token_ms": _percentiles([x for r in rounds for x in r.reported]),
         "same_texts": _share([_equal(r.answers, s.texts, text_of) for r, s in zip(rounds, plain, strict=True)]),
         "drafts": rounds[-1].drafts,
         "cached_prompt_tokens": sum(r.cached for r in rounds),

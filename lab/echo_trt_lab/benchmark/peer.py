@@ -52,6 +52,7 @@ class PeerRun:
     pace             seconds per token of an answer, without its first token
     accepted_length  tokens per arrival in ``decode``, 1 without drafting; None where arrivals are not steps
     drafts           kind of the drafts, None without any
+    reported         ``pace`` by the peer's own timings, where it sends some
     cached           tokens of prompts that came from the peer's prefix cache
     """
 
@@ -63,6 +64,7 @@ class PeerRun:
     pace: list[float]
     accepted_length: float | None = None
     drafts: str | None = None
+    reported: list[float] = field(default_factory=list)
     cached: int = 0
 
 

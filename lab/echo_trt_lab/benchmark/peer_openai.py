@@ -23,6 +23,7 @@ from echo_trt_lab.benchmark.peer import Arrivals, PeerRun, measured
 CONNECT_S = 5.0  # seconds to reach a server
 SILENCE_S = 600.0  # of a server that computes a prompt; larger: one that hangs is noticed later
 PROBE = "A short question."
+AGREEMENT = 0.1  # of its rate that a server's own timings may differ from ours; smaller: a busy client is refused
 RUNNING = {"include_usage": True, "continuous_usage_stats": True}
 #: Tried in this order: ids or text, and options of the stream. vLLM, SGLang, TensorRT-LLM and ours take the first.
 FORMS: tuple[tuple[bool, dict[str, bool]], ...] = (
@@ -111,9 +112,24 @@ class OpenAIPeer:
         streams, begin, end = asyncio.run(self._closed_loop(bodies, concurrency))
         streams.sort(key=lambda stream: stream.index)
         arrivals = [s.arrivals(len(prompts[s.index % len(prompts)])) for s in streams]
-        run = measured([s.text for s in streams[: len(prompts)]], arrivals, concurrency, begin, end)
+        self._compare(streams, arrivals)
+        first = streams[: len(prompts)]
+        run = measured([s.text for s in first], arrivals, concurrency, begin, end)
+        reported = [1 / s.rate for s in first if s.rate]
         # A server may send several steps in one event, or a step in two.
-        return replace(run, accepted_length=None, cached=sum(s.cached for s in streams))
+        return replace(run, accepted_length=None, reported=reported, cached=sum(s.cached for s in streams))
+
+    def _compare(self, streams: list[_CompletionStream], arrivals: list[Arrivals]) -> None:
+        """Refuse a run whose rate is another than by the server's own timings, where it sends some, as llama.cpp's."""
+        timed = [(s.rate, a) for s, a in zip(streams, arrivals, strict=True) if s.rate and sum(a.tokens) > 1]
+        steps = sum(sum(a.tokens) - 1 for _, a in timed)
+        seconds = sum(a.times[-1] - a.times[0] for _, a in timed)
+        reported = sum((sum(a.tokens) - 1) / rate for rate, a in timed)
+        if abs(seconds - reported) > AGREEMENT * reported:
+            raise UserError(
+                f"peer {self.name}: a request gets {steps / max(seconds, 1e-9):.1f} tokens/s as they arrive, and "
+                f"{steps / reported:.1f} by the server's own timings; end what else runs, or leave the peer out."
+            )
 
     async def _form(self) -> tuple[bool, dict[str, bool]]:
         """Find the form of a request that the server takes, and check that it reads the prompt as we do."""
@@ -185,30 +201,32 @@ class _CompletionStream:
     """One completion.
 
     pieces  time of an event, its text, and the answer's tokens so far, None where the server does not tell
+    rate    tokens per second without the first token, by the server's own timings; None where it sends none
     """
 
     index: int
     sent: float
     pieces: list[tuple[float, str, int | None]]
     usage: dict[str, Any]
+    rate: float | None = None
 
     @classmethod
     def read(cls, index: int, sent: float, lines: list[tuple[float, str]]) -> _CompletionStream:
         """Read the events of a stream. Raises ValueError where they hold an error, or no answer."""
-        pieces, usage = [], {}
+        pieces, usage, timings = [], {}, {}
         for when, line in lines:
             if not line.startswith("data:") or line.endswith("[DONE]"):
                 continue
             event = json.loads(line[5:])
             if "error" in event:
                 raise ValueError(json.dumps(event["error"]))
-            usage = event.get("usage") or usage
+            usage, timings = event.get("usage") or usage, event.get("timings") or timings
             for choice in event.get("choices") or []:
                 running = (event.get("usage") or {}).get("completion_tokens")
                 pieces.append((when, choice.get("text") or "", running))
         if not pieces or not usage.get("completion_tokens"):
             raise ValueError("a stream ended without tokens, or without their number in its usage")
-        return cls(index, sent, pieces, usage)
+        return cls(index, sent, pieces, usage, timings.get("predicted_per_second"))
 
     @property
     def text(self) -> str:
@@ -219,19 +237,27 @@ class _CompletionStream:
         return (self.usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
 
     def arrivals(self, prompt: int) -> Arrivals:
-        """Return the arrivals of tokens. Where a server counts them at the end alone, they are spread by characters."""
-        arrivals, total, length = Arrivals(prompt, self.sent), self.usage["completion_tokens"], len(self.text)
-        before = 0
+        """Return the arrivals of tokens. Those between two counts of the server are spread by characters.
+
+        vLLM counts in every event, others in the last one alone, which has text or not.
+        """
+        arrivals, counted, since = Arrivals(prompt, self.sent), 0, []
         for when, text, running in self.pieces:
+            since.append((when, len(text)))
             if running is not None:
-                tokens, before = running - before, running
-            else:
-                tokens = total * len(text) / max(length, 1)
-            if tokens > 0:
-                arrivals.add(when, tokens)
-        if not arrivals.times:  # an end token alone
-            arrivals.add(self.pieces[-1][0], total)
+                _spread(arrivals, since, running - counted)
+                counted, since = running, []
+        left = self.usage["completion_tokens"] - counted
+        _spread(arrivals, since or [(self.pieces[-1][0], 0)], left)
         return arrivals
+
+
+def _spread(arrivals: Arrivals, pieces: list[tuple[float, int]], tokens: int) -> None:
+    """Add ``tokens`` at the times of ``pieces`` by their characters; where they have none, at the last."""
+    characters = sum(length for _, length in pieces)
+    for when, length in pieces if characters else [(pieces[-1][0], 1)]:
+        if (share := tokens * length / max(characters, 1)) > 0:
+            arrivals.add(when, share)
 
 
 def _message(body: str) -> str:

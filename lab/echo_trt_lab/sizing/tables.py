@@ -9,13 +9,14 @@ from rich.table import Table
 from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.bundle.manifest import NGRAMS, Manifest, NetworkFacts
 from echo_trt.bundle.recipe import Recipe
-from echo_trt.engine.host_memory import gigabytes
-from echo_trt.engine.kv_pool import kv_pool
+from echo_trt.engine.host_memory import available_memory, gigabytes
+from echo_trt.engine.kv_pool import SHARE, KVPool, block_bytes, kv_pool
 from echo_trt.errors import UserError
-from echo_trt.sizing.needs import needs
+from echo_trt.sizing.needs import Needs, needs
 from echo_trt.sizing.networks import Sizes
 from echo_trt.sizing.shapes import Shape, shapes
 from echo_trt.speculation.pack import BLOCK
+from echo_trt.speculation.policies import POLICIES
 from echo_trt_lab.sizing.fit import CardFit
 from echo_trt_lab.sizing.hardware import active_parameters
 
@@ -85,10 +86,11 @@ def _add_recipe_rows(table: Table, recipe: Recipe) -> None:
     blocks = limits.kv_blocks or needed
     table.add_row("limits", f"batch {limits.batch}, context {limits.context:,} tokens, {blocks} KV blocks of 32 tokens")
     gates = ", ".join(f"{depth} at {tau:g}" for depth, tau in sorted((decoding.gates or {}).items()))
+    shared = f", budget {decoding.budget or 'measured'}, gates {gates or 'calibrated'}"
     table.add_row(
         "policy",
-        f"{decoding.policy}: depth {decoding.max_depth}, beams {decoding.beams}, width {decoding.width}, "
-        f"budget {decoding.budget or 'calibrated'}, gates {gates or 'calibrated'}",
+        f"{decoding.policy}: depth {decoding.max_depth}, beams {decoding.beams}, width {decoding.width}"
+        f"{shared * POLICIES[decoding.policy].shares_budget}",
     )
 
 
@@ -131,6 +133,11 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
     at_most = recipe.engine == "openvino" and not recipe.limits.kv_blocks  # the rest is the memory's to say
     held = f"{'at maximum ' * at_most}{need.blocks:,} blocks, {need.blocks * BLOCK:,} tokens"
     table.add_row("KV pool", f"{held}, {gigabytes(need.pool)}")
+    if at_most:
+        pool = _pool_of_recipe(recipe, need, target, draft)
+        short = pool.bytes - (pool.available or 0)
+        none = f"none: one request of full length takes {gigabytes(short)} more than is free beside the weights"
+        table.add_row("KV pool here", none if short > 0 else pool.sentence.removeprefix("KV pool: "))
     table.add_row("working memory", f"about {gigabytes(need.working)}")
     if need.reserved.total:
         table.add_row("taken at the start", f"about {gigabytes(need.reserved.total)}: {need.reserved.sentence}")
@@ -138,10 +145,25 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
         table.add_row("features", f"{need.features_token:,} bytes of a token of the pool, {gigabytes(need.features)}")
     if need.states:
         table.add_row("states", f"{gigabytes(need.states)}, of all running requests")
-    table.add_row("in all", gigabytes(need.fixed + need.pool + need.features))
+    in_all = gigabytes(need.fixed + need.pool + need.features)
+    if at_most:
+        in_all = f"{gigabytes(need.fixed + pool.bytes)} here, at maximum {in_all}"
+    table.add_row("in all", in_all)
     if draft and draft.sizes.feature_size and not need.features:
         features = 4 * draft.sizes.feature_size
-        table.add_row("host memory", f"features of the pool's tokens, {gigabytes(need.blocks * BLOCK * features)}")
+        table.add_row(
+            "host memory",
+            f"features of the pool's tokens, {'at maximum ' * at_most}{gigabytes(need.blocks * BLOCK * features)}",
+        )
+
+
+def _pool_of_recipe(recipe: Recipe, need: Needs, target: Shape, draft: Shape | None) -> KVPool:
+    """Return the KV pool that a bundle of the recipe would have in the memory that is free on this machine."""
+    networks = [(target.sizes, recipe.precision), *([(draft.sizes, recipe.draft_precision)] if draft else [])]
+    size, needed = block_bytes(recipe.engine, networks), recipe.request_blocks
+    available = available_memory() - need.target_weights - need.draft_weights - need.states
+    blocks = min(need.blocks, max(int(SHARE * available) // size, needed))
+    return KVPool(blocks, size, needed, recipe.limits.context, available, need.states)
 
 
 def cards_table(fits: list[CardFit]) -> Table:

@@ -60,6 +60,35 @@ def test_a_shipped_recipe_is_found_by_its_name_from_anywhere(inspect, tmp_path, 
     assert "qwen3-9b is neither a recipe" in " ".join(err.split())
 
 
+def test_a_recipe_for_a_cpu_says_what_it_takes_on_this_machine(inspect, monkeypatch):
+    """The whole batch's pool is what memory without a limit would hold, as the pool that a bundle opens here is not."""
+    sized = ("Qwen/Qwen3-0.6B", "--engine", "openvino", "--precision", "fp32")  # computed in fp32 on every CPU
+    for free, pool, in_all in (
+        (24e9, "10.5 GB, 45,760 tokens, 5 requests of 8,192 tokens", "14.6 GB here, at maximum 125.3 GB"),
+        (900e9, "121.2 GB, 528,384 tokens, 64 requests of 8,192 tokens", "125.3 GB here, at maximum 125.3 GB"),
+        (4e9, "none: one request of full length takes 0.9 GB more than is free beside the weights", "125.3 GB"),
+    ):
+        monkeypatch.setattr("echo_trt_lab.sizing.tables.available_memory", lambda free=free: int(free))
+        code, out, _ = inspect(*sized)
+        reported = rows(out)
+        assert code == 0
+        assert reported["KV pool here"] == pool
+        assert reported["in all"].endswith(in_all)
+    assert reported["policy"] == "goodput: depth 4, beams 4, width 8"  # it has neither a budget nor gates
+
+
+def test_a_name_on_the_hub_is_asked_for_as_build_asks(inspect, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, _, err = inspect("tiny/Target-1")
+    assert code == 2
+    assert "model tiny/Target-1 is not in" in " ".join(err.split())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bundles").mkdir()
+    code, _, err = inspect("bundles/nope")
+    assert code == 2
+    assert "bundles/nope does not exist" in " ".join(err.split())
+
+
 def test_a_mixture_of_experts_on_8_gpus_has_two_knees(inspect):
     code, out, _ = inspect(BUILD / "qwen3-235b-a22b.yaml", "--fit", "H100-80GB x8")
     reported = rows(out)
