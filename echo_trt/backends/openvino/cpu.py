@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +15,12 @@ _CPU = Path("/proc/cpuinfo")
 
 @cache
 def has_bf16() -> bool:
-    """Return whether this CPU can run a graph in bf16, for which OpenVINO's attention needs AVX-512."""
+    """Return whether this CPU can run a graph in bf16, for which OpenVINO's attention needs AVX-512.
+
+    Where oneDNN is kept from AVX-512, OpenVINO still says BF16 and crashes in it.
+    """
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper().startswith(("SSE", "AVX2")):
+        return False
     if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return False
     return not _CPU.exists() or "avx512f" in _CPU.read_text(encoding="utf-8")
