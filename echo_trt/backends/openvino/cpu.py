@@ -31,6 +31,12 @@ def has_amx() -> bool:
     return has_bf16() and _CPU.exists() and "amx_bf16" in _CPU.read_text(encoding="utf-8")
 
 
+def cores() -> int:
+    """Return on how many cores this process may run, as OpenVINO counts them: two threads of a core are one."""
+    cores = (Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in os.sched_getaffinity(0))
+    return len({core.read_text("utf-8") if core.exists() else str(core) for core in cores})
+
+
 def compute_type(precision: str) -> ov.Type:
     """Return the type of arithmetic and KV cache: bf16, also with int8 weights, or fp32 where this CPU has no bf16."""
     return ov.Type.f32 if precision == "fp32" or not has_bf16() else ov.Type.bf16

@@ -87,8 +87,9 @@ def differing(got: Completion, want: Completion, tolerance: float = 1e-3) -> lis
     for name in ("logprobs", "prompt_logprobs"):
         pairs = [[(e.token, e.logprob, *(p for _, p in e.top)) for e in getattr(c, name) or ()] for c in (got, want)]
         same = [len(e) for e in pairs[0]] == [len(e) for e in pairs[1]]
-        if not same or not all(np.allclose(a, b, atol=tolerance, rtol=0) for a, b in zip(*pairs, strict=True)):
-            found.append(name)
+        off = max((float(np.max(np.abs(np.nan_to_num(a) - np.nan_to_num(b)))) for a, b in zip(*pairs, strict=False)), default=0.0)
+        if not same or not off <= tolerance:
+            found.append(f"{name}, by {off:.2g}" if same else name)
     if got.token_sources is not None:
         found += ["token_sources"] * ([each.token for each in got.token_sources] != got.token_ids)
         found += ["probability"] * any(not 0 <= (each.probability or 0) <= 1 for each in got.token_sources)

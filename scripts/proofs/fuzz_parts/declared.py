@@ -161,7 +161,7 @@ FIELDS: dict[str, Callable[[random.Random], Any]] = {
     "guided_regex": lambda draw: GRAMMARS[2]["regex"],
     "guided_choice": lambda draw: GRAMMARS[3]["choice"],
     "guided_grammar": lambda draw: GRAMMARS[4]["grammar"],
-    "n": lambda draw: draw.choice((1, 1, 2, 3, CHOICES)),
+    "n": lambda draw: draw.choice((1, 2, 2, 3, 3, 3, 3, CHOICES)),
     "latency": drawn_latency,
     "priority": lambda draw: drawn_number(int, 0, 2**31 - 1, False, (), draw),
     "deadline_ms": lambda draw: draw.choice((1, 20, 2**31 - 1)),
