@@ -54,6 +54,7 @@ def main() -> None:
     options.add_argument("--networks", type=Path, help="those of tests/pairs.py; default: written anew")
     options.add_argument("--pairs", default="close,lookup,dspark", help="of tests/pairs.py, by commas")
     options.add_argument("--only", default=",".join(ROUNDS), help="kinds of rounds, by commas")
+    options.add_argument("--precisions", default=",".join(PRECISIONS), help="of the promises, by commas")
     requested = options.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)  # of engines that fail
@@ -75,12 +76,15 @@ def main() -> None:
             draw = random.Random(seed)
             kind = draw.choice(kinds)
             names = PROMISED if kind == "promises" else requested.pairs.split(",")
-            pair = pair_of(draw.choice(names), draw.choice(PRECISIONS) if kind == "promises" else "fp32")
+            pair = pair_of(
+                draw.choice(names), draw.choice(requested.precisions.split(",")) if kind == "promises" else "fp32"
+            )
             try:
                 ROUNDS[kind](draw, pair)
             except Exception as error:
                 traceback.print_exc()
                 again = f"--seed {seed} --minutes 0 --pairs {requested.pairs} --only {requested.only}"
+                again += f" --precisions {requested.precisions}"
                 sys.exit(f"{type(error).__name__} in a round of the {kind}; repeat it: {again}")
             counts[f"rounds: {kind}"] += 1
             seed += 1

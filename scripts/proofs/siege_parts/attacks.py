@@ -174,7 +174,7 @@ def ambiguous_grammars(target: Target) -> None:
 
 
 def flood(target: Target) -> None:
-    target.again(250, lambda: target.ask(max_tokens=40, ignore_eos=True))
+    target.again(100, lambda: target.ask(n=3, max_tokens=40, ignore_eos=True))
 
 
 def many_choices(target: Target) -> None:
