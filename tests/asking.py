@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+from waiting import PATIENCE
+
 from echo_trt.engine.process import wire
 
 
-def ask(path: str, question: wire.ToEngine, seconds: float) -> wire.FromEngine | None:
+def ask(path: str, question: wire.ToEngine, seconds: float = PATIENCE) -> wire.FromEngine | None:
     """Ask one question and return the last message of its answer; None where it does not come in time."""
     try:
         return asyncio.run(_asked(path, question, seconds))

@@ -1,5 +1,6 @@
 """Gated MLPs as OpenVINO knows them: gates activated within their products, and with AMX one kernel for each."""
 
+import os
 from collections import Counter
 
 import numpy as np
@@ -7,6 +8,7 @@ import openvino as ov
 import pytest
 
 from echo_trt.backends.openvino import cpu as cpu_facts
+from echo_trt.backends.openvino import graph as graph_parts
 from echo_trt.backends.openvino.cpu import has_amx, has_bf16
 from echo_trt.backends.openvino.engine import _from_bf16
 from echo_trt.backends.openvino.graph import FEATURES, compile_graph, join_mlps, read_graph
@@ -34,7 +36,7 @@ def cpu(request, monkeypatch):
 @NETWORKS
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gates_are_activated_within_their_products(cpu, bundle_of, pair, network, layers, precision):
-    kinds = _gate_kinds(compile_graph(read_graph(bundle_of(pair) / f"{network}.onnx"), precision))
+    kinds = _gate_kinds(compile_graph(read_graph(bundle_of(pair) / f"{network}.onnx"), precision, threads=2))
     assert kinds.total() == layers
     assert set(kinds) <= WITHIN
 
@@ -63,8 +65,27 @@ def test_joined_mlps_are_the_same_function(bundle_of, pair, network, layers):
 
 @needs_amx
 def test_with_amx_each_is_one_kernel(bundle_of):
-    compiled = compile_graph(read_graph(bundle_of("self") / "target.onnx"), "bf16")
+    compiled = compile_graph(read_graph(bundle_of("self") / "target.onnx"), "bf16", threads=2)
     assert _gate_kinds(compiled) == {"LLMMLP": 3}
+
+
+@needs_bf16
+@pytest.mark.parametrize(("threads", "cores", "joined"), [(1, 2, False), (2, 1, True), (0, 1, False), (0, 2, True)])
+def test_one_thread_has_no_kernel_for_a_whole_mlp(threads, cores, joined, bundle_of, monkeypatch):
+    """OpenVINO's divides by half the threads, which would end the process."""
+    found = []
+    monkeypatch.setattr(graph_parts, "join_mlps", found.append)
+    monkeypatch.setattr(cpu_facts, "has_amx", lambda: True)
+    monkeypatch.setattr(cpu_facts, "cores", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    compile_graph(read_graph(bundle_of("lookup") / "target.onnx"), "bf16", threads=threads)
+    assert bool(found) == joined
+
+
+def test_threads_of_one_core_are_one(monkeypatch):
+    assert 1 <= cpu_facts.cores() <= len(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert cpu_facts.cores() == 1
 
 
 def _gate_kinds(compiled: ov.CompiledModel) -> Counter[str]:

@@ -196,7 +196,10 @@ def test_bf16_takes_what_openvinos_attention_does(capabilities, flags, expected,
         (tmp_path / "cpuinfo").write_text(flags)
     monkeypatch.setattr(cpu, "_CPU", tmp_path / "cpuinfo")
     monkeypatch.setattr(cpu.ov.Core, "get_property", lambda *_: capabilities)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     assert cpu.has_bf16.__wrapped__() == expected
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # oneDNN's kernels alone obey it
+    assert not cpu.has_bf16.__wrapped__()
 
 
 @pytest.mark.skipif(not cpu.has_bf16(), reason="needs a CPU with AVX-512, for bf16")

@@ -18,7 +18,7 @@ import httpx
 import psutil
 from engine.service.served import Served, free_ports
 from starlette.applications import Starlette
-from waiting import wait_until
+from waiting import listens, wait_until
 
 from echo_trt.server.__main__ import server_of
 from echo_trt.server.app import create_app
@@ -109,7 +109,7 @@ def engine_of(
     thread = threading.Thread(target=loop.run_until_complete, args=(host.serve(folder / "engine", stop),), daemon=True)
     thread.start()
     try:
-        wait_until(lambda: (folder / "engine").exists() or not thread.is_alive())
+        wait_until(lambda: listens(folder / "engine") or not thread.is_alive())
         yield folder / "engine"
     finally:
         loop.call_soon_threadsafe(stop.set)

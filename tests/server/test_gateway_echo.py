@@ -99,7 +99,7 @@ def test_a_text_of_more_bytes_than_tokens_is_counted_by_its_tokens(client, token
 
 def test_the_engine_has_this_bound_itself(server):
     inputs = {"input_ids": [70] * 5000, "prompt_logprobs": 20, "max_tokens": 1}
-    reported = ask(str(server.engine), wire.Submit(1, inputs), 30)
+    reported = ask(str(server.engine), wire.Submit(1, inputs))
     assert "prompt_logprobs is 20, which asks for 5000 prompt tokens" in reported.message
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +15,12 @@ _CPU = Path("/proc/cpuinfo")
 
 @cache
 def has_bf16() -> bool:
-    """Return whether this CPU can run a graph in bf16, for which OpenVINO's attention needs AVX-512."""
+    """Return whether this CPU can run a graph in bf16, for which OpenVINO's attention needs AVX-512.
+
+    Where oneDNN is kept from AVX-512, OpenVINO still says BF16 and crashes in it.
+    """
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper().startswith(("SSE", "AVX2")):
+        return False
     if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return False
     return not _CPU.exists() or "avx512f" in _CPU.read_text(encoding="utf-8")
@@ -23,6 +29,12 @@ def has_bf16() -> bool:
 @cache
 def has_amx() -> bool:
     return has_bf16() and _CPU.exists() and "amx_bf16" in _CPU.read_text(encoding="utf-8")
+
+
+def cores() -> int:
+    """Return on how many cores this process may run, as OpenVINO counts them: two threads of a core are one."""
+    cores = (Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in os.sched_getaffinity(0))
+    return len({core.read_text("utf-8") if core.exists() else str(core) for core in cores})
 
 
 def compute_type(precision: str) -> ov.Type:

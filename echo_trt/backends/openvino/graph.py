@@ -63,11 +63,11 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
         _decompress(model)
     elif precision in ("int8", "int4"):
         options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = ACTIVATIONS  # of 8-bit matrices: zero points forbid it
+    threads = threads or _asked_threads()
     if compute == "bf16":
         model = _with_short_features(model)
-        if cpu.has_amx():
+        if cpu.has_amx() and (threads or cpu.cores()) > 1:  # its kernel divides by half the threads
             join_mlps(model)
-    threads = threads or _asked_threads()
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
     return ov.Core().compile_model(model, "CPU", options)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from asking import ask
-from waiting import wait_until
+from waiting import PATIENCE, listens, wait_until
 
 from echo_trt import LLM
 from echo_trt.engine.process import host, wire
@@ -39,10 +39,10 @@ def path(service, bundle_of, tmp_path_factory) -> Iterator[str]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    wait_until(path.exists)
+    wait_until(lambda: listens(path))
     yield str(path)
     loop.call_soon_threadsafe(stop.set)
-    thread.join(30)
+    thread.join(PATIENCE)
     assert served == [True]
 
 
@@ -81,14 +81,14 @@ def request(**more: object) -> dict[str, object]:
 
 
 def test_questions_are_answered(path):
-    answer = ask(path, wire.Submit(3, request(return_perf_metrics=True)), 30)
+    answer = ask(path, wire.Submit(3, request(return_perf_metrics=True)))
     assert isinstance(answer, wire.TextPiece)
     assert (answer.id, len(answer.token_ids), answer.finish_reason) == (3, 8, "length")
     assert (answer.completion_tokens, answer.prompt_tokens > 0) == (8, True)
-    assert ask(path, wire.Describe(1), 30).context > 0
-    tokens = ask(path, wire.Tokenize(1, {"text_input": "the theme"}), 30)
-    assert ask(path, wire.Tokenize(1, {"input_ids": tokens.token_ids}), 30).text == "the theme"
-    assert "echo_iterations_total" in ask(path, wire.Scrape(1), 30).text
+    assert ask(path, wire.Describe(1)).context > 0
+    tokens = ask(path, wire.Tokenize(1, {"text_input": "the theme"}))
+    assert ask(path, wire.Tokenize(1, {"input_ids": tokens.token_ids})).text == "the theme"
+    assert "echo_iterations_total" in ask(path, wire.Scrape(1)).text
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_questions_are_answered(path):
     ],
 )
 def test_a_request_that_cannot_be_taken_is_a_failure(inputs, code, word, path):
-    failure = ask(path, wire.Submit(1, inputs), 30)
+    failure = ask(path, wire.Submit(1, inputs))
     assert (failure.code, word in failure.message) == (code, True), failure
 
 
@@ -133,13 +133,13 @@ def test_an_answer_that_cannot_be_sent_fails_alone(path, monkeypatch):
     found: dict[int, wire.FromEngine | None] = {}
 
     def send(id: int) -> None:
-        found[id] = ask(path, wire.Submit(id, request(max_tokens=30)), 30)
+        found[id] = ask(path, wire.Submit(id, request(max_tokens=30)))
 
     threads = [threading.Thread(target=send, args=(id,)) for id in (12, 13, 14)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE)
     assert isinstance(found[13], wire.Failure)
     assert found[13].code == "INTERNAL"
     assert [len(found[id].token_ids) for id in (12, 14)] == [30, 30]
@@ -151,10 +151,10 @@ def test_few_clients_get_snapshots_and_a_cancelled_one_leaves_room(path):
         client.connect(path)
         client.sendall(wire.framed(wire.WatchSnapshots(1)))
         assert client.recv(1)  # of a snapshot
-    refused = ask(path, wire.WatchSnapshots(1), 30)
+    refused = ask(path, wire.WatchSnapshots(1))
     assert (refused.code, "clients get snapshots" in refused.message) == ("UNAVAILABLE", True)
     clients[0].sendall(wire.framed(wire.Cancel(1)))
-    wait_until(lambda: isinstance(ask(path, wire.WatchSnapshots(1), 30), wire.TextReply))
+    wait_until(lambda: isinstance(ask(path, wire.WatchSnapshots(1)), wire.TextReply))
     for client in clients:
         client.close()
 
@@ -237,4 +237,4 @@ def test_what_is_no_message_ends_its_connection_alone(path):
             client.sendall(sent)
             client.shutdown(socket.SHUT_WR)
             assert client.recv(1) == b""
-    assert isinstance(ask(path, wire.Submit(1, request()), 30), wire.TextPiece)
+    assert isinstance(ask(path, wire.Submit(1, request())), wire.TextPiece)
