@@ -36,7 +36,7 @@ class UserError(Exception):
         self.field = field
 
 
-class Failed(Exception):
+class StartFailed(Exception):
     """What failed and is no mistake of the user's. The message is one sentence. The CLI prints it and exits with 1."""
 
 

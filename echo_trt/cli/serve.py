@@ -31,7 +31,7 @@ FLUSH_SECONDS, STOP_SECONDS = 0.5, 10.0  # for Triton to send the last tokens, a
 def run(job: ServeOptions) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit code: 0 where all answers were finished.
 
-    Raises UserError for wrong options, and Failed for a process that does not start.
+    Raises UserError for wrong options, and StartFailed for a process that does not start.
     """
     job = replace(job, host=_address(job.host, socket.AF_INET if job.triton else socket.AF_UNSPEC))
     _check(job)

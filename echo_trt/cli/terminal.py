@@ -11,7 +11,7 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError
 from rich.console import Console
 
-from echo_trt.errors import Failed, UserError, no_memory
+from echo_trt.errors import StartFailed, UserError, no_memory
 
 NARROWEST = 20  # columns of a terminal; larger: more values of COLUMNS are ignored
 
@@ -39,7 +39,7 @@ def run_app(app: App) -> None:
         _run(app)
     except UserError as error:
         _refuse(error)
-    except Failed as error:
+    except StartFailed as error:
         _refuse(error, 1)
     except CycloptsError as error:
         error.verbose = False

@@ -19,7 +19,7 @@ from echo_trt.engine.options import LogFormat, Port, bounds, command, run_alone
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.files.log import configure
 from echo_trt.server.app import LARGEST_BODY, create_app
-from echo_trt.server.connections import HttpConnection, Places, max_connections
+from echo_trt.server.connections import ConnectionSlots, HttpConnection, max_connections
 from echo_trt.server.options import ApiOptions
 
 
@@ -56,18 +56,18 @@ def run(options: ServerOptions) -> int:
 
 
 def server_of(
-    app: Starlette, liveness: Path | None = None, places: Places | None = None, **options: Any
+    app: Starlette, liveness: Path | None = None, slots: ConnectionSlots | None = None, **options: Any
 ) -> DrainingServer:
-    places = places or Places(max_connections())
+    slots = slots or ConnectionSlots(max_connections())
     metrics = getattr(app.state, "metrics", None)
     if metrics is not None:
-        metrics.connections.set_function(partial(len, places))
-        metrics.max_connections.set(places.limit)
-    protocol: Any = partial(HttpConnection, places=places)  # uvicorn only calls it; its type asks for a class
+        metrics.connections.set_function(partial(len, slots))
+        metrics.max_connections.set(slots.limit)
+    protocol: Any = partial(HttpConnection, slots=slots)  # uvicorn only calls it; its type asks for a class
     fixed: dict[str, Any] = {
         "loop": "asyncio",  # uvloop would read as much at once as it likes (``connections.READ``)
         "http": protocol,
-        "backlog": max(places.limit // 4, 1),  # asyncio accepts so many at once before it counts them
+        "backlog": max(slots.limit // 4, 1),  # asyncio accepts so many at once before it counts them
         "log_level": "error",  # its warnings are of what clients send, and any client can send it for ever
         "access_log": False,
         "log_config": None,  # its lines have the form of all others

@@ -45,7 +45,7 @@ def max_connections() -> int:
     return MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, hard // 2)
 
 
-class Places:
+class ConnectionSlots:
     """The connections of a server, ``limit`` at most beside those that close; in each state the longest one first.
 
     A sixteenth of them is kept for requests with a valid key, and for probes.
@@ -98,10 +98,12 @@ class HttpConnection(H11Protocol):
     the time between an answer and the next request.) ``unread``: seconds in which a client must take some of an answer.
     """
 
-    def __init__(self, *args: Any, places: Places, arrival: float = ARRIVAL_S, unread: float = UNREAD_S, **more: Any):
+    def __init__(
+        self, *args: Any, slots: ConnectionSlots, arrival: float = ARRIVAL_S, unread: float = UNREAD_S, **more: Any
+    ):
         super().__init__(*args, **more)
         self._application, self.app = self.app, self._respond
-        self._places = places
+        self._slots = slots
         self.state: str | None = None
         self._seconds = {ARRIVING: arrival, UNREAD: unread, CLOSING: LINGER_S}
         self._timer: asyncio.TimerHandle | None = None  # of the state
@@ -115,7 +117,7 @@ class HttpConnection(H11Protocol):
         transport.set_write_buffer_limits(0)  # paused is what has unread bytes
         super().connection_made(_Transport(transport, self._close))  # type: ignore[arg-type]
         self._enter(ARRIVING)
-        self._places.make_room()
+        self._slots.make_room()
 
     def data_received(self, data: bytes) -> None:
         if self.state == CLOSING:
@@ -171,7 +173,7 @@ class HttpConnection(H11Protocol):
                 message = {**message, "headers": [*headers, CLOSE_HEADER]}
             await send(message)
 
-        scope["full"] = self._places.full()
+        scope["full"] = self._slots.full()
         await self._application(scope, receive, send_last)
 
     def send_400_response(self, msg: str) -> None:
@@ -199,7 +201,7 @@ class HttpConnection(H11Protocol):
             return
         if self._timer:
             self._timer.cancel()
-        self._places.move(self, state)
+        self._slots.move(self, state)
         self.state, seconds = state, self._seconds.get(state or "")
         self._unread = self._left() if state == UNREAD else 0
         self._timer = self.loop.call_later(seconds, self._end) if seconds else None

@@ -149,7 +149,7 @@ class Cors(CORSMiddleware):
             allow_origins=origins,
             allow_methods=("GET", "HEAD", "POST"),
             allow_headers=("*",),
-            expose_headers=("Retry-After", "X-Request-Id"),
+            expose_headers=("Retry-After", "X-Fields-Ignored", "X-Request-Id"),
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:

@@ -91,8 +91,9 @@ class Plan:
         tree, node, top = self.tree, np.arange(len(self.tree)), self.tree.parent < 0
         above, kinds = np.where(top, node, tree.parent), (tree.token, tree.parent, tree.request, tree.depth)
         rooted = np.array_equal(tree.request[top], np.arange(len(roots))) and np.array_equal(tree.token[top], roots)
-        if not rooted or len(self.probability) != len(tree) or any(each.dtype != np.int64 for each in kinds):
-            raise UserError("a plan has int64 trees, one for each root, and a probability for each node")
+        finite = len(self.probability) == len(tree) and np.isfinite(self.probability).all()
+        if not rooted or not finite or any(each.dtype != np.int64 for each in kinds):
+            raise UserError("a plan has int64 trees, one for each root, and a finite probability for each node")
         if (
             (above > node).any()
             or (np.diff(tree.request) < 0).any()

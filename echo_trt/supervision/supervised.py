@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from echo_trt.errors import Failed, UserError
+from echo_trt.errors import StartFailed, UserError
 from echo_trt.supervision.probe import responds
 from echo_trt.supervision.process import Process, ProcessLog, raise_open_files
 from echo_trt.supervision.stopping import stop_signals
@@ -52,7 +52,7 @@ class Supervised(ABC):
         self._failed = self._due = 0.0  # time.monotonic() of the failure, and of the next start or its end
 
     def step(self) -> None:
-        """Check it once; to be called repeatedly. Raises Failed, or UserError for a mistake, if it never served."""
+        """Check it once; to be called repeatedly. Raises StartFailed or UserError if it does not start at first."""
         if self.process is None:
             if time.monotonic() >= self._due:
                 self.process, self._due = self._spawn(), time.monotonic() + self._start_seconds
@@ -97,8 +97,10 @@ class Supervised(ABC):
         if not self.process.alive and not self.serving:
             troubles = (port_trouble(option, self._host, port) for option, port in self._ports.items())
             reason = self.process.reason()
-            told = self.process.exit_code == 2 or any("UserError: " in line for line in self.process.lines)  # Triton's
-            self._mistake = next(filter(None, troubles), reason if told else None)  # a reason that tells the whole
+            reported = self.process.exit_code == 2 or any(
+                "UserError: " in line for line in self.process.lines
+            )  # Triton's
+            self._mistake = next(filter(None, troubles), reason if reported else None)  # a reason that tells the whole
             return self._mistake or f"{self.name} did not start: {reason}"
         if not self.process.alive:
             return f"{self.name} has died ({self.process.ended})"
@@ -120,7 +122,7 @@ class Supervised(ABC):
         now, served = time.monotonic(), self.serving
         self.stop()
         if not self.served:
-            raise (UserError if trouble == self._mistake else Failed)(f"{trouble}.")
+            raise (UserError if trouble == self._mistake else StartFailed)(f"{trouble}.")
         if served:
             self._failed = now
             while self._restarts and now - self._restarts[0] > RESTARTS_WITHIN:
@@ -173,7 +175,7 @@ class Supervisor:
     def run(self) -> int:
         """Run until ``stop`` is set; returns the exit code, 1 where requests in flight were lost.
 
-        Raises Failed or UserError where a process does not start.
+        Raises StartFailed or UserError where a process does not start.
         """
         try:
             while not self._stop.wait(CHECK_SECONDS):
@@ -184,7 +186,7 @@ class Supervisor:
                     self._log.say(text)
                     self._announcement = None
             return self._drain()
-        except (Failed, UserError):
+        except (StartFailed, UserError):
             self._drain()  # others still have requests in flight
             raise
         finally:
@@ -237,9 +239,9 @@ def supervise(prefix: str, form: str, make: Callable[[Path, threading.Event, Pro
                     f"TMPDIR leads to {work}, too long a path for a socket; set it to a short one, as /tmp."
                 )
             return make(Path(work), stop, log).run()
-    except (Failed, UserError) as error:
+    except (StartFailed, UserError) as error:
         log.say(str(error), "ERROR")
-        return 1 if isinstance(error, Failed) else 2
+        return 1 if isinstance(error, StartFailed) else 2
     finally:
         log.close()
 

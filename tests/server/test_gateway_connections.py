@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from waiting import wait_until
 
-from echo_trt.server.connections import HttpConnection, Places
+from echo_trt.server.connections import ConnectionSlots, HttpConnection
 
 MOST, SECONDS = 6, 1.5  # the latter also bounds how long a busy machine may take between two lines of a test
 MODELS = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -28,7 +28,7 @@ HALF_A_BODY = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    protocol = partial(HttpConnection, places=Places(MOST), arrival=SECONDS)
+    protocol = partial(HttpConnection, slots=ConnectionSlots(MOST), arrival=SECONDS)
     with running(server={"http": protocol, "timeout_keep_alive": 4}) as client:
         yield client.base_url.port
 
@@ -120,7 +120,7 @@ def test_another_application_stops_as_ours_does():
 @pytest.fixture(scope="module")
 def patient() -> Iterator[int]:
     """Nobody's time runs out."""
-    protocol = partial(HttpConnection, places=Places(MOST), arrival=600)
+    protocol = partial(HttpConnection, slots=ConnectionSlots(MOST), arrival=600)
     with running(server={"http": protocol, "timeout_keep_alive": 600}) as client:
         client.close()
         yield client.base_url.port
@@ -167,7 +167,7 @@ async def large(request: Request) -> Response:
 
 @contextmanager
 def unread(most: int, seconds: float) -> Iterator[int]:
-    protocol = partial(HttpConnection, places=Places(most), unread=seconds)
+    protocol = partial(HttpConnection, slots=ConnectionSlots(most), unread=seconds)
     app = Starlette(routes=[Route("/large", large), Route("/v1/models", lambda _: Response("]}]}"))])
     with running(app, server={"http": protocol, "timeout_keep_alive": 600}) as client:
         yield client.base_url.port
@@ -220,12 +220,12 @@ def busy(tmp_path, keys) -> Iterator[tuple[int, Callable[[], None], ExitStack]]:
     head = f"Host: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
 
     def take_one() -> None:
-        taken, connection = len(places._since["answered"]), stack.enter_context(connect(port))
+        taken, connection = len(slots._since["answered"]), stack.enter_context(connect(port))
         connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + body)
-        wait_until(lambda: len(places._since["answered"]) > taken)
+        wait_until(lambda: len(slots._since["answered"]) > taken)
 
-    places = Places(MOST)
-    server = {"http": partial(HttpConnection, places=places)}
+    slots = ConnectionSlots(MOST)
+    server = {"http": partial(HttpConnection, slots=slots)}
     with ExitStack() as stack:
         silent = stack.enter_context(socket.socket(socket.AF_UNIX))
         silent.bind(str(tmp_path / "engine"))

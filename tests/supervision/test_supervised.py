@@ -28,7 +28,7 @@ from waiting import wait_until
 from echo_trt.adapters.triton import server as triton_server
 from echo_trt.cli import serve as launcher
 from echo_trt.cli.serve import ApiServer
-from echo_trt.errors import Failed, UserError
+from echo_trt.errors import StartFailed, UserError
 from echo_trt.files.log import Line
 from echo_trt.supervision import supervised
 from echo_trt.supervision.options import ServeOptions
@@ -214,10 +214,10 @@ def test_a_first_start_that_fails_says_why(small):
     with refused("no such bundle"):
         each = small("print('error: no such bundle.'); raise SystemExit(2)")
         each.until(lambda: each.serving)
-    with refused("the small one did not start: no more room", kind=Failed):
+    with refused("the small one did not start: no more room", kind=StartFailed):
         each = small("raise SystemExit('error: no more room')")
         each.until(lambda: each.serving)
-    with refused("the small one did not start: signal 9 ended it", kind=Failed):
+    with refused("the small one did not start: signal 9 ended it", kind=StartFailed):
         each = small("import os; print('hello'); os.kill(os.getpid(), 9)")
         each.until(lambda: each.serving)
 
@@ -409,7 +409,7 @@ def test_an_engine_is_drained_where_the_gateway_does_not_start(pair, tmp_path):
     pair.gateway.programs = [f"{waits}\nraise SystemExit('error: no room')"]
     begun = threading.Thread(target=lambda: wait_until(lambda: pair.engine.serving) and (tmp_path / "go").touch())
     begun.start()
-    with refused("the small one did not start: no room", kind=Failed):
+    with refused("the small one did not start: no room", kind=StartFailed):
         pair.run()
     begun.join()
     assert (tmp_path / "drained").exists()

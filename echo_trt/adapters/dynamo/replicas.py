@@ -42,7 +42,7 @@ VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 def run(job: ServeOptions) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit code: 0 where all answers were finished.
 
-    Raises UserError for wrong options, and Failed for a process that does not start.
+    Raises UserError for wrong options, and StartFailed for a process that does not start.
     """
     _refuse_others(job)
     manifest = read_manifest(job.bundle)
