@@ -57,7 +57,7 @@ class Answer(ABC, Generic[Requested]):
         self._requested, self._turns, self._turn, self._metrics = requested, turns, turns[0], metrics
         self._prompts = turns  # one of each prompt's
         self._id, self._created = secrets.token_hex(16), int(time.time())
-        self.error: dict[str, Any] = {}  # that ended it, as ``ApiError.told``
+        self.error: dict[str, Any] = {}  # that ended it, as ``ApiError.logged``
 
     async def whole(self, pieces: PieceStream) -> AnswerEvent:
         """Return the body of an answer that is not streamed, once all texts have ended."""
@@ -80,7 +80,7 @@ class Answer(ABC, Generic[Requested]):
             if self.last:
                 yield self.last
         except ApiError as error:
-            self.error = error.told()
+            self.error = error.logged()
             for event in self.failed(self._requested.in_client_fields(error)):
                 yield self.written(event)
         except ClientGone:

@@ -93,7 +93,7 @@ class ApiError(HTTPException):
             return {"type": "error", "error": {"type": kind, "message": message}}
         return self.body
 
-    def told(self) -> dict[str, Any]:
+    def logged(self) -> dict[str, Any]:
         """Return what the log tells of it. (The error itself would keep the request's body, by its traceback.)"""
         field = self.body["error"]["param"]
         return {"status": self.status_code, "field": field, "error": self.detail, "reason": self.reason}
@@ -101,7 +101,7 @@ class ApiError(HTTPException):
     def response(self, scope: Scope) -> JSONResponse:
         """Return the answer to the request of an ASGI scope, whose line of the log tells it too."""
         if record := scope.get("record"):
-            record.error = self.told()
+            record.error = self.logged()
         headers = dict(self.headers or {})
         if self.retry_after:
             headers["Retry-After"] = str(self.retry_after)

@@ -36,7 +36,7 @@ class RequestRecord:
     """What is known of a request, in its ASGI scope as "record".
 
     status  0: no answer has begun
-    error   what it was refused with, as ``ApiError.told``
+    error   what it was refused with, as ``ApiError.logged``
     answer  the engine's
     """
 

@@ -91,8 +91,8 @@ class Client:
         self, inputs: Mapping[str, Any], sender: wire.Sender = wire.ANYONE
     ) -> AsyncGenerator[wire.TextPiece]:
         """Yield pieces as they come. Close it early and the engine drops the request. Raises EngineError."""
-        asked = wire.Submit(next(self._ids), dict(inputs), REQUEST_ID.get(), sender)
-        async with aclosing(self._ask(asked)) as answers:
+        message = wire.Submit(next(self._ids), dict(inputs), REQUEST_ID.get(), sender)
+        async with aclosing(self._ask(message)) as answers:
             async for piece in answers:
                 assert isinstance(piece, wire.TextPiece)
                 self._last_piece = time.monotonic()
