@@ -49,7 +49,7 @@ def source_of(what: str) -> dict[str, str]:
     """Return the keys of a ``Source`` for an id of the hub or a local checkpoint."""
     if Path(what).expanduser().exists():
         return {"path": str(Path(what).expanduser().resolve())}
-    if re.fullmatch(HUB, what) and not GGUF.search(what):
+    if re.fullmatch(HUB, what) and not GGUF.search(what) and not Path(what).parent.is_dir():
         return {"hub": what}
     shipped = sorted(path.stem for path in shipped_folder().glob("*.yaml"))
     near = difflib.get_close_matches(what.lower(), shipped, 3, 0.5)

@@ -89,7 +89,7 @@ class LineFormatter(logging.Formatter):
 
 def tell_mistake(error: Exception) -> None:
     """Tell what ends this process as a line of its log; as a sentence where it has none yet."""
-    if logging.getLogger().handlers:
+    if any(isinstance(handler.formatter, LineFormatter) for handler in logging.getLogger().handlers):
         logging.getLogger().error("%s", error)
     else:
         print(f"error: {error}", file=sys.stderr)

@@ -127,7 +127,7 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
             properties = schemas[body.__name__]["properties"]
             properties.pop("shared", None)  # two paths may read the same body
             if not issubclass(body, OllamaRequest):  # whose clients know options alone
-                names = [name for name in CHAT_FIELDS if name not in body.REFUSED]
+                names = [name for name in CHAT_FIELDS if name in body.ALSO]
                 properties |= {name: schemas["ChatRequest"]["properties"][name] for name in names} | properties
     paths: dict[str, Any] = {}
     for route in shown:

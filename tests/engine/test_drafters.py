@@ -309,10 +309,8 @@ def test_many_requests_that_are_behind_catch_up_in_passes_of_a_chunk(open_llm, f
     assert_in_step(llm.loop, from_scratch("close"))
 
 
-@pytest.mark.parametrize("blocks", [9, None])
-def test_a_slots_next_text_is_drafted_from_its_beginning(blocks):
-    """Whether blocks are drawn from a pool, or always the slot's own."""
-    batch = InputBatch(1, 8 * BLOCK, BLOCK, blocks)
+def test_a_slots_next_text_is_drafted_from_its_beginning():
+    batch = InputBatch(1, 8 * BLOCK, BLOCK, 9)
     drafter = EngineDrafter(Counted(Silent()), batch, 8 * BLOCK)
     for seed in (1, 2):
         text = np.random.default_rng(seed).integers(0, VOCAB, 200)

@@ -206,14 +206,3 @@ def test_drafts_find_what_drafts_have_left(loop):
     run(alone)
     assert first.verifications == second.verifications == third.verifications < 25
     assert alone.drafter.engine.tokens_read - (loop.drafter.engine.tokens_read - before) == 3 * BLOCK
-
-
-def test_linear_slots_share_nothing():
-    batch, text = InputBatch(COUNT, CONTEXT, RESERVE, None, True), np.ones(90, np.int64)
-    for slot in (0, 1, 0):
-        keys: list[bytes] = []
-        assert batch.open(slot, text, keys)
-        assert (batch.committed[slot], keys) == (0, [])
-        batch.committed[slot] = 80
-        batch.release(slot)
-    assert batch.free_blocks == batch.num_blocks

@@ -42,7 +42,7 @@ def calls(draw) -> tuple[TargetOutput, list[tuple[list[int], list[int], Sampling
     """Return a call over trees and single roots, and of each request its prompt, its text so far and its parameters."""
     tree = draw(super_trees(max_requests=4, max_nodes=14))
     requests = []
-    batch = InputBatch(6, CONTEXT, 4)
+    batch = InputBatch(6, CONTEXT, 4, 1)
     slots = np.array(draw(st.permutations(range(6)))[: tree.num_requests])
     for slot in slots.tolist():
         prompt, history = draw(st.lists(tokens, min_size=1, max_size=6)), draw(st.lists(tokens, max_size=6))
@@ -102,7 +102,7 @@ def test_limits_count_the_tokens_that_a_grammar_allows(limit, on_device):
     """A draw is as if the logits had no tokens but those that the grammar allows, whatever would be drawn among all."""
     seeds, grammar = 100, compiler().begin({"regex": "[a-p]{3}|[0-9]"})
     logits = np.random.default_rng(1).normal(0, 2, (seeds, tokenizer().get_vocab_size())).astype(np.float32)
-    batch = InputBatch(seeds, CONTEXT, 4)
+    batch = InputBatch(seeds, CONTEXT, 4, 1)
     batch.length[:], batch.prompt_length[:], batch.grammar[:] = 1, 1, grammar
     for slot in range(seeds):
         batch.set_params(slot, SamplingParams(temperature=1.0, seed=slot, **limit))

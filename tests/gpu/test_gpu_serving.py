@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from gpu.compiled import assert_caches_are_not_copied, skip_without
+from gpu.compiled import assert_caches_are_not_copied, skip_without_tensorrt
 from gpu.random_networks import QWEN3_8B, SMALL, TINY
 from gpu.serving import CacheCopies, KnownText, Served, foreseen, recipe_of, tensorrt_engines, torch_engines
 
@@ -76,7 +76,7 @@ def gap(served: Served, prompt: np.ndarray, first: list[int], second: list[int])
 def served(request, card, tmp_path_factory) -> Served:
     """Of Qwen3-8B's shape, with as many layers as the card takes; TensorRT has two, since a build takes long."""
     if request.param == "tensorrt":
-        skip_without("tensorrt", card)
+        skip_without_tensorrt(card)
     recipe = recipe_of(card, request.param, card.pick(torch.bfloat16, torch.float32), *card.pick((64, 1024), (2, 40)))
     config = COMPILED if request.param == "tensorrt" else card.pick(QWEN3_8B, TINY)
     while card.cuda and 1.2 * foreseen(recipe, config)[1] > card.free():

@@ -168,7 +168,7 @@ def test_no_field_is_ignored():
 
 def test_nodes_that_the_walk_cannot_visit_are_left_out(monkeypatch):
     """Two requests, chains whose tokens are the target's own draws at first, and then others."""
-    size, batch = 300, InputBatch(2, 64, 4)
+    size, batch = 300, InputBatch(2, 64, 4, 1)
     batch.length[:], batch.prompt_length[:] = 5, 5
     for slot in range(2):
         batch.set_params(slot, SamplingParams(temperature=1.0, seed=slot))

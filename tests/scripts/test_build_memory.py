@@ -67,7 +67,7 @@ def test_a_build_for_a_gpu_holds_weights_in_the_type_of_the_checkpoint(engine, m
 
     monkeypatch.setattr(build, "_compiler", compiler)
     monkeypatch.setattr(build, "_check_settings", lambda recipe: None)  # TensorRT is not installed
-    recipe = load_recipe(folder / "recipe.yaml").built_as(engine, "bf16", [])
+    recipe = load_recipe(folder / "recipe.yaml").built_as(engine, "bf16")
     with pytest.raises(Compiling):
         build.build(recipe, folder, tmp_path / "bundle")
     assert held == [torch.bfloat16]

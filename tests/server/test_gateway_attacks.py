@@ -141,7 +141,7 @@ def read(body: bytes) -> Strict:
     kinds: dict[bytes, type[Strict]] = {b'"max_tokens"': MessagesRequest, b'"options"': OllamaChatRequest}
     kinds |= {b'"prompt"': CompletionRequest, b'"input"': ResponsesRequest, b'"tokens"': DetokenizeRequest}
     kinds[b'"model"'], kinds[b""] = ChatRequest, TokenizeRequest
-    return parsed(body, "application/json", next(kind for name, kind in kinds.items() if name in body))
+    return parsed(body, next(kind for name, kind in kinds.items() if name in body))
 
 
 def seconds(body: bytes) -> float:

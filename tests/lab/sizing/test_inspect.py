@@ -86,7 +86,7 @@ def test_a_name_on_the_hub_is_asked_for_as_build_asks(inspect, monkeypatch, tmp_
     (tmp_path / "bundles").mkdir()
     code, _, err = inspect("bundles/nope")
     assert code == 2
-    assert "bundles/nope does not exist" in " ".join(err.split())
+    assert "bundles/nope is neither a recipe" in " ".join(err.split())
 
 
 def test_a_mixture_of_experts_on_8_gpus_has_two_knees(inspect):
