@@ -277,7 +277,6 @@ def test_what_is_drafted_is_what_may_still_be_said(open_llm):
         ({"min_tokens": 257}, ("min_tokens is 257", "max_tokens, 256")),
         ({"temperature": float("nan")}, ("temperature", "nan")),
         ({"repetition_penalty": float("inf")}, ("repetition_penalty is inf",)),
-        ({"stop": "END"}, ("stop", "END")),
         ({"stop_token_ids": 7}, ("stop_token_ids", "7")),
         ({"logit_bias": {5: float("nan")}}, ("logit_bias",)),
         ({"logit_bias": {-1: 1}}, ("logit_bias is {-1: 1}",)),

@@ -77,8 +77,6 @@ REFUSED = {
     "kinds of structured output": chat(structured_outputs=FIELDS),
     "a deep schema as text": chat(guided_json="[" * 49_000),
     "ignored lists": chat(metadata=[[[[[[]]]]]] * 80_000),
-    "a long field": chat(**{"k" * 1_000_000: 1}),
-    "a deep field": chat(messages=[USER | {"k" * 500_000: {"v" * 500_000: 1}}]),
     "items": response([{}] * 340_000),
     "fields of an item": response([FIELDS]),
     "parts of an item": response([USER | {"content": [{}] * 340_000}]),
@@ -120,6 +118,8 @@ ACCEPTED = {
     "a prompt": completion("x" * 1_000_000),
     "blocks": message(messages=[USER | {"content": [{"type": "text", "text": "x"}] * 12}] * 2048),
     "Ollama's messages": ollama(messages=[USER] * 2048),
+    "a long field": chat(**{"k" * 1_000_000: 1}),
+    "a deep field": chat(messages=[USER | {"k" * 500_000: {"v" * 500_000: 1}}]),
     "an escaped prompt": completion("é\n" * 100_000),
 }
 
