@@ -68,7 +68,7 @@ class Scheduler:
         requested = len(request.params.stop_token_ids)
         maximum = MAX_STOP_TOKENS - len(self._stop_tokens(request.params)) + requested
         if requested > maximum:
-            raise UserError(f"stop_token_ids has {requested} ids; give at most {maximum}.")
+            raise UserError(f"stop_token_ids has {requested} ids; give at most {maximum}.", "stop_token_ids")
 
     def cancel(self, request: Request) -> None:
         """Forget a request, wherever it is; its KV blocks are free at once."""
