@@ -20,7 +20,8 @@ from echo_trt.engine.latency import LARGEST, TARGETS, checked
 from echo_trt.engine.parameter import Parameter
 from echo_trt.engine.params import MAX_STOP_TOKENS, PARAMETERS, SamplingParams
 from echo_trt.errors import UserError
-from echo_trt.server.schemas import CHOICES, SHARED, STOP_STRINGS, ChatRequest, CompletionRequest
+from echo_trt.server.schemas import ALIASES, CHOICES, LONGEST_SALT, SHARED, STOP_STRINGS, ChatRequest, CompletionRequest
+from echo_trt.server.structured import GUIDED, STRUCTURED
 
 TEXTS = ("e", "th", "the ", "é", "\ufffd", "😀", "日本", "the theme of a thing", "<|end|>")
 GRAMMARS = (
@@ -30,6 +31,8 @@ GRAMMARS = (
     {"choice": ["yes, it is", "yes, it was", "no"]},
     {"grammar": 'root ::= ("ab" | "ba")+ "."'},
 )
+GUIDING = {kind: value for grammar in GRAMMARS for kind, value in grammar.items()}
+EFFORTS = ("none", "low", "max")
 SELDOM = {"thinking_token_budget": 0.02, "deadline_ms": 0.1, "speculate": 0.1}  # how often, where it is not OFTEN
 OFTEN = 0.2
 LENGTHS = (1, 2, 3, 17, 30, 60)  # tokens of answers; their largest number ends at the context
@@ -145,6 +148,11 @@ def _schema(draw: random.Random) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "record", "schema": RECORD}}
 
 
+def _thinking(draw: random.Random) -> dict[str, Any]:
+    budget = {"budget_tokens": draw.choice((0, 5, 2**31 - 1))} if draw.random() < 0.5 else {}
+    return {"type": draw.choice(("enabled", "disabled", "adaptive"))} | budget
+
+
 #: Fields of the door that are no sampling parameter of one number.
 FIELDS: dict[str, Callable[[random.Random], Any]] = {
     "model": lambda draw: "echo",
@@ -157,10 +165,7 @@ FIELDS: dict[str, Callable[[random.Random], Any]] = {
     "stop_token_ids": lambda draw: list(drawn("", PARAMETERS["stop_token_ids"], draw)),
     "response_format": lambda draw: draw.choice(({"type": "text"}, {"type": "json_object"}, _schema(draw))),
     "structured_outputs": lambda draw: draw.choice(GRAMMARS),
-    "guided_json": lambda draw: RECORD,
-    "guided_regex": lambda draw: GRAMMARS[2]["regex"],
-    "guided_choice": lambda draw: GRAMMARS[3]["choice"],
-    "guided_grammar": lambda draw: GRAMMARS[4]["grammar"],
+    **{name: lambda draw, kind=kind: GUIDING[kind] for name, kind in GUIDED.items()},
     "n": lambda draw: draw.choice((1, 2, 2, 3, 3, 3, 3, CHOICES)),
     "latency": drawn_latency,
     "priority": lambda draw: drawn_number(int, 0, 2**31 - 1, False, (), draw),
@@ -175,17 +180,13 @@ FIELDS: dict[str, Callable[[random.Random], Any]] = {
     "tool_choice": lambda draw: draw.choice(("none", "auto", "required")),
     "parallel_tool_calls": lambda draw: draw.random() < 0.5,
     "chat_template_kwargs": lambda draw: {},
-    "reasoning_effort": lambda draw: "none",
+    "reasoning_effort": lambda draw: draw.choice(EFFORTS),
+    "enable_thinking": lambda draw: draw.random() < 0.5,
+    "thinking": _thinking,
+    "reasoning": lambda draw: draw.choice(({"effort": draw.choice(EFFORTS)}, {"enabled": draw.random() < 0.5})),
+    "cache_salt": lambda draw: draw.choice(("a", "b", "é" * LONGEST_SALT)),
 }
-#: Fields of which a body has one at most, and fields that mean nothing without another.
-GRAMMAR_FIELDS = (
-    "response_format",
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-)
+#: Fields that mean nothing without another.
 NEEDS = {"stream_options": "stream", "top_logprobs": "logprobs", "tool_choice": "tools", "parallel_tool_calls": "tools"}
 PATHS = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
 
@@ -211,16 +212,22 @@ def drawn_body(draw: random.Random) -> tuple[str, dict[str, Any]]:
     path, kind = draw.choice([*PATHS.items()])
     names = [name for name in kind.model_fields if draw.random() < SELDOM.get(name, OFTEN)]
     names += ["model", "seed", "max_tokens", "prompt" if kind is CompletionRequest else "messages"]
-    grammars = [name for name in names if name in GRAMMAR_FIELDS]
-    names = [name for name in dict.fromkeys(names) if name not in grammars[1:]]
+    grammars = [draw.choice(STRUCTURED)] if draw.random() < 0.6 else []  # a body has one at most
+    names = [name for name in dict.fromkeys(names) if name not in STRUCTURED] + grammars
     body = {name: drawn_field(name, path, draw) for name in names}
+    if body.get("n", 1) > 3:
+        body["max_tokens"] = min(body["max_tokens"], 3)
+    if "min_tokens" in body:
+        body["min_tokens"] = min(body["min_tokens"], body["max_tokens"])
+    if body.get("n", 1) <= 3 and draw.random() < 0.05:
+        body["max_tokens"] = draw.choice((None, -1, 0) if body.get("echo") and "logprobs" in body else (None, -1))
     if body.pop("max_completion_tokens", None):
         body["max_completion_tokens"] = body.pop("max_tokens")
-    limit = body.get("max_tokens") or body["max_completion_tokens"]
-    if body.get("n", 1) > 3:
-        body[next(name for name in body if name in ("max_tokens", "max_completion_tokens"))] = limit = min(limit, 3)
-    if "min_tokens" in body:
-        body["min_tokens"] = min(body["min_tokens"], limit)
+    if draw.random() < 0.1:
+        body["best_of"] = body.get("n", 1)
+    for name, ours in ALIASES.items():
+        if ours in body and draw.random() < 0.2:
+            body[name] = body.pop(ours)
     if grammars or body.get("tool_choice") == "required":
         body.pop("min_tokens", None)
     for name, other in NEEDS.items():
