@@ -85,8 +85,7 @@ class SelfCheck(_Facts):
     """Compares a compiled engine with the PyTorch reference, on a prompt and on a tree: error over largest logit.
 
     By ``measure`` perplexity, errors are rises of the perplexity of the reference's text: a target's in few bits.
-    ``of`` is "graph" where no card was there to run the engine: ONNX Runtime then ran the graph that it was compiled
-    from. The ranks of a divided network are checked one by one, and the largest error is kept.
+    The ranks of a divided network are checked one by one, and the largest error is kept.
     """
 
     prompt_error: float

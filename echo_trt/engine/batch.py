@@ -163,13 +163,14 @@ class InputBatch:
 
     def _await_blocks(self, slots: np.ndarray, worth: int) -> list[int]:
         """Return which of ``slots`` will find ``worth`` tokens or more in blocks that one before them computes."""
-        coming: set[bytes] = set()  # a prompt's blocks are found once all of it is computed
-        found = []
-        for i, slot in enumerate(slots.tolist()):
-            first = int(self.committed[slot]) // BLOCK
-            if BLOCK * len(coming.intersection(self.keys[slot][first:])) >= worth:
+        needed, before, found = -(-worth // BLOCK), list[list[bytes]](), list[int]()
+        for i, slot in enumerate(slots.tolist()):  # a prompt's blocks are found once all of it is computed
+            keys, last = self.keys[slot], int(self.committed[slot]) // BLOCK + needed - 1
+            # A key is of all the text up to its block, so one says that all before it are alike.
+            searches = self.looked[slot] != NEVER and last < len(keys)
+            if searches and any(last < len(others) and others[last] == keys[last] for others in before):
                 found.append(i)
-            coming.update(self.keys[slot])
+            before.append(keys)
         return found
 
     def _skip(self, slot: int) -> int:

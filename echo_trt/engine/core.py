@@ -220,7 +220,7 @@ class EngineCore:
         budget = max(self.chunk, self.target.prefill_alone) if alone else self.chunk
         if pace and not batch.targets.hurry(slots, time.monotonic()):
             wanted = self._ask(lambda: int(self.planner.prompt_budget(pace, context, len(slots), budget)))
-            budget = min(wanted or budget, budget)
+            budget = min(max(wanted or budget, 3), budget)  # of fewer one could be a single token
         self.counters.cached_tokens += batch.skip(slots, budget)
         missing = batch.length[slots] - batch.committed[slots]
         counts = batch.divide(slots, budget, shares)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -14,10 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from echo_trt.server.errors import ApiError, from_validation, no_object, shown
-from echo_trt.server.fields import READING, Reading, Strict
+from echo_trt.server.fields import LONGEST, READING, Reading, Strict
 from echo_trt.server.served import model_of
 
-log = logging.getLogger(__name__)
 #: Most opening brackets in a body, those in texts included. Each may become a list or a dict, which take the most time:
 #: parsing a megabyte of empty lists holds the loop for 100 ms, as many lists as this for 30 ms.
 BRACKETS = 50_000
@@ -30,8 +28,7 @@ def reads(kind: type[Body]) -> Callable[[Callable[[Request, Body], Awaitable[Res
     def endpoint_of(answer: Callable[[Request, Body], Awaitable[Response]]) -> Any:
         async def endpoint(request: Request) -> Response:
             requested, request.state.ignored = await request.app.state.bodies.read(request, kind)
-            if request.state.ignored:
-                log.info("%s: fields without an effect: %s", request.scope["path"], request.state.ignored)
+            request.scope["record"].ignored = request.state.ignored
             if "model" in kind.model_fields:
                 requested.model = model_of(request, requested.model)
             return with_ignored(await answer(request, requested), request)
@@ -76,7 +73,7 @@ class Bodies:
             maximum = max(self._largest // len(body), 1)
             message = f"n is {n} for a body of {len(body)} bytes; ask for at most {maximum} choices."
             raise ApiError(400, message, param="n")
-        return requested, ", ".join(ascii(name)[1:-1] for name in reading.ignored)
+        return requested, ", ".join(ascii(name[:LONGEST])[1:-1] for name in reading.ignored)
 
 
 def _check_type(request: Request) -> None:

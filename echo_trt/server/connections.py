@@ -227,6 +227,7 @@ class HttpConnection(H11Protocol):
             self._enter(None)
         elif self.state == ARRIVING and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             if self.cycle:  # it waits for the body
+                self.scope["failed"] = 503  # type: ignore[typeddict-unknown-key]  # as which it is counted (``edge``)
                 self.cycle.disconnected = True
                 self.cycle.message_event.set()
             refusal = full().response({"path": ""})

@@ -1,4 +1,4 @@
-"""The outermost layers: web pages of other origins (CORS), keys, the size of bodies, and the count of answers."""
+"""The layers behind the log: web pages of other origins (CORS), keys, the size of bodies, the count of answers."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _foreign(message: str) -> ApiError:
 
 
 class Cors(CORSMiddleware):
-    """The outermost layer: a browser's question before a request (preflight) has no key, and refusals are readable.
+    """The first of them: a browser's question before a request (preflight) has no key, and refusals are readable.
 
     No cookies are read here, so an origin is let in without credentials.
     """
@@ -149,7 +149,7 @@ class Cors(CORSMiddleware):
             allow_origins=origins,
             allow_methods=("GET", "HEAD", "POST"),
             allow_headers=("*",),
-            expose_headers=("Retry-After", "X-Fields-Ignored", "X-Request-Id"),
+            expose_headers=("Retry-After", "X-Fields-Ignored", "X-Request-Id", "X-Tools-Left-Out"),
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:

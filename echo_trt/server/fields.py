@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -73,7 +73,7 @@ READING: ContextVar[Reading] = ContextVar("reading")
 def ignore(name: str) -> None:
     """Note that a field had no effect. Raises ApiError where there are too many."""
     if reading := READING.get(None):
-        reading.ignored[name[:LONGEST]] = None
+        reading.ignored[name] = None  # whole: a shortened name would stand for any number of others
         if len(reading.ignored) > FIELDS:
             raise ApiError(400, f"The body has more than {FIELDS} fields that are not known here; leave them out.")
 
@@ -119,9 +119,14 @@ def _refusal(name: str, value: Any, known: Collection[str], given: Mapping[str, 
         return "is not known here; leave it out."
     if path + name not in reading.ignored and (near := _nearest(name, [each for each in known if each not in given])):
         return f"is not known here (did you mean {near}?); mend it, or leave it out."
-    if value and _CONSTRAINS.match(name[: 2 * LONGEST]):
+    if value and _constrains(name[: 2 * LONGEST]):
         return f"is {shown(value)}, which this engine does not support; leave it out."
     return ""
+
+
+@lru_cache(1024)
+def _constrains(name: str) -> bool:
+    return bool(_CONSTRAINS.match(name))
 
 
 def _nearest(name: str, missing: list[str]) -> str | None:

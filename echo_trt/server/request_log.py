@@ -37,12 +37,14 @@ class RequestRecord:
 
     status  0: no answer has begun
     error   what it was refused with, as ``ApiError.logged``
+    ignored  names of fields that had no effect
     answer  the engine's
     """
 
     id: str
     status: int = 0
     error: dict[str, Any] = field(default_factory=dict)
+    ignored: str = ""
     answer: Answer[Any] | None = None
 
 
@@ -162,6 +164,7 @@ class RequestLog:
             fields |= ended
         else:
             fields |= _said(error) | {"user_agent": headers.get(b"user-agent", b"").decode("latin-1")[:LONGEST]}
+        fields |= {"ignored": record.ignored[:LONGEST]}
         fields["total_ms"] = round(1000 * seconds, 1)
         self._lines.write(fields, apart=answer is not None and not error)
 
@@ -178,6 +181,6 @@ def _told_as(status: int) -> tuple[int, str]:
 def _said(error: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of an error's line: of a refused body the sentence is without the values that it repeats."""
     texts = {name: str(error.get(name) or "")[: 4 * LONGEST] for name in ("field", "error", "reason")}
-    if error.get("status") == 400:
+    if 400 <= (error.get("status") or 0) < 500:
         texts["error"] = _REPEATED.sub("...", texts["error"])
     return {name: text[:LONGEST] for name, text in texts.items()}

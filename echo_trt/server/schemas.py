@@ -1,4 +1,4 @@
-"""What the two endpoints accept. What the engine cannot do is refused by name, never ignored."""
+"""What the two endpoints accept. What would change the text is refused by name, never ignored."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Thinking(Strict):
     PATH = "thinking."
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None
+    budget_tokens: Annotated[int, within("thinking_token_budget")] | None = None
     display: str | None = None  # thoughts are given as they are
 
 

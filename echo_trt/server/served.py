@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from echo_trt.engine.process.client import Client, EngineError
 from echo_trt.server.answer_types import ServedModel, ServedModels
 from echo_trt.server.errors import ApiError
+from echo_trt.server.options import LONGEST
 
 
 async def models(request: Request) -> Response:
@@ -28,7 +29,7 @@ async def one_model(request: Request) -> Response:
 def model_of(request: Request, name: str | None) -> str:
     """Return the name that an answer has, the first one's where a request has none. Raises ApiError for another."""
     names = request.app.state.names
-    if name and name not in names and not request.app.state.any_name:
+    if name and name not in names and not (request.app.state.any_name and len(name) <= LONGEST):
         known = " or ".join(f"'{each}'" for each in names[:4])
         near = difflib.get_close_matches(name[:80], names, 1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""

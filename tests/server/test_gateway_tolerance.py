@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 import time
 from collections.abc import Iterator
 
@@ -85,14 +84,11 @@ def strict() -> Iterator[httpx.Client]:
 
 
 @pytest.mark.parametrize(("path", "fields", "named"), _cases(DROPPED))
-def test_a_field_that_changes_no_text_is_dropped_and_named(client, caplog, path, fields, named):
-    with caplog.at_level(logging.INFO, "echo_trt.server"):
-        answer = client.post(path, json=BODIES[path] | fields)
+def test_a_field_that_changes_no_text_is_dropped_and_named(client, path, fields, named):
+    answer = client.post(path, json=BODIES[path] | fields)
     assert answer.status_code == 503, answer.text  # it passed to the engine, which is not there
     expected = ", ".join(fields) if named is None else named
     assert answer.headers.get("x-fields-ignored", "") == expected
-    lines = [record.getMessage() for record in caplog.records if "without an effect" in record.getMessage()]
-    assert lines == ([f"{path}: fields without an effect: {expected}"] if expected else [])
 
 
 @pytest.mark.parametrize(("path", "fields", "name", "said"), _cases(REFUSED))

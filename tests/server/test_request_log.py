@@ -66,13 +66,15 @@ def said(caplog) -> Callable[[], list[dict[str, Any]]]:
 def test_a_finished_request_has_one_line(server, path, stream):
     id = f"{path}-{stream}"
     with client_of(server) as client:
-        answer = client.post(path, json=APIS[path] | {"stream": stream}, headers={"X-Request-Id": id})
+        body = APIS[path] | {"stream": stream, "ttl": 300}
+        answer = client.post(path, json=body, headers={"X-Request-Id": id})
     assert answer.status_code == 200, answer.text
     [found] = lines_with(server, request_id=id)
     assert (found["level"], found["process"], found["message"]) == ("INFO", "server", "request finished")
     assert (found["method"], found["path"], found["status"], found["key"]) == ("POST", path, 200, 1)
     assert (found["model"], found["finish_reason"], found["completion_tokens"]) == ("echo", "length", 6)
     assert found["prompt_tokens"] > found["cached_tokens"] >= 0
+    assert found["ignored"] == answer.headers["x-fields-ignored"] == "ttl"
     assert 0 <= found["queue_ms"] <= found["first_token_ms"] <= found["total_ms"]
 
 

@@ -74,6 +74,8 @@ def _refuse_others(job: ServeOptions) -> None:
         ("--no-prefix-cache", job.no_prefix_cache),
         ("--kv-events-config", job.kv_events_config),
         ("a second --served-model-name", job.served_model_names[1:]),
+        ("--served-model-name *", "*" in job.served_model_names),
+        ("--strict-fields", job.strict_fields),
         ("--openai-port 0", job.openai_port == 0),
         ("--no-page", not job.page),
         ("--no-request-log", not job.request_log),

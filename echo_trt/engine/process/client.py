@@ -125,9 +125,10 @@ class Client:
     async def _ask(self, question: wire.ToEngine) -> AsyncGenerator[wire.FromEngine]:
         """Yield the answer to a question; closing the generator early cancels the question. Raises EngineError."""
         writer, done = await self._connected(), False
+        frame = wire.framed(question)  # may fail: before the question is noted as open
         unanswered, answers = self._unanswered, asyncio.Queue[wire.FromEngine | None]()
         unanswered[question.id] = answers
-        writer.write(wire.framed(question))
+        writer.write(frame)
         try:
             while not done:
                 message = await answers.get()

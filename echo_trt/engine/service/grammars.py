@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 
 from echo_trt.engine.llm import LLM
@@ -42,7 +43,9 @@ class GrammarQueue:
 
     def add(self, grammar: str, job: ServiceRequest) -> None:
         """Let a job wait for its grammar. Raises Overloaded."""
-        if grammar not in self._waiting and len(self._waiting) >= MAX_GRAMMARS:
+        held = Counter(jobs[0].tenant for jobs in self._waiting.values())
+        has_share = held[job.tenant] * len(held.keys() | {job.tenant}) >= MAX_GRAMMARS
+        if grammar not in self._waiting and len(self._waiting) >= MAX_GRAMMARS and has_share:
             raise Overloaded(f"the queue is full, {MAX_GRAMMARS} grammars wait to be compiled; try again in a second.")
         self._waiting.setdefault(grammar, []).append(job)
         self._changed.notify_all()

@@ -37,6 +37,12 @@ class FairQueue:
             del self._heaps[job.tenant]
         return job
 
+    def before(self, job: ServiceRequest) -> list[ServiceRequest]:
+        """Return about what is served before a job: its tenant's earlier ones, and as many of each other tenant."""
+        own = [other for other in self._heaps.get(job.tenant, []) if other < job]
+        others = (heapq.nsmallest(len(own) + 1, heap) for tenant, heap in self._heaps.items() if tenant != job.tenant)
+        return own + [other for found in others for other in found if other < job]
+
     def remove(self, job: ServiceRequest) -> None:
         """Forget a job, if it is here."""
         heap = self._heaps.get(job.tenant, [])

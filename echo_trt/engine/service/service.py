@@ -125,7 +125,7 @@ class Service:
 
     def _forecast(self, job: ServiceRequest) -> ExpectedLatency:
         """Forecast a job as things stand; the lock is held."""
-        batch, before = self.loop.batch, [other for other in self._pending if other < job]
+        batch, before = self.loop.batch, self._pending.before(job)
         prefilling = batch.prefilling()
         tokens = int((batch.length[prefilling] - batch.committed[prefilling]).sum())
         tokens += sum(len(other.prompt) for other in before)
@@ -402,8 +402,10 @@ class Service:
                 self._report(job, unreported, time.monotonic())
         self._end_broken()
         unended = [job for job in running if job in self._open]
-        if faulty := self._isolation.engine_failed(unended, alone=len(running) == 1):
-            log.error("the engine fails on a request that ran alone; it is given up", extra=faulty.named)
+        alone = len(running) == 1
+        if faulty := self._isolation.engine_failed(unended, alone):
+            how = "that ran alone" if alone else "beside others, again and again"
+            log.error("the engine fails on a request %s; it is given up", how, extra=faulty.named)
             self._end(faulty, "failed", f"the engine fails on this request ({described(error)}).")
         self._requeue([job for job in inside if job not in running])
 

@@ -194,7 +194,7 @@ def tiny_targets(target: Target) -> None:
 
 def logprobs_together(target: Target) -> None:
     body = {"n": 16, "logprobs": True, "top_logprobs": 20, "deadline_ms": 4000, "temperature": 1.0}
-    target.again(2, lambda: target.ask(max_tokens=4000, ignore_eos=True, **body))
+    target.again(2, lambda: target.ask(max_tokens=590, ignore_eos=True, **body))
 
 
 def _kill(target: Target, module: str) -> None:
