@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -38,6 +39,7 @@ def invoked(*words: object) -> tuple[int, str]:
     with pytest.MonkeyPatch.context() as patch, StringIO() as out, redirect_stdout(out), redirect_stderr(out):
         patch.syspath_prepend(SCRIPT.parent)
         patch.setattr(sys, "argv", ["train_eagle3", *map(str, words)])
+        patch.setattr(logging.getLogger(), "handlers", [])  # another test of this process may have begun a log
         from train_eagle3 import app
 
         with pytest.raises(SystemExit) as ended:
