@@ -63,7 +63,6 @@ SIZES = {
 LIMITS = {"batch": 8, "context": 160, "prefill_chunk": 16}
 #: Of block drafters: the target's width and vocabulary.
 BLOCK = {"hidden_size": 64, "vocab_size": VOCAB, "max_position_embeddings": 2048}
-#: Of a cache in native graphs: LIMITS' blocks, and 32 more. Files that agree on it share the graphs (traced.py).
 DECODING = {
     "policy": "echo",
     "budget": 24,
