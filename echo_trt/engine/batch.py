@@ -77,6 +77,7 @@ class InputBatch:
         self.block_drafted = np.zeros(first_block + self.num_blocks, bool)
         self.keys: list[list[bytes]] = [[] for _ in range(count)]  # of each text's blocks, as far as they are known
         self.salts = [b""] * count  # of these keys
+        self.tenant = np.full(count, b"", object)
         self.found = ints(count)  # tokens of a slot's text that were in the cache
         self.looked = ints(count)  # ``added`` of the cache when a slot last searched it
 

@@ -26,6 +26,7 @@ from echo_trt.engine.params import Counters
 from echo_trt.engine.request import Request
 from echo_trt.engine.sampler import TargetOutput, token_logprobs
 from echo_trt.engine.scheduler import Scheduler
+from echo_trt.engine.shares import TenantShares
 from echo_trt.engine.synthetic import SyntheticText
 from echo_trt.errors import UserError, described
 from echo_trt.speculation.accept import accept
@@ -101,6 +102,7 @@ class EngineCore:
         self.counters = Counters()
         self.scheduler = Scheduler(batch, tuple(eos), self.counters)
         self.drafter = drafter
+        self.shares = TenantShares()
         self._blamed = set[tuple[str, str]]()  # policies, and where they failed: told once
         # Gets every iteration, on the thread that steps; None: none
         self.step_callback: Callable[[StepTrace], None] | None = None
@@ -124,10 +126,10 @@ class EngineCore:
     def step(self) -> Emitted:
         """Run one iteration; return requests with their new tokens. The finished have a finish_reason."""
         self.scheduler.admit()
-        decoding = self._hold_for_decoding()
+        decoding, prefilling = self._share(self._hold_for_decoding(), self.batch.prefilling())
         slots, pace = self._seat(decoding)
         context = int(self.batch.committed[slots].sum())
-        chunks = self._plan_chunks(pace, context, alone=len(decoding) == 0)
+        chunks = self._plan_chunks(prefilling, pace, context, alone=len(decoding) == 0)
         if len(slots) + len(chunks.slots) == 0:
             return []
         begin = time.perf_counter()
@@ -149,6 +151,8 @@ class EngineCore:
             self.batch.targets.sat_out(np.setdiff1d(decoding, slots))
         drafting = draft.seconds if draft else 0.0
         seconds = time.perf_counter() - begin
+        rows = np.concatenate((plan.tree.sizes, chunks.counts))
+        self.shares.observe(self.batch.tenant[np.concatenate((slots, chunks.slots))], rows, seconds)
         iteration = Iteration(
             plan=plan,
             load=load,
@@ -205,15 +209,23 @@ class EngineCore:
 
         return self._ask(lambda: seated(pace)) or (decoding, pace)
 
-    def _plan_chunks(self, pace: Pace | None, context: int, alone: bool) -> Chunks:
-        """Divide this iteration's prompt budget among prefilling slots (``InputBatch.divide``).
+    def _share(self, decoding: np.ndarray, prefilling: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the slots of tenants that are in this pass: all, where requests have targets, which order them."""
+        slots = np.concatenate((decoding, prefilling))
+        seats = None if self.batch.targets.given else self.shares.seats(self.batch.tenant[slots])
+        if seats is None:
+            return decoding, prefilling
+        return decoding[seats[: len(decoding)]], prefilling[seats[len(decoding) :]]
+
+    def _plan_chunks(self, slots: np.ndarray, pace: Pace | None, context: int, alone: bool) -> Chunks:
+        """Divide this iteration's prompt budget among prefilling ``slots`` (``InputBatch.divide``).
 
         The oldest comes first; where requests have targets, all come by when they are due.
 
         context  cached tokens of the requests that decode beside it, which keep ``pace``
         alone    whether no request decodes, whose next tokens would wait for a longer call
         """
-        batch, slots = self.batch, self.batch.prefilling()
+        batch = self.batch
         if len(slots) == 0:
             return Chunks(slots, slots, slots, slots, slots > 0)
         slots, shares = batch.targets.by_due(slots), not batch.targets.given

@@ -91,6 +91,7 @@ class Request:
     failure: str = ""  # why, where the finish_reason is "invalid"
     keys: list[bytes] = field(default_factory=list)  # of its text's blocks in the prefix cache
     salt: bytes = b""  # of these keys: requests of another salt do not find its text
+    tenant: bytes = b""  # whose it is: slots and passes are shared by tenants
     text_stream: TextStream | None = None
     reported: int = 0
 

@@ -140,6 +140,7 @@ class Scheduler:
             request.prompt_logprobs.clear()  # they are computed again, with the prompt
         batch.stop_tokens[slot] = -1
         batch.stop_tokens[slot, : len(stops)] = stops
+        batch.tenant[slot] = request.tenant
         batch.verifications[slot], batch.counted[slot] = request.verifications, request.counted
         latency, behind_first = Latency.of(params.latency), max(len(request.generated) - 1, 0)
         batch.targets.begin(slot, latency, request.submitted, request.started, behind_first)

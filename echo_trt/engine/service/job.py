@@ -47,7 +47,6 @@ class ServiceRequest(Request):
     failures                                 of the engine while this request was running, in a row
     failed_together, failed_at               the same beside others, without progress; its tokens at the latest of these
     expected                                 what was forecast when it came
-    tenant                                   whose it is: slots are shared by tenants
     emitted                                  time.monotonic() of its latest tokens; None: there are none
     """
 
@@ -63,7 +62,6 @@ class ServiceRequest(Request):
     failed_together: int = 0
     failed_at: int = 0
     expected: ExpectedLatency = ExpectedLatency()
-    tenant: bytes = b""
     emitted: float | None = None
     request_id: str = ""
 

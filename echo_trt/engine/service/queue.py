@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import heapq
+import time
 from collections import Counter
 from collections.abc import Iterator
 
 from echo_trt.engine.service.job import ServiceRequest
 from echo_trt.engine.service.protocol import FIRST
 
+LATELY = 60.0  # seconds; larger: a tenant finds a free slot after a longer silence, and others go without it longer
+RESERVED = 8  # the part of the slots, one in so many, that no tenant alone takes while others have come lately
+
 
 class FairQueue:
-    """A heap for each tenant. Without API keys there is one tenant, and jobs come in their order."""
+    """A heap for each tenant. Without API keys there is one tenant, and jobs come in their order. ``slots``: of all."""
 
-    def __init__(self) -> None:
-        self._heaps: dict[bytes, list[ServiceRequest]] = {}
+    def __init__(self, slots: int) -> None:
+        self._slots, self._heaps = slots, dict[bytes, list[ServiceRequest]]()
+        self._came: dict[bytes, float] = {}  # when each tenant's latest job came, by time.monotonic()
 
     def __iter__(self) -> Iterator[ServiceRequest]:
         for heap in list(self._heaps.values()):  # statistics do not hold the lock
@@ -25,17 +30,31 @@ class FairQueue:
 
     def add(self, job: ServiceRequest) -> None:
         heapq.heappush(self._heaps.setdefault(job.tenant, []), job)
+        if not job.probe:
+            now = time.monotonic()
+            came = {tenant: when for tenant, when in self._came.items() if when > now - LATELY}
+            self._came = came | {job.tenant: now}
 
-    def pop(self, running: Counter[bytes]) -> ServiceRequest:
+    def pop(self, running: Counter[bytes]) -> ServiceRequest | None:
         """Take the next job: one of the tenant that has the fewest ``running``, by its order among tenants with as few.
 
-        A probe comes before all.
+        A probe comes before all. None: nobody waits, or only a tenant that has all slots but the others' few.
         """
+        if not self._heaps:
+            return None
         heap = min(self._heaps.values(), key=lambda heap: (heap[0].priority > FIRST, running[heap[0].tenant], heap[0]))
+        if heap[0].priority > FIRST and running[heap[0].tenant] >= self._most(heap[0].tenant):
+            return None
         job = heapq.heappop(heap)
         if not heap:
             del self._heaps[job.tenant]
         return job
+
+    def _most(self, tenant: bytes) -> int:
+        """Return the slots that a tenant may have."""
+        recent = time.monotonic() - LATELY
+        others = any(when > recent for other, when in self._came.items() if other != tenant)
+        return self._slots - max(self._slots // RESERVED, 1) if others and self._slots > 1 else self._slots
 
     def before(self, job: ServiceRequest) -> list[ServiceRequest]:
         """Return about what is served before a job: its tenant's earlier ones, and as many of each other tenant."""

@@ -47,7 +47,7 @@ class Service:
         self._changed = threading.Condition()
         self._open: dict[Request, ServiceRequest] = {}
         self._probes: dict[Request, ServiceRequest] = {}  # open jobs that only ask if the engine works
-        self._pending = FairQueue()
+        self._pending = FairQueue(self.loop.batch.count)
         # Jobs that end before the next iteration, with reasons and messages.
         self._ending: list[tuple[ServiceRequest, str, str]] = []
         self._draining = self._closed = self._dead = False
@@ -254,10 +254,10 @@ class Service:
             return
         while len(loop.scheduler.waiting) + loop.scheduler.running < loop.batch.count:
             with self._changed:
-                if not self._pending:
-                    return
-                taken = Counter(job.tenant for job in self._open.values() if job.taken)
-                job = self._pending.pop(taken)
+                taken = [job for job in self._open.values() if job.slot >= 0] + [*loop.scheduler.waiting]
+                job = self._pending.pop(Counter(job.tenant for job in taken))
+            if job is None:
+                return
             job.taken = job.taken or time.monotonic()
             loop.scheduler.add(job)
 

@@ -173,7 +173,10 @@ def of_service(draw: random.Random, pair: Pair) -> None:
             seconds = own.choice((None, None, None, 0.05))
             reasons = {"stop", "length"} | ({"deadline"} if seconds else set())
             try:
-                job, listener = submit(service, prompt, params, priority=own.randrange(3), seconds=seconds)
+                tenant = own.choice((b"", b"a", b"b"))
+                job, listener = submit(
+                    service, prompt, params, priority=own.randrange(3), seconds=seconds, tenant=tenant
+                )
             except UserError as refusal:
                 refusals.append((prompt, params, str(refusal)))
                 continue

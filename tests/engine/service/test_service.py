@@ -198,6 +198,26 @@ def test_slots_are_shared_by_tenants(start):
     assert [job.id for job in alice if job is not urgent[0]] == [0, 1, 2, 3, 4]
 
 
+def test_one_tenant_leaves_a_slot_to_those_that_have_come_lately(start):
+    service, engine = start(batch=8)
+    assert submit(service, prompt_ids(6, 0), SamplingParams(3), tenant=b"bob")[1].end
+    engine.open.clear()
+    asked = [submit(service, prompt_ids(6, i), tenant=b"alice") for i in range(9)]
+    engine.open.let(2)
+    _, late = submit(service, prompt_ids(6, 9), SamplingParams(3), tenant=b"bob")
+    engine.open.let(30)
+    assert late.end.reason == "length"
+    assert sum(bool(job.taken) for job, _ in asked) == 7
+    engine.open.set()
+    assert {listener.end.reason for _, listener in asked} == {"length"}
+
+
+def test_texts_of_tenants_that_sit_out_are_those_of_plain_decoding(start, truths):
+    service, _ = start()
+    asked = [submit(service, *case, tenant=bytes([65 + i % 3]))[1] for i, case in enumerate(CASES)]
+    assert [listener.text for listener in asked] == [expected.text for expected in truths]
+
+
 def test_a_full_queue_has_a_place_for_a_tenant_with_less_than_its_share(start):
     service, engine = start(batch=1, queue=3)
     engine.open.clear()
