@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from echo_trt.backends.base import Engine
-from echo_trt.backends.kind import Compiled
+from echo_trt.backends.kind import CompiledRole
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.manifest import SelfCheck
 from echo_trt.errors import UserError
@@ -31,7 +31,7 @@ TEXTS, LENGTH = 8, 48  # of the text by which few bits are judged; larger: a ste
 TABLE = (2, 0, 3)  # the request's KV blocks, scattered over the pool
 
 
-def check_compiled(role: Role, compiled: Compiled, precision: str) -> SelfCheck | None:
+def check_compiled(role: Role, compiled: CompiledRole, precision: str) -> SelfCheck | None:
     """Check what was compiled of ``role``, whose weights leave the memory; None where that cannot run here."""
     if compiled.open is None:
         return None

@@ -12,7 +12,6 @@ from echo_trt.bundle.manifest import NGRAMS
 from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.engine.assemble import Networks
-from echo_trt.engine.drafters.block import BlockDrafter
 from echo_trt.engine.drafters.grammars import GrammarProposer
 from echo_trt.engine.measure import disturbance, machine, measure, times_as_long, without_speculation
 from echo_trt.errors import UserError
@@ -140,6 +139,6 @@ class Tuning:
             GrammarProposer(networks.batch, networks.copier),
             head=networks.drafter is not networks.copier,
             budget=self.costs.hinge.k_max,
-            block=networks.drafter.block if isinstance(networks.drafter, BlockDrafter) else 0,
+            block=networks.drafter.block if networks.drafter else 0,
             chain_alone=networks.target.rounds_trees,
         )

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from echo_trt.bundle.manifest import Manifest
-from echo_trt.bundle.recipe import NETWORKS
 from echo_trt.engine.batch import InputBatch
+from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.errors import UserError, shown
 from echo_trt.speculation.drafts import Draft, Proposals
 from echo_trt.speculation.super_tree import SuperTree
@@ -165,7 +165,7 @@ def synthetic_text(folder: Path, manifest: Manifest, rates: Rates) -> HashedText
     """
     from echo_trt.models.tokenizer import load_tokenizer  # not where texts are of token ids alone
 
-    if manifest.recipe.draft.kind not in NETWORKS:
+    if not draft_kind(manifest.recipe.draft.kind).network:
         raise UserError(
             f"{OPTION} is {rates.text}, a draft network's acceptance, but the draft of {folder} is "
             f"{manifest.recipe.draft.kind}; build it with --draft."

@@ -6,9 +6,9 @@ from driving import Counted, add, echo_planner, prompt_ids, run
 from pairs import FOLDERS, LIMITS, VOCAB, reference_engines
 
 from echo_trt.backends.self_check import block_shape
-from echo_trt.cli.build import block_facts
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.drafters.eagle3 import NEWEST, EngineDrafter
+from echo_trt.engine.drafters.kind import BLOCK as BLOCK_KIND
 from echo_trt.engine.drafters.markov import Markov
 from echo_trt.models.block_weights import markov_arrays
 from echo_trt.models.open_checkpoint import open_checkpoint
@@ -62,7 +62,7 @@ class FromScratch:
         rows = [first + position for position in range(len(path) + 1)]
         proposals = [[outputs[name][row : row + 1].copy() for name in ("scores", "candidates")] for row in rows]
         if config.markov:
-            markov = Markov(markov_arrays(network, open_checkpoint(self.folder)), block_facts(config))
+            markov = Markov(markov_arrays(network, open_checkpoint(self.folder)), BLOCK_KIND.block_facts(config))
             batch = np.zeros((1, markov.state_size), np.float32)
             for position, previous in enumerate([text[-1], *path]):
                 hidden_states = outputs["hints"][rows[position] : rows[position] + 1]

@@ -12,7 +12,7 @@ from refusal import refused
 
 from echo_trt.backends.self_check import block_shape
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.cli.build import block_facts
+from echo_trt.engine.drafters.kind import BLOCK as BLOCK_KIND
 from echo_trt.engine.drafters.markov import Markov
 from echo_trt.models.block_config import block_config, fitted
 from echo_trt.models.block_weights import check_block, load_block, markov_arrays
@@ -149,7 +149,7 @@ def test_a_pass_follows_the_equations(family, target, tmp_path):
         np.put_along_axis(by_id, outputs["candidates"][rows], outputs["scores"][rows], axis=1)
         np.testing.assert_allclose(by_id[:, ids], log_softmax(logits), atol=1e-4)
         if config.markov:
-            markov = Markov(markov_arrays(network, checkpoint), block_facts(config))
+            markov = Markov(markov_arrays(network, checkpoint), BLOCK_KIND.block_facts(config))
             path, state = [root, *rng.choice(ids, ROWS - 1).tolist()], np.zeros((1, markov.state_size))
             for row, (wanted, confidence) in enumerate(plain.corrected(hidden, logits, path)):
                 given = (outputs[name][i * ROWS + row][None].copy() for name in ("scores", "candidates", "hints"))
