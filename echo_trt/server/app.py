@@ -21,7 +21,7 @@ from starlette.routing import Route
 from echo_trt import __version__
 from echo_trt.engine.params import MAX_PROMPT_LOGPROBS, check_answer_logprobs, check_prompt_logprobs
 from echo_trt.engine.process.client import Client, EngineError
-from echo_trt.engine.process.wire import AskForecast, Failure, ModelInfo, Prompt, Submit
+from echo_trt.engine.process.wire import AskForecast, Failure, ModelInfo, PromptInput, Submit
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.errors import UserError
 from echo_trt.server.answer_types import Health, Version
@@ -265,7 +265,7 @@ def _pieces(
     request: Request,
     requested: ChatRequest | CompletionRequest,
     info: ModelInfo,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptInput],
     names: dict[str, str],
     structured: dict[str, Any] | None,
 ) -> PieceStream:

@@ -156,8 +156,7 @@ def _refused(failure: Failure, names: Mapping[str, str]) -> ApiError:
         field, sentence = name, sentence.replace(found[0], f"({found[2]});")
     if field and failure.field and field != failure.field and sentence.startswith(failure.field):
         sentence = f"{field} {sentence.partition(' ')[2]}"
-    code = "context_length_exceeded" if failure.kind == "too_long" else None
-    return ApiError(400, sentence, param=field, code=code)
+    return ApiError(400, sentence, param=field, code="context_length_exceeded" if failure.kind == "too_long" else None)
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from echo_trt.engine.parameter import INT32
 from echo_trt.engine.process.client import Client, EngineError
-from echo_trt.engine.process.wire import Prompt
+from echo_trt.engine.process.wire import PromptInput
 from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.answer_types import DetokenizedText, TokenizedText
 from echo_trt.server.bodies import reads
@@ -87,7 +87,7 @@ class DetokenizeRequest(RequestBody):
 async def tokenize(request: Request, requested: TokenizeRequest) -> Response:
     state = request.app.state
     info = await state.client.model_info()
-    prompt: Prompt = requested.prompt or ""
+    prompt: PromptInput = requested.prompt or ""
     names: dict[str, str] = {}
     if requested.chat:
         chat = chat_for(requested.chat, info)
@@ -96,7 +96,7 @@ async def tokenize(request: Request, requested: TokenizeRequest) -> Response:
     return JSONResponse(TokenizedText(count=len(ids), max_model_len=info.context, tokens=ids))
 
 
-async def token_ids(client: Client, prompt: Prompt, names: dict[str, str], special: bool = True) -> list[int]:
+async def token_ids(client: Client, prompt: PromptInput, names: dict[str, str], special: bool = True) -> list[int]:
     """Return the tokens of a prompt. Raises ApiError, in terms of ``names``.
 
     ``special``: the tokenizer's own around a text, too.

@@ -13,7 +13,7 @@ from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.params import MAX_LOGPROBS, SINGLE, SamplingParams
 from echo_trt.engine.process.pending import Pending
 from echo_trt.engine.process.prompts import RULE, PromptReader
-from echo_trt.engine.process.wire import ChatPrompt, Prompt
+from echo_trt.engine.process.wire import ChatPrompt, PromptInput
 from echo_trt.errors import UserError
 from echo_trt.models.messages import checked_messages, checked_tools
 
@@ -69,7 +69,7 @@ class Reader:
         answer.begin("" if hidden else self._prompts.echoed(prompt), self._prompts.texts)
 
 
-def _prompt(inputs: Mapping[str, Any]) -> Prompt:
+def _prompt(inputs: Mapping[str, Any]) -> PromptInput:
     given = [name for name in PROMPTS if name in inputs]
     if len(given) != 1:
         raise UserError(f"{' and '.join(given) or 'no prompt'} given; give one of {', '.join(PROMPTS)}.")

@@ -65,7 +65,7 @@ class Client:
             self._info = answer
         return self._info
 
-    async def token_ids(self, prompt: wire.Prompt, special_tokens: bool = True) -> list[int]:
+    async def token_ids(self, prompt: wire.PromptInput, special_tokens: bool = True) -> list[int]:
         """Return the tokens of a prompt. ``special_tokens``: the tokenizer's own around a text. Raises EngineError."""
         if isinstance(prompt, list):
             return prompt
@@ -134,7 +134,7 @@ class Client:
             raise EngineError from None
 
     async def _ask(self, question: wire.ToEngine) -> AsyncGenerator[wire.FromEngine]:
-        """Number a question and yield its answer; closing the generator early cancels it. Raises EngineError."""
+        """Yield the answer to a question, numbered here; closing the generator early cancels it. Raises EngineError."""
         question.id = next(self._ids)
         writer, done = await self._connected(), False
         frame = wire.framed(question)  # may fail: before the question is noted as open

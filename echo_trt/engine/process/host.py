@@ -231,7 +231,7 @@ class Host:
             case wire.AskForecast():
                 latency = self._classes.read(question.latency_class) or question.latency
                 forecast = self._service.forecasts(question.prompt_tokens, question.max_tokens, latency)
-                return wire.ForecastReply(forecast=wire.Forecast(**forecast))
+                return wire.ForecastReply(forecast=wire.ForecastTimes(**forecast))
 
     async def _refusal(self, work: Callable[[], None], request_id: str = "") -> wire.Failure | None:
         return await self._loop.run_in_executor(self._reading, refusal, self._metrics, work, request_id)

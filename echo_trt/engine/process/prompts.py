@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from echo_trt.engine.process.wire import ChatPrompt, ModelInfo, Prompt, ThinkTokens
+from echo_trt.engine.process.wire import ChatPrompt, ModelInfo, PromptInput, ThinkTokens
 from echo_trt.errors import TooLong, UserError
 from echo_trt.grammar.state import AT_END
 from echo_trt.models.chat import ChatEncoder
@@ -29,7 +29,7 @@ class PromptReader:
         longest = max(map(len, self._tokenizer.get_vocab()))
         self._max_characters = context * longest  # a longer text cannot have as few tokens as fit
 
-    def ids(self, prompt: Prompt, special_tokens: bool = True) -> list[int]:
+    def ids(self, prompt: PromptInput, special_tokens: bool = True) -> list[int]:
         """Return a prompt's token ids. ``special_tokens``: the tokenizer's own around a text. Raises UserError."""
         if isinstance(prompt, list):
             return prompt
@@ -39,7 +39,7 @@ class PromptReader:
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]
         return ids
 
-    def echoed(self, prompt: Prompt) -> str:
+    def echoed(self, prompt: PromptInput) -> str:
         """Return the text of a prompt as its client may want to see it; a chat has none."""
         if isinstance(prompt, list):
             known = all(0 <= token < len(self._tokenizer) for token in prompt)

@@ -51,7 +51,7 @@ class ChatPrompt(Struct):
     variables: dict[str, Any] = {}
 
 
-Prompt = list[int] | str | ChatPrompt  # token ids as they are, a text, or a chat
+PromptInput = list[int] | str | ChatPrompt  # token ids as they are, a text, or a chat
 
 
 class Submit(Numbered, kw_only=True, omit_defaults=True):
@@ -64,7 +64,7 @@ class Submit(Numbered, kw_only=True, omit_defaults=True):
     request_id     the client's, for lines of the log
     """
 
-    prompt: Prompt
+    prompt: PromptInput
     params: SamplingParams
     latency_class: str = ""
     priority: int = 0
@@ -188,7 +188,7 @@ class TextReply(Numbered, kw_only=True):
     text: str
 
 
-class Forecast(Struct):
+class ForecastTimes(Struct):
     """Milliseconds; None: nothing like it has run yet. ``error``: relative, of forecasts so far, by ttft and tpot."""
 
     ttft_ms: float | None
@@ -200,7 +200,7 @@ class Forecast(Struct):
 class ForecastReply(Numbered, kw_only=True):
     """The answer to ``AskForecast``."""
 
-    forecast: Forecast
+    forecast: ForecastTimes
 
 
 class Snapshot(Numbered, kw_only=True):

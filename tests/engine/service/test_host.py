@@ -79,7 +79,7 @@ def test_any_number_of_scrapes_cost_as_much_as_one(path, monkeypatch):
     assert len(made) <= 1  # none where a test has just asked
 
 
-def request(id: int = 1, prompt: wire.Prompt = "the theme", **params: object) -> wire.Submit:
+def request(id: int = 1, prompt: wire.PromptInput = "the theme", **params: object) -> wire.Submit:
     return wire.Submit(id, prompt=prompt, params=SamplingParams(**{"max_tokens": 8, "ignore_eos": True} | params))
 
 
