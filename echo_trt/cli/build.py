@@ -21,8 +21,8 @@ from echo_trt.backends.torch.files import TYPES
 from echo_trt.bundle.calibration import Calibration, read_calibration
 from echo_trt.bundle.card import write_config
 from echo_trt.bundle.manifest import (
+    CONFIDENCE,
     MANIFEST,
-    MARKOV,
     NGRAMS,
     BlockFacts,
     Manifest,
@@ -38,7 +38,7 @@ from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.errors import UserError, first_mistake
 from echo_trt.files.extras import extra
-from echo_trt.models.block_weights import check_block, load_block, markov_arrays
+from echo_trt.models.block_weights import check_block, confidence_by_token, load_block
 from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
 from echo_trt.models.config import BlockConfig, DecoderConfig
 from echo_trt.models.decoder import Decoder
@@ -308,11 +308,8 @@ def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str,
         return DraftModule(decoder, draft.top_k), (), own_digest
     if draft.kind == "block":
         drafter = load_block(checkpoint, positions, target, dtype or torch.float32, draft.block)
-        if sum(drafter.config.hint_sizes) or drafter.config.markov:
-            tables = markov_arrays(drafter, checkpoint)
-            if recipe.draft_precision != "fp32":
-                tables |= {name: tables[name].astype(np.float16) for name in ("w1", "w2") if name in tables}
-            np.savez(work / MARKOV, **tables)
+        if drafter.config.confidence:
+            np.save(work / CONFIDENCE, confidence_by_token(drafter, checkpoint))
         return BlockModule(drafter, draft.top_k), drafter.config.feature_layers, own_digest
     head = load_eagle3(checkpoint, positions, target, dtype)
     if head.config.target_sha256 and head.config.target_sha256 != digest:
@@ -374,7 +371,6 @@ def block_facts(config: BlockConfig) -> BlockFacts:
         both_ways=shape.both_ways,
         anchored=shape.anchored,
         predicts_next=config.predicts_next,
-        markov=config.markov,
         confidence=config.confidence,
     )
 

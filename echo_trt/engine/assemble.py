@@ -8,6 +8,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.bundle.calibration import Calibration, read_calibration
@@ -15,11 +17,10 @@ from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_mani
 from echo_trt.bundle.stored import CALIBRATION
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.core import EngineCore
-from echo_trt.engine.drafters.block import BlockDrafter
+from echo_trt.engine.drafters.block import BlockDrafter, read_confidence
 from echo_trt.engine.drafters.eagle3 import Drafter, Eagle3Drafter, EngineDrafter
 from echo_trt.engine.drafters.levels import LevelsDrafter
 from echo_trt.engine.drafters.lookup import LookupDrafter
-from echo_trt.engine.drafters.markov import Markov, read_markov
 from echo_trt.engine.kv_pool import KVPool, kv_pool
 from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.engine.synthetic import SyntheticText
@@ -34,9 +35,9 @@ from echo_trt.speculation.policies import reserve_for
 class Networks:
     """A bundle's engines over one KV pool.
 
-    pool       the size of the KV pool; of a part, the whole pool's
-    markov     corrects a block drafter's proposals; None: it has neither a Markov nor a confidence head
-    synthetic  the text that takes the place of the networks' choices
+    pool        the size of the KV pool; of a part, the whole pool's
+    confidence  float32 [V], by token, of a block drafter's confidence head; None: it has none
+    synthetic   the text that takes the place of the networks' choices
     """
 
     manifest: Manifest
@@ -45,7 +46,7 @@ class Networks:
     target: Engine
     draft: Engine | None
     calibration: Calibration | None
-    markov: Markov | None = None
+    confidence: np.ndarray | None = None
     synthetic: SyntheticText | None = None
 
     @cached_property
@@ -58,7 +59,7 @@ class Networks:
         """The draft; None: there is none."""
         if self.manifest.recipe.draft.kind == "lookup":
             return self._lookup
-        return drafter_with(self.manifest, self.batch, self.draft, self.markov)
+        return drafter_with(self.manifest, self.batch, self.draft, self.confidence)
 
     @property
     def copier(self) -> LookupDrafter | None:
@@ -117,9 +118,7 @@ def load_networks(
     known = None  # log q of synthetic text says the chance truly
     if path.exists() and not text:
         known = read_calibration(path, manifest.target_sha256, manifest.draft_sha256)
-    heads = bool(manifest.draft and manifest.draft.block and manifest.draft.block.heads)
-    markov = read_markov(folder, manifest) if heads else None
-    return Networks(manifest, pool, input_batch, target, draft, known, markov, text)
+    return Networks(manifest, pool, input_batch, target, draft, known, read_confidence(folder, manifest), text)
 
 
 def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputBatch, blocks: int) -> Engine:
@@ -176,7 +175,7 @@ def _check_network(widths: dict[str, int], path: Path, manifest: Manifest, netwo
 
 
 def drafter_with(
-    manifest: Manifest, batch: InputBatch, engine: Engine | None, markov: Markov | None = None
+    manifest: Manifest, batch: InputBatch, engine: Engine | None, confidence: np.ndarray | None = None
 ) -> Drafter | None:
     """Return the drafter of a bundle whose draft network ``engine`` runs."""
     draft, facts = manifest.recipe.draft, manifest.draft
@@ -186,6 +185,6 @@ def drafter_with(
     if draft.kind == "model":
         return EngineDrafter(engine, batch, chunk)
     if facts.block is not None:
-        return BlockDrafter(engine, batch, chunk, facts.feature_size, facts.block, markov)
+        return BlockDrafter(engine, batch, chunk, facts.feature_size, facts.block, confidence)
     kind = LevelsDrafter if engine.drafts_levels else Eagle3Drafter
     return kind(engine, batch, chunk, facts.feature_size, facts.hidden_size)
