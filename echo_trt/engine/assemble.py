@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 
 from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
+from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.calibration import Calibration, read_calibration
 from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_manifest, verify_files
 from echo_trt.bundle.stored import CALIBRATION
@@ -125,35 +126,25 @@ def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputB
     """Open the network of ``facts``: the manifest's target, or its draft."""
     network = "target" if facts is manifest.target else "draft"
     slots, slot_blocks = batch.block_table.shape
-    open_file: Callable[..., Any]
-    if manifest.tensorrt:
-        from echo_trt.backends.tensorrt.engine import TensorRTEngine
-
-        opener: Callable[..., Any] = TensorRTEngine.open
-        sizes = {"slots": slots, "blocks": slot_blocks, "num_blocks": blocks, "tree": batch.reserve}
-        open_file = partial(opener, facts=manifest.tensorrt, **sizes)
-    elif manifest.engine == "torch":
-        from echo_trt.backends.torch.engine import open_torch
-
-        bounds = CallBounds(slots, slot_blocks, batch.reserve)
-        open_file = partial(open_torch, num_blocks=blocks, bounds=bounds)
-    else:
-        from echo_trt.backends.openvino.engine import OpenVINOEngine
-
-        precision = manifest.recipe.draft_precision if network == "draft" else manifest.precision
-        engine = OpenVINOEngine(folder / facts.file, precision, blocks, slots=slots)
-        _check_network(engine.widths, folder / MANIFEST, manifest, network)
-        return engine
+    open_file = partial(
+        engine_kind(manifest.engine).open,
+        precision=manifest.recipe.draft_precision if network == "draft" else manifest.precision,
+        num_blocks=blocks,
+        bounds=CallBounds(slots, slot_blocks, batch.reserve),
+        facts=manifest.engine_facts,
+    )
     if network == "target" and facts.rank_files:  # divided, in a process per rank; the draft stands whole in this one
         from echo_trt.backends.parallel.ranked import RankedEngine, of_rank
 
         files = tuple(folder / file for file in facts.rank_files)
         return RankedEngine(partial(of_rank, files, open_file), len(files))
-    opened: Engine = open_file(folder / facts.file)
-    return opened
+    engine = open_file(folder / facts.file)
+    if engine.widths:
+        _check_network(engine.widths, folder / MANIFEST, manifest, network)
+    return engine
 
 
-def _check_network(widths: dict[str, int], path: Path, manifest: Manifest, network: str) -> None:
+def _check_network(widths: Mapping[str, int], path: Path, manifest: Manifest, network: str) -> None:
     """Refuse a manifest that names another network's file, or sizes that are not this one's."""
     facts, kind = getattr(manifest, network), manifest.recipe.draft.kind
     head, reads = kind in ("eagle3", "mtp"), kind in ("eagle3", "mtp", "block")
