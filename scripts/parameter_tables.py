@@ -21,9 +21,9 @@ import yaml
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from echo_trt.adapters.triton.inputs import ALIASES, INPUTS, Tensor
 from echo_trt.backends.kind import engine_kinds
 from echo_trt.engine.params import PARAMETERS, Counters
-from echo_trt.engine.process.inputs import ALIASES, INPUTS, Tensor
 from echo_trt.engine.service.metric_aliases import ALIASES as SERIES
 from echo_trt.engine.service.metric_aliases import TENSORRT_LLM, VLLM
 from echo_trt.engine.service.metrics import EngineMetrics, Statistics

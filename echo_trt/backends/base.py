@@ -77,7 +77,7 @@ class Engine(Protocol):
         scores      float32 [R, k], of a draft: log-probabilities of the best next tokens, best first
         candidates  int64 [R, k], of a draft: those tokens
         state       float32 [N, H], of a head: input ``hidden`` of later passes
-        hints       float32 [R, G], of a block drafter with a Markov or confidence head
+        confidence  float32 [R, 1], of a block drafter with a confidence head: its logit, without the token's part
         """
 
     def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:

@@ -19,7 +19,7 @@ from echo_trt.files.inputs import read_text
 FORMAT = 2
 MANIFEST = "manifest.json"
 NGRAMS = "ngrams.npz"
-MARKOV = "markov.npz"  # tables of a block drafter's Markov and confidence heads
+CONFIDENCE = "confidence.npy"  # what the previous token adds to the logit of a block drafter's confidence head
 
 
 def _within(name: str) -> str:
@@ -45,13 +45,7 @@ class BlockFacts(_Facts):
     both_ways: bool
     anchored: bool
     predicts_next: bool
-    markov: Literal["", "vanilla", "gated", "rnn"] = ""
     confidence: bool = False
-
-    @property
-    def heads(self) -> bool:
-        """Whether the runtime corrects proposals by the drafter's Markov or confidence head."""
-        return bool(self.markov) or self.confidence
 
 
 class NetworkFacts(_Facts):
@@ -149,8 +143,8 @@ class Manifest(_Facts):
                     raise ValueError(f"files has no hash of {file}")
         if self.draft is not None and (self.draft.block is not None) != known.block:
             raise ValueError(f"draft.block is {'not used' if self.draft.block else 'missing'} for draft.kind {kind}")
-        if self.draft and self.draft.block and self.draft.block.heads and MARKOV not in self.files:
-            raise ValueError(f"files has no hash of {MARKOV}")
+        if self.draft and self.draft.block and self.draft.block.confidence and CONFIDENCE not in self.files:
+            raise ValueError(f"files has no hash of {CONFIDENCE}")
         if self.recipe.draft.ngrams is not None and NGRAMS not in self.files:
             raise ValueError(f"files has no hash of {NGRAMS}")
         return self
@@ -203,11 +197,12 @@ def _without_retired(raw: dict[str, Any]) -> dict[str, Any]:
     for name in registered(ENGINES):  # under which an engine's facts stood
         if facts := raw.pop(name, None):
             raw["engine_facts"] = facts
-    checks = raw.get("checks")
-    for part in (raw.get("recipe"), *(checks.values() if isinstance(checks, dict) else ())):
+    checks, draft = raw.get("checks"), raw.get("draft")
+    block = draft.get("block") if isinstance(draft, dict) else None
+    for part in (raw.get("recipe"), block, *(checks.values() if isinstance(checks, dict) else ())):
         if isinstance(part, dict):
-            part.pop("compute_capability", None)
-            part.pop("of", None)
+            for key in ("compute_capability", "of", "markov"):
+                part.pop(key, None)
     return raw
 
 

@@ -79,7 +79,7 @@ class Target(Source):
 
 
 class DraftSection(_Section):
-    """Names the draft: eagle3, a head for this target; block, a drafter of whole blocks (DFlash, DSpark, JetSpec,
+    """Names the draft: eagle3, a head for this target; block, a drafter of whole blocks (DFlash, DSpark,
     P-EAGLE); model, a smaller model with its tokenizer; mtp, the head in the target's checkpoint; lookup, the text.
 
     block       rows of a block drafter's pass, where not the checkpoint's

@@ -8,6 +8,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.kind import engine_kind
@@ -16,11 +18,11 @@ from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_mani
 from echo_trt.bundle.stored import CALIBRATION
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.core import EngineCore
+from echo_trt.engine.drafters.block import read_confidence
 from echo_trt.engine.drafters.eagle3 import Drafter
 from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.engine.drafters.levels import LevelsDrafter
 from echo_trt.engine.drafters.lookup import LookupDrafter
-from echo_trt.engine.drafters.markov import Markov, read_markov
 from echo_trt.engine.kv_pool import KVPool, kv_pool
 from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.engine.synthetic import SyntheticText
@@ -35,9 +37,9 @@ from echo_trt.speculation.policies import reserve_for
 class Networks:
     """A bundle's engines over one KV pool.
 
-    pool       the size of the KV pool; of a part, the whole pool's
-    markov     corrects a block drafter's proposals; None: it has neither a Markov nor a confidence head
-    synthetic  the text that takes the place of the networks' choices
+    pool        the size of the KV pool; of a part, the whole pool's
+    confidence  float32 [V], by token, of a block drafter's confidence head; None: it has none
+    synthetic   the text that takes the place of the networks' choices
     """
 
     manifest: Manifest
@@ -46,7 +48,7 @@ class Networks:
     target: Engine
     draft: Engine | None
     calibration: Calibration | None
-    markov: Markov | None = None
+    confidence: np.ndarray | None = None
     synthetic: SyntheticText | None = None
 
     @cached_property
@@ -59,7 +61,7 @@ class Networks:
         """The draft; None: there is none."""
         if draft_kind(self.manifest.recipe.draft.kind).copies:
             return self._lookup
-        return drafter_with(self.manifest, self.batch, self.draft, self.markov)
+        return drafter_with(self.manifest, self.batch, self.draft, self.confidence)
 
     @property
     def copier(self) -> LookupDrafter | None:
@@ -118,9 +120,7 @@ def load_networks(
     known = None  # log q of synthetic text says the chance truly
     if path.exists() and not text:
         known = read_calibration(path, manifest.target_sha256, manifest.draft_sha256)
-    heads = bool(manifest.draft and manifest.draft.block and manifest.draft.block.heads)
-    markov = read_markov(folder, manifest) if heads else None
-    return Networks(manifest, pool, input_batch, target, draft, known, markov, text)
+    return Networks(manifest, pool, input_batch, target, draft, known, read_confidence(folder, manifest), text)
 
 
 def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputBatch, blocks: int) -> Engine:
@@ -167,9 +167,9 @@ def _check_network(widths: Mapping[str, int], path: Path, manifest: Manifest, ne
 
 
 def drafter_with(
-    manifest: Manifest, batch: InputBatch, engine: Engine | None, markov: Markov | None = None
+    manifest: Manifest, batch: InputBatch, engine: Engine | None, confidence: np.ndarray | None = None
 ) -> Drafter | None:
     """Return the drafter of a bundle whose draft network ``engine`` runs."""
     if engine is None or manifest.draft is None:
         return None
-    return draft_kind(manifest.recipe.draft.kind).drafter(manifest, batch, engine, markov)
+    return draft_kind(manifest.recipe.draft.kind).drafter(manifest, batch, engine, confidence)

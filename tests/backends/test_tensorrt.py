@@ -46,7 +46,7 @@ def with_head(networks, tmp_path_factory):
 @pytest.fixture(scope="session")
 def with_block(networks, tmp_path_factory):
     """Return a block drafter with such heads, too."""
-    raw = block_raw("dspark gated", **BLOCK, **HEADS, target_layer_ids=[0, 1], mask_token_id=VOCAB - 1)
+    raw = block_raw("dspark", **BLOCK, **HEADS, target_layer_ids=[0, 1], mask_token_id=VOCAB - 1)
     return write_block(tmp_path_factory.mktemp("block") / "drafter", raw)
 
 

@@ -23,9 +23,9 @@ from echo_trt.engine.drafters.kind import ModelKind
 class Other(ModelKind):
     name, made = "other", []
 
-    def drafter(self, manifest, batch, engine, markov):
+    def drafter(self, manifest, batch, engine, confidence):
         self.made.append(manifest.draft.file)
-        return super().drafter(manifest, batch, engine, markov)
+        return super().drafter(manifest, batch, engine, confidence)
 
 
 KIND = Other()

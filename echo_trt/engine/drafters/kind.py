@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echo_trt.bundle.manifest import MARKOV, BlockFacts, Manifest
+from echo_trt.bundle.manifest import CONFIDENCE, BlockFacts, Manifest
 from echo_trt.bundle.recipe import DRAFTS, Recipe
 from echo_trt.errors import UserError
 from echo_trt.files.extras import extra, registered
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from echo_trt.backends.base import Engine
     from echo_trt.engine.batch import InputBatch
     from echo_trt.engine.drafters.eagle3 import Drafter
-    from echo_trt.engine.drafters.markov import Markov
     from echo_trt.models.checkpoint import Checkpoint
     from echo_trt.models.config import DecoderConfig
     from echo_trt.models.decoder import Decoder
     from echo_trt.models.layers import Config
     from echo_trt.models.roles import Role
 
+#: float32 [V], by token, of a block drafter's confidence head (``engine.drafters.block``).
+Confidence = np.ndarray | None
 HEAD_VOCABULARY = 32000  # of published EAGLE-3 heads for vocabularies of 150,000
 
 
@@ -97,8 +98,8 @@ class DraftKind:
         """State how a pass looks, for a runtime without PyTorch."""
         return None
 
-    def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, markov: Markov | None) -> Drafter:
-        """Make the drafter whose network ``engine`` runs."""
+    def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, confidence: Confidence) -> Drafter:
+        """Make the drafter whose network ``engine`` runs; ``confidence``: of its confidence head, if it has one."""
         raise NotImplementedError
 
 
@@ -112,7 +113,7 @@ class HeadKind(DraftKind):
 
     network = hidden = True
 
-    def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, markov: Markov | None) -> Drafter:
+    def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, confidence: Confidence) -> Drafter:
         from echo_trt.engine.drafters.eagle3 import Eagle3Drafter
         from echo_trt.engine.drafters.levels import LevelsDrafter
 
@@ -211,7 +212,7 @@ class ModelKind(DraftKind):
             )
         return DraftModule(decoder, source.recipe.draft.top_k), ()
 
-    def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, markov: Markov | None) -> Drafter:
+    def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, confidence: Confidence) -> Drafter:
         from echo_trt.engine.drafters.eagle3 import EngineDrafter
 
         return EngineDrafter(engine, batch, manifest.recipe.limits.prefill_chunk)
@@ -247,18 +248,15 @@ class BlockKind(DraftKind):
     def load(self, source: DraftSource) -> tuple[Role, tuple[int, ...]]:
         import torch
 
-        from echo_trt.models.block_weights import load_block, markov_arrays
+        from echo_trt.models.block_weights import confidence_by_token, load_block
         from echo_trt.models.roles import BlockModule
 
         checkpoint, recipe = source.checkpoint, source.recipe
         dtype = source.dtype or torch.float32
         drafter = load_block(checkpoint, source.positions, source.target, dtype, recipe.draft.block)
         config: Any = drafter.config
-        if sum(config.hint_sizes) or config.markov:
-            tables = markov_arrays(drafter, checkpoint)
-            if recipe.draft_precision != "fp32":
-                tables |= {name: tables[name].astype(np.float16) for name in ("w1", "w2") if name in tables}
-            np.savez(source.work / MARKOV, **tables)
+        if config.confidence:
+            np.save(source.work / CONFIDENCE, confidence_by_token(drafter, checkpoint))
         return BlockModule(drafter, recipe.draft.top_k), config.feature_layers
 
     def block_facts(self, config: Any) -> BlockFacts:
@@ -271,17 +269,16 @@ class BlockKind(DraftKind):
             both_ways=shape.both_ways,
             anchored=shape.anchored,
             predicts_next=config.predicts_next,
-            markov=config.markov,
             confidence=config.confidence,
         )
 
-    def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, markov: Markov | None) -> Drafter:
+    def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, confidence: Confidence) -> Drafter:
         from echo_trt.engine.drafters.block import BlockDrafter
 
         facts, chunk = manifest.draft, manifest.recipe.limits.prefill_chunk
         assert facts is not None
         assert facts.block is not None
-        return BlockDrafter(engine, batch, chunk, facts.feature_size, facts.block, markov)
+        return BlockDrafter(engine, batch, chunk, facts.feature_size, facts.block, confidence)
 
 
 NONE, LOOKUP, MODEL = DraftKind(), LookupKind(), ModelKind()

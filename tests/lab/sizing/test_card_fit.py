@@ -43,7 +43,6 @@ MEANT = {
     "qwen3-4b-dspark": ("L4", "RTX-4090"),
     "qwen3-8b-dflash": ("A100-80GB", "H100-80GB"),
     "qwen3-8b-dspark": ("A100-80GB", "H100-80GB"),
-    "qwen3-8b-jetspec": ("A100-80GB", "H100-80GB"),
     "qwen3-14b-dspark": ("A100-80GB", "H100-80GB"),
 }
 
