@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,9 +24,7 @@ from echo_trt.engine.drafters.levels import LevelsDrafter
 from echo_trt.engine.drafters.lookup import LookupDrafter
 from echo_trt.engine.kv_pool import KVPool, kv_pool
 from echo_trt.engine.params import MAX_STOP_TOKENS
-from echo_trt.engine.synthetic import SyntheticText
 from echo_trt.errors import UserError
-from echo_trt.files.extras import extra
 from echo_trt.speculation.paths import MAX_ROWS
 from echo_trt.speculation.planner import Planner
 from echo_trt.speculation.policies import reserve_for
@@ -39,7 +36,6 @@ class Networks:
 
     pool        the size of the KV pool; of a part, the whole pool's
     confidence  float32 [V], by token, of a block drafter's confidence head; None: it has none
-    synthetic   the text that takes the place of the networks' choices
     """
 
     manifest: Manifest
@@ -49,7 +45,6 @@ class Networks:
     draft: Engine | None
     calibration: Calibration | None
     confidence: np.ndarray | None = None
-    synthetic: SyntheticText | None = None
 
     @cached_property
     def _lookup(self) -> LookupDrafter:
@@ -71,7 +66,7 @@ class Networks:
     def prepare(self, planner: Planner) -> None:
         """Capture the drafts that ``planner`` will ask a device for as CUDA graphs, before requests wait for them."""
         if isinstance(self.drafter, LevelsDrafter):
-            self.drafter.engine.capture_levels(planner.level_shapes, self.synthetic)
+            self.drafter.engine.capture_levels(planner.level_shapes)
 
     def loop(self, planner: Planner) -> EngineCore:
         """Make an engine core over these networks; one core at a time may have running requests."""
@@ -79,7 +74,7 @@ class Networks:
         chunk = manifest.recipe.limits.prefill_chunk
         if manifest.target.state_values:
             chunk = min(chunk, MAX_ROWS)
-        return EngineCore(self.target, self.drafter, self.batch, planner, manifest.eos_token_ids, chunk, self.synthetic)
+        return EngineCore(self.target, self.drafter, self.batch, planner, manifest.eos_token_ids, chunk)
 
     def over(self, batch: InputBatch) -> Networks:
         """Return the same networks over other slots, such as a part of the KV pool; these must rest meanwhile."""
@@ -91,12 +86,10 @@ def load_networks(
     batch: int | None = None,
     prefix_cache: bool | None = None,
     kv_cache_memory: int | None = None,
-    synthetic: Any = None,
 ) -> Networks:
     """Open a bundle; ``batch`` (running requests) and ``prefix_cache`` override the recipe's.
 
-    ``kv_cache_memory``: bytes of the KV pool; None: see ``kv_pool``. ``synthetic``: acceptance of a text that takes the
-    place of the networks' choices.
+    ``kv_cache_memory``: bytes of the KV pool; None: see ``kv_pool``.
     """
     manifest = read_manifest(folder)
     if (ends := len(manifest.eos_token_ids)) > MAX_STOP_TOKENS:
@@ -105,7 +98,6 @@ def load_networks(
             "build the bundle again."
         )
     verify_files(folder, manifest)
-    text = extra("synthetic_text", "text")(folder, manifest, synthetic) if synthetic else None
     recipe = manifest.recipe
     limits, reserve = recipe.limits, reserve_for(recipe.decoding.model_dump())
     count = batch or limits.batch
@@ -117,10 +109,10 @@ def load_networks(
     target = _engine(folder, manifest, manifest.target, input_batch, pool.blocks)
     draft = _engine(folder, manifest, manifest.draft, input_batch, pool.blocks) if manifest.draft else None
     path = folder / CALIBRATION
-    known = None  # log q of synthetic text says the chance truly
-    if path.exists() and not text:
+    known = None
+    if path.exists():
         known = read_calibration(path, manifest.target_sha256, manifest.draft_sha256)
-    return Networks(manifest, pool, input_batch, target, draft, known, read_confidence(folder, manifest), text)
+    return Networks(manifest, pool, input_batch, target, draft, known, read_confidence(folder, manifest))
 
 
 def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputBatch, blocks: int) -> Engine:

@@ -58,7 +58,6 @@ class InputBatch:
         self.verifications = ints(count)
         self.counted = np.ones(count, bool)  # whether counters have a slot's tokens
         self.targets = Targets(count)
-        self.text_key = ints(count)  # of a synthetic text, by prompt and seed
         self.sampling = np.array([_row(SamplingParams())] * count, SAMPLING)
         self.biased = ints(count)
         self.bias_tokens, self.bias = ints(count, MAX_BIASED), np.zeros((count, MAX_BIASED), np.float32)

@@ -26,7 +26,6 @@ from echo_trt.engine.request import Request
 from echo_trt.engine.sampler import TargetOutput, token_logprobs
 from echo_trt.engine.scheduler import Scheduler
 from echo_trt.engine.shares import TenantShares
-from echo_trt.engine.synthetic import SyntheticText
 from echo_trt.errors import UserError, described
 from echo_trt.speculation.accept import accept
 from echo_trt.speculation.arrays import begins, ragged_arange
@@ -89,15 +88,13 @@ class EngineCore:
         planner: Planner,
         eos: Iterable[int],
         chunk: int = 256,
-        synthetic: SyntheticText | None = None,
     ):
         """Begin without requests. ``planner`` may be replaced between iterations; texts stay the same.
 
         eos: token ids that end a text. chunk: prompt tokens computed in one iteration at most; where no request
-        decodes, an engine may compute more. synthetic: a text that is emitted in the place of the target's choices
-        and proposed in the place of the draft's, to measure speed without trained weights; None: no such text.
+        decodes, an engine may compute more.
         """
-        self.target, self.batch, self.planner, self.chunk, self.synthetic = target, batch, planner, chunk, synthetic
+        self.target, self.batch, self.planner, self.chunk = target, batch, planner, chunk
         self.counters = Counters()
         self.scheduler = Scheduler(batch, tuple(eos), self.counters)
         self.drafter = drafter
@@ -264,8 +261,6 @@ class EngineCore:
         if draft is not None and len(slots):
             grammars, begin = batch.grammar[slots], time.perf_counter()
             guided: Draft = GuidedDraft(draft, grammars) if grammars.any() else draft
-            if self.synthetic:
-                guided = self.synthetic.draft(draft, batch, slots)
             planned = self._ask(lambda: self.planner.plan(roots, guided, load).checked(roots, load, batch.reserve))
             plan = planned or plan
             if tree_context := self.target.tree_context:
@@ -303,7 +298,6 @@ class EngineCore:
             batch=batch,
             probability=plan.probability,
             proposer=self.proposer,
-            synthetic=self.synthetic,
         )
         verified.wait()
         seconds = time.perf_counter() - begin

@@ -24,7 +24,7 @@ from echo_trt.engine.params import (
 from echo_trt.engine.request import Request
 from echo_trt.engine.tuning import Tuning
 from echo_trt.errors import UserError, encodable, shown
-from echo_trt.files.extras import extra
+from echo_trt.files.extras import extras
 from echo_trt.grammar.compiler import GrammarCompiler
 from echo_trt.grammar.state import ReasoningState, Vocabulary
 from echo_trt.models.chat import ChatEncoder
@@ -50,7 +50,6 @@ class LLM:
         prefix_cache: bool | None = None,
         special_tokens_in_content: bool = False,
         kv_cache_memory: int | None = None,
-        synthetic_text: str | None = None,
     ):
         """``policy``, ``batch`` (running requests), ``budget`` (K_max) and ``prefix_cache`` override the recipe's.
 
@@ -58,18 +57,16 @@ class LLM:
         for, up to a whole context for each running request.
         ``note`` is told, in a sentence, what a user should know of the start. With ``special_tokens_in_content`` a
         control token's name in a prompt, such as ``<|im_end|>``, becomes that token; else it is text.
-        ``synthetic_text``: acceptance rates such as 0.75 of a text that is no model's, to measure speed by.
         """
         if batch is not None and not 1 <= batch <= MAX_AT_ONCE:
             raise UserError(f"batch is {batch}; give a whole number from 1 to {MAX_AT_ONCE}.")
         if budget is not None and budget < 1:
             raise UserError(f"budget is {budget}; give a whole number of 1 or more.")
         folder = Path(bundle)
-        rates = extra("synthetic_text", "rates")(synthetic_text) if synthetic_text is not None else None
-        self.networks = load_networks(folder, batch, prefix_cache, kv_cache_memory, rates)
+        self.networks = load_networks(folder, batch, prefix_cache, kv_cache_memory)
+        for wrapped in extras("networks"):
+            self.networks = wrapped(self.networks, folder, note)
         self.manifest = self.networks.manifest
-        if rates:
-            note(rates.sentence)
         self.pool = self.networks.pool
         if self.pool.warning:
             note(self.pool.warning)
@@ -230,11 +227,6 @@ class LLM:
                 "logit_bias",
             )
         budget = params.thinking_token_budget
-        if self.networks.synthetic and (params.structured is not None or budget is not None):
-            field = "thinking_token_budget" if params.structured is None else "structured"
-            raise UserError(
-                f"{field} needs a model's text, and this one is synthetic (--synthetic-text); leave it out.", field
-            )
         if self._marks is None and budget is not None:
             raise UserError(
                 f"thinking_token_budget is {budget}, but this model does not think (its tokenizer has no token "

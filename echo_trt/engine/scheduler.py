@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable
 
@@ -131,8 +130,6 @@ class Scheduler:
         batch.prompt_length[slot] = len(request.prompt)
         batch.limit[slot] = min(len(request.prompt) + params.max_tokens, batch.context)
         batch.set_params(slot, params)
-        seed = params.seed & 0xFFFFFFFF if params.temperature else 0
-        batch.text_key[slot] = zlib.crc32(batch.tokens[slot, : len(request.prompt)].tobytes(), seed)
         batch.grammar[slot], request.grammar = request.grammar, None  # the only reference: older states are let go
         if len(request.prompt_logprobs) == len(request.prompt) - 1:
             batch.sampling["prompt_logprobs"][slot] = -1  # complete, and perhaps read by another thread now

@@ -95,8 +95,7 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
 
     def _load(self) -> None:
         job = self._job
-        memory, text = job.kv_cache_memory, job.synthetic_text
-        llm = LLM(job.bundle, job.policy, job.batch, note=log.info, kv_cache_memory=memory, synthetic_text=text)
+        llm = LLM(job.bundle, job.policy, job.batch, note=log.info, kv_cache_memory=job.kv_cache_memory)
         log.info(llm.pool.sentence)
         tokenizer = load_tokenizer(job.bundle)  # the engine's thread uses another
         self._texts, self._recommended = TokenTexts(tokenizer), llm.manifest.sampling.given()

@@ -172,7 +172,7 @@ def replicas(job: ServeOptions, environment: dict[str, str], stop: threading.Eve
     ]
     frontend = Frontend(job, environment, log, workers)
     url = f"http://{job.shown_host}:{job.openai_port}/v1"
-    text = f"{job.serving}\nOpenAI   {url}, model {job.model_name}\nworkers  {len(workers)}"
+    text = f"serving\nOpenAI   {url}, model {job.model_name}\nworkers  {len(workers)}"
     groups: list[Sequence[Supervised]] = [[frontend], workers]
     return Supervisor(groups, stop, log, job.drain_seconds, lambda: text if frontend.lists(job.model_name) else None)
 

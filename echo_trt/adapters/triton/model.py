@@ -62,7 +62,6 @@ class TritonPythonModel:
             note=pb_utils.Logger.log_info,
             prefix_cache=False if _truth(config, "no_prefix_cache") else None,
             kv_cache_memory=bytes_in("kv_cache_memory", memory) if memory else None,
-            synthetic_text=_setting(config, "synthetic_text") or None,
         )
         (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
         classes = LatencyClasses(_setting(config, "latency_classes"))

@@ -46,7 +46,6 @@ def run(options: HostOptions) -> int:
         policy_named(options.policy, "--policy")
     base.ends_at_once = True
     bundle, memory = options.bundle, options.kv_cache_memory
-    text = options.synthetic_text
     llm = LLM(
         bundle,
         options.policy,
@@ -54,7 +53,6 @@ def run(options: HostOptions) -> int:
         note=log.info,
         prefix_cache=False if options.no_prefix_cache else None,
         kv_cache_memory=memory,
-        synthetic_text=text,
     )
     (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
     classes = LatencyClasses(options.latency_classes)
