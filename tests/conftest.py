@@ -171,11 +171,9 @@ def open_llm(bundle_of, networks) -> Callable[..., LLM]:
 @pytest.fixture
 def installed(tmp_path, monkeypatch) -> Iterator[Callable[[str, str, str], Path]]:
     """Install a package of one module: its name, its code, and its entry points."""
-    from echo_trt.backends.kind import engine_kind
-    from echo_trt.engine.drafters.kind import draft_kind
-    from echo_trt.files.extras import registered
+    from echo_trt.files.extras import extra, registered
 
-    known, modules = (registered, engine_kind, draft_kind), sys.modules.copy()
+    modules = sys.modules.copy()
 
     def install(name: str, code: str, entry_points: str) -> Path:
         facts = tmp_path / "site" / f"{name}-1.0.dist-info"
@@ -188,7 +186,7 @@ def installed(tmp_path, monkeypatch) -> Iterator[Callable[[str, str, str], Path]
         return tmp_path / "site"
 
     yield install
-    for each in known:
+    for each in (registered, extra):
         each.cache_clear()
     for name in sys.modules.keys() - modules.keys():
         if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == tmp_path / "site":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +113,6 @@ def _has_gpu() -> bool:
     return has_cuda()
 
 
-@cache
 def engine_kind(name: str) -> EngineKind:
     """Return the record of an engine. Raises UserError where it is not installed."""
     kind: EngineKind = extra(ENGINES, name)

@@ -154,19 +154,6 @@ def write_text(role: TargetModule) -> np.ndarray:
     return tokens
 
 
-def worst(first: SelfCheck | None, second: SelfCheck | None) -> SelfCheck | None:
-    """Merge two ranks' checks into one of the worse figures."""
-    if first is None or second is None:
-        return first or second
-    return SelfCheck(
-        prompt_error=max(first.prompt_error, second.prompt_error),
-        tree_error=max(first.tree_error, second.tree_error),
-        bound=first.bound,
-        same_argmax=min(first.same_argmax, second.same_argmax),
-        measure=first.measure,
-    )
-
-
 def block_shape(config: BlockConfig) -> BlockShape:
     return BlockShape(config.block_size, config.mask_token, not config.causal, config.anchored)
 

@@ -16,7 +16,7 @@ import torch
 
 from echo_trt import __version__
 from echo_trt.backends.kind import Detail, engine_kind
-from echo_trt.backends.self_check import check_compiled, worst
+from echo_trt.backends.self_check import check_compiled
 from echo_trt.bundle.calibration import Calibration, read_calibration
 from echo_trt.bundle.card import write_config
 from echo_trt.bundle.manifest import MANIFEST, NGRAMS, Manifest, NetworkFacts, SelfCheck, sha256
@@ -111,12 +111,14 @@ class _OpenedPair:
     config: DecoderConfig
     draft: Checkpoint | None
 
+    @property
+    def positions(self) -> int:
+        return self.recipe.limits.context + reserve_for(self.recipe.decoding.model_dump())
+
     def role(self, rank: int, feature_layers: tuple[int, ...]) -> TargetModule:
         """Load a rank of the target."""
-        recipe = self.recipe
-        positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
-        dtype, shard = _loaded_type(recipe, recipe.precision), Shard(rank, recipe.tensor_parallel)
-        return TargetModule(load_decoder(self.target, positions, dtype, shard), feature_layers)
+        dtype, shard = _loaded_type(self.recipe, self.recipe.precision), Shard(rank, self.recipe.tensor_parallel)
+        return TargetModule(load_decoder(self.target, self.positions, dtype, shard), feature_layers)
 
 
 def _opened(recipe: Recipe, folder: Path, work: Path) -> _OpenedPair:
@@ -164,7 +166,9 @@ def _loaded(opened: _OpenedPair, work: Path, progress: Progress) -> _LoadedPair:
     if opened.draft is not None:
         progress("reading the draft")
         dtype = _loaded_type(recipe, recipe.draft_precision)
-        source = DraftSource(recipe, folder, work, opened.draft, dtype, target.network, digest, tokenizer)
+        source = DraftSource(
+            recipe, folder, work, opened.draft, dtype, opened.positions, target.network, digest, tokenizer
+        )
         draft, layers = draft_kind(recipe.draft.kind).load(source)
         target = TargetModule(target.network, layers)
         draft_digest = digest if opened.draft is opened.target else weights_sha256(opened.draft.path)
@@ -183,7 +187,7 @@ def _compiled(
     recipe, ranks = opened.recipe, opened.recipe.tensor_parallel
     compile_as, engine_facts = engine_kind(recipe.engine).compiler(recipe, work, detail)
     files: list[str] = []
-    check: SelfCheck | None = None
+    found: list[SelfCheck | None] = []
     role, loaded.target = loaded.target, None
     layers = role.feature_layers
     for rank in range(ranks):
@@ -195,8 +199,9 @@ def _compiled(
         progress(f"compiling the {which}")
         compiled = compile_as(role, f"target.rank{rank}" if ranks > 1 else "target", recipe.precision)
         files.append(compiled.file)
-        check = worst(check, check_compiled(role, compiled, recipe.precision))
-    target, draft, checks = _facts(role, files, recipe), None, {"target": check}
+        found.append(check_compiled(role, compiled, recipe.precision))
+    target, draft = _facts(role, files, recipe), None
+    checks = {"target": max(filter(None, found), key=lambda check: check.error, default=None)}
     if ranks > 1:
         target.parameters = decoder_sizes(opened.config).total
     if loaded.draft is not None:

@@ -6,7 +6,6 @@ A record costs no import of PyTorch: its methods import what they need when they
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +39,7 @@ class DraftSource:
     checkpoint  the draft's own, or the target's where that has the draft in it
     folder      that the recipe's paths are relative to
     work        folder of the bundle that is built
-    dtype       of the weights, as ``models.weights.load_decoder`` takes it
+    dtype       of the weights, and ``positions``, as ``models.weights.load_decoder`` takes them
     digest      SHA-256 of the target's weights
     """
 
@@ -49,14 +48,10 @@ class DraftSource:
     work: Path
     checkpoint: Checkpoint
     dtype: Any
+    positions: int
     target: Decoder
     digest: str
     tokenizer: Any
-
-    @property
-    def positions(self) -> int:
-        rotary: Any = self.target.rotary
-        return len(rotary.cos)
 
 
 class DraftKind:
@@ -285,7 +280,6 @@ NONE, LOOKUP, MODEL = DraftKind(), LookupKind(), ModelKind()
 EAGLE3, MTP, BLOCK = Eagle3Kind(), MtpKind(), BlockKind()
 
 
-@cache
 def draft_kind(name: str) -> DraftKind:
     """Return the record of a drafter. Raises UserError where it is not installed."""
     kind: DraftKind = extra(DRAFTS, name)
