@@ -24,7 +24,7 @@ from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.recipe import Precision, Recipe, Source
 from echo_trt.bundle.sources import locate
 from echo_trt.bundle.stored import CALIBRATION, write
-from echo_trt.cli.build_checks import check_fp8, check_hybrid, check_settings
+from echo_trt.cli.build_checks import check_fp8, check_settings, check_states
 from echo_trt.cli.stated import end_tokens, recommended_sampling
 from echo_trt.engine.drafters.kind import DraftSource, draft_kind
 from echo_trt.errors import UserError
@@ -32,7 +32,6 @@ from echo_trt.files.extras import extra
 from echo_trt.models.checkpoint import Checkpoint, weights_sha256
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.fp8_linear import E4M3
-from echo_trt.models.hybrid_config import HybridConfig
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.open_tokenizer import read_template, read_tokenizer
 from echo_trt.models.ranks import Shard
@@ -135,8 +134,7 @@ def _opened(recipe: Recipe, folder: Path, work: Path) -> _OpenedPair:
         check_fp8("draft.precision", recipe.draft_precision, draft)
     if recipe.tensor_parallel > 1:
         check_space(recipe, folder, work)
-    if isinstance(config, HybridConfig):
-        check_hybrid(recipe, engine_kind(recipe.engine))
+    check_states(recipe, config, engine_kind(recipe.engine))
     return _OpenedPair(recipe, folder, target, config, draft)
 
 

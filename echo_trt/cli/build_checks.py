@@ -6,7 +6,9 @@ from echo_trt.backends.kind import EngineKind, engine_kinds
 from echo_trt.bundle.recipe import Precision, Recipe
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint
+from echo_trt.models.config import DecoderConfig
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
+from echo_trt.models.hybrid_config import state_shapes
 from echo_trt.speculation.paths import MAX_ROWS
 
 
@@ -34,8 +36,10 @@ def check_fp8(key: str, precision: Precision, checkpoint: Checkpoint) -> None:
         raise UserError(f"{key} is 'fp8', but {checkpoint.path} has no FP8 weights; use bf16, or an FP8 checkpoint.")
 
 
-def check_hybrid(recipe: Recipe, kind: EngineKind) -> None:
+def check_states(recipe: Recipe, config: DecoderConfig, kind: EngineKind) -> None:
     """Refuse what a target with delta-net layers does not have."""
+    if not state_shapes(config):
+        return
     if not kind.states:
         raise UserError(
             f"engine is {recipe.engine}, but a target with delta-net layers runs on {_names('states')} alone; use that."
