@@ -25,8 +25,9 @@ DEFAULT_ENGINE = "openvino"
 
 
 def _known(group: str, name: str) -> str:
-    if name not in (names := registered(group)):
-        raise ValueError(f"it must be one of {', '.join(map(repr, names)) or 'none: install echo-trt again'}")
+    names = registered(group) or extra(group, name)  # which says that an older version is installed
+    if name not in names:
+        raise ValueError(f"it must be one of {', '.join(map(repr, names))}")
     return name
 
 
