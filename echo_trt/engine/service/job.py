@@ -10,7 +10,7 @@ import numpy as np
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Event, Request
 from echo_trt.engine.service.protocol import FIRST
-from echo_trt.speculation.targets import Latency
+from echo_trt.speculation.pacer import Latency
 
 #: Ends that are errors -> their codes, gRPC statuses by name.
 ERRORS = {"failed": "INTERNAL", "cancelled": "CANCELLED", "invalid": "INVALID_ARGUMENT"}
