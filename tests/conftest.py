@@ -161,8 +161,8 @@ def open_llm(bundle_of, networks) -> Callable[..., LLM]:
             engines = reference_engines(pair, networks, blocks, batch, engine == "resident")
             llm.loop.target = engines["target"]
             if "draft" in engines:
-                markov = getattr(llm.loop.drafter, "markov", None)
-                llm.loop.drafter = drafter_with(llm.manifest, llm.loop.batch, engines["draft"], markov)
+                confidence = getattr(llm.loop.drafter, "confidence", None)
+                llm.loop.drafter = drafter_with(llm.manifest, llm.loop.batch, engines["draft"], confidence)
         return llm
 
     return get

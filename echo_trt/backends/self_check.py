@@ -9,11 +9,13 @@ import numpy as np
 from scipy.special import log_softmax
 
 from echo_trt.backends.base import Engine
+from echo_trt.backends.kind import Compiled
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.manifest import SelfCheck
 from echo_trt.errors import UserError
 from echo_trt.models.config import BlockConfig
 from echo_trt.models.roles import BlockModule, HeadModule, Role, TargetModule
+from echo_trt.models.weights import release_weights
 from echo_trt.speculation.pack import BLOCK, BlockShape, ForwardBatch, pack, pack_blocks
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 
@@ -27,6 +29,20 @@ LONGEST_WINDOW = 1024  # tokens of a window whose end is checked; larger: more w
 CONTEXT = 20  # cached context rows of a block; larger: fewer rows of a block fit behind them
 TEXTS, LENGTH = 8, 48  # of the text by which few bits are judged; larger: a steadier measure, and a longer build
 TABLE = (2, 0, 3)  # the request's KV blocks, scattered over the pool
+
+
+def check_compiled(role: Role, compiled: Compiled, precision: str) -> SelfCheck | None:
+    """Check what was compiled of ``role``, whose weights leave the memory; None where that cannot run here."""
+    if compiled.open is None:
+        return None
+    open_file, few_bits = compiled.open, precision in RISES and isinstance(role, TargetModule)
+
+    def opened(blocks: int) -> Engine:
+        release_weights(role)
+        return open_file(blocks)
+
+    text = write_text(role) if few_bits else None
+    return check_engine(role, opened, precision, text, compiled.longest or LONGEST_WINDOW)
 
 
 def check_engine(

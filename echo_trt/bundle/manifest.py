@@ -11,14 +11,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from echo_trt.bundle.recipe import NETWORKS, EngineName, Precision, Recipe, Sampling
+from echo_trt.bundle.recipe import ENGINES, NETWORKS, EngineName, Precision, Recipe, Sampling
 from echo_trt.errors import UserError, first_mistake, shown
+from echo_trt.files.extras import registered
 from echo_trt.files.inputs import read_text
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 NGRAMS = "ngrams.npz"
-MARKOV = "markov.npz"  # tables of a block drafter's Markov and confidence heads
+CONFIDENCE = "confidence.npy"  # what the previous token adds to the logit of a block drafter's confidence head
 
 
 def _within(name: str) -> str:
@@ -44,13 +45,7 @@ class BlockFacts(_Facts):
     both_ways: bool
     anchored: bool
     predicts_next: bool
-    markov: Literal["", "vanilla", "gated", "rnn"] = ""
     confidence: bool = False
-
-    @property
-    def heads(self) -> bool:
-        """Whether the runtime corrects proposals by the drafter's Markov or confidence head."""
-        return bool(self.markov) or self.confidence
 
 
 class NetworkFacts(_Facts):
@@ -107,13 +102,6 @@ class SelfCheck(_Facts):
         return f"an error of {self.error:.1e} of the largest logit (bound {self.bound:g})"
 
 
-class TensorRTFacts(_Facts):
-    """Names the version of TensorRT and the compute capabilities, such as 8.9, of an engine."""
-
-    version: str
-    capabilities: list[str]
-
-
 class Manifest(_Facts):
     """Holds manifest.json.
 
@@ -121,6 +109,7 @@ class Manifest(_Facts):
     draft_sha256   of the draft's checkpoint, "" without a draft network; a calibration belongs to it
     checks         network -> self-check; a network that could not be checked where it was built is missing
     files          name -> sha256
+    engine_facts   what the engine must find as it was when it opens the bundle
     sampling       what recipe and checkpoint recommend: defaults of requests
     tokenizer      whose it is where the target's weights are random; "": the target's
     """
@@ -135,7 +124,7 @@ class Manifest(_Facts):
     eos_token_ids: list[Annotated[int, Field(ge=0)]]
     target_sha256: str
     draft_sha256: str
-    tensorrt: TensorRTFacts | None = None
+    engine_facts: dict[str, str | list[str]] = {}
     checks: dict[str, SelfCheck]
     tools: dict[str, str]
     files: dict[FileName, str]
@@ -147,16 +136,14 @@ class Manifest(_Facts):
         kind = self.recipe.draft.kind
         if (self.draft is not None) != (kind in NETWORKS):
             raise ValueError(f"draft is {'not used' if self.draft else 'missing'} for recipe.draft.kind {kind}")
-        if (self.tensorrt is not None) != self.engine.startswith("tensorrt"):
-            raise ValueError(f"tensorrt is {'not used' if self.tensorrt else 'missing'} for engine {self.engine}")
         for network in filter(None, (self.target, self.draft)):
             for file in (network.file, *network.rank_files):
                 if file not in self.files:
                     raise ValueError(f"files has no hash of {file}")
         if self.draft is not None and (self.draft.block is not None) != (kind == "block"):
             raise ValueError(f"draft.block is {'not used' if self.draft.block else 'missing'} for draft.kind {kind}")
-        if self.draft and self.draft.block and self.draft.block.heads and MARKOV not in self.files:
-            raise ValueError(f"files has no hash of {MARKOV}")
+        if self.draft and self.draft.block and self.draft.block.confidence and CONFIDENCE not in self.files:
+            raise ValueError(f"files has no hash of {CONFIDENCE}")
         if self.recipe.draft.ngrams is not None and NGRAMS not in self.files:
             raise ValueError(f"files has no hash of {NGRAMS}")
         return self
@@ -206,12 +193,16 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _without_retired(raw: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what earlier versions wrote and no version reads any more."""
-    checks = raw.get("checks")
-    for part in (raw.get("recipe"), *(checks.values() if isinstance(checks, dict) else ())):
+    """Leave out what earlier versions wrote and no version reads any more, and find what they wrote elsewhere."""
+    for name in registered(ENGINES):  # under which an engine's facts stood
+        if facts := raw.pop(name, None):
+            raw["engine_facts"] = facts
+    checks, draft = raw.get("checks"), raw.get("draft")
+    block = draft.get("block") if isinstance(draft, dict) else None
+    for part in (raw.get("recipe"), block, *(checks.values() if isinstance(checks, dict) else ())):
         if isinstance(part, dict):
-            part.pop("compute_capability", None)
-            part.pop("of", None)
+            for key in ("compute_capability", "of", "markov"):
+                part.pop(key, None)
     return raw
 
 
@@ -224,11 +215,6 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         file = folder / name
         if not file.exists():
             raise UserError(f"bundle {folder} lacks its file {name}; build it again.")
-        if manifest.engine == "openvino" and file.suffix == ".data" and folder.resolve() not in file.resolve().parents:
-            raise UserError(
-                f"bundle file {file} is a link to {file.resolve()}, and OpenVINO reads no weights from outside of the "
-                "bundle; copy it with its files (cp -rL)."
-            )
     with ThreadPoolExecutor() as pool:  # files of a divided target are hundreds of GB, and hashing holds no lock
         list(pool.map(_verify, (folder / name for name in manifest.files), manifest.files.values()))
 

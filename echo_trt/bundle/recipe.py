@@ -5,19 +5,32 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from echo_trt.files.extras import registered
 from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.policies import POLICIES, reserve_for
 from echo_trt.speculation.policy_names import DEFAULT
 
-EngineName = Literal["openvino", "tensorrt", "torch"]
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 HUB = r"[A-Za-z0-9][\w.-]*/[\w.-]+"  # OWNER/NAME
 SOURCED = ("eagle3", "block", "model")  # kinds of a draft that has a checkpoint
 NETWORKS = (*SOURCED, "mtp")  # kinds of a draft that has a network
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+ENGINES = "engines"  # the entry points by which engines are found (``backends.kind``)
+DEFAULT_ENGINE = "openvino"
+
+
+def _known_engine(name: str) -> str:
+    if name not in (names := registered(ENGINES)):
+        raise ValueError(f"it must be one of {', '.join(map(repr, names)) or 'none: install echo-trt again'}")
+    return name
+
+
+EngineName = Annotated[str, AfterValidator(_known_engine)]
 
 
 class _Section(BaseModel):
@@ -65,7 +78,7 @@ class Target(Source):
 
 
 class DraftSection(_Section):
-    """Names the draft: eagle3, a head for this target; block, a drafter of whole blocks (DFlash, DSpark, JetSpec,
+    """Names the draft: eagle3, a head for this target; block, a drafter of whole blocks (DFlash, DSpark,
     P-EAGLE); model, a smaller model with its tokenizer; mtp, the head in the target's checkpoint; lookup, the text.
 
     block       rows of a block drafter's pass, where not the checkpoint's
@@ -184,27 +197,13 @@ class Recipe(_Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     target: Target
     draft: DraftSection = DraftSection()
-    engine: EngineName = "openvino"
+    engine: EngineName = DEFAULT_ENGINE
     precision: Precision = "bf16"
     tensor_parallel: Literal[1, 2, 4, 8] = 1
     limits: Limits = Limits()
     decoding: Decoding = Decoding()
     calibration: str | None = None
     sampling: Sampling = Sampling()
-
-    def built_as(self, engine: str | None, precision: str | None) -> Recipe:
-        """Return the recipe with the build settings that are given.
-
-        A draft's precision was chosen for the recipe's engine; with another engine the draft takes the target's. A KV
-        pool was chosen for a GPU's memory, so on a CPU it follows the machine's.
-        """
-        given = {"engine": engine, "precision": precision}
-        changes: dict[str, Any] = {key: value for key, value in given.items() if value}
-        if engine not in (None, self.engine):
-            changes["draft"] = self.draft.model_copy(update={"precision": None})
-        if engine == "openvino" != self.engine:
-            changes["limits"] = self.limits.model_copy(update={"kv_blocks": None})
-        return self.model_copy(update=changes)
 
     @property
     def draft_precision(self) -> Precision:

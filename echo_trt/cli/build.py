@@ -15,20 +15,18 @@ import torch
 from pydantic import ValidationError
 
 from echo_trt import __version__
-from echo_trt.backends.openvino.build import compile_role
-from echo_trt.backends.self_check import block_shape, check_engine, worst
-from echo_trt.backends.torch.files import TYPES
+from echo_trt.backends.kind import Detail, engine_kind, engine_kinds
+from echo_trt.backends.self_check import block_shape, check_compiled, worst
 from echo_trt.bundle.calibration import Calibration, read_calibration
 from echo_trt.bundle.card import write_config
 from echo_trt.bundle.manifest import (
+    CONFIDENCE,
     MANIFEST,
-    MARKOV,
     NGRAMS,
     BlockFacts,
     Manifest,
     NetworkFacts,
     SelfCheck,
-    TensorRTFacts,
     sha256,
 )
 from echo_trt.bundle.ngrams import read_ngrams
@@ -38,7 +36,7 @@ from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.errors import UserError, first_mistake
 from echo_trt.files.extras import extra
-from echo_trt.models.block_weights import check_block, load_block, markov_arrays
+from echo_trt.models.block_weights import check_block, confidence_by_token, load_block
 from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
 from echo_trt.models.config import BlockConfig, DecoderConfig
 from echo_trt.models.decoder import Decoder
@@ -51,23 +49,14 @@ from echo_trt.models.open_tokenizer import check_same_tokens, read_template, rea
 from echo_trt.models.ranks import Shard
 from echo_trt.models.read_config import check_context, decoder_config
 from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, MtpModule, Role, TargetModule
-from echo_trt.models.weights import load_decoder, load_eagle3, load_mtp, release_weights
+from echo_trt.models.weights import TYPES, load_decoder, load_eagle3, load_mtp
 from echo_trt.sizing.needs import check_space
 from echo_trt.sizing.networks import decoder_sizes
 from echo_trt.speculation.paths import MAX_ROWS
 from echo_trt.speculation.policies import reserve_for
 
-#: Of the engines that are not TensorRT's.
-PRECISIONS = {"openvino": ("fp32", "bf16", "int8", "int4"), "torch": ("fp32", "bf16", "fp16", "fp8")}
-#: Those that run a network on several GPUs.
-DIVIDED = ("tensorrt", "torch")
-#: What TensorRT measured while it built, which the next build of the bundle need not measure again.
-TIMINGS = "tensorrt.timings"
-TOOLS = ("openvino", "nncf", "torch", "onnx", "onnxscript", "transformers", "tokenizers", "numpy")
+TOOLS = ("transformers", "tokenizers", "numpy")  # of every engine, beside its own
 Progress = Callable[[str], None]
-Detail = Callable[[float, str], None]
-#: Compiles a role, under a name, in a precision: the engine's file and the self-check, if one could be made.
-Compile = Callable[[Role, str, str], tuple[str, SelfCheck | None]]
 
 
 def build(
@@ -88,8 +77,9 @@ def build(
     work = _work_folder(out)
     old = work.with_name(f"{work.name.removesuffix('-new')}-old")
     try:
-        if (out / TIMINGS).exists():
-            shutil.copy(out / TIMINGS, work)
+        for name in engine_kind(recipe.engine).kept:
+            if (out / name).exists():
+                shutil.copy(out / name, work)
         manifest = _build_into(recipe, recipe_folder, work, progress, detail)
         (work / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         work.chmod(0o755)
@@ -114,19 +104,22 @@ def _work_folder(out: Path) -> Path:
 
 
 def _check_settings(recipe: Recipe) -> None:
-    if recipe.tensor_parallel > 1 and recipe.engine not in DIVIDED:
+    kind = engine_kind(recipe.engine)
+    if recipe.tensor_parallel > 1 and not kind.divides:
         raise UserError(
             f"tensor_parallel is {recipe.tensor_parallel}, but {recipe.engine} runs on one device; set it to 1, or use "
-            "--engine tensorrt or torch."
+            f"--engine {_names('divides')}."
         )
-    if recipe.engine not in PRECISIONS:
-        from echo_trt.backends.tensorrt.build import check_settings
-
-        return check_settings(recipe)
     for key, precision in (("precision", recipe.precision), ("draft.precision", recipe.draft.precision)):
-        if precision is not None and precision not in PRECISIONS[recipe.engine]:
-            have = ", ".join(PRECISIONS[recipe.engine])
+        if precision is not None and precision not in kind.precisions:
+            have = ", ".join(kind.precisions)
             raise UserError(f"{key} is {precision!r}, which {recipe.engine} does not have; use one of {have}.")
+    kind.check(recipe)
+
+
+def _names(trait: str) -> str:
+    """List the engines that have a trait, such as ``divides``."""
+    return " or ".join(kind.name for kind in engine_kinds() if getattr(kind, trait))
 
 
 def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progress, detail: Detail) -> Manifest:
@@ -156,7 +149,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         read_ngrams(ngrams, digest, config.vocab_size)  # if they are refused, then before the hours of compiling
         shutil.copyfile(ngrams, work / NGRAMS)
 
-    compile_as, tensorrt = _compiler(recipe, work, detail)
+    compile_as, engine_facts = engine_kind(recipe.engine).compiler(recipe, work, detail)
     checks: dict[str, SelfCheck | None] = {}
     facts: dict[str, NetworkFacts] = {}
     role, files = TargetModule(target, feature_layers), []
@@ -169,16 +162,17 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
             role = TargetModule(load_decoder(checkpoint, positions, dtype, Shard(rank, ranks)), feature_layers)
         progress(f"compiling the {which}")
         name = f"target.rank{rank}" if ranks > 1 else "target"
-        file, check = compile_as(role, name, recipe.precision)
-        files.append(file)
-        checks["target"] = worst(checks.get("target"), check)
+        compiled = compile_as(role, name, recipe.precision)
+        files.append(compiled.file)
+        checks["target"] = worst(checks.get("target"), check_compiled(role, compiled, recipe.precision))
     facts["target"] = _facts(role, files)
     if ranks > 1:
         facts["target"].parameters = decoder_sizes(config).total
     if draft is not None:
         progress("compiling the draft")
-        file, checks["draft"] = compile_as(draft, "draft", recipe.draft_precision)
-        facts["draft"] = _facts(draft, [file])
+        compiled = compile_as(draft, "draft", recipe.draft_precision)
+        checks["draft"] = check_compiled(draft, compiled, recipe.draft_precision)
+        facts["draft"] = _facts(draft, [compiled.file])
     progress("writing the bundle")
     tokenizer.save_pretrained(work)
     eos = _eos(checkpoint, config, tokenizer)
@@ -198,12 +192,12 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         target_sha256=digest,
         draft_sha256=draft_digest,
         tokenizer=tokenizer.name_or_path if recipe.target.random_weights else "",
-        tensorrt=tensorrt,
+        engine_facts=engine_facts,
         checks={name: check for name, check in checks.items() if check is not None},
         tools={
             "echo-trt": __version__,
             "python": platform.python_version(),
-            **{t: importlib.metadata.version(t) for t in TOOLS},
+            **{t: importlib.metadata.version(t) for t in (*engine_kind(recipe.engine).tools, *TOOLS)},
         },
         files={name: sha256(work / name) for name in files},
     )
@@ -244,10 +238,9 @@ def _check_block(recipe: Recipe, recipe_folder: Path, target: DecoderConfig) -> 
 
 def _check_hybrid(recipe: Recipe) -> None:
     """Refuse what a target with delta-net layers does not have."""
-    if recipe.engine not in ("openvino", "torch"):
+    if not engine_kind(recipe.engine).states:
         raise UserError(
-            f"engine is {recipe.engine}, but a target with delta-net layers runs on openvino and torch alone; use one "
-            "of these."
+            f"engine is {recipe.engine}, but a target with delta-net layers runs on {_names('states')} alone; use that."
         )
     if recipe.precision not in ("fp32", "bf16", "fp16"):
         raise UserError(
@@ -308,11 +301,8 @@ def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str,
         return DraftModule(decoder, draft.top_k), (), own_digest
     if draft.kind == "block":
         drafter = load_block(checkpoint, positions, target, dtype or torch.float32, draft.block)
-        if sum(drafter.config.hint_sizes) or drafter.config.markov:
-            tables = markov_arrays(drafter, checkpoint)
-            if recipe.draft_precision != "fp32":
-                tables |= {name: tables[name].astype(np.float16) for name in ("w1", "w2") if name in tables}
-            np.savez(work / MARKOV, **tables)
+        if drafter.config.confidence:
+            np.save(work / CONFIDENCE, confidence_by_token(drafter, checkpoint))
         return BlockModule(drafter, draft.top_k), drafter.config.feature_layers, own_digest
     head = load_eagle3(checkpoint, positions, target, dtype)
     if head.config.target_sha256 and head.config.target_sha256 != digest:
@@ -321,31 +311,6 @@ def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str,
             "train one with scripts/training/train_eagle3.py, or use the target it belongs to."
         )
     return HeadModule(head, draft.top_k), head.config.feature_layers or target.config.feature_layers, own_digest
-
-
-def _compiler(recipe: Recipe, work: Path, detail: Detail) -> tuple[Compile, TensorRTFacts | None]:
-    """How the recipe's engine compiles a role into ``work``, and what TensorRT engines will be bound to."""
-    if recipe.engine == "openvino":
-        return lambda role, name, precision: compile_role(role, work / f"{name}.onnx", precision), None
-    if recipe.engine == "torch":
-        return lambda role, name, precision: _save_for_torch(role, work / f"{name}.safetensors", precision), None
-    from echo_trt.backends.tensorrt.build import TensorRTBuild
-
-    build = TensorRTBuild(recipe, work, work / TIMINGS, detail)
-    return build.compile, build.facts()
-
-
-def _save_for_torch(role: Role, path: Path, precision: str) -> tuple[str, SelfCheck]:
-    from echo_trt.backends.torch.engine import TorchEngine, open_torch
-    from echo_trt.backends.torch.files import save_role
-
-    save_role(role, path, precision)
-
-    def opened(blocks: int) -> TorchEngine:
-        release_weights(role)
-        return open_torch(path, blocks)
-
-    return path.name, check_engine(role, opened, precision)
 
 
 def _facts(role: Role, files: list[str]) -> NetworkFacts:
@@ -374,7 +339,6 @@ def block_facts(config: BlockConfig) -> BlockFacts:
         both_ways=shape.both_ways,
         anchored=shape.anchored,
         predicts_next=config.predicts_next,
-        markov=config.markov,
         confidence=config.confidence,
     )
 

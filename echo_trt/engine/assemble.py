@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
+from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.calibration import Calibration, read_calibration
 from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_manifest, verify_files
 from echo_trt.bundle.stored import CALIBRATION
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.core import EngineCore
-from echo_trt.engine.drafters.block import BlockDrafter
+from echo_trt.engine.drafters.block import BlockDrafter, read_confidence
 from echo_trt.engine.drafters.eagle3 import Drafter, Eagle3Drafter, EngineDrafter
 from echo_trt.engine.drafters.levels import LevelsDrafter
 from echo_trt.engine.drafters.lookup import LookupDrafter
-from echo_trt.engine.drafters.markov import Markov, read_markov
 from echo_trt.engine.kv_pool import KVPool, kv_pool
 from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.errors import UserError
@@ -32,8 +33,8 @@ from echo_trt.speculation.policies import reserve_for
 class Networks:
     """A bundle's engines over one KV pool.
 
-    pool    the size of the KV pool; of a part, the whole pool's
-    markov  corrects a block drafter's proposals; None: it has neither a Markov nor a confidence head
+    pool        the size of the KV pool; of a part, the whole pool's
+    confidence  float32 [V], by token, of a block drafter's confidence head; None: it has none
     """
 
     manifest: Manifest
@@ -42,7 +43,7 @@ class Networks:
     target: Engine
     draft: Engine | None
     calibration: Calibration | None
-    markov: Markov | None = None
+    confidence: np.ndarray | None = None
 
     @cached_property
     def _lookup(self) -> LookupDrafter:
@@ -54,7 +55,7 @@ class Networks:
         """The draft; None: there is none."""
         if self.manifest.recipe.draft.kind == "lookup":
             return self._lookup
-        return drafter_with(self.manifest, self.batch, self.draft, self.markov)
+        return drafter_with(self.manifest, self.batch, self.draft, self.confidence)
 
     @property
     def copier(self) -> LookupDrafter | None:
@@ -110,44 +111,32 @@ def load_networks(
     known = None
     if path.exists():
         known = read_calibration(path, manifest.target_sha256, manifest.draft_sha256)
-    heads = bool(manifest.draft and manifest.draft.block and manifest.draft.block.heads)
-    markov = read_markov(folder, manifest) if heads else None
-    return Networks(manifest, pool, input_batch, target, draft, known, markov)
+    return Networks(manifest, pool, input_batch, target, draft, known, read_confidence(folder, manifest))
 
 
 def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputBatch, blocks: int) -> Engine:
     """Open the network of ``facts``: the manifest's target, or its draft."""
     network = "target" if facts is manifest.target else "draft"
     slots, slot_blocks = batch.block_table.shape
-    open_file: Callable[..., Any]
-    if manifest.tensorrt:
-        from echo_trt.backends.tensorrt.engine import TensorRTEngine
-
-        opener: Callable[..., Any] = TensorRTEngine.open
-        sizes = {"slots": slots, "blocks": slot_blocks, "num_blocks": blocks, "tree": batch.reserve}
-        open_file = partial(opener, facts=manifest.tensorrt, **sizes)
-    elif manifest.engine == "torch":
-        from echo_trt.backends.torch.engine import open_torch
-
-        bounds = CallBounds(slots, slot_blocks, batch.reserve)
-        open_file = partial(open_torch, num_blocks=blocks, bounds=bounds)
-    else:
-        from echo_trt.backends.openvino.engine import OpenVINOEngine
-
-        precision = manifest.recipe.draft_precision if network == "draft" else manifest.precision
-        engine = OpenVINOEngine(folder / facts.file, precision, blocks, slots=slots)
-        _check_network(engine.widths, folder / MANIFEST, manifest, network)
-        return engine
+    open_file = partial(
+        engine_kind(manifest.engine).open,
+        precision=manifest.recipe.draft_precision if network == "draft" else manifest.precision,
+        num_blocks=blocks,
+        bounds=CallBounds(slots, slot_blocks, batch.reserve),
+        facts=manifest.engine_facts,
+    )
     if network == "target" and facts.rank_files:  # divided, in a process per rank; the draft stands whole in this one
         from echo_trt.backends.parallel.ranked import RankedEngine, of_rank
 
         files = tuple(folder / file for file in facts.rank_files)
         return RankedEngine(partial(of_rank, files, open_file), len(files))
-    opened: Engine = open_file(folder / facts.file)
-    return opened
+    engine = open_file(folder / facts.file)
+    if engine.widths:
+        _check_network(engine.widths, folder / MANIFEST, manifest, network)
+    return engine
 
 
-def _check_network(widths: dict[str, int], path: Path, manifest: Manifest, network: str) -> None:
+def _check_network(widths: Mapping[str, int], path: Path, manifest: Manifest, network: str) -> None:
     """Refuse a manifest that names another network's file, or sizes that are not this one's."""
     facts, kind = getattr(manifest, network), manifest.recipe.draft.kind
     head, reads = kind in ("eagle3", "mtp"), kind in ("eagle3", "mtp", "block")
@@ -169,7 +158,7 @@ def _check_network(widths: dict[str, int], path: Path, manifest: Manifest, netwo
 
 
 def drafter_with(
-    manifest: Manifest, batch: InputBatch, engine: Engine | None, markov: Markov | None = None
+    manifest: Manifest, batch: InputBatch, engine: Engine | None, confidence: np.ndarray | None = None
 ) -> Drafter | None:
     """Return the drafter of a bundle whose draft network ``engine`` runs."""
     draft, facts = manifest.recipe.draft, manifest.draft
@@ -179,6 +168,6 @@ def drafter_with(
     if draft.kind == "model":
         return EngineDrafter(engine, batch, chunk)
     if facts.block is not None:
-        return BlockDrafter(engine, batch, chunk, facts.feature_size, facts.block, markov)
+        return BlockDrafter(engine, batch, chunk, facts.feature_size, facts.block, confidence)
     kind = LevelsDrafter if engine.drafts_levels else Eagle3Drafter
     return kind(engine, batch, chunk, facts.feature_size, facts.hidden_size)

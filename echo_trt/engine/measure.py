@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from echo_trt.backends.openvino.cpu import computes_in
+from echo_trt.backends.kind import computes_in, engine_kind
 from echo_trt.bundle.costs import CostTable, CurveTable, HingeTable
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.engine.assemble import Networks
@@ -187,7 +187,7 @@ def machine(manifest: Manifest) -> str:
     """Describe the machine: measured times hold while this stays the same."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions, parts = manifest.tools.get(manifest.engine, ""), [_processor(), f"{cores} cores"]
-    if manifest.engine != "openvino":
+    if engine_kind(manifest.engine).card:
         from echo_trt.backends.cuda.device import device_name
 
         parts += filter(None, [device_name()])

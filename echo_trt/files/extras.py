@@ -1,11 +1,18 @@
-"""What another package, echo_trt_lab, adds to commands: found by entry points, since this package imports no other."""
+"""What packages add: the lab to commands, backends as engines. Found by entry points, so that nothing names them."""
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
 from echo_trt.errors import UserError
+
+
+@cache
+def registered(group: str) -> tuple[str, ...]:
+    """Return the names of the entry points ``echo_trt.GROUP``, in order."""
+    return tuple(sorted(entry_points(group=f"echo_trt.{group}").names))
 
 
 def extra(command: str, name: str) -> Any:

@@ -21,7 +21,7 @@ from echo_trt.models.layers import Attend, Linear, RMSNorm, Rotary, widened
 
 
 class DFlash(nn.Module):
-    """DFlash, DSpark and JetSpec. ``embed`` may be the target's table."""
+    """DFlash and DSpark. ``embed`` may be the target's table."""
 
     def __init__(self, config: BlockConfig, positions: int, embed: nn.Embedding):
         super().__init__()
@@ -34,9 +34,8 @@ class DFlash(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = Linear(config.hidden_size, config.draft_vocab_size)
         self.register_buffer("target_ids", torch.arange(config.draft_vocab_size))
-        #: What the Markov and confidence heads take from a hidden state; the runtime computes the rest of both.
-        hints = sum(config.hint_sizes)
-        self.hint = nn.Linear(config.hidden_size, hints, bias=False) if hints else None
+        #: What the confidence head takes from a hidden state; the runtime adds the previous token's part.
+        self.confidence = nn.Linear(config.hidden_size, 1, bias=False) if config.confidence else None
 
     def forward(
         self,
@@ -74,7 +73,7 @@ class DFlash(nn.Module):
 class ParallelEagle(Eagle3Head):
     """P-EAGLE: an EAGLE-3 head of one or more layers, with ``mask_state`` [H] as the hidden state of masked rows."""
 
-    hint = None
+    confidence = None
 
     def __init__(self, config: BlockConfig, positions: int, embed: nn.Embedding):
         super().__init__(config, positions, embed)

@@ -1,16 +1,15 @@
 """The configuration of a block drafter, which drafts a whole block in one pass, in any of the published spellings.
 
-| family  | told by                                                     | rows of a pass           | a row predicts    |
-|---------|-------------------------------------------------------------|--------------------------|-------------------|
-| dflash  | DFlashDraftModel, or speculators_model_type dflash          | root, masks, all see all | its own position  |
-| jetspec | DFlashDraftModel with dflash_config.causal_head, or jetspec | root, masks, causal      | its own position  |
-| dspark  | Qwen3DSparkModel, or speculators_model_type dspark          | root, masks, all see all | the next position |
-| p-eagle | an EAGLE-3 head with a mask token, or peagle                | EAGLE-3's entry, masks   | the next position |
+| family  | told by                                            | rows of a pass           | a row predicts    |
+|---------|----------------------------------------------------|--------------------------|-------------------|
+| dflash  | DFlashDraftModel, or speculators_model_type dflash | root, masks, all see all | its own position  |
+| dspark  | Qwen3DSparkModel, or speculators_model_type dspark | root, masks, all see all | the next position |
+| p-eagle | an EAGLE-3 head with a mask token, or peagle       | EAGLE-3's entry, masks   | the next position |
 
-dspark stands for DeepSpec's DFlash, too, which is one without a Markov head. Speculators states ``sample_from_anchor``
-where rows predict the next position.
+dspark stands for DeepSpec's DFlash, too, which has no heads. Speculators states ``sample_from_anchor`` where rows
+predict the next position.
 
-Sources: DFlash arXiv 2602.06036, and the repositories z-lab/dflash, DeepSpec, JetSpec, vllm-project/speculators.
+Sources: DFlash arXiv 2602.06036, and the repositories z-lab/dflash, DeepSpec, vllm-project/speculators.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from echo_trt.models.config import BlockConfig, DecoderConfig
 from echo_trt.models.families.family import count
 from echo_trt.models.read_config import LAYER_KEYS, _feature_layers, _head_shape, check_fits
 
-MARKOV = ("vanilla", "gated", "rnn")
-SPECULATORS = {"dflash": "dflash", "dspark": "dspark", "jetspec": "jetspec", "peagle": "p-eagle"}
+SPECULATORS = {"dflash": "dflash", "dspark": "dspark", "peagle": "p-eagle"}
 ARCHITECTURES = {"DFlashDraftModel": "dflash", "Qwen3DSparkModel": "dspark", "Qwen3DFlashModel": "dspark"}
 P_EAGLE_ROWS = 8  # rows of a P-EAGLE pass where nothing states them; larger: deeper drafts, longer passes
 
@@ -35,6 +33,10 @@ def block_config(raw: dict[str, Any], where: str, rows: int | None = None) -> Bl
     family = _family(raw, where)
     inner = raw.get("dflash_config") or {}
     raw = {**nested, **raw, **{key: value for key, value in inner.items() if value is not None}}
+    if raw.get("causal_head"):
+        raise UserError(
+            f"{where}: causal_head is set, which is not supported; use a drafter whose rows see each other."
+        )
     if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
         raise UserError(f"{where}: layer_types names sliding attention, which is not supported; use another drafter.")
     if family == "p-eagle":
@@ -85,8 +87,7 @@ def _family(raw: dict[str, Any], where: str) -> str:
         return SPECULATORS[kind]
     architecture = (raw.get("architectures") or ["none"])[0]
     if architecture in ARCHITECTURES:
-        causal = (raw.get("dflash_config") or {}).get("causal_head")
-        return "jetspec" if causal else ARCHITECTURES[architecture]
+        return ARCHITECTURES[architecture]
     if "eagle3" in architecture.lower() and _stated_mask(raw) is not None:
         return "p-eagle"
     raise UserError(
@@ -112,24 +113,15 @@ def _mask_token(raw: dict[str, Any], vocab_size: int, where: str) -> int:
 
 
 def _dflash(raw: dict[str, Any], family: str, where: str) -> dict[str, Any]:
-    """Read what DFlash, DSpark and JetSpec have beyond a network's shape."""
-    markov, rank = _markov(raw, where)
-    anchor, seen = raw.get("sample_from_anchor"), bool(raw.get("confidence_head_with_markov"))
-    if raw.get("enable_confidence_head") and seen and not markov:
-        raise UserError(
-            f"{where}: confidence_head_with_markov is true, but markov_rank is 0; take the config.json that belongs to "
-            "the checkpoint."
-        )
+    """Read what DFlash and DSpark have beyond a network's shape."""
+    anchor = raw.get("sample_from_anchor")
     return {
         "block_size": count(raw, "block_size", where),
         **_layers(raw, where),
-        "causal": family == "jetspec",
         "predicts_next": family == "dspark" if anchor is None else bool(anchor),
         "qk_norm": raw.get("model_type") != "llama",
-        "markov": markov,
-        "markov_rank": rank,
         "confidence": bool(raw.get("enable_confidence_head")),
-        "confidence_sees_token": seen,
+        "confidence_sees_token": bool(raw.get("confidence_head_with_markov")),
     }
 
 
@@ -144,15 +136,6 @@ def _layers(raw: dict[str, Any], where: str) -> dict[str, Any]:
                 )
             return {"feature_layers": tuple(layer + offset for layer in ids), "layer_key": key}
     return {"layer_key": next(iter(LAYER_KEYS))}
-
-
-def _markov(raw: dict[str, Any], where: str) -> tuple[str, int]:
-    if not raw.get("markov_rank"):
-        return "", 0
-    kind = str(raw.get("markov_head_type") or "vanilla").lower()
-    if kind not in MARKOV:
-        raise UserError(f"{where}: markov_head_type is {kind!r}; use a drafter with one of {', '.join(MARKOV)}.")
-    return kind, count(raw, "markov_rank", where)
 
 
 def _p_eagle(raw: dict[str, Any], where: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Loading of block drafters: their families' tensor names, the target's tables where they are shared, Markov heads."""
+"""Loading of block drafters: their families' tensor names, the target's tables where they are shared, heads."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,10 @@ from echo_trt.models.weights import (
     head_tensor_name,
 )
 
+log = logging.getLogger(__name__)
 MARKOV = "markov_head."
+EMBEDDING = MARKOV + "markov_w1.weight"  # of the previous token, which the confidence head reads, too
 CONFIDENCE = "confidence_head.proj."
-#: The projection that mixes a Markov head's inputs, by its kind.
-MIXING = {"gated": MARKOV + "gate_proj.", "rnn": MARKOV + "joint_proj."}
 
 
 def check_block(checkpoint: Checkpoint, target: DecoderConfig, rows: int | None = None) -> BlockConfig:
@@ -40,7 +41,7 @@ def check_block(checkpoint: Checkpoint, target: DecoderConfig, rows: int | None 
     names = _names(config, checkpoint)
     for name in _head_tensors(config):
         if name not in names:
-            key = "markov_rank" if name.startswith(MARKOV) else "enable_confidence_head"
+            key = "confidence_head_with_markov" if name == EMBEDDING else "enable_confidence_head"
             raise UserError(
                 f"{where}: tensor {name} is missing, but config.json has {key} {checkpoint.config.get(key)}; download "
                 "the drafter again."
@@ -63,6 +64,10 @@ def load_block(
     """Load a drafter for ``target``, with its own embeddings and output matrix or the target's."""
     config = check_block(checkpoint, target.config, rows)
     names = _names(config, checkpoint)
+    if any(name.startswith(MARKOV) for name in names):
+        log.warning(
+            "%s has a Markov head, which is left out: its drafts are used without that correction.", checkpoint.path
+        )
     with torch.device("meta"):
         model = block_network(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
     sources = anchored_sources(config) if config.anchored else dflash_sources(config)
@@ -85,46 +90,26 @@ def load_block(
     model.target_ids = _target_ids(config, checkpoint, names)
     if config.anchored:
         model.mask_state = nn.Parameter(_mask_state(model, checkpoint, names), requires_grad=False)
-    elif model.hint is not None:
-        model.hint.weight = nn.Parameter(_hint(config, checkpoint, names).to(dtype), requires_grad=False)
+    elif model.confidence is not None:
+        rows = checkpoint.get(names[CONFIDENCE + "weight"])[:, : config.hidden_size]
+        model.confidence.weight = nn.Parameter(rows.to(dtype), requires_grad=False)
     return model.eval()
 
 
-def markov_arrays(model: BlockNetwork, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Return what the runtime needs of the Markov and confidence heads, float32 (echo_trt.engine.drafters.markov).
-
-    w1                 [V, r], embedding of the previous token
-    w2                 [V, r], rows of tokens outside the draft vocabulary are 0
-    token, state, bias [r or 3r, r], [3r, r] and [r or 3r]: what mixes with a row's hint, of gated and rnn heads
-    confidence_token, confidence_bias  [r] and [1], of a confidence head
-    """
+def confidence_by_token(model: BlockNetwork, checkpoint: Checkpoint) -> np.ndarray:
+    """Return what the previous token adds to the logit of the drafter's confidence head: float32 [V]."""
     config, names = model.config, _names(model.config, checkpoint)
-    rank, hidden = config.markov_rank, config.hidden_size
 
     def read(name: str) -> Tensor:
         return checkpoint.get(names[name]).float()
 
-    def by_target_id(rows: Tensor) -> Tensor:
-        whole = torch.zeros(config.vocab_size, rank)
-        whole[model.target_ids] = rows
-        return whole
-
-    found: dict[str, Tensor] = {}
-    if config.markov:
-        w1, w2 = (read(f"{MARKOV}markov_{name}.weight") for name in ("w1", "w2"))
-        found["w1"] = w1 if len(w1) == config.vocab_size else by_target_id(w1)
-        found["w2"] = by_target_id(w2)
-    if config.markov in MIXING:
-        mixing = read(MIXING[config.markov] + "weight")
-        token = slice(hidden, None) if config.markov == "gated" else slice(rank, 2 * rank)
-        found["token"], found["bias"] = mixing[:, token], read(MIXING[config.markov] + "bias")
-        if config.markov == "rnn":
-            found["state"] = mixing[:, :rank]
-    if config.confidence:
-        weight = read(CONFIDENCE + "weight")[0]
-        found["confidence_token"] = weight[hidden:]
-        found["confidence_bias"] = read(CONFIDENCE + "bias") if CONFIDENCE + "bias" in names else torch.zeros(1)
-    return {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in found.items()}
+    added = torch.zeros(config.vocab_size)
+    if config.confidence_sees_token:
+        by_token = read(EMBEDDING) @ read(CONFIDENCE + "weight")[0, config.hidden_size :]
+        added[model.target_ids if len(by_token) < len(added) else slice(None)] = by_token
+    if CONFIDENCE + "bias" in names:
+        added += read(CONFIDENCE + "bias")
+    return added.numpy()
 
 
 def _names(config: BlockConfig, checkpoint: Checkpoint) -> dict[str, str]:
@@ -133,10 +118,9 @@ def _names(config: BlockConfig, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _head_tensors(config: BlockConfig) -> list[str]:
-    names = [f"{MARKOV}markov_w1.weight", f"{MARKOV}markov_w2.weight"] if config.markov else []
-    if config.markov in MIXING:
-        names += [MIXING[config.markov] + "weight", MIXING[config.markov] + "bias"]
-    return names + ([CONFIDENCE + "weight"] if config.confidence else [])
+    if not config.confidence:
+        return []
+    return [CONFIDENCE + "weight", *([EMBEDDING] if config.confidence_sees_token else [])]
 
 
 def dflash_sources(config: BlockConfig) -> dict[str, Any]:
@@ -168,15 +152,3 @@ def _mask_state(model: BlockNetwork, checkpoint: Checkpoint, names: dict[str, st
             "take weights and config.json of the same model."
         )
     return (stored if stored.shape[1] == hidden else model.combine(stored))[0]
-
-
-def _hint(config: BlockConfig, checkpoint: Checkpoint, names: dict[str, str]) -> Tensor:
-    """Return the rows [G, H] by which the heads read a hidden state: the Markov head's, then the confidence head's."""
-    parts = []
-    if config.markov in MIXING:
-        mixing = checkpoint.get(names[MIXING[config.markov] + "weight"])
-        first = 0 if config.markov == "gated" else 2 * config.markov_rank
-        parts.append(mixing[:, first : first + config.hidden_size])
-    if config.confidence:
-        parts.append(checkpoint.get(names[CONFIDENCE + "weight"])[:, : config.hidden_size])
-    return torch.cat(parts)

@@ -124,9 +124,8 @@ class BlockConfig(Eagle3Config):
     causal                 whether a row of the block sees only the rows before it
     predicts_next          whether a row predicts the token behind its position, else the one at it
     anchored               P-EAGLE: entries are EAGLE-3's, and the newest one is the block's first row
-    markov                 kind of the Markov head, vanilla, gated or rnn, or "" without one
     confidence             whether a confidence head says how likely a row's best token is accepted
-    confidence_sees_token  whether that head sees the Markov embedding of the previous token, too
+    confidence_sees_token  whether that head sees an embedding of the previous token, too
     """
 
     family: str
@@ -137,8 +136,6 @@ class BlockConfig(Eagle3Config):
     predicts_next: bool = False
     anchored: bool = False
     qk_norm: bool = True
-    markov: str = ""
-    markov_rank: int = 0
     confidence: bool = False
     confidence_sees_token: bool = False
 
@@ -146,12 +143,6 @@ class BlockConfig(Eagle3Config):
     def feature_size(self) -> int:
         """Numbers of a token's features."""
         return len(self.feature_layers) * self.target_hidden_size
-
-    @property
-    def hint_sizes(self) -> tuple[int, int]:
-        """Numbers that the Markov head and the confidence head take from a row's hidden state."""
-        mixed = {"gated": self.markov_rank, "rnn": 3 * self.markov_rank}.get(self.markov, 0)
-        return mixed, int(self.confidence)
 
     def has_experts(self, layer: int) -> bool:
         return False

@@ -97,7 +97,7 @@ class MtpModule(HeadModule):
 
 
 class BlockModule(nn.Module):
-    """A block drafter: a draft's outputs for each of the block's rows, and ``hints`` [R, G] where a head takes them."""
+    """A block drafter: a draft's outputs for each of the block's rows, and ``confidence`` [R, 1] with such a head."""
 
     inputs = ("token_ids", "positions", "features", "state_rows")
 
@@ -105,15 +105,15 @@ class BlockModule(nn.Module):
         super().__init__()
         self.network, self.top_k = drafter, top_k
         self.num_layers = drafter.config.num_layers
-        self.outputs = ("scores", "candidates", *(("hints",) if drafter.hint is not None else ()))
+        self.outputs = ("scores", "candidates", *(("confidence",) if drafter.confidence is not None else ()))
 
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
         tokens, positions, states = inputs["token_ids"], inputs["positions"], inputs["state_rows"]
         features, combined = _features(inputs)
         rows = self.network(tokens, features, positions, states, logit_rows, attend, combined)
         scores, index = top_candidates(self.network.lm_head(rows), self.top_k)
-        hints = () if self.network.hint is None else (self.network.hint(rows),)
-        return scores, self.network.target_ids[index], *hints
+        confidence = () if self.network.confidence is None else (self.network.confidence(rows),)
+        return scores, self.network.target_ids[index], *confidence
 
 
 Role = TargetModule | DraftModule | HeadModule | BlockModule

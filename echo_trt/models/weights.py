@@ -31,6 +31,8 @@ from echo_trt.models.read_config import check_fits, decoder_config, eagle3_confi
 Sources = dict[str, list[str]]
 WHOLE = Shard()
 QK = ("query", "key")
+#: The type of a recipe's precision, but for the matrices in FP8.
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 NARROW = {torch.bfloat16, torch.float16}  # types whose every number float32 has, too
 
 #: Tensors that a network may go without: copies of others, tables that are computed, and the inverse of d2t.

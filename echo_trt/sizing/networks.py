@@ -139,13 +139,10 @@ def mtp_sizes(config: HybridConfig) -> Sizes:
 
 
 def block_sizes(config: BlockConfig) -> Sizes:
-    """Count a block drafter, with the embedding and the output matrix that its engine holds, its own or the target's.
-
-    The tables of a Markov head stay on the host.
-    """
+    """Count a block drafter, with the embedding and the output matrix that its engine holds, own or the target's."""
     hidden, layers, first = config.hidden_size, config.num_layers, config.hidden_size * (2 if config.anchored else 1)
     features, inputs = config.feature_size, config.feature_size * hidden
-    hidden_states = hidden * (1 if config.anchored else sum(config.hint_sizes))  # P-EAGLE: the mask's hidden state
+    hidden_states = hidden if config.anchored or config.confidence else 0  # P-EAGLE: the mask's hidden state
     norms = 4 * hidden + (features if config.fc_norm else 0) if config.anchored else 2 * hidden
     norms += (layers - config.anchored) * 2 * hidden + (layers * 2 * config.head_dim if config.qk_norm else 0)
     return Sizes(

@@ -25,7 +25,7 @@ from echo_trt.cli.recipes import shipped_folder
 from echo_trt.errors import UserError
 from echo_trt.models.block import block_network
 from echo_trt.models.block_config import block_config, is_block
-from echo_trt.models.block_weights import CONFIDENCE, MARKOV, anchored_sources, dflash_sources
+from echo_trt.models.block_weights import CONFIDENCE, EMBEDDING, anchored_sources, dflash_sources
 from echo_trt.models.checkpoint import Part
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.hybrid_config import HybridConfig, MtpConfig
@@ -168,11 +168,9 @@ def _shapes(raw: dict[str, Any], where: str) -> TensorShapes:
     shapes.pop("embed_tokens.weight", None)
     if draft.draft_vocab_size != draft.vocab_size:
         shapes |= {"d2t": (draft.draft_vocab_size,), "lm_head.weight": (draft.draft_vocab_size, draft.hidden_size)}
-    if getattr(draft, "markov", ""):
-        for name, rows in (("w1", draft.vocab_size), ("w2", draft.draft_vocab_size)):
-            shapes[f"{MARKOV}markov_{name}.weight"] = rows, draft.markov_rank
     if getattr(draft, "confidence", False):
-        shapes[CONFIDENCE + "weight"] = 1, draft.hidden_size + draft.markov_rank
+        rank = raw["markov_rank"] if draft.confidence_sees_token else 0
+        shapes |= {CONFIDENCE + "weight": (1, draft.hidden_size + rank), EMBEDDING: (draft.vocab_size, rank)}
     return shapes
 
 

@@ -16,6 +16,7 @@ from pairs import BLOCK, VOCAB, recipe_of, roles_of
 from refusal import refused
 from stand_ins import built, with_stand_ins
 
+from echo_trt.backends.kind import built_as
 from echo_trt.backends.onnx_export import export, in_precision
 from echo_trt.backends.tensorrt import compiler as tensorrt
 from echo_trt.backends.tensorrt.compiler import CompileJob, first_sentence
@@ -45,7 +46,7 @@ def with_head(networks, tmp_path_factory):
 @pytest.fixture(scope="session")
 def with_block(networks, tmp_path_factory):
     """Return a block drafter with such heads, too."""
-    raw = block_raw("dspark gated", **BLOCK, **HEADS, target_layer_ids=[0, 1], mask_token_id=VOCAB - 1)
+    raw = block_raw("dspark", **BLOCK, **HEADS, target_layer_ids=[0, 1], mask_token_id=VOCAB - 1)
     return write_block(tmp_path_factory.mktemp("block") / "drafter", raw)
 
 
@@ -196,9 +197,9 @@ def test_another_major_version(monkeypatch):
 def test_another_engine_takes_the_recipe_but_not_its_drafts_precision(networks):
     recipe = recipe_of("model", networks, precision="bf16")
     recipe = recipe.model_copy(update={"draft": recipe.draft.model_copy(update={"precision": "int8"})})
-    other = recipe.built_as("tensorrt", None)
+    other = built_as(recipe, "tensorrt", None)
     assert (other.engine, other.precision, other.draft.precision) == ("tensorrt", "bf16", None)
-    same = recipe.built_as("openvino", "fp32")
+    same = built_as(recipe, "openvino", "fp32")
     assert (same.precision, same.draft.precision) == ("fp32", "int8")
 
 

@@ -13,7 +13,7 @@ from pairs import BLOCK, DECODING, VOCAB, layers, recipe_of
 from refusal import refused
 
 from echo_trt.bundle.calibration import read_calibration
-from echo_trt.bundle.manifest import MARKOV, read_manifest, sha256
+from echo_trt.bundle.manifest import CONFIDENCE, read_manifest, sha256
 from echo_trt.bundle.read_recipe import parse_recipe
 from echo_trt.cli import build as building
 from echo_trt.cli.build import build
@@ -101,11 +101,10 @@ def test_a_calibration_of_another_drafter_is_refused(bundle, networks, tmp_path)
     ("change", "words"),
     [
         (lambda raw: raw["draft"].update(block=None), ("draft.block is missing", "block", "build the bundle again")),
-        (lambda raw: raw["files"].pop(MARKOV), ("files has no hash of", MARKOV)),
+        (lambda raw: raw["files"].pop(CONFIDENCE), ("files has no hash of", CONFIDENCE)),
         (lambda raw: raw["draft"]["block"].update(mask_token=VOCAB), ("mask_token", str(VOCAB))),
         (lambda raw: raw["draft"].update(feature_size=100), ("feature_size is 100",)),
         (lambda raw: raw["draft"].update(feature_size=64), ("draft.feature_size is 64", "128")),
-        (lambda raw: raw["draft"]["block"].update(markov="lstm"), ("markov", "lstm")),
     ],
 )
 def test_a_manifest_that_does_not_fit(change, words, bundle):
@@ -114,16 +113,18 @@ def test_a_manifest_that_does_not_fit(change, words, bundle):
         LLM(bundle)
 
 
-@pytest.mark.parametrize("spoil", ["damaged", "short", "missing"])
-def test_tables_that_do_not_fit(spoil, bundle):
-    path = bundle / MARKOV
-    with np.load(path) as stored:
-        tables = dict(stored)
+@pytest.mark.parametrize("spoil", ["damaged", "short"])
+def test_a_confidence_that_does_not_fit(spoil, bundle):
+    path = bundle / CONFIDENCE
     if spoil == "damaged":
-        path.write_bytes(path.read_bytes()[:1000])
+        path.write_bytes(path.read_bytes()[:100])
     else:
-        changed = {name: rows[:9] for name, rows in tables.items()} if spoil == "short" else {"w1": tables["w1"]}
-        np.savez(path, **changed)
-    edit(bundle, lambda raw: raw["files"].update({MARKOV: sha256(path)}))
-    with refused(MARKOV, "build the bundle again"):
+        np.save(path, np.load(path)[:9])
+    edit(bundle, lambda raw: raw["files"].update({CONFIDENCE: sha256(path)}))
+    with refused(CONFIDENCE, "build the bundle again"):
         LLM(bundle)
+
+
+def test_a_bundle_that_names_a_kind_of_markov_head_is_read(bundle):
+    edit(bundle, lambda raw: raw["draft"]["block"].update(markov=""))
+    assert read_manifest(bundle).draft.block.confidence

@@ -6,17 +6,15 @@ from driving import Counted, add, echo_planner, prompt_ids, run
 from pairs import FOLDERS, LIMITS, VOCAB, reference_engines
 
 from echo_trt.backends.self_check import block_shape
-from echo_trt.cli.build import block_facts
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.drafters.eagle3 import NEWEST, EngineDrafter
-from echo_trt.engine.drafters.markov import Markov
-from echo_trt.models.block_weights import markov_arrays
+from echo_trt.models.block_weights import confidence_by_token
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.roles import BlockModule
 from echo_trt.speculation.pack import BLOCK, pack, pack_blocks
 from echo_trt.speculation.super_tree import SuperTree
 
-LEVEL_PAIRS, BLOCK_PAIRS = ("model", "self", "eagle3", "close"), ("dflash", "dspark", "jetspec", "rnn", "peagle")
+LEVEL_PAIRS, BLOCK_PAIRS = ("model", "self", "eagle3", "close"), ("dflash", "dspark", "peagle")
 ENGINE_PAIRS = (*LEVEL_PAIRS, *BLOCK_PAIRS)
 
 
@@ -58,18 +56,15 @@ class FromScratch:
             block_shape(config), np.array(text[1:]), 0 * count, count, np.array(text[-1:]), self.table
         )
         outputs = self.engines["draft"].run(call, features=features, state_rows=states)
-        first = int(not config.predicts_next)
-        rows = [first + position for position in range(len(path) + 1)]
-        proposals = [[outputs[name][row : row + 1].copy() for name in ("scores", "candidates")] for row in rows]
-        if config.markov:
-            markov = Markov(markov_arrays(network, open_checkpoint(self.folder)), block_facts(config))
-            batch = np.zeros((1, markov.state_size), np.float32)
-            for position, previous in enumerate([text[-1], *path]):
-                hidden_states = outputs["hints"][rows[position] : rows[position] + 1]
-                *proposals[position], batch = markov.correct(
-                    *proposals[position], hidden_states, np.array([previous]), batch
-                )
-        return proposals[-1][0][0], proposals[-1][1][0]
+        row = int(not config.predicts_next) + len(path)
+        log_q, candidates = (outputs[name][row].copy() for name in ("scores", "candidates"))
+        if config.confidence:
+            previous = [*text, *path][-1]
+            logit = outputs["confidence"][row, 0] + confidence_by_token(network, open_checkpoint(self.folder))[previous]
+            best = 1 / (1 + np.exp(-logit))
+            log_q += np.log((1 - best) / (1 - np.exp(log_q[0])))
+            log_q[0] = np.log(best)
+        return log_q, candidates
 
 
 @pytest.fixture(scope="module")

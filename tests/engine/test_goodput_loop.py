@@ -38,7 +38,7 @@ def test_goodput_writes_the_same_tokens(pair, batch, policy, open_llm, plain_ids
     assert_all_free(llm.loop)
 
 
-@pytest.mark.parametrize(("family", "batch"), [("jetspec", 1), ("rnn", 4), ("peagle", 8)])
+@pytest.mark.parametrize(("family", "batch"), [("dflash", 1), ("dspark", 4), ("peagle", 8)])
 def test_block_drafters_of_other_families_write_the_same_tokens(family, batch, open_llm, plain_ids):
     """DFlash and DSpark are in PAIRS."""
     llm = open_llm(family, "autoregressive", batch)

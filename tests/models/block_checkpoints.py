@@ -25,25 +25,21 @@ SHAPE = {
 OUTPUTS = [0, 2, 5]
 MASK, ROWS, RANK = 90, 4, 5
 FAMILIES = (
-    "dflash", "jetspec", "deepspec", "dspark", "dspark gated", "dspark rnn",
-    "speculators dflash", "speculators dspark", "p-eagle", "speculators peagle",
+    "dflash", "deepspec", "dspark", "speculators dflash", "speculators dspark", "p-eagle", "speculators peagle",
 )  # fmt: skip
 
 
 def block_raw(family: str, **changes: Any) -> dict[str, Any]:
     """Return config.json as the family writes it; ``changes`` are of the network's shape or of top-level keys."""
     shape = {key: changes.pop(key) if key in changes else value for key, value in SHAPE.items()}
-    markov = {"dspark": "vanilla", "dspark gated": "gated", "dspark rnn": "rnn", "speculators dspark": "vanilla"}
     heads: dict[str, Any] = {}
-    if family in markov:
-        heads = {"markov_rank": RANK, "markov_head_type": markov[family], "enable_confidence_head": True}
-        heads["confidence_head_with_markov"] = True
+    if family in ("dspark", "speculators dspark"):
+        heads = {"markov_rank": RANK, "enable_confidence_head": True, "confidence_head_with_markov": True}
     inputs = [layer + 1 for layer in OUTPUTS]
-    if family in ("dflash", "jetspec"):
+    if family == "dflash":
         inner: dict[str, Any] = {"mask_token_id": MASK, "target_layer_ids": OUTPUTS}
-        inner |= {"causal_head": True} if family == "jetspec" else {}
         raw = {**shape, "architectures": ["DFlashDraftModel"], "block_size": ROWS, "dflash_config": inner}
-    elif family in ("deepspec", *markov) and "speculators" not in family:
+    elif family in ("deepspec", "dspark"):
         raw = {**shape, "architectures": ["Qwen3DSparkModel"], "model_type": "qwen3", "mask_token_id": MASK}
         raw |= {"block_size": ROWS, "target_layer_ids": OUTPUTS, "markov_rank": 0, **heads}
     elif family == "p-eagle":
@@ -100,14 +96,8 @@ def block_tensors(raw: dict[str, Any], read: int = len(OUTPUTS)) -> dict[str, Te
     if eagle or raw["architectures"] != ["DFlashDraftModel"]:
         shapes |= {"embed_tokens.weight": (c["vocab_size"], hidden), "lm_head.weight": (vocab, hidden)}
     if rank := raw.get("markov_rank"):
-        kind = raw["markov_head_type"]
         shapes["markov_head.markov_w1.weight"] = (c["vocab_size"], rank)
         shapes["markov_head.markov_w2.weight"] = (vocab, rank)
-        if kind == "gated":
-            shapes |= {"markov_head.gate_proj.weight": (rank, hidden + rank), "markov_head.gate_proj.bias": (rank,)}
-        if kind == "rnn":
-            shapes["markov_head.joint_proj.weight"] = (3 * rank, 2 * rank + hidden)
-            shapes["markov_head.joint_proj.bias"] = (3 * rank,)
         shapes |= {"confidence_head.proj.weight": (1, hidden + rank), "confidence_head.proj.bias": (1,)}
     generator = torch.Generator().manual_seed(23)
     tensors = {}
@@ -116,9 +106,6 @@ def block_tensors(raw: dict[str, Any], read: int = len(OUTPUTS)) -> dict[str, Te
         tensors[name] = 1 + 0.3 * noise if len(shape) == 1 else noise * shape[-1] ** -0.5
     if "lm_head.weight" in tensors:
         tensors["lm_head.weight"] *= 6
-    for name in ("markov_w1", "markov_w2"):
-        if rank:
-            tensors[f"markov_head.{name}.weight"] *= 3
     if vocab != c["vocab_size"]:
         chosen = torch.randperm(c["vocab_size"], generator=generator)[:vocab].sort().values
         tensors["d2t"] = chosen - torch.arange(vocab)

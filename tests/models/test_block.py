@@ -12,10 +12,8 @@ from refusal import refused
 
 from echo_trt.backends.self_check import block_shape
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.cli.build import block_facts
-from echo_trt.engine.drafters.markov import Markov
 from echo_trt.models.block_config import block_config, fitted
-from echo_trt.models.block_weights import check_block, load_block, markov_arrays
+from echo_trt.models.block_weights import check_block, confidence_by_token, load_block
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.roles import BlockModule
@@ -77,26 +75,10 @@ class Retold(Equations):
             x = x + self.mlp(x, layer)
         return self.norm(x[-ROWS:], "norm")
 
-    def corrected(self, hidden: np.ndarray, logits: np.ndarray, path: list[int]) -> list[tuple[np.ndarray, float]]:
-        """Return logits and confidence of each row, left to right along ``path``: the root, then drafted tokens."""
-        t, rank = self.t, self.raw["markov_rank"]
-        state, found = np.zeros(rank), []
-        for row, previous in enumerate(path):
-            embedded, h = t["markov_head.markov_w1.weight"][previous], hidden[row]
-            kind = self.raw["markov_head_type"]
-            z = embedded
-            if kind == "gated":
-                gate = np.concatenate((h, embedded)) @ t["markov_head.gate_proj.weight"].T
-                z = embedded / (1 + np.exp(-gate - t["markov_head.gate_proj.bias"]))
-            if kind == "rnn":
-                joint = np.concatenate((state, embedded, h)) @ t["markov_head.joint_proj.weight"].T
-                gate, candidate, output = np.split(joint + t["markov_head.joint_proj.bias"], 3)
-                gate = 1 / (1 + np.exp(-gate))
-                state, z = gate * state + (1 - gate) * np.tanh(candidate), np.tanh(output)
-            confidence = np.concatenate((h, embedded)) @ t["confidence_head.proj.weight"][0]
-            confidence = 1 / (1 + np.exp(-confidence - t["confidence_head.proj.bias"][0]))
-            found.append((logits[row] + t["markov_head.markov_w2.weight"] @ z, confidence))
-        return found
+    def confidence(self, hidden: np.ndarray, previous: list[int]) -> np.ndarray:
+        """Return the logit of each row's confidence [ROWS], behind the tokens ``previous``."""
+        seen = np.concatenate((hidden, self.t["markov_head.markov_w1.weight"][previous]), axis=1)
+        return seen @ self.t["confidence_head.proj.weight"][0] + self.t["confidence_head.proj.bias"][0]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -148,18 +130,33 @@ def test_a_pass_follows_the_equations(family, target, tmp_path):
         by_id = np.full((ROWS, 97), np.nan)
         np.put_along_axis(by_id, outputs["candidates"][rows], outputs["scores"][rows], axis=1)
         np.testing.assert_allclose(by_id[:, ids], log_softmax(logits), atol=1e-4)
-        if config.markov:
-            markov = Markov(markov_arrays(network, checkpoint), block_facts(config))
-            path, state = [root, *rng.choice(ids, ROWS - 1).tolist()], np.zeros((1, markov.state_size))
-            for row, (wanted, confidence) in enumerate(plain.corrected(hidden, logits, path)):
-                given = (outputs[name][i * ROWS + row][None].copy() for name in ("scores", "candidates", "hints"))
-                log_q, candidates, state = markov.correct(*given, np.array([path[row]]), state)
-                wanted = log_softmax(wanted)
-                order = np.argsort(-wanted)
-                assert candidates[0].tolist() == ids[order].tolist()
-                assert np.exp(log_q[0, 0]) == pytest.approx(confidence, abs=1e-4)
-                rest = np.exp(log_q[0, 1:]) / (1 - confidence) * (1 - np.exp(wanted[order[0]]))
-                np.testing.assert_allclose(rest, np.exp(wanted[order[1:]]), atol=1e-4)
+        if config.confidence:
+            path = rng.integers(0, 97, ROWS)
+            logit = outputs["confidence"][rows, 0] + confidence_by_token(network, checkpoint)[path]
+            np.testing.assert_allclose(logit, plain.confidence(hidden, path), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["dspark", "speculators dspark"])
+def test_a_markov_head_is_left_out_with_a_word(family, target, tmp_path, caplog):
+    """Nothing of it is read but the embedding that the confidence head takes."""
+    raw = block_raw(family)
+    tensors = block_tensors(raw)
+    checkpoint = open_checkpoint(write_block(tmp_path / "with", raw, tensors))
+    read, get = [], checkpoint.get
+    checkpoint.get = lambda name, *part: read.append(name) or get(name, *part)
+    network = load_block(checkpoint, 64, target)
+    assert [record.message for record in caplog.records] == [
+        f"{checkpoint.path} has a Markov head, which is left out: its drafts are used without that correction."
+    ]
+    confidence_by_token(network, checkpoint)
+    assert [name for name in read if "markov" in name] == ["markov_head.markov_w1.weight"]
+
+
+def test_a_confidence_head_may_do_without_the_token(target, tmp_path):
+    raw = block_raw("dspark", confidence_head_with_markov=False, markov_rank=0)
+    tensors = block_tensors(block_raw("deepspec")) | {"confidence_head.proj.weight": torch.ones(1, 20)}
+    checkpoint = open_checkpoint(write_block(tmp_path / "drafter", raw, tensors))
+    assert confidence_by_token(load_block(checkpoint, 64, target), checkpoint).tolist() == [0] * 97
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
@@ -214,11 +211,13 @@ BAD = {
     "vocabulary": ("deepspec", stated(vocab_size=101), ("vocab_size", "101", "97", "this target")),
     "width": ("dflash", stated(target_hidden_size=24), ("target_hidden_size", "24", "20", "this target")),
     "other target": ("dflash", stated(num_target_layers=36), ("num_target_layers", "36", "8", "this target")),
-    "markov": ("dspark", without("markov_head.markov_w2.weight"), ("markov_w2.weight", "missing", "markov_rank 5")),
-    "gate": ("dspark gated", without("markov_head.gate_proj.weight"), ("gate_proj.weight", "missing", "markov_rank")),
     "confidence": ("dspark", without("confidence_head.proj.weight"), ("confidence_head", "enable_confidence_head")),
-    "kind of markov": ("dspark", stated(markov_head_type="lstm"), ("markov_head_type", "lstm", "vanilla")),
-    "confidence alone": ("dspark", stated(markov_rank=0), ("confidence_head_with_markov", "markov_rank")),
+    "its token": (
+        "dspark",
+        without("markov_head.markov_w1.weight"),
+        ("markov_w1.weight is missing", "confidence_head_with_markov True"),
+    ),
+    "causal rows": ("dflash", stated(causal_head=True), ("causal_head", "not supported", "use a drafter")),
     "family": ("dflash", stated(architectures=["MedusaModel"]), ("architectures", "MedusaModel", "DFlashDraftModel")),
     "speculators' family": (
         "speculators dflash",

@@ -92,7 +92,7 @@ def test_a_heads_sizes_are_those_of_the_network_that_is_built(name, changes):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 2, "markov_rank": 8, "markov_head_type": "rnn"}])
+@pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 2, "enable_confidence_head": True}])
 def test_a_block_drafters_sizes_are_those_of_the_network_that_is_built(name, changes):
     config = block_config(published()[name] | changes, name)
     sizes = block_sizes(config)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 PACKED = "packed"
-_NARROW = ("scores", "candidates", "hints")  # outputs with few columns, which are read whole
+_NARROW = ("scores", "candidates", "confidence")  # outputs with few columns, which are read whole
 
 
 @dataclass
@@ -46,7 +46,7 @@ def send(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def pack_results(outputs: Mapping[str, Tensor]) -> Tensor:
-    """Put the rows' best tokens, or scores, candidates and hints side by side: int32 [R, w].
+    """Put the rows' best tokens, or scores, candidates and confidence side by side: int32 [R, w].
 
     ``outputs`` by name, with a row for each of the R logit rows. Floats are packed as float32, by their bits.
     """

@@ -20,12 +20,10 @@ from echo_trt.models.hybrid_config import HybridConfig, MtpConfig
 from echo_trt.models.layers import Rotary
 from echo_trt.models.mtp import MtpHead
 from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, MtpModule, Role, TargetModule
-from echo_trt.models.weights import decoder_class
+from echo_trt.models.weights import TYPES, decoder_class
 
 ROLES = {"target": TargetModule, "draft": DraftModule, "mtp": MtpModule, "head": HeadModule, "block": BlockModule}
 CONFIGS = {"head": Eagle3Config, "block": BlockConfig, "mtp": MtpConfig}
-#: The type of a recipe's precision, but for the matrices in FP8.
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 SCALE = ".scale"  # ends the name of an FP8 matrix's scales
 
 

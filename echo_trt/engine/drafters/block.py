@@ -6,17 +6,21 @@ The block's rows follow the context: the next pass overwrites them, since the ca
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from echo_trt.backends.base import Engine
-from echo_trt.bundle.manifest import BlockFacts
+from echo_trt.bundle.manifest import CONFIDENCE, BlockFacts, Manifest
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.drafters.eagle3 import NONE, Eagle3Drafter
-from echo_trt.engine.drafters.markov import Markov
+from echo_trt.errors import DAMAGED, UserError
 from echo_trt.speculation.arrays import ragged_arange
 from echo_trt.speculation.drafts import UNKNOWN, KnownTrees, Proposals, TimedDraft
 from echo_trt.speculation.pack import BlockShape, pack_blocks
 from echo_trt.speculation.super_tree import SuperTree
+
+MIN_SHARE = 1e-6  # smallest share of the best candidate and of the others, which is a divisor
 
 
 class BlockDrafter(Eagle3Drafter):
@@ -29,15 +33,15 @@ class BlockDrafter(Eagle3Drafter):
         chunk: int,
         feature_size: int,
         facts: BlockFacts,
-        markov: Markov | None = None,
+        confidence: np.ndarray | None = None,
     ):
-        """``markov`` corrects proposals, where the drafter has such heads."""
+        """``confidence``: float32 [V], what the previous token adds to the logit of the confidence head, if any."""
         self.shape = BlockShape(facts.rows, facts.mask_token, facts.both_ways, facts.anchored)
         # A request's context and block go into one call, which is bounded by the chunk or the reserve.
         super().__init__(engine, batch, max(chunk, batch.reserve) - self.shape.appended, feature_size, 0)
         #: The row that proposes the children of roots: rows predict their own position, or the next one.
         self.first = 0 if facts.predicts_next else 1
-        self.markov = markov
+        self.confidence = confidence
 
     @property
     def block(self) -> int:
@@ -70,7 +74,6 @@ class BlockDraft(TimedDraft):
     def __init__(self, drafter: BlockDrafter, slots: np.ndarray):
         super().__init__()
         self._drafter, self._slots = drafter, slots
-        self._states: dict[int, np.ndarray] = {}  # of a recurrent Markov head, by expanded node
 
     def propose_roots(self, requests: np.ndarray) -> Proposals:
         drafter, slots = self._drafter, self._slots[requests]
@@ -79,42 +82,41 @@ class BlockDraft(TimedDraft):
         self.ran(entries, int(batch.committed[slots].sum()))
         outputs, _ = drafter.prefill_draft(slots)
         self._trees = BlockTrees(outputs, requests, len(self._slots), drafter.shape.rows, drafter.first)
-        roots = batch.tokens[slots, batch.committed[slots]].astype(np.int64)
-        rows = self._trees.row_of(requests, np.zeros(count, np.int64))
-        return self._corrected(self._trees.expand_roots(requests), rows, roots, requests, np.full(count, -1))
+        roots, first = batch.tokens[slots, batch.committed[slots]], np.zeros(count, np.int64)
+        return self._confided(self._trees.expand_roots(requests), self._trees.row_of(requests, first), roots)
 
     def propose(self, tree: SuperTree, nodes: np.ndarray) -> Proposals:
-        proposals, rows = self._trees.expand(tree, nodes), self._trees.row_of(tree.request[nodes], tree.depth[nodes])
-        return self._corrected(proposals, rows, tree.token[nodes], nodes, tree.parent[nodes])
+        rows = self._trees.row_of(tree.request[nodes], tree.depth[nodes])
+        return self._confided(self._trees.expand(tree, nodes), rows, tree.token[nodes])
 
-    def _corrected(
-        self, proposals: Proposals, rows: np.ndarray, tokens: np.ndarray, nodes: np.ndarray, parents: np.ndarray
-    ) -> Proposals:
-        """Correct the proposals below ``nodes`` [F], which have ``tokens``, by the Markov head, if there is one."""
-        markov = self._drafter.markov
-        if markov is None:
+    def _confided(self, proposals: Proposals, rows: np.ndarray, tokens: np.ndarray) -> Proposals:
+        """Give the best candidate of ``rows`` [F] the confidence head's probability, if the drafter has one.
+
+        The other candidates share the rest as they stand. ``tokens`` [F]: those before the rows' candidates
+        """
+        by_token = self._drafter.confidence
+        if by_token is None:
             return proposals
         log_q, candidates = proposals
-        exists, none = log_q > -np.inf, np.zeros(markov.state_size, np.float32)
-        states = np.array([self._states.get(parent, none) for parent in parents.tolist()])
-        states = states.reshape(len(parents), markov.state_size)
-        log_q, candidates, states = markov.correct(log_q, candidates, self._trees.hidden_states[rows], tokens, states)
-        if markov.state_size:
-            self._states.update(zip(nodes.tolist(), states, strict=True))
-        return np.where(exists.any(axis=1, keepdims=True), log_q, np.float32(-np.inf)), candidates
+        logit = self._trees.confidence[rows] + by_token[tokens]
+        best = np.clip(0.5 * (1 + np.tanh(0.5 * logit)), MIN_SHARE, 1 - MIN_SHARE)  # a sigmoid that overflows nowhere
+        others = np.log((1 - best) / np.maximum(1 - np.exp(log_q[:, 0]), MIN_SHARE))
+        confided = log_q + others[:, None]
+        confided[:, 0] = np.log(best)
+        return np.where(log_q[:, :1] > -np.inf, confided, np.float32(-np.inf)), candidates
 
 
 class BlockTrees(KnownTrees):
     """The trees of a block's rows: below any node of a depth stand the candidates of the same row.
 
-    hidden_states  float32 [A * rows, G], what a row's hidden state says to a Markov head
+    confidence  float32 [A * rows], what a row's hidden state says to the confidence head
     """
 
     def __init__(self, outputs: dict[str, np.ndarray], requests: np.ndarray, batch: int, rows: int, first: int):
         """``first``: the row whose candidates stand below roots."""
         scores, count = np.array(outputs["scores"]), len(requests)
         width = scores.shape[1]
-        self.hidden_states = np.asarray(outputs.get("hints", np.zeros((count * rows, 0), np.float32)))
+        self.confidence = np.array(outputs.get("confidence", np.zeros(0, np.float32))).ravel()
         self._rows, self._first_row, self._width = rows, first, width
         self._index = np.zeros(batch, np.int64)  # a request's block in the pass
         self._index[requests] = np.arange(count)
@@ -133,3 +135,17 @@ class BlockTrees(KnownTrees):
         row = self._first_row + tree.depth[nodes] - 1
         entry = (self._index[tree.request[nodes]] * self._rows + row) * self._width
         return np.where(row < self._rows, entry, UNKNOWN)
+
+
+def read_confidence(folder: Path, manifest: Manifest) -> np.ndarray | None:
+    """Return what each token adds to the confidence of the bundle's block drafter: float32 [V]; None: no head."""
+    if manifest.draft is None or manifest.draft.block is None or not manifest.draft.block.confidence:
+        return None
+    path = folder / CONFIDENCE
+    try:
+        by_token: np.ndarray = np.load(path, allow_pickle=False)
+    except DAMAGED as error:
+        raise UserError(f"{path} does not hold the confidence by token; build the bundle again.") from error
+    if by_token.shape != (manifest.target.vocab_size,):
+        raise UserError(f"{path} has {by_token.size} tokens, not the target's; build the bundle again.")
+    return by_token

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from echo_trt.engine.process.entries import OutgoingLogprobs, OutgoingSources
+from echo_trt.engine.process.wire import Failure
 from echo_trt.engine.request import Event
-from echo_trt.engine.service.job import Late, Overloaded, ServiceRequest
+from echo_trt.engine.service.job import Overloaded, ServiceRequest
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.protocol import FIRST
 from echo_trt.errors import TooLong, UserError
@@ -70,23 +71,31 @@ class Pending(ServiceRequest):
             metrics.ended(event, event.time - self.arrived)
 
 
-def refusal(
-    metrics: EngineMetrics, work: Callable[[], None], request_id: str = ""
-) -> tuple[str, str, str | None] | None:
-    """Do the work; return code (``ERRORS``), sentence and field where the request cannot be taken."""
+def refusal(metrics: EngineMetrics, work: Callable[[], None], request_id: str = "") -> Failure | None:
+    """Do the work; return why the request cannot be taken, None where it is."""
     try:
         work()
         return None
     except UserError as mistake:
-        outcome, code, sentence, field = "invalid", "INVALID_ARGUMENT", str(mistake), mistake.field
+        outcome, failure = "invalid", Failure(kind="invalid", message=str(mistake), field=mistake.field)
         if isinstance(mistake, TooLong):
-            code = "OUT_OF_RANGE"
-    except Late as late:
-        outcome, code, sentence, field = "refused", "RESOURCE_EXHAUSTED", str(late), "latency"
+            failure.kind = "too_long"
     except Overloaded as full:
-        outcome, code, sentence, field = "refused", "UNAVAILABLE", str(full), None
-    except Exception as failure:  # logged; others go on
+        field = "latency" if full.kind == "late" else None
+        outcome, failure = "refused", Failure(kind=full.kind, message=str(full), field=field)
+        failure.retry_after = full.retry_after
+    except Exception as error:  # logged; others go on
         log.exception("a request could not be read", extra={"request_id": request_id})
-        outcome, code, sentence, field = "failed", "INTERNAL", f"the request could not be read ({failure}).", None
+        outcome, failure = "failed", Failure(kind="failed", message=f"the request could not be read ({error}).")
     metrics.refuse(outcome)
-    return code, sentence, field
+    return failure
+
+
+def failure_of(event: Event, id: int = 0) -> Failure:
+    """Return the failure that an event ends an answer with, whose reason is one of ``ERRORS``."""
+    failure = Failure(id, kind="failed", message=event.message or "the request was cancelled.")
+    if event.reason == "invalid":  # a grammar that was compiled in the queue
+        failure.kind, failure.field = "invalid", "structured"
+    elif event.reason == "cancelled":
+        failure.kind = "cancelled"
+    return failure

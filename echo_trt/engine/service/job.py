@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -12,8 +13,8 @@ from echo_trt.engine.request import Event, Request
 from echo_trt.engine.service.protocol import FIRST
 from echo_trt.speculation.pacer import Latency
 
-#: Ends that are errors -> their codes, gRPC statuses by name.
-ERRORS = {"failed": "INTERNAL", "cancelled": "CANCELLED", "invalid": "INVALID_ARGUMENT"}
+#: Ends that are errors.
+ERRORS = ("failed", "cancelled", "invalid")
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,22 @@ class ExpectedLatency:
 
 
 class Overloaded(Exception):
-    """No request is taken now; another time or another server may. The message is one sentence."""
+    """No request is taken now; another time or another server may. The message is one sentence.
+
+    kind         "queue_full", "late" (latency targets cannot be kept) or "away" (the engine stops)
+    retry_after  seconds until a request may be taken; None: not known
+    """
+
+    def __init__(self, kind: Literal["queue_full", "late", "away"], message: str, retry_after: int | None = None):
+        super().__init__(message)
+        self.kind, self.retry_after = kind, retry_after
 
 
 class Late(Overloaded):
     """A request's latency targets, or those of running requests, cannot be kept now."""
 
     def __init__(self, seconds: int):
-        super().__init__(f"latency cannot be kept now; try again in {seconds} s.")
+        super().__init__("late", f"latency cannot be kept now; try again in {seconds} s.", seconds)
 
 
 @dataclass(eq=False, kw_only=True)

@@ -95,13 +95,14 @@ class Service:
         job.deadline = None if job.seconds is None else job.submitted + job.seconds
         with self._changed:
             if self._draining:
-                raise Overloaded("the server is shutting down; send the request to another one.")
+                raise Overloaded("away", "the server is shutting down; send the request to another one.")
             # Many requests may arrive while all slots are free. Probes and requests that wait for a grammar take no
             # slot.
             waiting = len(self._grammars)
             ahead = waiting if grammar else len(self._open) - len(self._probes) - waiting
             if self._is_full(job, ahead):
-                raise Overloaded(f"the queue is full, {self._max_waiting} requests wait; try again in a second.")
+                sentence = f"the queue is full, {self._max_waiting} requests wait; try again in a second."
+                raise Overloaded("queue_full", sentence, 1)
             job.expected = self._forecast(job)
             if self._keeps_latency and not job.probe:
                 others = [other.latency.tpot for other in self._open.values() if other.latency.tpot is not None]

@@ -11,7 +11,7 @@ FAMILY = Family(
     gguf="qwen3",
     options=lambda raw, layers, where: {"qk_norm": True},
     sampling={"temperature": 0.6, "top_k": 20, "top_p": 0.95},
-    drafts="EAGLE-3 heads, P-EAGLE, DFlash, DSpark, JetSpec, a smaller model",
+    drafts="EAGLE-3 heads, P-EAGLE, DFlash, DSpark, a smaller model",
     tools="Hermes' JSON in `<tool_call>`",
     thinking="yes, `enable_thinking`",
 )

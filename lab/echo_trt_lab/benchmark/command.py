@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from echo_trt.backends.openvino.cpu import computes_in
+from echo_trt.backends.kind import computes_in
 from echo_trt.bundle.calibration import own_files
 from echo_trt.cli.generate import check_lengths
 from echo_trt.cli.outputs import files_first, json_bytes, output_file
