@@ -11,7 +11,7 @@ import numpy as np
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Event, Request
 from echo_trt.engine.service.protocol import FIRST
-from echo_trt.speculation.targets import Latency
+from echo_trt.speculation.pacer import Latency
 
 #: Ends that are errors.
 ERRORS = ("failed", "cancelled", "invalid")

@@ -23,9 +23,9 @@ from echo_trt.engine.params import MAX_AT_ONCE
 from echo_trt.errors import UserError
 from echo_trt.files.prompts import Prompt, read_prompts
 from echo_trt.speculation.echo.settings import EchoSettings
+from echo_trt.speculation.pacer import Latency
 from echo_trt.speculation.policies import POLICIES, policy_named
 from echo_trt.speculation.policy_names import PLAIN
-from echo_trt.speculation.targets import Latency
 from echo_trt_lab.benchmark.closed_loop import ClosedLoop, StepSample, run_side_by_side
 from echo_trt_lab.benchmark.figures import attainment, figures, peer_figures
 from echo_trt_lab.benchmark.options import BenchOptions
