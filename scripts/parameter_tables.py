@@ -21,13 +21,15 @@ import yaml
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from echo_trt.adapters.triton.inputs import ALIASES, INPUTS, Tensor
+from echo_trt.backends.kind import engine_kinds
 from echo_trt.engine.params import PARAMETERS, Counters
-from echo_trt.engine.process.inputs import ALIASES, INPUTS, Tensor
 from echo_trt.engine.service.metric_aliases import ALIASES as SERIES
 from echo_trt.engine.service.metric_aliases import TENSORRT_LLM, VLLM
 from echo_trt.engine.service.metrics import EngineMetrics, Statistics
 from echo_trt.models.families import FAMILIES
-from echo_trt.models.families.family import ENGINES
+from echo_trt.models.families.family import Family
+from echo_trt.models.hybrid_config import HybridConfig
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.schemas import ChatRequest, CompletionRequest
 
@@ -123,6 +125,13 @@ def config_inputs() -> str:
     return ",\n".join(f"  {config_line(tensor)}" for tensor in INPUTS) + "\n"
 
 
+def engines_of(family: Family) -> str:
+    """Name the engines that run a family: only some keep the states of delta-net layers."""
+    if not issubclass(family.config, HybridConfig):
+        return "all"
+    return ", ".join(f"`{kind.name}`" for kind in engine_kinds() if kind.states)
+
+
 def models_table() -> str:
     return table(
         ("family", "models", "files", "engines", "drafts", "tools", "thinking", "compared with"),
@@ -131,7 +140,7 @@ def models_table() -> str:
                 f"`{family.name}`",
                 family.models,
                 "safetensors, FP8" + f", GGUF (`{family.gguf}`)" * bool(family.gguf),
-                "all" if family.engines == ENGINES else ", ".join(f"`{name}`" for name in family.engines),
+                engines_of(family),
                 family.drafts,
                 family.tools,
                 family.thinking,

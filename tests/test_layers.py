@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import grimp
 from layers import HEAVY, LAYERS
+
+from echo_trt.bundle.recipe import ENGINES
+from echo_trt.files.extras import registered
 
 TESTS = Path(__file__).parent
 COLLECT = f"""
@@ -28,6 +32,21 @@ def test_pure_folders_are_collected_without_a_heavy_import():
     done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_engines_are_named_in_their_folders_alone():
+    """But for the engine of a recipe that names none. What differs by engine stands in its ``EngineKind``."""
+    names = "|".join(registered(ENGINES))
+    named = re.compile(rf"""["']({names})["']|backends\.({names})\b|\.({names})\b|\bengine *(==|!=|not in\b)""")
+    package = TESTS.parent / "echo_trt"
+    found = [
+        f"{path.relative_to(package)}: {line.strip()}"
+        for path in sorted(package.rglob("*.py"))
+        if package / "backends" not in path.parents
+        for line in path.read_text("utf-8").splitlines()
+        if named.search(line) and not line.startswith("DEFAULT_ENGINE = ")
+    ]
+    assert found == []
 
 
 def lines(modules: set[str]) -> int:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from refusal import refused
 
+from echo_trt.adapters.triton.inputs import ALIASES
 from echo_trt.bundle.recipe import Sampling
 from echo_trt.engine.params import PARAMETERS, SamplingParams
-from echo_trt.engine.process.inputs import ALIASES
 
 ROOT = Path(__file__).parents[1]
 TABLES = runpy.run_path(str(ROOT / "scripts/parameter_tables.py"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,6 +52,7 @@ class Engine(Protocol):
                    passes, and all passes of an engine without sizes, are not padded.
     prefill_alone  prompt tokens of a call without other work, if more than a chunk
     rounds_trees   whether verified chains have the bits of plain decoding, and trees do not
+    widths         columns of inputs and outputs with one row per token, by name, where the file tells them
     tree_context   tokens of a request, its tree's among them, above which only paths are exact; None: trees always are
     """
 
@@ -59,6 +61,7 @@ class Engine(Protocol):
     prefill_alone: int = 0
     rounds_trees: bool = False
     tree_context: int | None = None
+    widths: Mapping[str, int] = MappingProxyType({})
 
     def run(self, call: ForwardBatch, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Run one forward pass over N packed rows and compute the logits of R logit rows.

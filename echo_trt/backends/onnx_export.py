@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from echo_trt.backends.base import COLLECTIVES, DOMAIN, METADATA, OPERATOR
 from echo_trt.models.layers import Attend
 from echo_trt.models.roles import BlockModule, HeadModule, Role, TargetModule
+from echo_trt.models.weights import TYPES
 from echo_trt.speculation.pack import BLOCK
 
 OPSET = 23
-TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ATTRIBUTES = ("num_kv_heads", "head_dim", "max_context", "sliding_window")
 
 

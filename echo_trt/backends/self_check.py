@@ -9,11 +9,13 @@ import numpy as np
 from scipy.special import log_softmax
 
 from echo_trt.backends.base import Engine
+from echo_trt.backends.kind import CompiledRole
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.manifest import SelfCheck
 from echo_trt.errors import UserError
 from echo_trt.models.config import BlockConfig
 from echo_trt.models.roles import BlockModule, HeadModule, Role, TargetModule
+from echo_trt.models.weights import release_weights
 from echo_trt.speculation.pack import BLOCK, BlockShape, ForwardBatch, pack, pack_blocks
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 
@@ -27,6 +29,20 @@ LONGEST_WINDOW = 1024  # tokens of a window whose end is checked; larger: more w
 CONTEXT = 20  # cached context rows of a block; larger: fewer rows of a block fit behind them
 TEXTS, LENGTH = 8, 48  # of the text by which few bits are judged; larger: a steadier measure, and a longer build
 TABLE = (2, 0, 3)  # the request's KV blocks, scattered over the pool
+
+
+def check_compiled(role: Role, compiled: CompiledRole, precision: str) -> SelfCheck | None:
+    """Check what was compiled of ``role``, whose weights leave the memory; None where that cannot run here."""
+    if compiled.open is None:
+        return None
+    open_file, few_bits = compiled.open, precision in RISES and isinstance(role, TargetModule)
+
+    def opened(blocks: int) -> Engine:
+        release_weights(role)
+        return open_file(blocks)
+
+    text = write_text(role) if few_bits else None
+    return check_engine(role, opened, precision, text, compiled.longest or LONGEST_WINDOW)
 
 
 def check_engine(
@@ -136,19 +152,6 @@ def write_text(role: TargetModule) -> np.ndarray:
         engine.commit_states(each, one)
         tokens = np.hstack((tokens, (logits + rng.gumbel(size=logits.shape)).argmax(1)[:, None]))
     return tokens
-
-
-def worst(first: SelfCheck | None, second: SelfCheck | None) -> SelfCheck | None:
-    """Merge two ranks' checks into one of the worse figures."""
-    if first is None or second is None:
-        return first or second
-    return SelfCheck(
-        prompt_error=max(first.prompt_error, second.prompt_error),
-        tree_error=max(first.tree_error, second.tree_error),
-        bound=first.bound,
-        same_argmax=min(first.same_argmax, second.same_argmax),
-        measure=first.measure,
-    )
 
 
 def block_shape(config: BlockConfig) -> BlockShape:

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from echo_trt.bundle.recipe import NETWORKS, EngineName, Precision, Recipe, Sampling
+from echo_trt.bundle.recipe import DRAFTS, ENGINES, EngineName, Precision, Recipe, Sampling
 from echo_trt.errors import UserError, first_mistake, shown
+from echo_trt.files.extras import extra, registered
 from echo_trt.files.inputs import read_text
 
 FORMAT = 2
@@ -101,13 +102,6 @@ class SelfCheck(_Facts):
         return f"an error of {self.error:.1e} of the largest logit (bound {self.bound:g})"
 
 
-class TensorRTFacts(_Facts):
-    """Names the version of TensorRT and the compute capabilities, such as 8.9, of an engine."""
-
-    version: str
-    capabilities: list[str]
-
-
 class Manifest(_Facts):
     """Holds manifest.json.
 
@@ -115,6 +109,7 @@ class Manifest(_Facts):
     draft_sha256   of the draft's checkpoint, "" without a draft network; a calibration belongs to it
     checks         network -> self-check; a network that could not be checked where it was built is missing
     files          name -> sha256
+    engine_facts   what the engine must find as it was when it opens the bundle
     sampling       what recipe and checkpoint recommend: defaults of requests
     tokenizer      whose it is where the target's weights are random; "": the target's
     """
@@ -129,7 +124,7 @@ class Manifest(_Facts):
     eos_token_ids: list[Annotated[int, Field(ge=0)]]
     target_sha256: str
     draft_sha256: str
-    tensorrt: TensorRTFacts | None = None
+    engine_facts: dict[str, str | list[str]] = {}
     checks: dict[str, SelfCheck]
     tools: dict[str, str]
     files: dict[FileName, str]
@@ -139,15 +134,14 @@ class Manifest(_Facts):
     @model_validator(mode="after")
     def _is_whole(self) -> Manifest:
         kind = self.recipe.draft.kind
-        if (self.draft is not None) != (kind in NETWORKS):
+        known = extra(DRAFTS, kind)
+        if (self.draft is not None) != known.network:
             raise ValueError(f"draft is {'not used' if self.draft else 'missing'} for recipe.draft.kind {kind}")
-        if (self.tensorrt is not None) != self.engine.startswith("tensorrt"):
-            raise ValueError(f"tensorrt is {'not used' if self.tensorrt else 'missing'} for engine {self.engine}")
         for network in filter(None, (self.target, self.draft)):
             for file in (network.file, *network.rank_files):
                 if file not in self.files:
                     raise ValueError(f"files has no hash of {file}")
-        if self.draft is not None and (self.draft.block is not None) != (kind == "block"):
+        if self.draft is not None and (self.draft.block is not None) != known.block:
             raise ValueError(f"draft.block is {'not used' if self.draft.block else 'missing'} for draft.kind {kind}")
         if self.draft and self.draft.block and self.draft.block.confidence and CONFIDENCE not in self.files:
             raise ValueError(f"files has no hash of {CONFIDENCE}")
@@ -162,11 +156,10 @@ class Manifest(_Facts):
             raise ValueError(f"eos_token_ids has {last}, and the last token is {largest}")
         if self.draft and self.draft.file == self.target.file:
             raise ValueError(f"draft.file is {self.draft.file}, which is target.file")
-        if self.draft and self.recipe.draft.kind in ("eagle3", "mtp"):
-            times, word = (3, "three times ") if self.recipe.draft.kind == "eagle3" else (1, "")
+        if self.draft and (times := extra(DRAFTS, self.recipe.draft.kind).features):
             size, wanted = self.draft.feature_size, times * self.target.hidden_size
             if size != wanted:
-                raise ValueError(f"draft.feature_size is {size}, and {word}target.hidden_size is {wanted}")
+                raise ValueError(f"draft.feature_size is {size}, and {times} times target.hidden_size is {wanted}")
         if self.draft and self.draft.block:
             size, token = self.draft.feature_size, self.draft.block.mask_token
             if size < 1 or size % self.target.hidden_size:
@@ -200,7 +193,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _without_retired(raw: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what earlier versions wrote and no version reads any more."""
+    """Leave out what earlier versions wrote and no version reads any more, and find what they wrote elsewhere."""
+    for name in registered(ENGINES):  # under which an engine's facts stood
+        if facts := raw.pop(name, None):
+            raw["engine_facts"] = facts
     checks, draft = raw.get("checks"), raw.get("draft")
     block = draft.get("block") if isinstance(draft, dict) else None
     recipe = raw.get("recipe")
@@ -221,11 +217,6 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         file = folder / name
         if not file.exists():
             raise UserError(f"bundle {folder} lacks its file {name}; build it again.")
-        if manifest.engine == "openvino" and file.suffix == ".data" and folder.resolve() not in file.resolve().parents:
-            raise UserError(
-                f"bundle file {file} is a link to {file.resolve()}, and OpenVINO reads no weights from outside of the "
-                "bundle; copy it with its files (cp -rL)."
-            )
     with ThreadPoolExecutor() as pool:  # files of a divided target are hundreds of GB, and hashing holds no lock
         list(pool.map(_verify, (folder / name for name in manifest.files), manifest.files.values()))
 

@@ -50,6 +50,7 @@ def build(options: BuildOptions) -> None:
     Examples: `echo-trt build build/smollm2-135m.yaml -o bundles/smollm2-135m`,
     `echo-trt build Qwen/Qwen3-8B --draft AngelSlim/Qwen3-8B_eagle3 --engine torch --gpu-memory-utilization 0.9`
     """
+    from echo_trt.backends.kind import built_as
     from echo_trt.cli.progress import BuildProgress
     from echo_trt.cli.recipes import recipe_for, sized
 
@@ -57,7 +58,7 @@ def build(options: BuildOptions) -> None:
     table = extra("build", "table")  # if it is missing, then before the hours of compiling
     if options.random_weights:
         found = extra("build", "random_weights")(found)
-    settings = found.built_as(options.engine, options.precision)
+    settings = built_as(found, options.engine, options.precision)
     settings = sized(settings, path, options)
     folder = options.output or Path("bundles") / settings.name
     with BuildProgress(messages) as progress:

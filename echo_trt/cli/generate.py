@@ -55,7 +55,6 @@ def run(options: GenerateOptions, out: Console, messages: Console) -> dict[str, 
                 False if options.compare else None,  # of two policies the second would find what the first computed
                 special_tokens_in_content=options.special_tokens_in_content,
                 kv_cache_memory=options.kv_cache_memory,
-                synthetic_text=options.synthetic_text,
             )
         policy = llm.loop.planner.name
         check_lengths(llm, work.prompts)
@@ -64,8 +63,6 @@ def run(options: GenerateOptions, out: Console, messages: Console) -> dict[str, 
         llm.loop.batch.forget_cached()
         answer = extra("generate", "compare") if options.compare else _answer
         result = answer(work, llm, policy, out, messages)
-        if text := llm.networks.synthetic:
-            result["summary"]["synthetic_text"] = text.rates.text
         write(json_bytes(result))
     return result
 

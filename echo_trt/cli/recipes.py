@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from echo_trt.backends.kind import built_as, engine_kind, usual_engine
 from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
 from echo_trt.bundle.recipe import HUB, Recipe
 from echo_trt.bundle.sources import CONFIG, from_hub
 from echo_trt.cli.options import BuildOptions
+from echo_trt.engine.drafters.kind import draft_kinds
 from echo_trt.errors import UserError
 from echo_trt.files.inputs import is_gguf
 
@@ -26,7 +28,7 @@ def recipe_for(what: str, draft: str | None = None, engine: str | None = None) -
 
     what    a recipe's file, or a shipped one's name; an id of the hub, OWNER/NAME; or a checkpoint, a folder or .gguf
     draft   an id or a checkpoint of the draft, for another one than the recipe's
-    engine  that was chosen; None: a shipped recipe for a GPU is for OpenVINO on a machine without one
+    engine  that was chosen; None: a shipped recipe for a GPU is for the usual engine on a machine without one
     """
     path = Path(what).expanduser()
     if path.suffix in (".yaml", ".yml") or (path.is_file() and not is_gguf(path)):
@@ -65,7 +67,8 @@ def shipped_folder() -> Path:
 
 
 def _for_this_machine(recipe: Recipe, engine: str | None) -> Recipe:
-    return recipe.built_as("openvino", None) if engine is None and not _has_gpu() else recipe
+    suits = engine is not None or engine_kind(recipe.engine).suits
+    return recipe if suits else built_as(recipe, usual_engine(), None)
 
 
 def _shipped(target: dict[str, str], draft: str | None) -> Path | None:
@@ -96,7 +99,7 @@ def _derived(target: dict[str, str], draft: str | None) -> Recipe:
         "name": re.sub(r"[^a-z0-9._-]", "-", name.lower().removesuffix(".gguf")),
         "target": target,
         "draft": {"kind": "lookup"},
-        "engine": "torch" if _has_gpu() else "openvino",
+        "engine": usual_engine(),
         "limits": {"batch": 64, "context": _context(target)},
         "decoding": {"max_depth": 8, "beams": 4, "width": 8, "static": {"depth": 6, "top_k": 4, "tokens": 16}},
     }
@@ -116,16 +119,10 @@ def _context(target: dict[str, str]) -> int:
 
 def _kind(source: dict[str, str], name: str) -> str:
     """Tell a draft's kind from its configuration."""
-    from echo_trt.models.block_config import is_block
-    from echo_trt.models.read_config import is_eagle3
-
     raw = _config(source)
-    if is_block(raw):
-        return "block"
-    if is_eagle3(raw):
-        return "eagle3"
-    if str((raw.get("architectures") or [""])[0]).endswith("ForCausalLM"):
-        return "model"
+    for kind in draft_kinds():
+        if kind.knows(raw):
+            return kind.name
     raise UserError(
         f"draft {name}: architectures is {raw.get('architectures')}, which is no draft that echo-trt knows; give an "
         "EAGLE-3 head, a block drafter or a smaller model."
@@ -141,12 +138,6 @@ def _config(source: dict[str, str]) -> dict[str, Any]:
     return open_checkpoint(folder).config if folder.is_file() else read_json(folder / "config.json")
 
 
-def _has_gpu() -> bool:
-    from echo_trt.backends.cuda.device import has_cuda
-
-    return has_cuda()
-
-
 def sized(recipe: Recipe, folder: Path, options: BuildOptions) -> Recipe:
     """Return the recipe with the limits that are on the command line. ``folder``: that its paths are relative to."""
     from echo_trt.sizing.limits import filling, limited, with_kv_cache
@@ -159,8 +150,8 @@ def sized(recipe: Recipe, folder: Path, options: BuildOptions) -> Recipe:
         return with_kv_cache(recipe, folder, memory)
     if utilization is None:
         return recipe
-    if recipe.engine == "openvino":
-        raise UserError("--gpu-memory-utilization is for a GPU, but the engine is openvino; leave it out.")
+    if engine_kind(recipe.engine).card is None:
+        raise UserError(f"--gpu-memory-utilization is for a GPU, but the engine is {recipe.engine}; leave it out.")
     import torch
 
     from echo_trt.backends.cuda.device import compute_capability, cuda_device

@@ -19,7 +19,7 @@ from echo_trt.errors import UserError
 from echo_trt.server.keys import read as read_keys
 from echo_trt.server.options import ANY, checked_hosts, checked_names, checked_origins
 from echo_trt.supervision.engine import EngineProcess
-from echo_trt.supervision.options import SYNTHETIC, ServeOptions
+from echo_trt.supervision.options import ServeOptions
 from echo_trt.supervision.probe import tells
 from echo_trt.supervision.process import Process, ProcessLog
 from echo_trt.supervision.supervised import ANSWER_SECONDS, Supervised, Supervisor, port_trouble, supervise
@@ -33,7 +33,6 @@ def run(job: ServeOptions) -> int:
     job = replace(job, host=_address(job.host, socket.AF_INET if job.triton else socket.AF_UNSPEC))
     _check(job)
     named = tuple(name for name in job.served_model_names if name != ANY) or (MODEL, _name(job.bundle))
-    named += (named[-1] + SYNTHETIC,) if job.synthetic_text else ()  # the last one is the live page's
     names = named + ((ANY,) if ANY in job.served_model_names else ())
     job = replace(job, served_model_names=checked_names(names))
     server = find_server() if job.triton else None
@@ -131,7 +130,7 @@ def _urls(job: ServeOptions) -> str:
     def line(name: str, port: int, path: str) -> str:
         return f"{name:8} http://{job.shown_host}:{port}{path}"
 
-    lines = [job.serving]
+    lines = ["serving"]
     if job.triton:
         lines.append(line("HTTP", job.triton_ports["http"], f"/v2/models/{MODEL}/generate_stream"))
         lines.append(f"gRPC     {job.shown_host}:{job.triton_ports['grpc']}")

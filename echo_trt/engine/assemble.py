@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
+from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.calibration import Calibration, read_calibration
 from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_manifest, verify_files
 from echo_trt.bundle.stored import CALIBRATION
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.core import EngineCore
-from echo_trt.engine.drafters.block import BlockDrafter, read_confidence
-from echo_trt.engine.drafters.eagle3 import Drafter, Eagle3Drafter, EngineDrafter
+from echo_trt.engine.drafters.block import read_confidence
+from echo_trt.engine.drafters.eagle3 import Drafter
+from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.engine.drafters.levels import LevelsDrafter
 from echo_trt.engine.drafters.lookup import LookupDrafter
 from echo_trt.engine.kv_pool import KVPool, kv_pool
 from echo_trt.engine.params import MAX_STOP_TOKENS
-from echo_trt.engine.synthetic import SyntheticText
 from echo_trt.errors import UserError
-from echo_trt.files.extras import extra
 from echo_trt.speculation.paths import MAX_ROWS
 from echo_trt.speculation.planner import Planner
 from echo_trt.speculation.policies import reserve_for
@@ -37,7 +36,6 @@ class Networks:
 
     pool        the size of the KV pool; of a part, the whole pool's
     confidence  float32 [V], by token, of a block drafter's confidence head; None: it has none
-    synthetic   the text that takes the place of the networks' choices
     """
 
     manifest: Manifest
@@ -47,7 +45,6 @@ class Networks:
     draft: Engine | None
     calibration: Calibration | None
     confidence: np.ndarray | None = None
-    synthetic: SyntheticText | None = None
 
     @cached_property
     def _lookup(self) -> LookupDrafter:
@@ -57,7 +54,7 @@ class Networks:
     @cached_property
     def drafter(self) -> Drafter | None:
         """The draft; None: there is none."""
-        if self.manifest.recipe.draft.kind == "lookup":
+        if draft_kind(self.manifest.recipe.draft.kind).copies:
             return self._lookup
         return drafter_with(self.manifest, self.batch, self.draft, self.confidence)
 
@@ -69,7 +66,7 @@ class Networks:
     def prepare(self, planner: Planner) -> None:
         """Capture the drafts that ``planner`` will ask a device for as CUDA graphs, before requests wait for them."""
         if isinstance(self.drafter, LevelsDrafter):
-            self.drafter.engine.capture_levels(planner.level_shapes, self.synthetic)
+            self.drafter.engine.capture_levels(planner.level_shapes)
 
     def loop(self, planner: Planner) -> EngineCore:
         """Make an engine core over these networks; one core at a time may have running requests."""
@@ -77,7 +74,7 @@ class Networks:
         chunk = manifest.recipe.limits.prefill_chunk
         if manifest.target.state_values:
             chunk = min(chunk, MAX_ROWS)
-        return EngineCore(self.target, self.drafter, self.batch, planner, manifest.eos_token_ids, chunk, self.synthetic)
+        return EngineCore(self.target, self.drafter, self.batch, planner, manifest.eos_token_ids, chunk)
 
     def over(self, batch: InputBatch) -> Networks:
         """Return the same networks over other slots, such as a part of the KV pool; these must rest meanwhile."""
@@ -89,12 +86,10 @@ def load_networks(
     batch: int | None = None,
     prefix_cache: bool | None = None,
     kv_cache_memory: int | None = None,
-    synthetic: Any = None,
 ) -> Networks:
     """Open a bundle; ``batch`` (running requests) and ``prefix_cache`` override the recipe's.
 
-    ``kv_cache_memory``: bytes of the KV pool; None: see ``kv_pool``. ``synthetic``: acceptance of a text that takes the
-    place of the networks' choices.
+    ``kv_cache_memory``: bytes of the KV pool; None: see ``kv_pool``.
     """
     manifest = read_manifest(folder)
     if (ends := len(manifest.eos_token_ids)) > MAX_STOP_TOKENS:
@@ -103,7 +98,6 @@ def load_networks(
             "build the bundle again."
         )
     verify_files(folder, manifest)
-    text = extra("synthetic_text", "text")(folder, manifest, synthetic) if synthetic else None
     recipe = manifest.recipe
     limits, reserve = recipe.limits, reserve_for(recipe.decoding.model_dump())
     count = batch or limits.batch
@@ -115,48 +109,38 @@ def load_networks(
     target = _engine(folder, manifest, manifest.target, input_batch, pool.blocks)
     draft = _engine(folder, manifest, manifest.draft, input_batch, pool.blocks) if manifest.draft else None
     path = folder / CALIBRATION
-    known = None  # log q of synthetic text says the chance truly
-    if path.exists() and not text:
+    known = None
+    if path.exists():
         known = read_calibration(path, manifest.target_sha256, manifest.draft_sha256)
-    return Networks(manifest, pool, input_batch, target, draft, known, read_confidence(folder, manifest), text)
+    return Networks(manifest, pool, input_batch, target, draft, known, read_confidence(folder, manifest))
 
 
 def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputBatch, blocks: int) -> Engine:
     """Open the network of ``facts``: the manifest's target, or its draft."""
     network = "target" if facts is manifest.target else "draft"
     slots, slot_blocks = batch.block_table.shape
-    open_file: Callable[..., Any]
-    if manifest.tensorrt:
-        from echo_trt.backends.tensorrt.engine import TensorRTEngine
-
-        opener: Callable[..., Any] = TensorRTEngine.open
-        sizes = {"slots": slots, "blocks": slot_blocks, "num_blocks": blocks, "tree": batch.reserve}
-        open_file = partial(opener, facts=manifest.tensorrt, **sizes)
-    elif manifest.engine == "torch":
-        from echo_trt.backends.torch.engine import open_torch
-
-        bounds = CallBounds(slots, slot_blocks, batch.reserve)
-        open_file = partial(open_torch, num_blocks=blocks, bounds=bounds)
-    else:
-        from echo_trt.backends.openvino.engine import OpenVINOEngine
-
-        precision = manifest.recipe.draft_precision if network == "draft" else manifest.precision
-        engine = OpenVINOEngine(folder / facts.file, precision, blocks, slots=slots)
-        _check_network(engine.widths, folder / MANIFEST, manifest, network)
-        return engine
+    open_file = partial(
+        engine_kind(manifest.engine).open,
+        precision=manifest.recipe.draft_precision if network == "draft" else manifest.precision,
+        num_blocks=blocks,
+        bounds=CallBounds(slots, slot_blocks, batch.reserve),
+        facts=manifest.engine_facts,
+    )
     if network == "target" and facts.rank_files:  # divided, in a process per rank; the draft stands whole in this one
         from echo_trt.backends.parallel.ranked import RankedEngine, of_rank
 
         files = tuple(folder / file for file in facts.rank_files)
         return RankedEngine(partial(of_rank, files, open_file), len(files))
-    opened: Engine = open_file(folder / facts.file)
-    return opened
+    engine = open_file(folder / facts.file)
+    if engine.widths:
+        _check_network(engine.widths, folder / MANIFEST, manifest, network)
+    return engine
 
 
-def _check_network(widths: dict[str, int], path: Path, manifest: Manifest, network: str) -> None:
+def _check_network(widths: Mapping[str, int], path: Path, manifest: Manifest, network: str) -> None:
     """Refuse a manifest that names another network's file, or sizes that are not this one's."""
-    facts, kind = getattr(manifest, network), manifest.recipe.draft.kind
-    head, reads = kind in ("eagle3", "mtp"), kind in ("eagle3", "mtp", "block")
+    facts, kind = getattr(manifest, network), draft_kind(manifest.recipe.draft.kind)
+    head, reads = kind.hidden, kind.features is not None
     if network == "target":
         right, sizes = "logits" in widths and (not reads or "features" in widths), {"vocab_size": "logits"}
     else:
@@ -178,13 +162,6 @@ def drafter_with(
     manifest: Manifest, batch: InputBatch, engine: Engine | None, confidence: np.ndarray | None = None
 ) -> Drafter | None:
     """Return the drafter of a bundle whose draft network ``engine`` runs."""
-    draft, facts = manifest.recipe.draft, manifest.draft
-    if engine is None or facts is None:
+    if engine is None or manifest.draft is None:
         return None
-    chunk = manifest.recipe.limits.prefill_chunk
-    if draft.kind == "model":
-        return EngineDrafter(engine, batch, chunk)
-    if facts.block is not None:
-        return BlockDrafter(engine, batch, chunk, facts.feature_size, facts.block, confidence)
-    kind = LevelsDrafter if engine.drafts_levels else Eagle3Drafter
-    return kind(engine, batch, chunk, facts.feature_size, facts.hidden_size)
+    return draft_kind(manifest.recipe.draft.kind).drafter(manifest, batch, engine, confidence)

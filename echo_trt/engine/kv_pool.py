@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.engine.host_memory import OPTION, available_memory, gigabytes
 from echo_trt.errors import UserError
@@ -79,7 +80,7 @@ def kv_pool(
     size, needed = block_bytes(manifest.engine, networks), manifest.recipe.request_blocks
     wanted, available = needed * (batch or limits.batch), None
     states = 4 * manifest.target.state_values * (batch or limits.batch)
-    if on_cpu(manifest.engine):
+    if engine_kind(manifest.engine).on_host:
         available = available_memory() // processes - _weights(folder, manifest) - states
     if memory is not None:
         blocks = _chosen(manifest, memory, size)
@@ -93,7 +94,7 @@ def kv_pool(
 
 def _chosen(manifest: Manifest, memory: int, size: int) -> int:
     """Return the blocks of ``size`` bytes that ``memory`` bytes hold."""
-    if manifest.tensorrt:
+    if engine_kind(manifest.engine).fixed_pool:
         raise UserError(f"{OPTION} is given, but {manifest.engine} compiles the pool in; leave it out, or build again.")
     check_memory(memory, manifest.recipe.request_blocks * size, manifest.recipe.limits.context)
     return memory // size
@@ -120,40 +121,26 @@ def _check_available(available: int, size: int, needed: int, context: int) -> No
     )
 
 
-def on_cpu(engine: str) -> bool:
-    """Return whether an engine has its pool in the memory of the host."""
-    if engine == "torch":
-        from echo_trt.backends.cuda.device import has_cuda
-
-        return not has_cuda()
-    return engine == "openvino"
-
-
 def block_bytes(engine: str, networks: Iterable[tuple[Any, str]]) -> int:
     """Return the bytes of a block in the pools of ``networks``, with precisions, and of its tokens' features.
 
     A network states its ``kv_values`` of a cached token, on one GPU where it is divided, ``feature_size`` and
     ``hidden_size``.
     """
-    total, host = 0, on_cpu(engine)
+    kind, total = engine_kind(engine), 0
+    host = kind.on_host
     for network, precision in networks:
-        value = _value_bytes(engine, precision)
-        total += network.kv_values * value + kept_features(engine, network, host) * (4 if host else value)
+        value = kind.value_bytes(precision)
+        features = network.feature_size if host else kept_features(engine, network)
+        total += network.kv_values * value + features * (4 if host else value)
     return BLOCK * total
 
 
-def kept_features(engine: str, network: Any, on_host: bool = False) -> int:
-    """Return the values that a draft keeps of a token's features: on a GPU PyTorch keeps its projection of them."""
-    size: int = network.feature_size
-    return network.hidden_size if size and engine == "torch" and not on_host else size
-
-
-def _value_bytes(engine: str, precision: str) -> int:
-    if engine == "openvino":
-        from echo_trt.backends.openvino import cpu
-
-        return int(cpu.compute_type(precision).size)
-    return 4 if precision == "fp32" else 2
+def kept_features(engine: str, network: Any) -> int:
+    """Return the values that a draft keeps on a GPU of a token's features, or of the draft's projection of them."""
+    card, size = engine_kind(engine).card, network.feature_size
+    kept: int = network.hidden_size if size and card and card.projects_features else size
+    return kept
 
 
 def _weights(folder: Path, manifest: Manifest) -> int:

@@ -22,9 +22,10 @@ from echo_trt.engine.params import (
     TokenSource,
 )
 from echo_trt.engine.request import Request
+from echo_trt.engine.text import AnswerText
 from echo_trt.engine.tuning import Tuning
 from echo_trt.errors import UserError, encodable, shown
-from echo_trt.files.extras import extra
+from echo_trt.files.extras import extras
 from echo_trt.grammar.compiler import GrammarCompiler
 from echo_trt.grammar.state import ReasoningState, Vocabulary
 from echo_trt.models.chat import ChatEncoder
@@ -50,7 +51,6 @@ class LLM:
         prefix_cache: bool | None = None,
         special_tokens_in_content: bool = False,
         kv_cache_memory: int | None = None,
-        synthetic_text: str | None = None,
     ):
         """``policy``, ``batch`` (running requests), ``budget`` (K_max) and ``prefix_cache`` override the recipe's.
 
@@ -58,18 +58,16 @@ class LLM:
         for, up to a whole context for each running request.
         ``note`` is told, in a sentence, what a user should know of the start. With ``special_tokens_in_content`` a
         control token's name in a prompt, such as ``<|im_end|>``, becomes that token; else it is text.
-        ``synthetic_text``: acceptance rates such as 0.75 of a text that is no model's, to measure speed by.
         """
         if batch is not None and not 1 <= batch <= MAX_AT_ONCE:
             raise UserError(f"batch is {batch}; give a whole number from 1 to {MAX_AT_ONCE}.")
         if budget is not None and budget < 1:
             raise UserError(f"budget is {budget}; give a whole number of 1 or more.")
         folder = Path(bundle)
-        rates = extra("synthetic_text", "rates")(synthetic_text) if synthetic_text is not None else None
-        self.networks = load_networks(folder, batch, prefix_cache, kv_cache_memory, rates)
+        self.networks = load_networks(folder, batch, prefix_cache, kv_cache_memory)
+        for wrapped in extras("networks"):
+            self.networks = wrapped(self.networks, folder, note)
         self.manifest = self.networks.manifest
-        if rates:
-            note(rates.sentence)
         self.pool = self.networks.pool
         if self.pool.warning:
             note(self.pool.warning)
@@ -189,7 +187,7 @@ class LLM:
             )
         if loop.scheduler.busy:
             raise UserError("another stream of this LLM is still open; finish or close it first.")
-        open_requests: set[Request] = set()
+        open_requests: dict[Request, AnswerText] = {}
         try:
             for index, (ids, prompt_params) in enumerate(zip(prompts, all_params, strict=True)):
                 try:
@@ -197,16 +195,20 @@ class LLM:
                     loop.scheduler.add(request)
                 except UserError as error:
                     raise UserError(f"{name}[{index}]: {error}") from error
-                open_requests.add(request)
+                open_requests[request] = self.text_of(request)
             while open_requests:
                 for request, tokens in loop.step():
-                    delta = request.take(loop.scheduler.cancel, tokens)
-                    reported = (delta.sources, delta.offsets) if request.params.token_sources else ((), ())
+                    text = open_requests[request]
+                    before = text.used
+                    piece, _, offsets = text.follow(request, tokens, loop.scheduler.cancel)
+                    reported = (
+                        (request.sources[before : text.used], offsets) if request.params.token_sources else ((), ())
+                    )
                     if request.finish_reason:
-                        open_requests.remove(request)
-                        yield Delta(request.id, delta.text, request.completion(), *reported)
-                    elif delta.text or delta.sources:
-                        yield Delta(request.id, delta.text, None, *reported)
+                        del open_requests[request]
+                        yield Delta(request.id, piece, text.completion(request), *reported)
+                    elif piece or reported[0]:
+                        yield Delta(request.id, piece, None, *reported)
         finally:  # an abandoned stream leaves nothing behind
             for request in open_requests:
                 loop.scheduler.cancel(request)
@@ -216,8 +218,12 @@ class LLM:
         self.prepare(request := Request(id, np.asarray(ids, np.int64), params))
         return request
 
+    def text_of(self, request: Request) -> AnswerText:
+        """Begin the text of a request's answer, behind what it has ``generated``."""
+        return AnswerText(self.tokenizer.backend_tokenizer, request.params, request.generated)
+
     def prepare(self, request: Request, compiled: bool = True) -> None:
-        """Check a request that the loop has not seen, and begin its text behind what it has ``generated``.
+        """Check a request that the loop has not seen, which goes on behind what it has ``generated``.
 
         Log-probabilities and sources of generated tokens are not known here.
         ``compiled``: false leaves its grammar to ``set_grammar``. Raises UserError.
@@ -230,11 +236,6 @@ class LLM:
                 "logit_bias",
             )
         budget = params.thinking_token_budget
-        if self.networks.synthetic and (params.structured is not None or budget is not None):
-            field = "thinking_token_budget" if params.structured is None else "structured"
-            raise UserError(
-                f"{field} needs a model's text, and this one is synthetic (--synthetic-text); leave it out.", field
-            )
         if self._marks is None and budget is not None:
             raise UserError(
                 f"thinking_token_budget is {budget}, but this model does not think (its tokenizer has no token "
@@ -259,7 +260,6 @@ class LLM:
             request.logprobs = [TokenLogprobs(token, math.nan) for token in generated]
         if params.token_sources:
             request.sources = [TokenSource(token, TOKEN_SOURCES[0]) for token in generated]
-        request.begin_text(self.tokenizer.backend_tokenizer)
         if compiled:
             self.set_grammar(request)
 

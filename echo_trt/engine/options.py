@@ -17,7 +17,6 @@ from cyclopts import App, CycloptsError, Parameter, Token
 
 from echo_trt.engine.params import MAX_AT_ONCE
 from echo_trt.errors import UserError, no_memory
-from echo_trt.files.extras import extra
 from echo_trt.files.log import tell_mistake
 
 #: Of options: a flag has no opposite of its own, and where an option is repeated its last value counts.
@@ -76,10 +75,6 @@ def _bytes(_: object, tokens: Sequence[Token]) -> int:
     return bytes_in(OPTION, tokens[0].value)
 
 
-def _rates(_: object, tokens: Sequence[Token]) -> str:
-    return str(extra("synthetic_text", "rates")(tokens[-1].value).text)
-
-
 def _load_policies(_: object, tokens: Sequence[Token]) -> Path:
     """Register the policies of a file before any command looks for one. Raises UserError."""
     from echo_trt.speculation.policies import load_policies
@@ -106,15 +101,6 @@ KVCacheMemory = Annotated[
         "CPU up to half of the free memory.",
     ),
 ]
-SyntheticRates = Annotated[
-    str | None,
-    Parameter(
-        metavar="RATES",
-        converter=_rates,
-        help="Measure speed without trained weights: the text is made up, and drafts are accepted at this rate, such "
-        "as 0.75, at rates by depth, as 0.8,0.7,0.6, or by depth and rank, in a JSON file.",
-    ),
-]
 Flag = Annotated[bool, Parameter(show_default=False)]  # off where it is not given
 LogFormat = Annotated[Literal["text", "json"], Parameter(help="How the log is written: lines of text, or of JSON.")]
 SpecialTokens = Annotated[
@@ -133,19 +119,16 @@ class EngineOptions:
     policy_file: PolicyFile = None
     batch: BatchSize = None
     kv_cache_memory: KVCacheMemory = None
-    synthetic_text: SyntheticRates = None
     others: ClassVar[tuple[str, ...]] = ()  # names of a subclass's options that are handed on
 
     @property
     def given(self) -> dict[str, str]:
-        """The options but ``bundle``, as text for another process; rates in a file are written out."""
-        rates = extra("synthetic_text", "rates")(self.synthetic_text).words if self.synthetic_text else None
+        """The options but ``bundle``, as text for another process."""
         options = {
             "policy": self.policy,
             "policy-file": self.policy_file and self.policy_file.resolve(),
             "batch": self.batch,
             "kv-cache-memory": None if self.kv_cache_memory is None else f"{self.kv_cache_memory}B",
-            "synthetic-text": rates,
             **{name.replace("_", "-"): getattr(self, name) for name in self.others},
         }
         return {name: "true" if value is True else str(value) for name, value in options.items() if value}

@@ -12,7 +12,6 @@ import numpy as np
 
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.params import TOKEN_SOURCES, TokenLogprobs, TokenSource
-from echo_trt.engine.synthetic import SyntheticText
 from echo_trt.grammar.state import GrammarFailed, State
 from echo_trt.speculation.arrays import begins, ragged_arange
 from echo_trt.speculation.pack import ForwardBatch
@@ -34,7 +33,6 @@ class TargetOutput:
     slots        int64 [B]
     probability  float64 [n], the planner's P(accept) of the nodes of decoding requests
     proposer     source that nodes of the source DRAFT are reported as (``EngineCore.proposer``)
-    synthetic    the text that is given in the place of the choices, which are made all the same; None: the choices
     """
 
     tree: SuperTree
@@ -45,7 +43,6 @@ class TargetOutput:
     batch: InputBatch
     probability: np.ndarray = field(default_factory=lambda: np.zeros(0))
     proposer: int = DRAFT
-    synthetic: SyntheticText | None = None
     failures: dict[int, str] = field(default_factory=dict)  # request -> why its grammar cannot go on
     _grammars: dict[int, State] = field(default_factory=dict)  # node -> what may follow its path
 
@@ -88,10 +85,6 @@ class TargetOutput:
             tokens = self._all_tokens[nodes]
         else:
             tokens = self._best(nodes) if self._greedy else self._chosen(nodes)
-        if self.synthetic:
-            slots = self._slots_of(nodes)
-            positions = self.batch.length[slots] + self.tree.depth[nodes]
-            return self.synthetic.next_tokens(self.batch.text_key[slots], self.tree.token[nodes], positions)
         return self._allowed(nodes, tokens) if self._constrained else tokens
 
     def _allowed(self, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -12,12 +12,11 @@ from echo_trt.bundle.manifest import NGRAMS
 from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.engine.assemble import Networks
-from echo_trt.engine.drafters.block import BlockDrafter
 from echo_trt.engine.drafters.grammars import GrammarProposer
 from echo_trt.engine.measure import disturbance, machine, measure, times_as_long, without_speculation
 from echo_trt.errors import UserError
 from echo_trt.speculation.arrays import next_size
-from echo_trt.speculation.goodput.model.acceptance import CALIBRATED_START, UNCALIBRATED_START, Acceptance
+from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt.speculation.goodput.model.ngrams import NGrams
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.goodput.settings import GoodputSettings
@@ -105,7 +104,7 @@ class Tuning:
             settings["gates"] = calibration.sparse_gates if calibration else USUAL_GATES
         settings |= {"budget": budget or settings["budget"], "calibration": calibration}
         if policy_named(name).shares_budget:
-            if decoding.gates is None and calibration is None and not self._networks.synthetic:
+            if decoding.gates is None and calibration is None:
                 reported = ", ".join(f"{threshold:g} at depth {depth}" for depth, threshold in USUAL_GATES.items())
                 self._note(
                     f"{self._folder} has no {CALIBRATION}: gates are the usual {reported}; run echo-trt calibrate."
@@ -119,24 +118,23 @@ class Tuning:
 
     def _goodput(self, name: str, settings: GoodputSettings, networks: Networks) -> GoodputPlanner:
         calibration = networks.calibration
-        synthetic = networks.synthetic is not None
-        if calibration is None and self._manifest.draft is not None and not synthetic:
+        if calibration is None and self._manifest.draft is not None:
             self._note(
                 f"{self._folder} has no {CALIBRATION}: goodput learns its draft's acceptance while it answers; "
                 "echo-trt calibrate measures it beforehand."
             )
-        depths, start = self._manifest.recipe.decoding.max_depth, CALIBRATED_START if synthetic else UNCALIBRATED_START
+        depths = self._manifest.recipe.decoding.max_depth
         return GoodputPlanner(
             name,
             settings,
             self.costs.costs(),
-            calibration.model() if calibration else Acceptance.uncalibrated(depths, start),
+            calibration.model() if calibration else Acceptance.uncalibrated(depths),
             networks.batch.count,
             self.ngrams,
             networks.copier,
             GrammarProposer(networks.batch, networks.copier),
             head=networks.drafter is not networks.copier,
             budget=self.costs.hinge.k_max,
-            block=networks.drafter.block if isinstance(networks.drafter, BlockDrafter) else 0,
+            block=networks.drafter.block if networks.drafter else 0,
             chain_alone=networks.target.rounds_trees,
         )

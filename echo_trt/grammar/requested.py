@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from echo_trt.errors import GrammarError, shown
@@ -55,13 +56,18 @@ def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
         raise GrammarError(f"structured.{kind} has {len(text)} characters; give at most {LONGEST}.")
     if kind == "grammar":
         _check_grammar(value)
+    return kind, _checked_schema(text) if kind == "json" else value
+
+
+@lru_cache(16)  # the choices of a request have one schema
+def _checked_schema(text: str) -> Any:
+    """Check a schema, written as JSON, and close its objects. Nobody may change what is returned."""
+    schema = json.loads(text)
     try:
-        if kind == "json":
-            _check_schema(value)
-            value = closed(value) if isinstance(value, Mapping) else value
+        _check_schema(schema)
+        return closed(schema) if isinstance(schema, Mapping) else schema
     except RecursionError:
         raise GrammarError(f"structured.json is nested too deep; {REMEDY}") from None
-    return kind, value
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -17,7 +15,7 @@ class TokenTexts:
         self._added = backend.get_added_tokens_decoder()
         letters = {letter: byte for byte, letter in bytes_to_unicode().items()}  # GPT-2's table
         self._bytes = letters if "ByteLevel" in repr(backend.decoder) else None
-        self._json: dict[int, tuple[str, str]] = {}  # some 300 bytes for each token that was asked for
+        self._raw: dict[int, bytes] = {}  # some 100 bytes for each token that was asked for
 
     def is_special(self, token: int) -> bool:
         """Return whether a token is left out of a text."""
@@ -25,6 +23,11 @@ class TokenTexts:
 
     def raw(self, token: int) -> bytes:
         """Return the bytes that a token adds to a text: its name if it is special, none for an id without a token."""
+        if (known := self._raw.get(token)) is None:
+            known = self._raw[token] = self._bytes_of(token)
+        return known
+
+    def _bytes_of(self, token: int) -> bytes:
         piece = self._piece(token)
         if piece is None:
             return b""
@@ -35,11 +38,3 @@ class TokenTexts:
         if len(piece) == 6 and piece.startswith("<0x"):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
-
-    def in_json(self, token: int) -> tuple[str, str]:
-        """Return a token's text and the list of its bytes as JSON."""
-        if token not in self._json:
-            raw = self.raw(token)
-            name = json.dumps(raw.decode("utf-8", "backslashreplace"), ensure_ascii=False)
-            self._json[token] = name, json.dumps(list(raw), separators=(",", ":"))
-        return self._json[token]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from echo_trt.models.families import FAMILIES
 from echo_trt.models.families.family import NORMS
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, takes
-from echo_trt.models.hybrid_config import OTHERS, HybridConfig, MtpConfig
+from echo_trt.models.hybrid_config import OTHERS, HybridConfig, mtp_config
 from echo_trt.models.layers import Config, Linear, RMSNorm, Rotary
 from echo_trt.models.mtp import MtpHead
 from echo_trt.models.qwen3_5 import HybridDecoder, delta_net_sources
@@ -31,6 +31,8 @@ from echo_trt.models.read_config import check_fits, decoder_config, eagle3_confi
 Sources = dict[str, list[str]]
 WHOLE = Shard()
 QK = ("query", "key")
+#: The type of a recipe's precision, but for the matrices in FP8.
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 NARROW = {torch.bfloat16, torch.float16}  # types whose every number float32 has, too
 
 #: Tensors that a network may go without: copies of others, tables that are computed, and the inverse of d2t.
@@ -111,13 +113,7 @@ def load_mtp(
 
     positions, dtype  as of ``load_decoder``
     """
-    names = set(checkpoint.names())
-    if not isinstance(target.config, HybridConfig) or "mtp.fc.weight" not in names:
-        raise UserError(
-            f"draft.kind is mtp, but {checkpoint.path} has no MTP head that is known (mtp.fc.weight of Qwen3.5); use "
-            "another kind of draft."
-        )
-    config = MtpConfig(**{field.name: getattr(target.config, field.name) for field in fields(target.config)})
+    names, config = set(checkpoint.names()), mtp_config(target.config, str(checkpoint.path))
     with torch.device("meta"):
         model = MtpHead(config, positions)
     _assign(model, checkpoint, mtp_sources(), dtype, read_apart=[name for name in names if not name.startswith("mtp.")])

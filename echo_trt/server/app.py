@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,10 +21,10 @@ from starlette.routing import Route
 from echo_trt import __version__
 from echo_trt.engine.params import MAX_PROMPT_LOGPROBS, check_answer_logprobs, check_prompt_logprobs
 from echo_trt.engine.process.client import Client, EngineError
-from echo_trt.engine.process.wire import ModelInfo
+from echo_trt.engine.process.wire import AskForecast, Failure, ModelInfo, PromptInput, Submit
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.errors import UserError
-from echo_trt.server.answer_types import Health, LatencyForecast, Version
+from echo_trt.server.answer_types import Health, Version
 from echo_trt.server.answers import Answer, ChatAnswer, EventStream, TextAnswer
 from echo_trt.server.anthropic.answer import MessagesAnswer
 from echo_trt.server.anthropic.request import CountTokensRequest, MessagesRequest
@@ -162,12 +163,12 @@ def chats(kind: type[ChatRequest | TranslatedRequest], answer_type: type[Answer[
             wanted = requested.chat_for_model(info)
             chat = chat_for(wanted, info)
             if answer_type is None:
-                count = len(await token_ids(state.client, chat.inputs, chat.names))
+                count = len(await token_ids(state.client, chat.prompt, chat.names))
                 counted: Any = CountedTokens(input_tokens=count)
                 if isinstance(requested, ResponsesRequest):
                     counted = CountedInput(object="response.input_tokens", input_tokens=count)
                 return JSONResponse(counted)
-            pieces = _pieces(request, wanted, info, [chat.inputs], chat.names)
+            pieces = _pieces(request, wanted, info, [chat.prompt], chat.names, chat.structured)
             turns = [chat.turn() for _ in range(wanted.n)]
             response = await _sent(request, answer_type(requested, turns, state.metrics), pieces, requested.stream)
         except ApiError as error:
@@ -181,24 +182,23 @@ def chats(kind: type[ChatRequest | TranslatedRequest], answer_type: type[Answer[
 
 @reads(CompletionRequest)
 async def completions(request: Request, requested: CompletionRequest) -> Response:
-    state, prompts = request.app.state, requested.inputs()
+    state, structured = request.app.state, requested.structured
     info = await state.client.model_info()
-    await _check_echo(requested, prompts, state.client)
-    pieces = _pieces(request, requested, info, prompts, requested.names)
+    await _check_echo(requested, state.client)
+    names, fits = ({"structured": structured.field}, structured.for_engine()) if structured else ({}, None)
+    pieces = _pieces(request, requested, info, requested.prompt, names, fits)
     pieces = prompts_alone(pieces) if requested.scores else pieces
-    turns = [OutputParser() for _ in range(len(prompts) * requested.n)]
+    turns = [OutputParser() for _ in range(len(requested.prompt) * requested.n)]
     return await _sent(request, TextAnswer(requested, turns, state.metrics), pieces, requested.stream)
 
 
 @reads(ForecastRequest)
 async def forecast(request: Request, requested: ForecastRequest) -> Response:
     """POST /v1/forecast: what a request of this shape has to expect as things stand."""
-    key: Key | None = request.scope.get("key")
-    latency = requested.latency or (key and key.latency) or ""
-    text = latency if isinstance(latency, str) else json.dumps(latency)
-    reply = await request.app.state.client.forecast(requested.prompt_tokens, requested.max_tokens, text)
-    found: LatencyForecast = json.loads(reply.text)
-    return JSONResponse(found)
+    question = AskForecast(prompt_tokens=requested.prompt_tokens, max_tokens=requested.max_tokens)
+    question.latency, question.latency_class = _targets(request, requested)
+    reply = await request.app.state.client.forecast(question)
+    return JSONResponse(to_builtins(reply.forecast))
 
 
 async def health(request: Request) -> Response:
@@ -226,18 +226,16 @@ async def _sent(request: Request, answer: Answer[Any], pieces: PieceStream, stre
     return EventStream(answer, await anext(pieces), pieces)
 
 
-async def _check_echo(requested: CompletionRequest, prompts: list[dict[str, Any]], client: Client) -> None:
+async def _check_echo(requested: CompletionRequest, client: Client) -> None:
     """Refuse a request for too many log-probabilities of prompts. Raises ApiError.
 
     A token has a byte at least, so most requests are known to be small enough before texts become tokens.
     """
     if not requested.echo or requested.alternatives is None:
         return
-    given = [prompt.get("input_ids") or prompt["text_input"].encode() for prompt in prompts]
-    tokens = sum(map(len, given))
+    tokens = sum(len(prompt.encode() if isinstance(prompt, str) else prompt) for prompt in requested.prompt)
     if tokens * requested.n * (requested.alternatives + 1) > MAX_PROMPT_LOGPROBS:
-        ids = [p.get("input_ids") or (await client.tokenize(p)).token_ids for p in prompts]
-        tokens = sum(map(len, ids))
+        tokens = sum([len(await client.token_ids(prompt)) for prompt in requested.prompt])
     try:
         check_prompt_logprobs("logprobs", tokens, requested.n, requested.alternatives)
     except UserError as error:
@@ -254,41 +252,48 @@ def _check_entries(requested: ChatRequest | CompletionRequest, prompts: int, con
         raise ApiError(400, str(error), param=field) from None
 
 
+def _targets(
+    request: Request, requested: ChatRequest | CompletionRequest | ForecastRequest
+) -> tuple[dict[str, float] | None, str]:
+    """Return a request's latency targets, and the name of a class of them: its own, or its key's."""
+    key: Key | None = request.scope.get("key")
+    latency = requested.latency or (key and key.latency) or ""
+    return (None, latency) if isinstance(latency, str) else (latency, "")
+
+
 def _pieces(
     request: Request,
     requested: ChatRequest | CompletionRequest,
     info: ModelInfo,
-    prompts: list[dict[str, Any]],
+    prompts: Sequence[PromptInput],
     names: dict[str, str],
+    structured: dict[str, Any] | None,
 ) -> PieceStream:
     _check_entries(requested, len(prompts), info.context)
-    key: Key | None = request.scope.get("key")
-    latency = requested.latency or (key and key.latency)
-    targets = {"latency": latency if isinstance(latency, str) else json.dumps(latency)} if latency else {}
-    inputs = [prompt | _params(requested, info, seed) | targets for prompt in prompts for seed in requested.seeds()]
-    return merged(request, inputs, names, sender(key, requested.cache_salt))
-
-
-def _params(requested: ChatRequest | CompletionRequest, info: ModelInfo, seed: int) -> dict[str, Any]:
-    """Return sampling parameters as the engine's inputs, but those that the engine takes from the model."""
-    echoes = isinstance(requested, CompletionRequest) and requested.echo
-    optional = {
-        "return_log_probs": None if requested.alternatives is None else True,
-        "top_logprobs": requested.alternatives,
-        "prompt_logprobs": requested.alternatives if echoes else None,
-        "priority": requested.priority,
-        "deadline_ms": requested.deadline_ms,
-    }
-    given = {name: value for name, value in optional.items() if value is not None}
-    return (
-        requested.sampling(info.sampling, seed)
-        | given
-        | {"stream": requested.stream, "exclude_input_in_output": not echoes}
-    )
+    latency, latency_class = _targets(request, requested)
+    try:
+        params = requested.sampling(info.sampling, structured=structured, latency=latency)
+    except UserError as error:
+        raise from_engine(Failure(kind="invalid", message=str(error), field=error.field), names) from None
+    questions = [
+        Submit(
+            prompt=prompt,
+            params=replace(params, seed=seed),
+            latency_class=latency_class,
+            priority=requested.priority or 0,
+            deadline_ms=requested.deadline_ms or 0,
+            streamed=requested.stream,
+            echo=isinstance(requested, CompletionRequest) and requested.echo,
+            sender=sender(request.scope.get("key"), requested.cache_salt),
+        )
+        for prompt in prompts
+        for seed in requested.seeds()
+    ]
+    return merged(request, questions, names)
 
 
 async def _failed(request: Request, error: ApiError | EngineError) -> Response:
-    refused = from_engine(error) if isinstance(error, EngineError) else error
+    refused = from_engine(error.failure) if isinstance(error, EngineError) else error
     return with_ignored(refused.response(request.scope), request)
 
 

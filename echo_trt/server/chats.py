@@ -1,4 +1,4 @@
-"""A chat for the served model: the engine's inputs, and the parser of its output."""
+"""A chat for the served model: the engine's prompt, and the parser of its output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from echo_trt.engine.process.wire import ModelInfo, ThinkTokens
+from echo_trt.engine.process.wire import ChatPrompt, ModelInfo, ThinkTokens
 from echo_trt.grammar.requested import LONGEST
 from echo_trt.models.tools_as_text import tools_as_text
 from echo_trt.server.errors import ApiError
@@ -23,9 +23,10 @@ NO_THOUGHT = "this model does not think; leave it out"
 
 @dataclass(frozen=True)
 class Chat:
-    """``inputs`` are the engine's, but for those of sampling; ``names`` are those for ``errors.from_engine``."""
+    """``structured``: what the answer must fit; ``names`` are those for ``errors.from_engine``."""
 
-    inputs: dict[str, Any]
+    prompt: ChatPrompt
+    structured: dict[str, Any] | None
     names: dict[str, str]
     thinking: ThinkTokens | None
     calls: Calls | None
@@ -56,28 +57,24 @@ class Calls:
 
 
 def chat_for(requested: ChatRequest, info: ModelInfo) -> Chat:
-    """Translate a chat into the engine's inputs. Raises ApiError for what this model cannot do."""
+    """Translate a chat into the engine's prompt. Raises ApiError for what this model cannot do."""
     messages = [turn.for_engine() for turn in requested.messages]
     tools = [] if requested.tool_choice == "none" else [tool.for_engine() for tool in requested.tools]
     if tools and info.takes_tools and not format_of(info.template, info.tokens):  # calls that cannot be read
         messages, tools = tools_as_text(messages, tools), []
-    inputs: dict[str, Any] = {"chat_messages": _json(messages)}
+    prompt = ChatPrompt(messages, tools, _template_kwargs(requested, info))
     calls, structured = _calls(requested, info), requested.structured
-    names = {"prompt": "messages"}
-    if tools:
-        inputs["tools"] = _json(tools)
+    names, fits = {"prompt": "messages"}, None
     if calls and calls.must_fit:
         grammar, fields = calls.grammar()
-        inputs["structured"] = _json({"grammar": grammar})
+        fits = {"grammar": grammar}
         names |= {"structured": "tools", **fields}
     elif structured:
-        inputs["structured"], names["structured"] = structured.for_engine(), structured.field
-    if kwargs := _template_kwargs(requested, info):
-        inputs["chat_template_kwargs"] = _json(kwargs)
+        fits, names["structured"] = structured.for_engine(), structured.field
     if requested.thinking_token_budget is not None and info.thinking is None:
         message = f"thinking_token_budget is {requested.thinking_token_budget}, but {NO_THOUGHT}."
         raise ApiError(400, message, param="thinking_token_budget")
-    return Chat(inputs, names, info.thinking, calls)
+    return Chat(prompt, fits, names, info.thinking, calls)
 
 
 def _calls(requested: ChatRequest, info: ModelInfo) -> Calls | None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
 
 from starlette.requests import Request
 
 from echo_trt.engine.process.client import EngineError
-from echo_trt.engine.process.wire import Sender, TextPiece
+from echo_trt.engine.process.wire import LogprobEntry, Submit, TextPiece
 from echo_trt.server.errors import ApiError, from_engine
 
 PieceStream = AsyncGenerator[tuple[int, TextPiece], None]
@@ -23,18 +21,16 @@ class ClientGone(Exception):
     """Nobody is left to read the answer."""
 
 
-async def answered(
-    request: Request, inputs: Mapping[str, Any], names: Mapping[str, str], sender: Sender
-) -> AsyncGenerator[TextPiece]:
+async def answered(request: Request, question: Submit, names: Mapping[str, str]) -> AsyncGenerator[TextPiece]:
     """Yield one choice's pieces, whose ``completion_tokens`` are those so far. Raises ApiError, in terms of ``names``.
 
     A deadline ends a text as a limit does; where there is no text, the request has failed.
     """
     state, begin, tokens = request.app.state, time.monotonic(), 0
     try:
-        async with aclosing(state.client.submit(inputs, sender)) as pieces:
+        async with aclosing(state.client.submit(question)) as pieces:
             async for piece in pieces:
-                if inputs["stream"] and not tokens:
+                if question.streamed and not tokens:
                     state.metrics.first_text.observe(time.monotonic() - begin)
                 tokens += len(piece.token_ids)
                 if not piece.finish_reason:
@@ -46,32 +42,30 @@ async def answered(
                     piece.finish_reason = "length"
                 yield piece
     except EngineError as error:
-        raise from_engine(error, names) from None
+        raise from_engine(error.failure, names) from None
 
 
 async def prompts_alone(pieces: PieceStream) -> PieceStream:
     """Yield one piece per choice: the echoed prompt and its log-probabilities, without the token that follows."""
     texts: dict[int, str] = defaultdict(str)
-    logprobs: dict[int, list[Any]] = defaultdict(list)
+    logprobs: dict[int, list[LogprobEntry]] = defaultdict(list)
     async with aclosing(pieces):
         async for choice, piece in pieces:
             texts[choice] += piece.text
-            logprobs[choice] += json.loads(piece.logprobs or "[]")
+            logprobs[choice] += piece.logprobs
             if piece.finish_reason:
                 piece.text, own = texts[choice], logprobs[choice][: piece.prompt_tokens]
                 if answer := logprobs[choice][piece.prompt_tokens :]:
-                    piece.text = piece.text[: answer[0]["text_offset"]]
-                piece.logprobs, piece.sources, piece.token_ids, piece.completion_tokens = json.dumps(own), "", [], 0
+                    piece.text = piece.text[: answer[0].offset]
+                piece.logprobs, piece.sources, piece.token_ids, piece.completion_tokens = own, [], [], 0
                 yield choice, piece
 
 
-async def merged(
-    request: Request, choices: Sequence[Mapping[str, Any]], names: Mapping[str, str], sender: Sender
-) -> PieceStream:
+async def merged(request: Request, choices: Sequence[Submit], names: Mapping[str, str]) -> PieceStream:
     """Yield (choice, piece) as they come. The first failure, or the client's leaving, ends and closes all streams.
 
     What a slow client has not read waits in its question's queue (``engine.process.client``), at most a whole answer:
-    the engine goes on. ``choices``: the engine's inputs.
+    the engine goes on.
     """
     queue: asyncio.Queue[tuple[int, TextPiece] | Exception | None] = asyncio.Queue(2 * len(choices))
 
@@ -92,8 +86,8 @@ async def merged(
     pumps: list[asyncio.Task] = []
 
     async def start() -> None:
-        for choice, inputs in enumerate(choices):
-            pumps.append(asyncio.create_task(pump(choice, answered(request, inputs, names, sender))))
+        for choice, question in enumerate(choices):
+            pumps.append(asyncio.create_task(pump(choice, answered(request, question, names))))
             await asyncio.sleep(0)  # opening one takes time, and there may be 128: other clients come between
 
     starter, watcher = asyncio.create_task(start()), asyncio.create_task(watch())

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Scope
 from typing_extensions import TypedDict
 
-from echo_trt.engine.process.client import EngineError
+from echo_trt.engine.process.wire import Failure
 
 #: A schema that does not compile, in a grammar that was made here: its line, and what is wrong.
 _GRAMMAR_LINE = re.compile(r"\(at (\d+)\(\d+\): failed to compile JSON schema: (.*?) \d+ \| .*\);", re.DOTALL)
@@ -129,30 +129,34 @@ def full() -> ApiError:
     return ApiError(503, message, "server_error", code="connections", retry_after=1, headers=headers)
 
 
-def from_engine(error: EngineError, names: Mapping[str, str] | None = None) -> ApiError:
+def from_engine(failure: Failure, names: Mapping[str, str] | None = None) -> ApiError:
     """Translate an engine's failure. What a client cannot act on is the log's ``reason`` and not told outside.
 
-    names  an input of the engine -> the client's field, where they differ; "structured:LINE" of a grammar's lines
+    names  a parameter of the engine -> the client's field, where they differ; "structured:LINE" of a grammar's lines
     """
-    code, sentence, names = error.code, error.message, names or {}
-    if code in ("INVALID_ARGUMENT", "OUT_OF_RANGE"):
-        field = names.get(error.field or "", error.field)
-        if (found := _GRAMMAR_LINE.search(sentence)) and (name := names.get(f"structured:{found[1]}")):
-            field, sentence = name, sentence.replace(found[0], f"({found[2]});")
-        if field and error.field and field != error.field and sentence.startswith(error.field):
-            sentence = f"{field} {sentence.partition(' ')[2]}"
-        return ApiError(400, sentence, param=field, code="context_length_exceeded" if code == "OUT_OF_RANGE" else None)
-    if code == "RESOURCE_EXHAUSTED":
-        seconds = int(re.findall(r"\d+", sentence)[-1])
-        return ApiError(429, sentence, "rate_limit_error", param="latency", code="latency", retry_after=seconds)
-    if code == "UNAVAILABLE" and "queue" in sentence:
-        message = "The server's queue is full; retry in a second."
-        return ApiError(429, message, "rate_limit_error", code="queue_full", retry_after=1)
-    reason = f"{code}: {sentence}"
-    if code in ("UNAVAILABLE", "CANCELLED"):
-        return unavailable(reason)
-    message = "The engine failed at this request; the server's log says why."
-    return ApiError(500, message, "server_error", reason=reason)
+    sentence, seconds = failure.message, failure.retry_after
+    match failure.kind:
+        case "invalid" | "too_long":
+            return _refused(failure, names or {})
+        case "late":
+            return ApiError(429, sentence, "rate_limit_error", param="latency", code="latency", retry_after=seconds)
+        case "queue_full":
+            message = "The server's queue is full; retry in a second."
+            return ApiError(429, message, "rate_limit_error", code="queue_full", retry_after=seconds)
+        case "away" | "cancelled":
+            return unavailable(f"{failure.kind}: {sentence}")
+        case "failed":
+            message = "The engine failed at this request; the server's log says why."
+            return ApiError(500, message, "server_error", reason=sentence)
+
+
+def _refused(failure: Failure, names: Mapping[str, str]) -> ApiError:
+    sentence, field = failure.message, names.get(failure.field or "", failure.field)
+    if (found := _GRAMMAR_LINE.search(sentence)) and (name := names.get(f"structured:{found[1]}")):
+        field, sentence = name, sentence.replace(found[0], f"({found[2]});")
+    if field and failure.field and field != failure.field and sentence.startswith(failure.field):
+        sentence = f"{field} {sentence.partition(' ')[2]}"
+    return ApiError(400, sentence, param=field, code="context_length_exceeded" if failure.kind == "too_long" else None)
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:

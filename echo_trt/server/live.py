@@ -90,12 +90,13 @@ class Live:
             try:
                 async with aclosing(self._client.snapshots()) as snapshots:
                     async for snapshot in snapshots:
-                        if len(snapshot) <= LARGEST:
-                            self._report("snapshot", snapshot)
+                        text = json.dumps(snapshot, separators=(",", ":"))
+                        if len(text) <= LARGEST:
+                            self._report("snapshot", text)
                         if not self._looked_at:
                             return
             except EngineError as error:
-                self._report("away", json.dumps(from_engine(error).body["error"]))
+                self._report("away", json.dumps(from_engine(error.failure).body["error"]))
             await asyncio.sleep(AWAY_S)
 
     @property

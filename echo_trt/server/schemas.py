@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -20,7 +20,7 @@ from pydantic import (
 
 from echo_trt.engine.latency import RULE
 from echo_trt.engine.parameter import INT32
-from echo_trt.engine.params import MAX_ANSWER_LOGPROBS, MAX_STOP_TOKENS, PARAMETERS, SINGLE
+from echo_trt.engine.params import MAX_ANSWER_LOGPROBS, MAX_STOP_TOKENS, PARAMETERS, SINGLE, SamplingParams
 from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.errors import ApiError, shown
@@ -206,23 +206,20 @@ class Params(Sampled):
         options = self.stream_options
         return options is not None and options.include_usage and options.continuous_usage_stats
 
-    def sampling(self, recommended: Collection[str], seed: int) -> dict[str, Any]:
-        """Return sampling parameters as the engine's inputs, but those that it would choose itself.
+    def sampling(self, recommended: Mapping[str, float], **more: Any) -> SamplingParams:
+        """Return the sampling parameters but for the seed. Raises UserError.
 
-        ``recommended``: what the model has values for where a request leaves it out.
+        recommended  the model's values for what the request leaves out
+        more         parameters that this request does not know itself
         """
-        inputs: dict[str, Any] = {"max_tokens": self.limit}
+        given: dict[str, Any] = dict(recommended)
         for name in SHARED:
             value = getattr(self, name)
             if name in self.model_fields_set or (value != SINGLE[name].default and name not in recommended):
-                inputs[SINGLE[name].tensor or name] = value
-        lists = {
-            "stop_words": self.stop,
-            "stop_token_ids": self.stop_token_ids,
-            "logit_bias_ids": [*self.logit_bias],
-            "logit_bias": [*self.logit_bias.values()],
-        }
-        return inputs | {"seed": seed} | {name: values for name, values in lists.items() if values}
+                given[name] = value
+        lists = {"stop": tuple(self.stop), "stop_token_ids": tuple(self.stop_token_ids), "logit_bias": self.logit_bias}
+        own = {"max_tokens": self.limit, "logprobs": self.alternatives, "seed": 0}
+        return SamplingParams(**given | lists | own | more)
 
     def seeds(self) -> list[int]:
         """Return one seed per choice: the request's, or a random one, plus the number of the choice."""
@@ -354,14 +351,9 @@ class CompletionRequest(Params):
     def alternatives(self) -> int | None:
         return self.logprobs
 
-    def inputs(self) -> list[dict[str, Any]]:
-        grammar = {"structured": self.structured.for_engine()} if self.structured else {}
-        return [{"text_input" if isinstance(p, str) else "input_ids": p, **grammar} for p in self.prompt]
-
-    @property
-    def names(self) -> dict[str, str]:
-        """The engine's inputs that have another name here."""
-        return {"structured": self.structured.field} if self.structured else {}
+    def sampling(self, recommended: Mapping[str, float], **more: Any) -> SamplingParams:
+        echoed = self.alternatives if self.echo else None
+        return super().sampling(recommended, prompt_logprobs=echoed, **more)
 
 
 class ForecastRequest(Strict):

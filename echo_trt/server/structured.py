@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +28,9 @@ class Structured:
     value: Any
     field: str
 
-    def for_engine(self) -> str:
-        """JSON, as the input ``structured`` has it."""
-        return json.dumps({self.kind: self.value}, ensure_ascii=False)
+    def for_engine(self) -> dict[str, Any]:
+        """Return it as ``SamplingParams`` has it."""
+        return {self.kind: self.value}
 
 
 def structured_of(given: Mapping[str, Any]) -> Structured | None:

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from echo_trt.engine.parameter import INT32
 from echo_trt.engine.process.client import Client, EngineError
+from echo_trt.engine.process.wire import PromptInput
 from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.answer_types import DetokenizedText, TokenizedText
 from echo_trt.server.bodies import reads
@@ -86,29 +87,28 @@ class DetokenizeRequest(RequestBody):
 async def tokenize(request: Request, requested: TokenizeRequest) -> Response:
     state = request.app.state
     info = await state.client.model_info()
-    inputs = {"text_input": requested.prompt, "add_special_tokens": requested.add_special_tokens is not False}
+    prompt: PromptInput = requested.prompt or ""
     names: dict[str, str] = {}
     if requested.chat:
         chat = chat_for(requested.chat, info)
-        inputs, names = chat.inputs, chat.names
-    ids = await token_ids(state.client, inputs, names)
+        prompt, names = chat.prompt, chat.names
+    ids = await token_ids(state.client, prompt, names, requested.add_special_tokens is not False)
     return JSONResponse(TokenizedText(count=len(ids), max_model_len=info.context, tokens=ids))
 
 
-async def token_ids(client: Client, inputs: dict[str, Any], names: dict[str, str]) -> list[int]:
-    """Return the tokens of a prompt. Raises ApiError, in terms of ``names``."""
+async def token_ids(client: Client, prompt: PromptInput, names: dict[str, str], special: bool = True) -> list[int]:
+    """Return the tokens of a prompt. Raises ApiError, in terms of ``names``.
+
+    ``special``: the tokenizer's own around a text, too.
+    """
     try:
-        return (await client.tokenize(inputs)).token_ids
+        return await client.token_ids(prompt, special)
     except EngineError as error:
-        raise from_engine(error, names) from None
+        raise from_engine(error.failure, names) from None
 
 
 @reads(DetokenizeRequest)
 async def detokenize(request: Request, requested: DetokenizeRequest) -> Response:
     if not requested.tokens:
         return JSONResponse(DetokenizedText(prompt=""))
-    try:
-        reported = await request.app.state.client.tokenize({"input_ids": requested.tokens})
-    except EngineError as error:
-        raise from_engine(error, {"input_ids": "tokens"}) from None
-    return JSONResponse(DetokenizedText(prompt=reported.text or ""))
+    return JSONResponse(DetokenizedText(prompt=await request.app.state.client.text(requested.tokens)))

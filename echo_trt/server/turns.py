@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import string
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from echo_trt.engine.process.entries import logprob_object, source_object
 from echo_trt.engine.process.wire import TextPiece, ThinkTokens
 from echo_trt.engine.text import overlap
 from echo_trt.server.answer_types import (
@@ -71,8 +71,8 @@ class OutputParser:
             self.drafted, self.accepted = piece.drafted, piece.accepted
         if self._reasoning:
             self._count(piece)
-        self.logprobs += json.loads(piece.logprobs or "[]")
-        self.sources += json.loads(piece.sources or "[]")
+        self.logprobs += map(logprob_object, piece.logprobs)
+        self.sources += map(source_object, piece.sources)
         return deltas
 
     def take_details(self) -> tuple[list[dict[str, Any]], list[SourcedToken]]:

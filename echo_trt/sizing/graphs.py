@@ -1,4 +1,4 @@
-"""Memory of a GPU that CUDA graphs, TensorRT's contexts, a head's states and the sampler take, part by part."""
+"""Memory of a GPU that CUDA graphs, their contexts, a head's states and the sampler take, part by part."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from dataclasses import asdict, dataclass
 
 from echo_trt.backends.cuda.calls import MAX_GRAPHS
 from echo_trt.backends.cuda.sizes import CallBounds, bucket, capacity_of, graph_sizes
+from echo_trt.backends.kind import OnCard, engine_kind
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe
+from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.engine.host_memory import gigabytes
 from echo_trt.sizing.networks import KV_BYTES, Sizes
 from echo_trt.speculation.pack import BLOCK
 
-#: Kernels of one layer by engine, and of what is around the layers. Estimates: a compiler merges small kernels.
-LAYER_NODES, GRAPH_NODES = {"torch": 26, "tensorrt": 10}, 20
+GRAPH_NODES = 20  # kernels around the layers, an estimate
 FP8_NODES = 4  # more kernels of a layer in FP8: each product's input is quantised
 LEVEL_NODES = 80  # kernels of one level of a head's draft
 NODE_BYTES = 6144  # of device memory, a kernel in a graph; an estimate: larger is safer, and leaves fewer KV blocks
-CONTEXT_BYTES = 1 << 20  # of a TensorRT context without its scratch memory; an estimate, as above
 SAMPLER_BYTES = 512 << 20  # of tokens that are chosen at once (cuda/device_rows.py, cuda/choose.py)
 
 
@@ -28,7 +28,7 @@ class Reserved:
     target    CUDA graphs of the target: a graph per padded size, with its nodes and its inputs
     draft     those of the draft; a head has two sets, for entries with features and for entries with its own states
     levels    those of a head's drafts of several levels: a graph per batch size and number of levels
-    contexts  TensorRT's, one per graph
+    contexts  of a compiler, one per graph
     states    of the nodes that a head drafts in one iteration
     sampler   of tokens that are chosen at once
     """
@@ -56,31 +56,30 @@ class Reserved:
 
 def reserved(recipe: Recipe, target: Sizes, draft: Sizes | None, calls: CallSizes) -> Reserved:
     """Estimate what an engine reserves on one GPU; nothing on a CPU."""
-    engine = recipe.engine
-    if engine not in LAYER_NODES:
+    card = engine_kind(recipe.engine).card
+    if card is None:
         return Reserved()
-    # A TensorRT engine is not told how large trees are, and captures some sizes more.
-    sizes = graph_sizes(calls.batch, calls.tree) if engine == "torch" else graph_sizes(calls.batch)
+    sizes = graph_sizes(calls.batch, calls.tree) if card.told_trees else graph_sizes(calls.batch)
     bounds = CallBounds(calls.batch, calls.blocks)
     inputs = sum(sum(capacity_of(size, bounds).values()) for size in sizes)
     fp8 = FP8_NODES * target.num_layers if recipe.precision == "fp8" else 0
-    head = draft is not None and recipe.draft.kind == "eagle3"
+    head = draft is not None and draft_kind(recipe.draft.kind).levels
     sets = 0 if draft is None else 2 if head else 1
     levels, count = _levels(recipe, calls.batch) if head else (0, 0)
     nodes = min(calls.batch * (calls.tree + 1), calls.pool * BLOCK)
     return Reserved(
-        target=len(sizes) * (_nodes(engine, target) + fp8) * NODE_BYTES + inputs,
-        draft=sets * (len(sizes) * _nodes(engine, draft) * NODE_BYTES + inputs) if draft else 0,
+        target=len(sizes) * (_nodes(card, target) + fp8) * NODE_BYTES + inputs,
+        draft=sets * (len(sizes) * _nodes(card, draft) * NODE_BYTES + inputs) if draft else 0,
         levels=levels * LEVEL_NODES * NODE_BYTES,
-        contexts=((1 + sets) * len(sizes) + count) * CONTEXT_BYTES if engine == "tensorrt" else 0,
+        contexts=((1 + sets) * len(sizes) + count) * card.context_bytes,
         states=nodes * draft.hidden_size * KV_BYTES[recipe.draft_precision] if draft and head else 0,
         sampler=SAMPLER_BYTES,
     )
 
 
-def _nodes(engine: str, network: Sizes) -> int:
+def _nodes(card: OnCard, network: Sizes) -> int:
     """Return the kernels of one graph of a network's pass."""
-    return GRAPH_NODES + LAYER_NODES[engine] * network.num_layers
+    return GRAPH_NODES + card.layer_nodes * network.num_layers
 
 
 def _levels(recipe: Recipe, batch: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.read_recipe import parse_recipe
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.engine.host_memory import gigabytes
@@ -25,7 +26,8 @@ def limited(recipe: Recipe, max_model_len: int | None, max_num_seqs: int | None)
         return recipe
     raw, limits = recipe.model_dump(exclude_unset=True), recipe.limits.model_copy(update=changes)
     blocks = limits.kv_blocks
-    if recipe.engine == "openvino" and blocks and blocks < recipe.model_copy(update={"limits": limits}).request_blocks:
+    on_cpu, shorter = engine_kind(recipe.engine).card is None, recipe.model_copy(update={"limits": limits})
+    if on_cpu and blocks and blocks < shorter.request_blocks:
         blocks = None
     raw["limits"] = {**raw.get("limits", {}), **changes, "kv_blocks": blocks}
     return parse_recipe(raw, f"{recipe.name} with the limits that were given")

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from echo_trt.backends.cuda.sizes import LARGEST
+from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe
+from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.engine.host_memory import gigabytes
 from echo_trt.engine.kv_pool import kept_features
 from echo_trt.errors import UserError
@@ -98,7 +100,7 @@ def computed_on(recipe: Recipe, capability: str) -> Recipe:
 
 def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
     """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus)."""
-    calls, on_card = CallSizes.of(recipe), recipe.engine != "openvino"
+    calls, on_card = CallSizes.of(recipe), engine_kind(recipe.engine).card is not None
     draft_precision = recipe.draft_precision
     tokens = max(calls.rows, calls.chunk) + calls.chunk  # all rows of logits, and a chunk beside them
     return Needs(
@@ -126,15 +128,16 @@ def _working(recipe: Recipe, target: Sizes, tokens: int) -> int:
 
 
 def _drafting(recipe: Recipe, draft: Sizes | None) -> int:
-    """Estimate bytes of a draft's largest pass in PyTorch, which keeps logits in fp32, too, and their exponentials.
+    """Estimate bytes of a draft's largest pass, which keeps logits in fp32, too, and their exponentials.
 
-    A head drafts its last level for all requests at once. TensorRT's launches are no larger than the target's.
+    A head drafts its last level for all requests at once.
     """
-    if draft is None or recipe.engine != "torch":
+    card = engine_kind(recipe.engine).card
+    if draft is None or card is None or not card.drafts_apart:
         return 0
     batch, value = recipe.limits.batch, KV_BYTES[recipe.draft_precision]
     logits = draft.vocab_size * (value + 2 * 4)
-    if recipe.draft.kind != "eagle3":
+    if not draft_kind(recipe.draft.kind).levels:
         return LARGEST * logits
     decoding = recipe.decoding.model_dump()
     trees = [policy.shape(decoding) for policy in POLICIES.values() if policy.shape]

@@ -8,10 +8,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from echo_trt.engine.options import Flag, HostedOptions, LogFormat, Port, bounds
-from echo_trt.files.extras import extra
 from echo_trt.server.options import ApiOptions
 
-SYNTHETIC = "-synthetic-text"  # behind the name of a model whose text is made up
 TRITON_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
 
 
@@ -62,13 +60,7 @@ class ServeOptions(ApiOptions, HostedOptions):
     @property
     def model_name(self) -> str:
         """What clients call the model where it has one name."""
-        return (*self.served_model_names, f"echo{SYNTHETIC * bool(self.synthetic_text)}")[0]
-
-    @property
-    def serving(self) -> str:
-        """What is said once answers come."""
-        text = self.synthetic_text
-        return f"serving {extra('synthetic_text', 'rates')(text).sentence}" if text else "serving"
+        return (*self.served_model_names, "echo")[0]
 
     @property
     def reached_at(self) -> str:

@@ -19,7 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from echo_trt.backends.openvino.cpu import computes_in
+from echo_trt.backends.kind import computes_in
 from echo_trt.cli.generate import GenerateRun
 from echo_trt.cli.terminal import wants_colour
 from echo_trt.engine.llm import LLM

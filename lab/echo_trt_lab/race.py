@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from echo_trt.backends.openvino.cpu import computes_in
+from echo_trt.backends.kind import computes_in
 from echo_trt.cli.generate import GenerateRun, results
 from echo_trt.engine.batch import blocks_for
 from echo_trt.engine.llm import LLM

@@ -18,13 +18,10 @@ from typing import Any
 import numpy as np
 
 from echo_trt.bundle.manifest import Manifest
-from echo_trt.bundle.recipe import NETWORKS
-from echo_trt.engine.batch import InputBatch
+from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.errors import UserError, shown
-from echo_trt.speculation.drafts import Draft, Proposals
-from echo_trt.speculation.super_tree import SuperTree
 
-OPTION = "--synthetic-text"
+VARIABLE = "ECHO_TRT_SYNTHETIC_TEXT"  # of the environment: the rates of any command's bundle
 #: P(a further candidate is right), of P(the first one is), where the candidates before it are wrong. The default head's
 #: is 0.27 to 0.30 at depths 1 to 4. Larger: wider trees are worth more.
 FURTHER = 0.28
@@ -45,10 +42,10 @@ class Rates:
     text: str
 
     @classmethod
-    def parse(cls, text: str) -> Rates:
+    def parse(cls, text: str, option: str = VARIABLE) -> Rates:
         """Read a rate, such as 0.75, rates by depth, as 0.8,0.7,0.6, or depth x rank, as JSON or a file of it.
 
-        Raises UserError.
+        Raises UserError, which names ``option``.
         """
         rows: Any = None
         try:
@@ -60,7 +57,7 @@ class Rates:
             pass
         if not (isinstance(rows, list) and 1 <= len(rows) <= MAX_DEPTHS and all(map(_is_row, rows))):
             raise UserError(
-                f"{OPTION} is {shown(text)}; give an acceptance rate above 0 and up to 1, such as 0.75, rates by "
+                f"{option} is {shown(text)}; give an acceptance rate above 0 and up to 1, such as 0.75, rates by "
                 "depth, such as 0.8,0.7,0.6, or a JSON file of rates by depth and rank, such as [[0.8, 0.1], "
                 "[0.7, 0.1]], which do not rise with the rank and are at most 1 together."
             )
@@ -70,11 +67,6 @@ class Rates:
     def sentence(self) -> str:
         """What every output says of such a text."""
         return f"synthetic text, whose drafts are accepted at {shown(self.text)[1:-1]}: no model's answers"
-
-    @property
-    def words(self) -> str:
-        """The rates as the command line of a process elsewhere has them."""
-        return json.dumps(self.rows) if self.text.endswith(".json") else self.text
 
 
 def _ranks(first: float) -> list[float]:
@@ -129,9 +121,6 @@ class HashedText:
     def next_tokens(self, keys: Any, previous: Any, positions: Any) -> Any:
         return self._tokens[_hashes(keys, previous, positions) % len(self._tokens)]
 
-    def draft(self, draft: Draft, batch: InputBatch, slots: np.ndarray) -> Draft:
-        return SyntheticDraft(draft, self, batch, slots)
-
     def propose(self, keys: Any, previous: Any, positions: Any, depth: Any, count: int) -> tuple[Any, Any]:
         """Return what a draft proposes at ``positions``.
 
@@ -165,9 +154,9 @@ def synthetic_text(folder: Path, manifest: Manifest, rates: Rates) -> HashedText
     """
     from echo_trt.models.tokenizer import load_tokenizer  # not where texts are of token ids alone
 
-    if manifest.recipe.draft.kind not in NETWORKS:
+    if not draft_kind(manifest.recipe.draft.kind).network:
         raise UserError(
-            f"{OPTION} is {rates.text}, a draft network's acceptance, but the draft of {folder} is "
+            f"the synthetic text's rate is {rates.text}, a draft network's acceptance, but the draft of {folder} is "
             f"{manifest.recipe.draft.kind}; build it with --draft."
         )
     tokenizer = load_tokenizer(folder)
@@ -176,35 +165,7 @@ def synthetic_text(folder: Path, manifest: Manifest, rates: Rates) -> HashedText
     words = [id for token, id in known.items() if WORD.fullmatch(token)]
     ordinary = np.array(sorted({*(words if len(words) >= MIN_WORDS else known.values())} - special), np.int64)
     if len(ordinary) <= MAX_RANKS:
-        raise UserError(f"{folder} has {len(ordinary)} ordinary tokens, and {OPTION} needs more than {MAX_RANKS}.")
+        raise UserError(
+            f"{folder} has {len(ordinary)} ordinary tokens, and a synthetic text needs more than {MAX_RANKS}."
+        )
     return HashedText(rates, ordinary)
-
-
-class SyntheticDraft(Draft):
-    """A draft whose proposals are replaced after they were computed; where there were none, there are none."""
-
-    def __init__(self, draft: Draft, text: HashedText, batch: InputBatch, slots: np.ndarray):
-        """``slots`` [B] of ``batch`` are drafted for.
-
-        A draft that looks ahead on a device has the same text there (``Levels``).
-        """
-        self._draft, self._text, self.looks_ahead = draft, text, draft.looks_ahead
-        self._keys, self._lengths = batch.text_key[slots], batch.length[slots]
-        self._roots = batch.tokens[slots, self._lengths - 1].astype(np.int64)
-
-    def look_ahead(self, levels: int, beams: int, width: int, maximum: int) -> None:
-        self._draft.look_ahead(levels, beams, width, maximum)
-
-    def expand_roots(self, requests: np.ndarray) -> Proposals:
-        proposals, depth = self._draft.expand_roots(requests), np.zeros(len(requests), np.int64)
-        return self._replaced(proposals, requests, self._roots[requests], depth)
-
-    def expand(self, tree: SuperTree, nodes: np.ndarray) -> Proposals:
-        proposals = self._draft.expand(tree, nodes)
-        return self._replaced(proposals, tree.request[nodes], tree.token[nodes], tree.depth[nodes])
-
-    def _replaced(self, proposals: Proposals, requests: np.ndarray, tokens: np.ndarray, depth: np.ndarray) -> Proposals:
-        """Replace the proposals below ``tokens`` [F] at a ``depth`` [F]."""
-        keys, positions = self._keys[requests], self._lengths[requests] + depth
-        log_q, candidates = self._text.propose(keys, tokens, positions, depth + 1, proposals[0].shape[1])
-        return np.where(proposals[0] > -np.inf, log_q, -np.inf).astype(np.float32), candidates

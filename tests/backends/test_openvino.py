@@ -9,10 +9,10 @@ from random_calls import Script, inputs_for
 from rich.console import Console
 
 from echo_trt.backends.base import Engine
+from echo_trt.backends.kind import computes_in
 from echo_trt.backends.openvino import cpu
 from echo_trt.backends.openvino import engine as openvino
 from echo_trt.backends.openvino import graph as compiler
-from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.backends.openvino.engine import OpenVINOEngine
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM

@@ -19,7 +19,7 @@ from echo_trt.backends.openvino.build import compile_role
 from echo_trt.backends.openvino.cpu import has_amx
 from echo_trt.backends.openvino.export import export_parted
 from echo_trt.backends.openvino.quantise import quantise
-from echo_trt.backends.self_check import RISES
+from echo_trt.backends.self_check import RISES, check_compiled
 from echo_trt.cli.build import build
 
 PROMPTS = [[7, 8, 9], [*range(40, 90)], [5, 6, 5, 6, 5]]
@@ -82,7 +82,7 @@ def test_weights_of_files_in_four_bits_are_kept(kind, networks, tmp_path):
     assert len(four) == 3 * 5
     for name in four:
         assert np.abs(dequantised(stored, name) - exact[name]).max() < 2e-3 * np.abs(exact[name]).max()
-    _, check = compile_role(role, tmp_path / "target.onnx", "int4")
+    check = check_compiled(role, compile_role(role, tmp_path / "target.onnx", "int4"), "int4")
     assert check.error < 0.03  # of activations in 8 bits; 0.5 and more where weights change
 
 

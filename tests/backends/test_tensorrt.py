@@ -16,6 +16,7 @@ from pairs import BLOCK, VOCAB, recipe_of, roles_of
 from refusal import refused
 from stand_ins import built, with_stand_ins
 
+from echo_trt.backends.kind import built_as
 from echo_trt.backends.onnx_export import export, in_precision
 from echo_trt.backends.tensorrt import compiler as tensorrt
 from echo_trt.backends.tensorrt.compiler import CompileJob, first_sentence
@@ -159,11 +160,11 @@ def test_a_warning_that_is_new_stops_a_build_whose_engine_is_not_checked_on_the_
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"precision": "fp32"}, ("precision is 'fp32'", "use fp16 or bf16")),
-        ({"precision": "int8"}, ("precision is 'int8'", "use fp16 or bf16")),
+        ({"precision": "fp32"}, ("precision is 'fp32'", "use one of fp16, bf16")),
+        ({"precision": "int8"}, ("precision is 'int8'", "use one of fp16, bf16")),
         (
             {"precision": "fp16", "draft": {"kind": "lookup", "precision": "fp32"}},
-            ("draft.precision is 'fp32'", "use fp16 or bf16"),
+            ("draft.precision is 'fp32'", "use one of fp16, bf16"),
         ),
     ],
     ids=["fp32", "int8", "draft"],
@@ -172,7 +173,7 @@ def test_recipes_that_it_cannot_build_are_refused_before_anything_is_read(change
     def progress(stage):
         raise AssertionError(stage)
 
-    with refused("TensorRT", *words):
+    with refused("tensorrt", *words):
         build(recipe_of("lookup", networks, engine="tensorrt", **changes), networks, tmp_path / "b", progress)
     assert list(tmp_path.iterdir()) == []
 
@@ -196,9 +197,9 @@ def test_another_major_version(monkeypatch):
 def test_another_engine_takes_the_recipe_but_not_its_drafts_precision(networks):
     recipe = recipe_of("model", networks, precision="bf16")
     recipe = recipe.model_copy(update={"draft": recipe.draft.model_copy(update={"precision": "int8"})})
-    other = recipe.built_as("tensorrt", None)
+    other = built_as(recipe, "tensorrt", None)
     assert (other.engine, other.precision, other.draft.precision) == ("tensorrt", "bf16", None)
-    same = recipe.built_as("openvino", "fp32")
+    same = built_as(recipe, "openvino", "fp32")
     assert (same.precision, same.draft.precision) == ("fp32", "int8")
 
 

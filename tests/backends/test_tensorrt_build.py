@@ -3,11 +3,14 @@
 import importlib
 import sys
 import weakref
+from functools import partial
 
 from pairs import recipe_of, roles_of
 from refusal import refused
 
 from echo_trt.backends.cuda import device
+from echo_trt.backends.kind import CompiledRole
+from echo_trt.backends.self_check import check_compiled
 from echo_trt.backends.tensorrt import build as tensorrt_build
 from echo_trt.backends.tensorrt import library
 from echo_trt.backends.tensorrt.engine import TensorRTEngine
@@ -45,7 +48,7 @@ def test_a_checked_engine_is_gone_before_the_next_network_is_built(networks, tmp
     def opened(file, facts, slots, blocks, num_blocks, prepare=True):
         assert not prepare
         assert num_blocks == 4 < CallSizes.of(recipe).pool
-        engine = TorchEngine(role, num_blocks)
+        engine = TorchEngine(roles_of("lookup", networks)["target"], num_blocks)
         weakref.finalize(engine, gone.append, True)
         return engine
 
@@ -53,7 +56,8 @@ def test_a_checked_engine_is_gone_before_the_next_network_is_built(networks, tmp
     monkeypatch.setattr(tensorrt_build.TensorRTBuild, "facts", lambda self: None)
     recipe = recipe_of("lookup", networks, engine="tensorrt", precision="fp16")
     build = tensorrt_build.TensorRTBuild(recipe, tmp_path, tmp_path / "timings", lambda share, phase: None)
-    build._check_engine(role, tmp_path / "target.engine", "fp16", CallSizes.of(recipe))
+    compiled = CompiledRole("target.engine", partial(build.open, tmp_path / "target.engine", CallSizes.of(recipe)))
+    assert check_compiled(role, compiled, "fp16")
     assert gone
 
 

@@ -20,8 +20,8 @@ from echo_trt.backends.cuda.sizes import CallBounds, graph_sizes
 from echo_trt.backends.tensorrt import engine as tensorrt
 from echo_trt.backends.tensorrt.calls import packed_pieces
 from echo_trt.backends.tensorrt.engine import TensorRTEngine, check_card, check_version
+from echo_trt.backends.tensorrt.library import TensorRTFacts
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.bundle.manifest import TensorRTFacts
 from echo_trt.speculation.pack import BLOCK, LevelShape, pack, pack_levels
 
 

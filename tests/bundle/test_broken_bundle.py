@@ -11,7 +11,7 @@ import pytest
 from pairs import VOCAB
 from refusal import refused
 
-from echo_trt.bundle.manifest import read_manifest, sha256, verify_files
+from echo_trt.bundle.manifest import read_manifest, sha256
 from echo_trt.engine.llm import LLM
 from echo_trt.errors import UserError
 
@@ -63,7 +63,7 @@ def test_another_format(found, bundle):
         ({"engine": "foo"}, ("engine is not valid", "'openvino'", "not 'foo'")),
         ({"precision": "foo"}, ("precision is not valid", "not 'foo'")),
         ({"draft": None}, ("draft is missing for recipe.draft.kind model",)),
-        ({"engine": "tensorrt"}, ("tensorrt is missing for engine tensorrt",)),
+        ({"engine": "tensorrt"}, ("engine_facts: key version is missing",)),
         ({"files": {"/etc/passwd": "0"}}, ("files./etc/passwd is not valid", "within the bundle")),
         ({"files": {}}, ("files has no hash of target.onnx",)),
     ],
@@ -163,7 +163,7 @@ def test_links(bundle, tmp_path):
     (bundle / "draft.onnx.data").rename(tmp_path / "weights")
     (bundle / "draft.onnx.data").symlink_to(tmp_path / "weights")
     with refused(bundle / "draft.onnx.data", "is a link to", tmp_path / "weights", "cp -rL"):
-        verify_files(bundle, read_manifest(bundle))
+        LLM(bundle)
 
 
 def test_a_file_that_was_not_a_network_when_it_was_hashed(bundle):

@@ -8,13 +8,14 @@ from models.checkpoints import head_config, head_tensors, qwen3, write_head
 from pairs import FOLDERS, PAIRS, SIZES, VOCAB, recipe_of, write_tokenizer
 from refusal import refused
 
+from echo_trt.adapters.triton.request import Reader
 from echo_trt.bundle.manifest import read_manifest, sha256, verify_files
 from echo_trt.bundle.recipe import Sampling
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.process.pending import Pending
-from echo_trt.engine.process.request import Reader
+from echo_trt.engine.process.prompts import PromptReader
 from echo_trt.models.checkpoint import weights_sha256
 
 
@@ -232,7 +233,7 @@ def test_what_the_checkpoint_recommends_is_the_default_of_requests(networks, tmp
     build(recipe_of("lookup", folder), folder, tmp_path / "bundle")
     llm = LLM(tmp_path / "bundle")
     assert llm.default_params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95, min_p=0.1)
-    reader = Reader(tmp_path / "bundle", 100, sampling=llm.manifest.sampling.given())
+    reader = Reader(PromptReader(tmp_path / "bundle", 100), llm.manifest.sampling.given())
     ids, greedy = {"input_ids": [5]}, {"temperature": 0.0}
     reader.read(ids, answer := Pending())
     assert answer.params == llm.default_params

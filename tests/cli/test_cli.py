@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -223,6 +224,7 @@ def test_an_engine_s_process_that_lacks_memory_says_so(error, code, capsys, monk
         raise error
 
     monkeypatch.setattr(sys, "argv", ["process"])
+    monkeypatch.setattr(logging.root, "handlers", [])  # another test of this process may have configured the log
     with pytest.raises(SystemExit if code else RuntimeError) as ended:
         run_alone(process)
     assert getattr(ended.value, "code", None) == code

@@ -18,6 +18,7 @@ from models.fp8_checkpoints import configure, quantise
 from models.gguf_files import GGUF_SIZES, write_gguf
 from refusal import refused
 
+from echo_trt.backends.kind import built_as
 from echo_trt.backends.self_check import BOUNDS
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
@@ -153,8 +154,8 @@ def test_without_a_gpu_a_name_is_built_for_the_cpu_with_a_pool_that_follows_its_
     assert (recipe.engine, recipe.limits.kv_blocks) == ("openvino", None)
     recipe, _ = recipe_for("Qwen/Qwen3-0.6B", engine="tensorrt")
     assert (recipe.engine, recipe.limits.kv_blocks) == ("tensorrt", 4096)
-    assert recipe.built_as("openvino", "int8").limits.kv_blocks is None
-    assert recipe.built_as("torch", None).limits.kv_blocks == 4096
+    assert built_as(recipe, "openvino", "int8").limits.kv_blocks is None
+    assert built_as(recipe, "torch", None).limits.kv_blocks == 4096
     monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: True)
     assert recipe_for("Qwen/Qwen3-0.6B")[0].engine == "tensorrt"
 
@@ -258,7 +259,7 @@ def test_engines_that_share_a_card_share_its_memory(name):
     theirs = re.findall(r"vllm serve .*--gpu-memory-utilization ([\d.]+)", beside)
     assert float(ours[3]) + sum(map(float, theirs)) <= 0.9
     recipe, folder = recipe_for(ours[1], engine=ours[2])
-    recipe = recipe.built_as(ours[2], None)
+    recipe = built_as(recipe, ours[2], None)
     held = filling(recipe, folder, int(CARDS["H100-80GB"].chip.memory), float(ours[3]), "H100", "9.0").limits.kv_blocks
     assert held >= 4 * recipe.request_blocks
 

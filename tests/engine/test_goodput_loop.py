@@ -54,23 +54,19 @@ def test_block_drafters_of_other_families_write_the_same_tokens(family, batch, o
 @pytest.mark.parametrize("pair", PAIRS)
 def test_latency_targets_change_no_token(pair, open_llm, plain_ids, monkeypatch):
     """Every fourth request wants more than the machine has, so that others sit out passes, and chunks are small."""
-    monkeypatch.setattr("echo_trt.speculation.goodput.planner.MIN_CHUNK", 3)
+    monkeypatch.setattr("echo_trt.speculation.goodput.optimiser.admission.MIN_CHUNK", 3)
     llm = open_llm(pair, "autoregressive", 8)
     llm.loop.planner = planner = goodput_planner(llm, machine(each=0.1))
-    seats, chunks = planner.seats, planner.prompt_budget
-    sat_out, waited, computed = [], [], []
+    admit, sat_out, waited, computed = planner.admit, [], [], []
 
-    def noted_seats(*given):
-        seated = seats(*given)
-        waited.append(int(given[0].waited.max()))
-        sat_out.append(0 if seated is None else int((~seated).sum()))
-        return seated
+    def noted(seats):
+        waited.append(int(seats.pace.waited.max()))
+        found = admit(seats)
+        sat_out.append(len(seats.decoding) - len(found.decoding))
+        computed.append((found.chunk, seats.chunk))
+        return found
 
-    def noted_chunk(*given):
-        computed.append((chunk := chunks(*given), given[-1]))
-        return chunk
-
-    planner.seats, planner.prompt_budget = noted_seats, noted_chunk
+    planner.admit = noted
     prompts, params = repeated()
     latency = {"ttft_ms": 1e6, "tpot_ms": 1e-3}
     params = [replace(each, latency=None if i % 4 else latency) for i, each in enumerate(params)]
@@ -82,7 +78,7 @@ def test_latency_targets_change_no_token(pair, open_llm, plain_ids, monkeypatch)
 
 
 class Held(Ladder):
-    def size(self, requests, forecast) -> int:
+    def size(self, requests, forecast, priced=False) -> int:
         return requests + 40
 
 

@@ -86,6 +86,6 @@ def test_a_hybrid_has_no_prefix_cache_and_its_states_are_counted(bundle_of):
     ],
 )
 def test_what_a_hybrid_does_not_have_is_refused(changes, named, networks, tmp_path, monkeypatch):
-    monkeypatch.setattr("echo_trt.backends.tensorrt.build.check_settings", lambda recipe: None)  # without its library
+    monkeypatch.setattr("echo_trt.backends.tensorrt.build.check_machine", lambda: None)  # without its library
     with pytest.raises(UserError, match=named):
         build(recipe_of("mtp", networks, **changes), networks, tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,15 @@ from refusal import refused
 from echo_trt.engine.drafters.levels import LevelsDrafter
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
+from echo_trt_lab.synthetic_engine import SyntheticEngine, propose, rates_given
 
 RATES = "0.8,0.7,0.5"
 GREEDY = SamplingParams(max_tokens=60, ignore_eos=True)
+
+
+def opened(bundle: Path, policy: str | None, batch: int, rates: str = RATES) -> LLM:
+    with rates_given(rates):
+        return LLM(bundle, policy, batch)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +33,7 @@ def synthetic(bundle_of):
     def get(pair: str, policy: str, batch: int = 3) -> LLM:
         key = pair, batch
         if key not in known:
-            known[key] = LLM(bundle_of(pair), policy, batch, synthetic_text=RATES)
+            known[key] = opened(bundle_of(pair), policy, batch)
         known[key].set_policy(policy)
         return known[key]
 
@@ -60,11 +67,10 @@ def test_every_policy_writes_plain_decodings_text(pair, policy, batch, requests,
 @pytest.mark.parametrize("policy", ["static", "echo", "goodput"])
 def test_levels_on_the_device_draft_the_same_text(policy, open_llm, synthetic, plain_text):
     """Beams are chosen where the scores are, among the text's own candidates, also behind a gate."""
-    llm, text = open_llm("eagle3", policy, 4, "resident"), synthetic("eagle3", "static").networks.synthetic
-    llm.loop.synthetic = text
-    engine = llm.loop.drafter.engine
+    llm, text = open_llm("eagle3", policy, 4, "resident"), synthetic("eagle3", "static").networks.text
     assert isinstance(llm.loop.drafter, LevelsDrafter)
-    engine.capture_levels(lambda requests: [], text)
+    llm.loop.target = SyntheticEngine(llm.loop.target, text, llm.loop.batch)
+    propose(llm.loop.drafter, text)
     prompts, params = mixed()
     assert_same(llm.generate(prompts, params), plain_text("eagle3", mixed))
     if policy != "goodput":  # which measures what passes take
@@ -114,20 +120,28 @@ def test_texts_differ_by_seed_and_by_prompt_and_have_no_end(synthetic):
 def test_text_goes_on_after_a_preemption(with_limits):
     """The pool holds two of four requests, and the others are computed again."""
     prompts = [prompt_ids(20 + i, i) for i in range(4)]
-    roomy = LLM(with_limits("eagle3"), "static", 4, synthetic_text=RATES).generate(prompts, GREEDY)
+    roomy = opened(with_limits("eagle3"), "static", 4).generate(prompts, GREEDY)
     folder = with_limits("close", kv_blocks=9)
-    tight = LLM(folder, "static", 4, synthetic_text=RATES)
+    tight = opened(folder, "static", 4)
     assert_same(tight.generate(prompts, GREEDY), roomy)
     assert tight.counters.preemptions > 0
 
 
-def test_what_needs_a_models_text_is_refused(synthetic, bundle_of):
-    llm = synthetic("eagle3", "echo", 3)
-    with refused("structured needs a model's text", "--synthetic-text", "leave it out"):
-        llm.generate([[5, 6]], SamplingParams(structured={"json_object": True}))
-    with refused("thinking_token_budget needs a model's text"):
-        llm.generate([[5, 6]], SamplingParams(thinking_token_budget=3))
-    with refused("--synthetic-text is 0.7", "draft", "is lookup", "--draft"):
-        LLM(bundle_of("lookup"), synthetic_text="0.7")
-    with refused("--synthetic-text is 'often'", "0.75"):
-        LLM(bundle_of("eagle3"), synthetic_text="often")
+def test_where_a_grammar_applies_the_models_choice_among_its_tokens_counts(synthetic):
+    params = SamplingParams(max_tokens=8, structured={"choice": ["yes", "no"]})
+    [completion] = synthetic("eagle3", "echo", 3).generate("is it?", params)
+    assert completion.text in ("yes", "no")
+
+
+def test_log_probabilities_are_the_models(synthetic):
+    params = SamplingParams(max_tokens=5, ignore_eos=True, logprobs=2)
+    [completion] = synthetic("eagle3", "echo", 3).generate([[5, 6, 7]], params)
+    assert [entry.token for entry in completion.logprobs] == completion.token_ids
+    assert all(entry.logprob <= entry.top[0][1] and len(entry.top) == 2 for entry in completion.logprobs)
+
+
+def test_rates_that_a_bundle_has_no_use_for_are_refused(bundle_of):
+    with refused("rate is 0.7", "draft", "is lookup", "--draft"):
+        opened(bundle_of("lookup"), None, 1, "0.7")
+    with refused("ECHO_TRT_SYNTHETIC_TEXT is 'often'", "0.75"):
+        opened(bundle_of("eagle3"), None, 1, "often")

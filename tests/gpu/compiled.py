@@ -34,10 +34,13 @@ class Built:
 
     def opened(self, role: Any, name: str, kind: Any = None) -> tuple[Any, Any]:
         """Build a role; return its engine, of the class ``kind`` or ``TensorRTEngine``, and the self-check."""
+        from echo_trt.backends.self_check import check_engine
         from echo_trt.backends.tensorrt.engine import TensorRTEngine
 
-        file, check = self.build.compile(role, name, self.recipe.precision)
-        path, sizes, facts = self.build.folder / file, self.sizes, self.build.facts()
+        precision = self.recipe.precision
+        compiled = self.build.compile(role, name, precision)
+        check = compiled.open and check_engine(role, compiled.open, precision, longest=compiled.longest)
+        path, sizes, facts = self.build.folder / compiled.file, self.sizes, self.build.facts()
         opened = (kind or TensorRTEngine).open(path, facts, sizes.batch, sizes.blocks, sizes.pool, tree=sizes.tree)
         return opened, check
 

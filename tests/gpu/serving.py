@@ -34,6 +34,7 @@ from echo_trt.speculation.goodput.model.costs import Costs, Curve
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.policies import make_planner, reserve_for
 from echo_trt_lab.device_counts import RECIPE, CountedDrafter, Counts
+from echo_trt_lab.synthetic_engine import SyntheticEngine, propose
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 FREE = Costs(Curve([1, 64, 128], [0.02, 0.02, 0.04]), Curve([1, 256], [1e-5, 1e-5]))  # of verifying: trees grow
@@ -149,9 +150,12 @@ class Served:
         planner = make_planner(policy, decoding | {"budget": max(60, 4 * len(prompts))}, goodput)
         if policy != self.policy:  # a server has the graphs of one policy
             vars(self.head).pop("_levels", None)
-        self.head.capture_levels(planner.level_shapes, self.text)
-        self.policy, drafter, text = policy, self.drafter(), None if self.draft_only else self.text
-        loop = EngineCore(self.target, drafter, drafter.batch, planner, (), limits.prefill_chunk, text)
+        self.policy, drafter, target = policy, self.drafter(), self.target
+        if self.text:
+            propose(drafter, self.text)
+            target = target if self.draft_only else SyntheticEngine(target, self.text, drafter.batch)
+        self.head.capture_levels(planner.level_shapes)
+        loop = EngineCore(target, drafter, drafter.batch, planner, (), limits.prefill_chunk)
         requests = [Request(i, *each) for i, each in enumerate(zip(prompts, params, strict=True))]
         for request in requests:
             loop.scheduler.add(request)
@@ -231,6 +235,9 @@ class KnownText:
 
     def propose(self, keys: Any, previous: Any, positions: Any, depth: Any, count: int) -> tuple[Any, Any]:
         """Propose the text: at two of three positions first and surely, at others second and unsurely."""
+        if isinstance(keys, np.ndarray):
+            on_device = map(torch.from_numpy, (keys, previous, positions, depth))
+            return tuple(found.numpy() for found in self.propose(*on_device, count))
         row = torch.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
         right = self._table[row, positions.clip(max=self._table.shape[1] - 1)]
         sure, rank = positions % 3 > 0, torch.arange(count, device=keys.device)

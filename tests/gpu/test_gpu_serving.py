@@ -15,6 +15,7 @@ from gpu.serving import CacheCopies, KnownText, Served, foreseen, recipe_of, ten
 
 from echo_trt.engine.params import SamplingParams
 from echo_trt.speculation.pack import pack
+from echo_trt_lab.synthetic_engine import text_keys
 from echo_trt_lab.synthetic_text import HashedText, Rates
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error:.*(CUDA graph|cache)")]
@@ -47,7 +48,7 @@ def test_every_policy_writes_plain_decodings_text(card, dtype, figures):
         while loop.scheduler.busy:
             loop.step()
             for slot in loop.batch.active.nonzero()[0]:
-                keys[int(loop.batch.text_key[slot])] = loop.scheduler.running_in([slot])[0].id
+                keys[int(text_keys(loop.batch, [slot])[0])] = loop.scheduler.running_in([slot])[0].id
         texts = [request.generated for request in requests]
         if not plain:
             plain, whole = texts, {key: np.concatenate((prompts[i], texts[i])) for key, i in keys.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from echo_trt.sizing.shapes import shapes
 from echo_trt_lab.benchmark.command import run as bench
 from echo_trt_lab.benchmark.options import BenchOptions
 from echo_trt_lab.random_weights import random_checkpoint, with_random_weights
+from echo_trt_lab.synthetic_engine import rates_given
+from echo_trt_lab.synthetic_text import VARIABLE
 
 
 @pytest.fixture
@@ -69,7 +72,8 @@ def test_a_bundle_of_a_shape_answers_with_synthetic_text(pair, kind, shape_only,
     assert manifest.recipe.target.random_weights
     assert manifest.tokenizer.startswith(str(shape_only))
     prompts, params = [[5, 6, 7], [9]], SamplingParams(max_tokens=20)
-    plain, drafted = (LLM(bundle, policy, 2, synthetic_text="0.9") for policy in ("autoregressive", "static"))
+    with rates_given("0.9"):
+        plain, drafted = (LLM(bundle, policy, 2) for policy in ("autoregressive", "static"))
     wanted = [completion.token_ids for completion in plain.generate(prompts, params)]
     assert [completion.token_ids for completion in drafted.generate(prompts, params)] == wanted
     assert drafted.counters.accepted_length > 1.5
@@ -85,23 +89,22 @@ def test_without_a_tokenizer_at_hand_bytes_stand_in(shape_only, tmp_path):
     (shape_only / "target" / "tokenizer.json").unlink()
     recipe = with_random_weights(recipe_of("eagle3", shape_only))  # of a vocabulary that the default's does not fit
     assert build(recipe, shape_only, tmp_path / "bundle").tokenizer == "bytes"
-    llm = LLM(tmp_path / "bundle", "static", 1, synthetic_text="0.5")
+    with rates_given("0.5"):
+        llm = LLM(tmp_path / "bundle", "static", 1)
     [completion] = llm.chat([{"role": "user", "content": "né"}], SamplingParams(max_tokens=12))
     assert len(completion.token_ids) == 12
     assert completion.text
 
 
 def test_every_output_says_that_the_text_is_synthetic(shape_only, tmp_path, capsys):
-    bundle, prompts, texts = tmp_path / "bundle", tmp_path / "prompts.jsonl", tmp_path / "answers.json"
+    bundle, prompts = tmp_path / "bundle", tmp_path / "prompts.jsonl"
     build(with_random_weights(recipe_of("eagle3", shape_only)), shape_only, bundle)
     prompts.write_text("".join(json.dumps({"id": str(i), "prompt": f"the {i}"}) + "\n" for i in range(3)))
     says, out = "synthetic text, whose drafts are accepted at 0.8,0.6", Console(width=200)
-    options = GenerateOptions(
-        bundle, prompts=prompts, json_file=texts, max_tokens=8, policy="static", synthetic_text="0.8,0.6"
-    )
-    generate(options, Console(quiet=True), out)
+    options = GenerateOptions(bundle, prompts=prompts, max_tokens=8, policy="static")
+    with rates_given("0.8,0.6"):
+        generate(options, Console(quiet=True), out)
     assert says in capsys.readouterr().out
-    assert json.loads(texts.read_text())["summary"]["synthetic_text"] == "0.8,0.6"
     given = {"prompts": [prompts], "policies": ("static",), "batches": (1,), "max_tokens": 8, "requests": 2}
     job = BenchOptions(bundle, html_file=tmp_path / "report.html", synthetic_text="0.8,0.6", rounds=1, **given)
     result = bench(job, out, Console(quiet=True))
@@ -114,33 +117,23 @@ def test_every_output_says_that_the_text_is_synthetic(shape_only, tmp_path, caps
 
 
 def test_a_server_of_synthetic_text_says_so(shape_only, tmp_path):
-    """In its first line, in /v1/models and on the live page; grammars are refused there, too."""
     build(with_random_weights(recipe_of("eagle3", shape_only)), shape_only, tmp_path / "bundle")
     (tmp_path / "rates.json").write_text("[[0.8, 0.1], [0.6]]")
     [port] = free_ports(1)
-    words = ["--openai-port", str(port), "--synthetic-text", "rates.json", "--policy", "static"]
-    command = [sys.executable, "-m", "echo_trt", "serve", "bundle", *words]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+    words = ["--openai-port", str(port), "--policy", "static"]
+    command, environment = [sys.executable, "-m", "echo_trt", "serve", "bundle", *words], {VARIABLE: "rates.json"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | environment, **pipes) as server:
         try:
             assert server.stdout
             lines = iter(server.stdout.readline, "")
-            assert any("serving synthetic text, whose drafts are accepted at rates.json" in line for line in lines)
+            assert any("synthetic text, whose drafts are accepted at rates.json" in line for line in lines)
+            assert any("serving" in line for line in lines)
             client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-            names = [model["id"] for model in client.get("/v1/models").json()["data"]]
-            assert names == ["echo", "eagle3-random", "eagle3-random-synthetic-text"]
-            assert client.get("/live/about").json()["models"] == names
-            chat = {
-                "model": names[0],
-                "messages": [{"role": "user", "content": "the"}],
-                "max_tokens": 9,
-                "temperature": 0,
-            }
+            chat = {"model": "echo", "messages": [{"role": "user", "content": "the"}], "max_tokens": 9}
             greedy = chat | {"temperature": 0}
             answers = [client.post("/v1/chat/completions", json=greedy).json() for _ in range(2)]
             assert answers[0]["usage"]["completion_tokens"] == 9
             assert answers[0]["choices"] == answers[1]["choices"]
-            refusal = client.post("/v1/chat/completions", json=chat | {"response_format": {"type": "json_object"}})
-            assert refusal.status_code == 400
-            assert "needs a model's text, and this one is synthetic" in refusal.json()["error"]["message"]
         finally:
             server.terminate()

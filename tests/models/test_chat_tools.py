@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusal import refused
 
-from echo_trt.engine.process.pending import Pending
-from echo_trt.engine.process.request import Reader
+from echo_trt.engine.process.prompts import PromptReader
+from echo_trt.engine.process.wire import ChatPrompt
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.messages import checked_messages, checked_tools
 
@@ -218,21 +218,10 @@ def test_names_of_control_tokens_in_variables_are_text():
 def test_requests_say_whether_the_answer_begins_in_a_thought(tmp_path, template, kwargs, inside):
     """Marks that a user writes say nothing of it."""
     tool_models.qwen3_tokenizer(template).save_pretrained(tmp_path)
-    reader = Reader(tmp_path, 1000)
-
-    chat = {"chat_messages": json.dumps([{"role": "user", "content": "what is <think>?"}])}
-    requested = chat | {"chat_template_kwargs": json.dumps(kwargs), "tools": json.dumps([TOOL])}
-    reader.read(requested, answer := Pending())
-    assert answer.in_thought is inside
-    info = reader.model_info(1)
+    reader = PromptReader(tmp_path, 1000)
+    chat = ChatPrompt([{"role": "user", "content": "what is <think>?"}], [TOOL], kwargs)
+    assert reader.in_thought(reader.ids(chat)) is inside
+    info = reader.model_info(1, {})
     assert info.takes_tools
     assert info.thinking.closes == "</think>"
     assert {"<tool_call>", "<think>"} & set(info.tokens)
-    for name, value, output in (
-        ("tools", {"a": 1}, "tools is no list of tools"),
-        ("chat_template_kwargs", [1], "chat_template_kwargs is no JSON object"),
-    ):
-        with refused(output):
-            reader.read(chat | {name: json.dumps(value)}, answer)
-        with refused(f"{name} given without a chat"):
-            reader.read({"text_input": "x", name: json.dumps(value)}, answer)

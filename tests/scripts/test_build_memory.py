@@ -6,6 +6,7 @@ import json
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -14,6 +15,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from safetensors.torch import load_file
 
+from echo_trt.backends.kind import built_as, engine_kind
 from echo_trt.bundle.read_recipe import load_recipe
 from echo_trt.cli import build
 
@@ -58,16 +60,13 @@ def test_a_build_for_a_gpu_holds_weights_in_the_type_of_the_checkpoint(engine, m
     class Compiling(Exception):
         pass
 
-    def compiler(*_):
-        def compile_role(role, name, precision):
-            held.extend({p.dtype for p in role.parameters() if p.ndim == 2})
-            raise Compiling
+    def compile_role(role, name, precision):
+        held.extend({p.dtype for p in role.parameters() if p.ndim == 2})
+        raise Compiling
 
-        return compile_role, None
-
-    monkeypatch.setattr(build, "_compiler", compiler)
-    monkeypatch.setattr(build, "_check_settings", lambda recipe: None)  # TensorRT is not installed
-    recipe = load_recipe(folder / "recipe.yaml").built_as(engine, "bf16")
+    changes = {"compiler": lambda *_: (compile_role, {}), "check": lambda recipe: None}  # TensorRT is not installed
+    monkeypatch.setattr(build, "engine_kind", lambda name: replace(engine_kind(name), **changes))
+    recipe = built_as(load_recipe(folder / "recipe.yaml"), engine, "bf16")
     with pytest.raises(Compiling):
         build.build(recipe, folder, tmp_path / "bundle")
     assert held == [torch.bfloat16]

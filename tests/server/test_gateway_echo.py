@@ -12,7 +12,7 @@ from byte_tokenizer import USER
 from server.running import client_of, refused
 
 from echo_trt.engine import params
-from echo_trt.engine.params import MAX_ANSWER_LOGPROBS, MAX_PROMPT_LOGPROBS
+from echo_trt.engine.params import MAX_ANSWER_LOGPROBS, MAX_PROMPT_LOGPROBS, SamplingParams
 from echo_trt.engine.process import wire
 from echo_trt.models.tokenizer import load_tokenizer
 
@@ -98,8 +98,8 @@ def test_a_text_of_more_bytes_than_tokens_is_counted_by_its_tokens(client, token
 
 
 def test_the_engine_has_this_bound_itself(server):
-    inputs = {"input_ids": [70] * 5000, "prompt_logprobs": 20, "max_tokens": 1}
-    reported = ask(str(server.engine), wire.Submit(1, inputs))
+    asked = SamplingParams(max_tokens=1, prompt_logprobs=20)
+    reported = ask(str(server.engine), wire.Submit(prompt=[70] * 5000, params=asked))
     assert "prompt_logprobs is 20, which asks for 5000 prompt tokens" in reported.message
 
 
@@ -119,7 +119,7 @@ def test_too_many_log_probabilities_of_answers_are_refused_by_their_product(n, t
 
 def test_the_engine_bounds_log_probabilities_of_answers_itself(server, monkeypatch):
     monkeypatch.setattr(params, "MAX_ANSWER_LOGPROBS", 1000)
-    inputs = {"input_ids": [70] * 5, "return_log_probs": True, "top_logprobs": 9, "max_tokens": 101}
-    reported = ask(str(server.engine), wire.Submit(1, inputs), 30)
+    asked = SamplingParams(max_tokens=101, logprobs=9)
+    reported = ask(str(server.engine), wire.Submit(prompt=[70] * 5, params=asked), 30)
     assert "max_tokens is 101, which allows 101 tokens x 1 choices x 10 = 1010 log-probabilities" in reported.message
     assert reported.field == "max_tokens"

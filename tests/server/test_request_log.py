@@ -178,7 +178,7 @@ def test_an_engine_that_dies_is_a_line_of_each_process(server):
         assert b"not available" in b"".join(pieces)
     [found] = lines_with(server, request_id="lost")
     assert (found["level"], found["message"], found["status"]) == ("ERROR", "request failed", 503)
-    assert found["reason"] == "UNAVAILABLE: the engine is away."
+    assert found["reason"] == "away: the engine is away."
     [died] = lines_with(server, process="serve", level="ERROR")
     assert died["message"].startswith("the engine has died (signal 9, Killed); starting it again")
     pools = [each for each in lines_with(server, process="engine") if "KV pool" in each["message"]]

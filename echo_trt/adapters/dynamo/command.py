@@ -15,7 +15,6 @@ from echo_trt.bundle.card import check_card, has_template
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.errors import UserError, described
 from echo_trt.speculation.policies import policy_named
-from echo_trt.supervision.options import SYNTHETIC
 from echo_trt.supervision.supervised import port_trouble
 
 log = logging.getLogger(__name__)
@@ -72,8 +71,7 @@ def _check(job: WorkerOptions) -> WorkerOptions:
     if job.policy:
         policy_named(job.policy, "--policy")
     _check_ports(job)
-    name = job.name or f"{manifest.name}{SYNTHETIC * bool(job.synthetic_text)}"
-    job = replace(job, bundle=job.bundle.resolve(), name=name)
+    job = replace(job, bundle=job.bundle.resolve(), name=job.name or manifest.name)
     if backend_of(os.environ) == "file":
         folder = folder_of(os.environ)
         check_folder(folder)

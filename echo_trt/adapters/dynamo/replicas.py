@@ -15,9 +15,10 @@ from dataclasses import replace
 
 from echo_trt.adapters.dynamo.discovery import FOLDER
 from echo_trt.adapters.dynamo.environment import check_installed, completed
+from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.card import check_card
 from echo_trt.bundle.manifest import read_manifest
-from echo_trt.engine.kv_pool import kv_pool, on_cpu
+from echo_trt.engine.kv_pool import kv_pool
 from echo_trt.errors import UserError
 from echo_trt.speculation.policies import policy_named
 from echo_trt.supervision.options import ServeOptions
@@ -53,7 +54,8 @@ def run(job: ServeOptions) -> int:
         raise UserError(f"{trouble}.")
     check_installed()
     job = replace(job, bundle=job.bundle.resolve())
-    if on_cpu(manifest.engine) and manifest.recipe.limits.kv_blocks is None:  # each would take what is there for all
+    shared = engine_kind(manifest.engine).on_host
+    if shared and manifest.recipe.limits.kv_blocks is None:  # each would take what is there for all
         pool = kv_pool(job.bundle, manifest, job.batch, job.kv_cache_memory, job.replicas)
         job = replace(job, kv_cache_memory=pool.bytes)
     settings = {"DYN_LOG": QUIET} | os.environ
@@ -170,14 +172,14 @@ def replicas(job: ServeOptions, environment: dict[str, str], stop: threading.Eve
     ]
     frontend = Frontend(job, environment, log, workers)
     url = f"http://{job.shown_host}:{job.openai_port}/v1"
-    text = f"{job.serving}\nOpenAI   {url}, model {job.model_name}\nworkers  {len(workers)}"
+    text = f"serving\nOpenAI   {url}, model {job.model_name}\nworkers  {len(workers)}"
     groups: list[Sequence[Supervised]] = [[frontend], workers]
     return Supervisor(groups, stop, log, job.drain_seconds, lambda: text if frontend.lists(job.model_name) else None)
 
 
 def visible_devices(engine: str, environment: Mapping[str, str]) -> list[str]:
     """List the devices that ``engine`` may use, as VISIBLE_DEVICES names them."""
-    if engine == "openvino":
+    if engine_kind(engine).card is None:
         return []
     if VISIBLE_DEVICES in environment:
         return [name.strip() for name in environment[VISIBLE_DEVICES].split(",") if name.strip()]

@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from echo_trt.adapters.triton.inputs import INPUTS
 from echo_trt.adapters.triton.replies import FINAL, Replies, Reply, failed
+from echo_trt.adapters.triton.request import Reader
 from echo_trt.engine.host_memory import bytes_in
 from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.process.host import Host
-from echo_trt.engine.process.inputs import INPUTS
 from echo_trt.engine.process.pending import refusal
-from echo_trt.engine.process.request import Reader
+from echo_trt.engine.process.prompts import PromptReader
 from echo_trt.engine.service.kv_events import publish_kv_events
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
@@ -61,23 +62,18 @@ class TritonPythonModel:
             note=pb_utils.Logger.log_info,
             prefix_cache=False if _truth(config, "no_prefix_cache") else None,
             kv_cache_memory=bytes_in("kv_cache_memory", memory) if memory else None,
-            synthetic_text=_setting(config, "synthetic_text") or None,
         )
         (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
-        self._reader = Reader(
-            bundle,
-            llm.loop.batch.context,
-            _truth(config, "special_tokens_in_content"),
-            llm.manifest.sampling.given(),
-            LatencyClasses(_setting(config, "latency_classes")),
-        )
+        classes = LatencyClasses(_setting(config, "latency_classes"))
+        prompts = PromptReader(bundle, llm.loop.batch.context, _truth(config, "special_tokens_in_content"))
+        self._reader = Reader(prompts, llm.manifest.sampling.given(), classes)
         publish_kv_events(llm.loop.batch.cache, _setting(config, "kv_events_config"))
         self._service = Service(llm, queue or QUEUE, _truth(config, "latency_admission"))
         signals = os.environ.get("ECHO_TRT_SIGNALS")
         name, self._metrics = args["model_name"], EngineMetrics(args["model_name"])
         self._replies = Replies(self._service, self._metrics, name, Path(signals) if signals else None)
         if socket := os.environ.get("ECHO_TRT_SOCKET"):
-            host = Host(self._service, self._reader, self._metrics)
+            host = Host(self._service, prompts, self._metrics, classes)
             serve = host.serve(Path(socket), asyncio.Event())  # it ends with the service
             threading.Thread(target=asyncio.run, args=(serve,), name="host", daemon=True).start()
 
@@ -104,9 +100,7 @@ class TritonPythonModel:
             self._replies.put(reply, None)
 
         if failure := refusal(self._metrics, queue):
-            code, sentence, _ = failure
-            code = code.replace("OUT_OF_RANGE", "INVALID_ARGUMENT")
-            reply.sender.send(failed(code, sentence, reply.coded), flags=FINAL)
+            reply.sender.send(failed(failure, reply.coded), flags=FINAL)
 
 
 def _checked_id(request: pb_utils.InferenceRequest) -> str:

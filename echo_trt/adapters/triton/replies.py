@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import logging
 import os
 import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +20,9 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from echo_trt.engine.process.pending import Pending
+from echo_trt.engine.process.entries import logprob_object, source_object
+from echo_trt.engine.process.pending import Pending, failure_of
+from echo_trt.engine.process.wire import Failure, FailureKind
 from echo_trt.engine.request import Event
 from echo_trt.engine.service.job import ERRORS
 from echo_trt.engine.service.metric_aliases import TENSORRT_LLM
@@ -27,7 +31,16 @@ from echo_trt.engine.service.service import Service
 
 log = logging.getLogger(__name__)
 
-TRITONS_NAMES = {"INVALID_ARGUMENT": "INVALID_ARG"}  # of gRPC's codes, where they differ
+#: gRPC's statuses by kinds of failures; Triton calls the first one INVALID_ARG.
+CODES: dict[FailureKind, str] = {
+    "invalid": "INVALID_ARGUMENT",
+    "too_long": "INVALID_ARGUMENT",
+    "late": "RESOURCE_EXHAUSTED",
+    "queue_full": "UNAVAILABLE",
+    "away": "UNAVAILABLE",
+    "cancelled": "CANCELLED",
+    "failed": "INTERNAL",
+}
 #: Seconds between two looks at whether clients are still there, between two updates of the metrics; too long a call.
 LOOK, FLUSH, STUCK = 0.05, 0.25, 15.0
 LOOKED_AT = 16  # clients checked at once, in turn; larger: one that leaves is noticed sooner, at the engine's cost
@@ -132,8 +145,8 @@ class Replies:
 
     def _merge(self, reply: Reply, event: Event) -> None:
         try:
-            if not reply.broken:
-                reply.add(event)
+            if not reply.broken and reply.add(event) and reply.text:
+                self._service.stop(reply, reply.text.used)
         except Exception:  # this thread answers all the others, too
             self._break(reply)
         reply.observe(event, self._metrics)
@@ -217,18 +230,20 @@ def triton_process() -> int:
     return os.getppid()
 
 
-def failed(code: str, message: str, coded: bool) -> pb_utils.InferenceResponse:
+def failed(failure: Failure, coded: bool) -> pb_utils.InferenceResponse:
     """``coded``: the message begins with the code, which a gRPC stream of Triton's does not tell otherwise."""
-    text = f"{code}: {message}" if coded else message
-    number = getattr(pb_utils.TritonError, TRITONS_NAMES.get(code, code))
+    code = CODES[failure.kind]
+    text = f"{code}: {failure.message}" if coded else failure.message
+    number = getattr(pb_utils.TritonError, code.replace("ARGUMENT", "ARG"))
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, number))
 
 
 def _response(reply: Reply, event: Event) -> pb_utils.InferenceResponse:
     if reply.broken:
-        return failed("INTERNAL", "the answer could not be sent; the server's log says why.", reply.coded)
+        sentence = "the answer could not be sent; the server's log says why."
+        return failed(Failure(kind="failed", message=sentence), reply.coded)
     if event.reason in ERRORS:
-        return failed(ERRORS[event.reason], event.message or "the request was cancelled.", reply.coded)
+        return failed(failure_of(event), reply.coded)
     tensors = [
         _strings("text_output", reply.unsent_text),
         pb_utils.Tensor("output_ids", np.array([reply.unsent_tokens], np.int32).reshape(1, -1)),
@@ -242,10 +257,10 @@ def _response(reply: Reply, event: Event) -> pb_utils.InferenceResponse:
         tensors += [
             pb_utils.Tensor("output_log_probs", numbers),
             _numbers("cum_log_probs", reply.unsent_logprobs.total, np.float32),
-            _strings("logprobs", reply.unsent_logprobs.clear()),
+            _json("logprobs", map(logprob_object, reply.unsent_logprobs.clear())),
         ]
     if reply.unsent_sources:
-        tensors.append(_strings("token_sources", reply.unsent_sources.clear()))
+        tensors.append(_json("token_sources", map(source_object, reply.unsent_sources.clear())))
     if event.reason:
         tensors += [
             _strings("finish_reason", event.reason),
@@ -262,6 +277,10 @@ def _response(reply: Reply, event: Event) -> pb_utils.InferenceResponse:
             _numbers("time_to_first_token_ms", 1000 * (event.first_token_seconds or 0.0), np.float32),
         ]
     return pb_utils.InferenceResponse(tensors)
+
+
+def _json(name: str, entries: Iterable[dict[str, Any]]) -> pb_utils.Tensor:
+    return _strings(name, json.dumps([*entries], ensure_ascii=False, separators=(",", ":")))
 
 
 def _strings(name: str, text: str) -> pb_utils.Tensor:

@@ -87,10 +87,10 @@ class DeviceEngine(Engine):
         """Children that a head proposes per node."""
 
     @torch.inference_mode()
-    def capture_levels(self, shapes: Callable[[int], Collection[LevelShape]], text: Any = None) -> None:
+    def capture_levels(self, shapes: Callable[[int], Collection[LevelShape]]) -> None:
         """Capture drafts of several levels as CUDA graphs before requests wait; see ``Levels.capture``."""
         with self._on_stream():
-            self._levels.capture(shapes, text)
+            self._levels.capture(shapes)
 
     def padded_requests(self, requests: int) -> int:
         """Return the number of requests to which a level of ``requests`` is padded."""
@@ -98,23 +98,17 @@ class DeviceEngine(Engine):
 
     @torch.inference_mode()
     def start_levels(
-        self,
-        call: ForwardBatch,
-        below: ForwardBatch,
-        shape: LevelShape,
-        max_nodes: int,
-        keys: np.ndarray | None = None,
-        **inputs: Any,
+        self, call: ForwardBatch, below: ForwardBatch, shape: LevelShape, max_nodes: int, **inputs: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Run ``call``, whose logit rows are the roots', and the first levels, ``below``; ``keys`` of synthetic texts.
+        """Run ``call``, whose logit rows are the roots', and the first levels, ``below``.
 
         Returns int32 [A, 2k], the bits of the roots' scores and their children, and what ``run_levels`` returns.
         """
         with self._on_stream():
             outputs = self._outputs(call, numbered(inputs))
-            roots = self._levels.proposals(call, keys, outputs["scores"], outputs["candidates"], outputs[PACKED])
-            self._levels.begin(*roots[:2], outputs["state"][send(call.logit_rows, self.device)])
-            return self._levels.run(below, np.arange(len(call.logit_rows)), shape, max_nodes, roots[2])
+            states = outputs["state"][send(call.logit_rows, self.device)]
+            self._levels.begin(outputs["scores"], outputs["candidates"], states)
+            return self._levels.run(below, np.arange(len(call.logit_rows)), shape, max_nodes, outputs[PACKED])
 
     @torch.inference_mode()
     def run_levels(self, below: ForwardBatch, rows: np.ndarray, shape: LevelShape, max_nodes: int) -> np.ndarray:

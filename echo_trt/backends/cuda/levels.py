@@ -11,7 +11,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from echo_trt.backends.cuda.calls import MAX_GRAPHS, Graphs, Staging, unowned
 from echo_trt.backends.cuda.sizes import Arrays, CallBounds, bucket
-from echo_trt.backends.cuda.transfers import fetch, send
+from echo_trt.backends.cuda.transfers import fetch
 from echo_trt.speculation.pack import ForwardBatch, LevelShape
 
 LevelPass = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]  # to scores, candidates, states
@@ -74,8 +74,6 @@ class Levels:
         self._root_scores = torch.zeros(count, top_k, device=device)
         self._root_tokens = torch.zeros(count, top_k, dtype=torch.int64, device=device)
         self._root_states = states.new_zeros(count, width)
-        self._keys = torch.zeros(count, dtype=torch.int64, device=device)  # of synthetic texts
-        self._text: Any = None  # takes the place of the head's proposals
         # The newest beams, flat, since their number differs from policy to policy.
         size = count * top_k
         self._newest = Beams(
@@ -93,14 +91,12 @@ class Levels:
         """Return the number of requests to which a level's call is padded."""
         return next(size for size in self._sizes if size >= requests) if self._graphs else requests
 
-    def capture(self, shapes: Callable[[int], Collection[LevelShape]], text: Any = None) -> None:
+    def capture(self, shapes: Callable[[int], Collection[LevelShape]]) -> None:
         """Capture the shapes of drafts that the planner asks for; ``shapes`` returns them for a number of requests.
 
         Other drafts run by plain launches from then on. Beyond the engine's limit of graphs, the smallest batches get
-        graphs: launches take a larger share of a small batch's draft. ``text`` takes the place of the head's proposals.
+        graphs: launches take a larger share of a small batch's draft.
         """
-        if text and not self._text:
-            self._text = text.placed(torch, self._device)
         if not self._graphs:
             return
         wanted: dict[tuple[int, LevelShape], None] = {}  # in order
@@ -130,27 +126,6 @@ class Levels:
         roots = (self._root_scores, scores), (self._root_tokens, candidates), (self._root_states, states)
         for kept, new in roots:
             kept[: len(new)].copy_(new)
-
-    def proposals(
-        self, call: ForwardBatch, keys: np.ndarray | None, scores: Tensor, candidates: Tensor, packed: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the proposals of the roots of ``call``, the head's or a synthetic text's, and both packed.
-
-        keys  int64 [A], of the requests' texts
-        """
-        if not self._text:
-            return scores, candidates, packed
-        entries = np.stack((keys, call.token_ids[call.logit_rows], call.positions[call.logit_rows]))
-        placed = send(entries.astype(np.int64), self._device)
-        self._keys[: len(placed[0])].copy_(placed[0])
-        scores, candidates = self._made(*placed, 1, scores.shape[1])
-        return scores, candidates, torch.cat((scores.contiguous().view(torch.int32), candidates.int()), dim=1)
-
-    def _made(self, keys: Tensor, tokens: Tensor, entries: Tensor, depth: int, count: int) -> tuple[Tensor, Tensor]:
-        """Make ``count`` proposals at a ``depth``, below ``tokens`` [n] at the head's ``entries`` [n]."""
-        positions = entries.long() + 2  # entries are numbered from the second token on
-        log_q, candidates = self._text.propose(keys, tokens.long(), positions, torch.full_like(keys, depth), count)
-        return log_q.float(), candidates
 
     def run(
         self, below: ForwardBatch, rows: np.ndarray, shape: LevelShape, max_nodes: int, roots: Tensor | None = None
@@ -204,19 +179,9 @@ class Levels:
         """Draft levels below the newest beams, and keep the last level's. Returns the best children [A, 4, m]."""
         shape = LevelShape(*numbers)
         beams, drafted = self._beams(shape, call["rows"]), []
-        keys, depth = self._keys[call["rows"]], itertools.count(shape.first + 1)
-
-        def forward(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            scores, candidates, *rest = self._forward(inputs)
-            if self._text:
-                below = keys[:, None].expand(-1, shape.beams).flatten(), inputs["token_ids"], inputs["positions"]
-                scores, candidates = self._made(*below, next(depth), scores.shape[1])
-            return scores, candidates, *rest
-
         for level in range(shape.first, shape.first + shape.levels):
-            beams, children = expand(forward, call, level, beams, shape.width)
+            beams, children = expand(self._forward, call, level, beams, shape.width)
             drafted.append(children)
-        self._keys[: len(keys)].copy_(keys)
         for kept, new in zip(self._newest, beams, strict=True):
             kept[: new.numel()].copy_(new.flatten())
         return (best_children(drafted, shape),)

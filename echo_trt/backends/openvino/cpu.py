@@ -8,8 +8,6 @@ from pathlib import Path
 
 import openvino as ov
 
-from echo_trt.bundle.manifest import Manifest
-
 _CPU = Path("/proc/cpuinfo")
 
 
@@ -45,9 +43,3 @@ def compute_type(precision: str) -> ov.Type:
 def stores_fp16(precision: str) -> bool:
     """Return whether bf16 weights are stored in fp16, for arithmetic in fp32."""
     return precision == "bf16" and not has_bf16()
-
-
-def computes_in(manifest: Manifest) -> str:
-    """Return a bundle's precision, or its replacement here: OpenVINO has no bf16 on a CPU without AVX-512."""
-    engine, precision = manifest.engine, manifest.precision
-    return "fp32" if engine == "openvino" and stores_fp16(precision) else precision

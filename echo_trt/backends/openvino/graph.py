@@ -34,6 +34,12 @@ ACTIVATIONS = 32  # of 8-bit products that share a scale; larger: less exact, an
 
 def read_graph(path: Path) -> ov.Model:
     """Read the exported graph as an OpenVINO model, with weights memory-mapped."""
+    data = path.with_name(f"{path.name}.data")
+    if path.parent.resolve() not in data.resolve().parents:
+        raise UserError(
+            f"bundle file {data} is a link to {data.resolve()}, and OpenVINO reads no weights from outside of the "
+            "bundle; copy it with its files (cp -rL)."
+        )
     core = ov.Core()
     core.add_extension(ConversionExtension(OPERATOR, DOMAIN, _to_paged_attention))
     try:

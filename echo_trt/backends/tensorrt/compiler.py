@@ -20,18 +20,11 @@ ProfileShapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # leas
 Profile = Mapping[str, ProfileShapes]  # by input
 TellPhase = Callable[[float, str], None]  # takes a build's progress, from 0 to 1, and its phase
 
-PRECISIONS = ("fp16", "bf16")
-
 #: Warnings that do not concern an engine's numbers.
 HARMLESS = (
     re.compile(r"Make sure (in|out)put \S+ has Int64 binding"),
     re.compile(r"The logger passed into createInfer\w+ differs from one already registered"),
 )
-
-
-def check_precision(key: str, precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise UserError(f"{key} is {precision!r}, which TensorRT does not build; use fp16 or bf16.")
 
 
 @dataclass(frozen=True)

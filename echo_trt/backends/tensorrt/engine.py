@@ -20,9 +20,8 @@ from echo_trt.backends.cuda.sizes import LARGEST, SIZES, CallBounds, empty_calls
 from echo_trt.backends.cuda.transfers import PACKED, pack_results, send
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.backends.tensorrt.calls import MicroBatch, in_words, packed_pieces
-from echo_trt.backends.tensorrt.library import load_tensorrt
+from echo_trt.backends.tensorrt.library import TensorRTFacts, load_tensorrt
 from echo_trt.backends.tensorrt.session import Session
-from echo_trt.bundle.manifest import TensorRTFacts
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import BLOCK, ForwardBatch
 from super_tree_attention.tensorrt_plugin import WRITTEN

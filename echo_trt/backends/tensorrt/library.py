@@ -9,10 +9,21 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from echo_trt.errors import UserError
 from super_tree_attention.tensorrt_plugin import register
 
 MAJOR = 11  # the version that is supported
+
+
+class TensorRTFacts(BaseModel):
+    """Names the version of TensorRT and the compute capabilities, such as 8.9, of an engine."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: str
+    capabilities: list[str]
 
 
 def load_tensorrt() -> ModuleType:

@@ -64,8 +64,7 @@ class LevelsDrafter(Eagle3Drafter):
 
         def run(slots: np.ndarray, start: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
             call, inputs = self._packed(slots, start, counts, np.cumsum(counts) - 1)
-            keys = self.batch.text_key[slots]
-            roots, drafted = self.engine.start_levels(call, below, shape, max_nodes, keys, **inputs)
+            roots, drafted = self.engine.start_levels(call, below, shape, max_nodes, **inputs)
             return {"roots": roots, "drafted": drafted}
 
         outputs, _ = self.prefill_draft(slots, run)

@@ -19,7 +19,7 @@ from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.options import HostedOptions, LogFormat, command, run_alone
 from echo_trt.engine.process.host import Host
-from echo_trt.engine.process.request import Reader
+from echo_trt.engine.process.prompts import PromptReader
 from echo_trt.engine.service.kv_events import publish_kv_events
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.protocol import MODEL
@@ -46,7 +46,6 @@ def run(options: HostOptions) -> int:
         policy_named(options.policy, "--policy")
     base.ends_at_once = True
     bundle, memory = options.bundle, options.kv_cache_memory
-    text = options.synthetic_text
     llm = LLM(
         bundle,
         options.policy,
@@ -54,12 +53,10 @@ def run(options: HostOptions) -> int:
         note=log.info,
         prefix_cache=False if options.no_prefix_cache else None,
         kv_cache_memory=memory,
-        synthetic_text=text,
     )
     (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
-    context, sampling = llm.loop.batch.context, llm.manifest.sampling.given()
     classes = LatencyClasses(options.latency_classes)
-    reader = Reader(bundle, context, options.special_tokens_in_content, sampling, classes)
+    prompts = PromptReader(bundle, llm.loop.batch.context, options.special_tokens_in_content)
     publish_kv_events(llm.loop.batch.cache, options.kv_events_config)
     service = Service(llm, options.queue, options.latency_admission)
     gc.freeze()  # what was loaded lives as long as the process
@@ -68,7 +65,7 @@ def run(options: HostOptions) -> int:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        return await Host(service, reader, EngineMetrics(MODEL)).serve(options.socket, stop)
+        return await Host(service, prompts, EngineMetrics(MODEL), classes).serve(options.socket, stop)
 
     sound = asyncio.run(serve())
     service.close(0)

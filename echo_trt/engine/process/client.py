@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.process import wire
-from echo_trt.engine.service.protocol import PROBE
+from echo_trt.engine.service.protocol import FIRST
 from echo_trt.files.log import REQUEST_ID
 
 WAIT_S = 10.0  # seconds that a probe, or a question which no iteration answers, may take; larger: a hang shows later
 SCRAPE_S = 1.0  # seconds that metrics may take
+PROBE = SamplingParams(max_tokens=1, ignore_eos=True)
 FRESH_S = 2.0  # seconds for which text proves the engine alive; larger: fewer probes of a busy engine
 
 
@@ -23,12 +25,15 @@ FRESH_S = 2.0  # seconds for which text proves the engine alive; larger: fewer p
 Answers = dict[int, "asyncio.Queue[wire.FromEngine | None]"]
 
 
-class EngineError(Exception):
-    """A request that the engine refused or lost, with the fields of ``wire.Failure``."""
+AWAY = wire.Failure(kind="away", message="the engine is away.")
 
-    def __init__(self, code: str = "UNAVAILABLE", message: str = "the engine is away.", field: str | None = None):
-        super().__init__(message)
-        self.code, self.message, self.field = code, message, field
+
+class EngineError(Exception):
+    """A request that the engine refused or lost, and why."""
+
+    def __init__(self, failure: wire.Failure = AWAY):
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 class Client:
@@ -55,44 +60,50 @@ class Client:
     async def model_info(self) -> wire.ModelInfo:
         """Return what the engine says of its model. Raises EngineError."""
         if self._info is None:
-            answer = await self._single(wire.Describe(next(self._ids)))
+            answer = await self._single(wire.Describe())
             assert isinstance(answer, wire.ModelInfo)
             self._info = answer
         return self._info
 
-    async def tokenize(self, inputs: Mapping[str, Any]) -> wire.TokensReply:
-        """Return the tokens of the prompt that ``inputs`` hold; of ``input_ids`` the text, too. Raises EngineError."""
-        answer = await self._single(wire.Tokenize(next(self._ids), dict(inputs)))
+    async def token_ids(self, prompt: wire.PromptInput, special_tokens: bool = True) -> list[int]:
+        """Return the tokens of a prompt. ``special_tokens``: the tokenizer's own around a text. Raises EngineError."""
+        if isinstance(prompt, list):
+            return prompt
+        answer = await self._single(wire.Tokenize(prompt=prompt, special_tokens=special_tokens))
         assert isinstance(answer, wire.TokensReply)
-        return answer
+        return answer.token_ids
 
-    async def forecast(self, prompt_tokens: int, max_tokens: int, latency: str) -> wire.TextReply:
-        """Return what a request of this shape has to expect, as JSON. Raises EngineError."""
-        answer = await self._single(wire.AskForecast(next(self._ids), prompt_tokens, max_tokens, latency))
+    async def text(self, tokens: list[int]) -> str:
+        """Return the text of tokens. Raises EngineError."""
+        answer = await self._single(wire.Detokenize(tokens=tokens))
         assert isinstance(answer, wire.TextReply)
+        return answer.text
+
+    async def forecast(self, question: wire.AskForecast) -> wire.ForecastReply:
+        """Return what a request of this shape has to expect. Raises EngineError."""
+        answer = await self._single(question)
+        assert isinstance(answer, wire.ForecastReply)
         return answer
 
     async def metrics(self) -> str | None:
         """Return the engine's metrics in Prometheus' text format; None where they do not come in time."""
         try:
-            answer = await self._single(wire.Scrape(next(self._ids)), SCRAPE_S)
+            answer = await self._single(wire.Scrape(), SCRAPE_S)
         except EngineError:
             return None
         return answer.text if isinstance(answer, wire.TextReply) else None
 
-    async def snapshots(self) -> AsyncGenerator[str]:
-        """Yield snapshots as JSON; the engine makes none once this is closed. Raises EngineError."""
-        async with aclosing(self._ask(wire.WatchSnapshots(next(self._ids)))) as answers:
+    async def snapshots(self) -> AsyncGenerator[dict[str, Any]]:
+        """Yield snapshots; the engine makes none once this is closed. Raises EngineError."""
+        async with aclosing(self._ask(wire.WatchSnapshots())) as answers:
             async for answer in answers:
-                assert isinstance(answer, wire.TextReply)
-                yield answer.text
+                assert isinstance(answer, wire.Snapshot)
+                yield answer.content
 
-    async def submit(
-        self, inputs: Mapping[str, Any], sender: wire.Sender = wire.ANYONE
-    ) -> AsyncGenerator[wire.TextPiece]:
+    async def submit(self, question: wire.Submit) -> AsyncGenerator[wire.TextPiece]:
         """Yield pieces as they come. Close it early and the engine drops the request. Raises EngineError."""
-        message = wire.Submit(next(self._ids), dict(inputs), REQUEST_ID.get(), sender)
-        async with aclosing(self._ask(message)) as answers:
+        question.request_id = REQUEST_ID.get()
+        async with aclosing(self._ask(question)) as answers:
             async for piece in answers:
                 assert isinstance(piece, wire.TextPiece)
                 self._last_piece = time.monotonic()
@@ -108,7 +119,7 @@ class Client:
                 return
             try:
                 async with asyncio.timeout(seconds or WAIT_S):
-                    async for _ in self.submit(PROBE):
+                    async for _ in self.submit(wire.Submit(prompt=[0], params=PROBE, priority=FIRST)):
                         pass
             except TimeoutError:
                 if time.monotonic() - self._last_piece > FRESH_S:
@@ -123,7 +134,8 @@ class Client:
             raise EngineError from None
 
     async def _ask(self, question: wire.ToEngine) -> AsyncGenerator[wire.FromEngine]:
-        """Yield the answer to a question; closing the generator early cancels the question. Raises EngineError."""
+        """Yield the answer to a question, numbered here; closing the generator early cancels it. Raises EngineError."""
+        question.id = next(self._ids)
         writer, done = await self._connected(), False
         frame = wire.framed(question)  # may fail: before the question is noted as open
         unanswered, answers = self._unanswered, asyncio.Queue[wire.FromEngine | None]()
@@ -136,7 +148,7 @@ class Client:
                 if message is None:
                     raise EngineError
                 if isinstance(message, wire.Failure):
-                    raise EngineError(message.code, message.message, message.field)
+                    raise EngineError(message)
                 done = done and not isinstance(question, wire.WatchSnapshots)
                 yield message
         finally:

@@ -1,21 +1,23 @@
-"""Log-probabilities and sources of an answer's tokens on their way out: as entries of OpenAI's API in JSON."""
+"""Log-probabilities and sources of an answer's tokens on their way out."""
 
 from __future__ import annotations
 
 import codecs
-import json
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from echo_trt.engine.params import TokenLogprobs, TokenSource
-from echo_trt.models.token_texts import TokenTexts
+from echo_trt.engine.process.wire import LogprobEntry, SourceEntry
+
+if TYPE_CHECKING:
+    from echo_trt.models.token_texts import TokenTexts
 
 _LOWEST = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cannot write
-#: A prompt's tokens whose entries are written before Python's lock is let go of; larger: the engine's thread, which
-#: asks for it several times per iteration, waits longer.
-TOGETHER = 8
+#: A prompt's tokens whose entries are made before Python's lock is let go of; larger: the engine's thread, which asks
+#: for it several times per iteration, waits longer.
+TOGETHER = 64
 
 
 class OutgoingLogprobs:
@@ -27,7 +29,7 @@ class OutgoingLogprobs:
         self._waiting: deque[TokenLogprobs] = deque()  # their text has not come
         self.numbers: list[float] = []
         self.total = 0.0
-        self._entries: list[str] = []
+        self._entries: list[LogprobEntry] = []
 
     def begin(self, prompt: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
         """Put the prompt's tokens before the answer's.
@@ -54,20 +56,15 @@ class OutgoingLogprobs:
             if not self._texts.is_special(each.token):
                 self._add(each.token, each.logprob, each.top, len(self._echoed) + offset)
 
-    def clear(self) -> str:
-        """JSON of the entries since the last call: tokens whose text has come, so their bytes joined are the text."""
-        content, self._entries, self.numbers = self._entries, [], []
-        return f"[{','.join(content)}]"
+    def clear(self) -> list[LogprobEntry]:
+        """Return entries since the last call: of tokens whose text has come, so their bytes joined are the text."""
+        entries, self._entries, self.numbers = self._entries, [], []
+        return entries
 
     def _add(self, token: int, logprob: float | None, top: Sequence[tuple[int, float]], offset: int) -> None:
-        best = ",".join([self._entry(*each) + "}" for each in top])
-        self._entries.append(f'{self._entry(token, logprob)},"top_logprobs":[{best}],"text_offset":{offset}}}')
-
-    def _entry(self, token: int, logprob: float | None) -> str:
-        """Write an object but for its closing brace: a prompt may have 100,000 of them, which dictionaries delay."""
-        name, raw = self._texts.in_json(token)
-        number = "null" if logprob is None else repr(round(max(_LOWEST, logprob), 6))
-        return f'{{"token":{name},"logprob":{number},"bytes":{raw}'
+        raw, number = self._texts.raw, None if logprob is None else _shown(logprob)
+        best = [(raw(each), _shown(value)) for each, value in top]
+        self._entries.append(LogprobEntry(raw(token), number, best, offset))
 
 
 class OutgoingSources:
@@ -79,7 +76,7 @@ class OutgoingSources:
     def __init__(self, texts: TokenTexts):
         self._texts = texts
         self._waiting: deque[TokenSource] = deque()  # of tokens whose text has not come
-        self._entries: list[dict[str, Any]] = []
+        self._entries: list[SourceEntry] = []
 
     def take(self, sources: Sequence[TokenSource], offsets: Sequence[int]) -> None:
         """Take the sources of new tokens, and the offsets of tokens whose text has come (``engine.request.Event``)."""
@@ -87,14 +84,32 @@ class OutgoingSources:
         for _ in offsets:
             each = self._waiting.popleft()
             if not self._texts.is_special(each.token):
-                raw = self._texts.raw(each.token)
                 chance = None if each.probability is None else round(each.probability, 4)
-                text = raw.decode("utf-8", "backslashreplace")
-                self._entries.append({"token": text, "bytes": list(raw), "source": each.source, "probability": chance})
+                self._entries.append(SourceEntry(self._texts.raw(each.token), each.source, chance))
 
-    def clear(self) -> str:
+    def clear(self) -> list[SourceEntry]:
         entries, self._entries = self._entries, []
-        return json.dumps(entries, ensure_ascii=False, separators=(",", ":"))
+        return entries
+
+
+def logprob_object(entry: LogprobEntry) -> dict[str, Any]:
+    """Return an entry as OpenAI's API has it, and its ``text_offset``."""
+    best = [_token(*each) for each in entry.top]
+    return {**_token(entry.token, entry.logprob), "top_logprobs": best, "text_offset": entry.offset}
+
+
+def source_object(entry: SourceEntry) -> Any:
+    """Return an entry as answers have it."""
+    text = entry.token.decode("utf-8", "backslashreplace")
+    return {"token": text, "bytes": list(entry.token), "source": entry.source, "probability": entry.probability}
+
+
+def _token(raw: bytes, logprob: float | None) -> dict[str, Any]:
+    return {"token": raw.decode("utf-8", "backslashreplace"), "logprob": logprob, "bytes": list(raw)}
+
+
+def _shown(logprob: float) -> float:
+    return round(max(_LOWEST, logprob), 6)
 
 
 def prompt_offsets(prompt: Sequence[int], texts: TokenTexts, echoed: str) -> list[int]:

@@ -7,22 +7,24 @@ out as one piece. Prompts are read on a thread of their own, so that a long one 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from prometheus_client import generate_latest
 
+from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.process import wire
-from echo_trt.engine.process.pending import Pending, refusal
-from echo_trt.engine.process.request import Reader
+from echo_trt.engine.process.pending import Pending, failure_of, refusal
+from echo_trt.engine.process.prompts import PromptReader
 from echo_trt.engine.request import Event
 from echo_trt.engine.service.job import ERRORS, Overloaded
 from echo_trt.engine.service.metrics import EngineMetrics
@@ -33,43 +35,29 @@ log = logging.getLogger(__name__)
 BEAT = 0.05  # seconds between two looks at what has changed; larger: a drained engine ends later
 FLUSH = 0.25  # seconds between two updates of metrics
 SNAPSHOT, IDLE_SNAPSHOT = 0.2, 1.0  # seconds between two snapshots, and where nothing happens
-SILENT_S = 10.0  # seconds in which a client with much unread reads nothing, and is cut off; larger: more memory is held
 MAX_VIEWERS = 8  # clients that get snapshots; an API server is one of them, with all its viewers
+#: Bytes that wait for a client before pieces wait in their answers and are joined. Larger: more memory per client.
+FULL = 2**23
+TOGETHER = 64  # tokens with log-probabilities or sources that go out at once, where their client wants all at the end
 
 
 @dataclass(eq=False)
 class ClientConnection:
-    """A client. ``answers``: its open questions by their numbers. ``written`` and ``taken`` are bytes so far."""
+    """A client. ``answers``: its open questions by their numbers. ``held``: latest events of answers that wait."""
 
     writer: asyncio.StreamWriter
     answers: dict[int, OpenRequest] = field(default_factory=dict)
     watches: set[int] = field(default_factory=set)
-    written: int = 0
-    taken: int = 0
-    taken_at: float = 0.0  # when that was seen to change
+    held: dict[OpenRequest, Event] = field(default_factory=dict)
 
     def send(self, message: wire.FromEngine) -> None:
-        """Write a message; of one that is too large to be read its client hears."""
-        if self.writer.is_closing():
-            return
-        frame = wire.framed(message)
-        if len(frame) > wire.LARGEST:
-            sentence = "the answer is too large to be sent; ask for fewer log-probabilities or sources."
-            frame = wire.framed(wire.Failure(message.id, "INVALID_ARGUMENT", sentence, "max_tokens"))
-        self.written += len(frame)
-        self.writer.write(frame)
+        if not self.writer.is_closing():
+            self.writer.write(wire.framed(message))
 
-    def check(self, now: float) -> None:
-        """Cut off a client that reads nothing, before its answers fill the memory.
-
-        However much is written at once: it is the door's only connection, and holds the answers of all its clients.
-        """
-        unread = self.writer.transport.get_write_buffer_size()
-        if self.written - unread > self.taken or unread <= wire.LARGEST:
-            self.taken, self.taken_at = self.written - unread, now
-        elif now - self.taken_at > SILENT_S and not self.writer.is_closing():
-            log.error("a client reads nothing; its connection is closed")
-            self.writer.transport.abort()
+    @property
+    def full(self) -> bool:
+        """Whether the client has much to read."""
+        return self.writer.transport.get_write_buffer_size() > FULL
 
 
 @dataclass(eq=False, kw_only=True)
@@ -84,21 +72,29 @@ class OpenRequest(Pending):
     question: int
     gone: bool = False
 
+    @property
+    def due(self) -> bool:
+        """Whether a piece goes out before the answer's end."""
+        if self.streamed:
+            return bool(self.unsent_text)
+        return len(self.unsent_tokens) >= TOGETHER and bool(self.unsent_logprobs or self.unsent_sources)
+
     def piece(self, event: Event) -> wire.TextPiece:
         """Take out what has not been sent; ``event`` is the latest."""
         piece = wire.TextPiece(
             self.question,
             self.unsent_text,
             self.unsent_tokens,
-            self.unsent_logprobs.clear() if self.unsent_logprobs else "",
-            self.unsent_sources.clear() if self.unsent_sources else "",
+            self.unsent_logprobs.clear() if self.unsent_logprobs else [],
+            self.unsent_sources.clear() if self.unsent_sources else [],
             bool(self.in_thought),
             len(self.prompt),
         )
         if event.reason:
             piece.finish_reason, piece.cached_tokens = event.reason, event.cached_tokens
             piece.drafted, piece.accepted = list(event.drafted), list(event.accepted)
-            piece.completion_tokens, piece.stop_string = event.completion_tokens, event.stop_string
+            piece.completion_tokens = event.completion_tokens
+            piece.stop_string = self.text.stopped if self.text else ""
             piece.queue_ms, piece.first_token_ms = _ms(event.queue_seconds), _ms(event.first_token_seconds)
         self.unsent_text, self.unsent_tokens = "", []
         return piece
@@ -107,8 +103,11 @@ class OpenRequest(Pending):
 class Host:
     """Answers questions about ``service``, whose ``metrics`` it keeps up to date."""
 
-    def __init__(self, service: Service, reader: Reader, metrics: EngineMetrics):
-        self._service, self._reader = service, reader
+    def __init__(
+        self, service: Service, prompts: PromptReader, metrics: EngineMetrics, classes: LatencyClasses | None = None
+    ):
+        """``classes``: of latency targets."""
+        self._service, self._prompts, self._classes = service, prompts, classes or LatencyClasses()
         self._metrics, self._recorder = metrics, SnapshotRecorder(service)
         self._connections: set[ClientConnection] = set()
         self._reading = ThreadPoolExecutor(1, "requests")
@@ -128,8 +127,6 @@ class Host:
             while self._service.alive and not (stop.is_set() and self._drained()):
                 await asyncio.sleep(BEAT)
                 now = time.monotonic()
-                for connection in self._connections:
-                    connection.check(now)
                 if now - flushed >= FLUSH:
                     flushed = now
                     self._metrics.flush(self._service.statistics())
@@ -155,16 +152,20 @@ class Host:
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = ClientConnection(writer)
         self._connections.add(connection)
+        writer.transport.set_write_buffer_limits(high=FULL)
         try:
             while (message := await wire.read_request(reader)) is not None:
                 self._take(connection, message)
+                await writer.drain()  # who reads nothing is asked nothing
+        except ConnectionError:
+            pass  # it has left
         finally:
             self._connections.discard(connection)
             for answer in list(connection.answers.values()):
                 self._cancel(answer)
             writer.close()
 
-    def _take(self, connection: ClientConnection, message: wire.ToEngine) -> None:
+    def _take(self, connection: ClientConnection, message: wire.ToEngine | wire.Failure) -> None:
         match message:
             case wire.Submit():
                 self._start(self._submit(connection, message))
@@ -173,19 +174,19 @@ class Host:
                 if answer := connection.answers.get(message.id):
                     self._cancel(answer)
             case wire.Describe():
-                connection.send(self._reader.model_info(message.id))
-            case wire.Tokenize():
-                self._start(self._tokenize(connection, message))
+                connection.send(self._prompts.model_info(message.id, self._service.llm.manifest.sampling.given()))
+            case wire.Tokenize() | wire.Detokenize() | wire.AskForecast():
+                self._start(self._reply(connection, message))
             case wire.WatchSnapshots():
                 if sum(len(each.watches) for each in self._connections) < MAX_VIEWERS:
                     connection.watches.add(message.id)
                 else:
                     sentence = f"{MAX_VIEWERS} clients get snapshots; close one."
-                    connection.send(wire.Failure(message.id, "UNAVAILABLE", sentence))
-            case wire.AskForecast():
-                self._start(self._forecast(connection, message))
+                    connection.send(wire.Failure(message.id, kind="away", message=sentence))
             case wire.Scrape():
-                connection.send(wire.TextReply(message.id, self._scraped()))
+                connection.send(wire.TextReply(message.id, text=self._scraped()))
+            case wire.Failure():
+                connection.send(message)
 
     def _scraped(self) -> str:
         """Return the metrics as text, FLUSH old at most: many scrapes would take the interpreter from the engine."""
@@ -204,32 +205,48 @@ class Host:
         )
         answer.tenant, answer.salt = message.sender
         connection.answers[message.id] = answer
-        failure = await self._refusal(partial(self._queue, answer, message.inputs), message.request_id)
+        failure = await self._refusal(partial(self._queue, answer, message), message.request_id)
         if failure:
             connection.answers.pop(message.id, None)
-            connection.send(wire.Failure(message.id, *failure))
+            failure.id = message.id
+            connection.send(failure)
         elif answer.gone:
             self._cancel(answer)
 
-    async def _tokenize(self, connection: ClientConnection, message: wire.Tokenize) -> None:
-        found: list[tuple[list[int], str | None]] = []
-        failure = await self._refusal(lambda: found.append(self._reader.tokenized(message.inputs)))
-        connection.send(wire.Failure(message.id, *failure) if failure else wire.TokensReply(message.id, *found[0]))
-
-    async def _forecast(self, connection: ClientConnection, message: wire.AskForecast) -> None:
-        found: list[dict[str, Any]] = []
-        shape, reader, service = (message.prompt_tokens, message.max_tokens), self._reader, self._service
-        failure = await self._refusal(lambda: found.append(service.forecasts(*shape, reader.latency(message.latency))))
-        reply = wire.Failure(message.id, *failure) if failure else wire.TextReply(message.id, json.dumps(found[0]))
+    async def _reply(
+        self, connection: ClientConnection, question: wire.Tokenize | wire.Detokenize | wire.AskForecast
+    ) -> None:
+        """Answer a question that takes a while."""
+        found: list[wire.FromEngine] = []
+        failure = await self._refusal(lambda: found.append(self._replied(question)))
+        reply = failure or found[0]
+        reply.id = question.id
         connection.send(reply)
 
-    async def _refusal(self, work: Callable[[], None], request_id: str = "") -> tuple[str, str, str | None] | None:
+    def _replied(self, question: wire.Tokenize | wire.Detokenize | wire.AskForecast) -> wire.FromEngine:
+        match question:
+            case wire.Tokenize():
+                return wire.TokensReply(token_ids=self._prompts.ids(question.prompt, question.special_tokens))
+            case wire.Detokenize():
+                return wire.TextReply(text=self._prompts.text(question.tokens))
+            case wire.AskForecast():
+                latency = self._classes.read(question.latency_class) or question.latency
+                forecast = self._service.forecasts(question.prompt_tokens, question.max_tokens, latency)
+                return wire.ForecastReply(forecast=wire.ForecastTimes(**forecast))
+
+    async def _refusal(self, work: Callable[[], None], request_id: str = "") -> wire.Failure | None:
         return await self._loop.run_in_executor(self._reading, refusal, self._metrics, work, request_id)
 
-    def _queue(self, answer: OpenRequest, inputs: dict[str, Any]) -> None:
+    def _queue(self, answer: OpenRequest, message: wire.Submit) -> None:
         if answer.gone:
-            raise Overloaded("the request was cancelled.")
-        self._reader.read(inputs, answer)
+            raise Overloaded("away", "the request was cancelled.")
+        prompts, ids, answer.params = self._prompts, self._prompts.ids(message.prompt), message.params
+        if latency := self._classes.read(message.latency_class):
+            answer.params = replace(answer.params, latency=latency)
+        answer.prompt, answer.in_thought = np.asarray(ids, np.int64), prompts.in_thought(ids)
+        answer.streamed, answer.priority = message.streamed, message.priority
+        answer.seconds = message.deadline_ms / 1000 if message.deadline_ms else None
+        answer.begin(prompts.echoed(message.prompt) if message.echo else "", prompts)
 
         def tell(event: Event) -> None:
             self._events.append((answer, event))
@@ -253,12 +270,33 @@ class Host:
         while self._events:
             answer, event = self._events.popleft()
             latest[answer] = event
-            self._try(answer, answer.add, event)
+            self._try(answer, self._add, answer, event)
             answer.observe(event, self._metrics)
         for answer, event in latest.items():
-            self._try(answer, self._send, answer, event)
-            if event.reason:
-                answer.connection.answers.pop(answer.question, None)
+            self._tell(answer, event)
+
+    def _add(self, answer: OpenRequest, event: Event) -> None:
+        if answer.add(event) and answer.text:
+            self._service.stop(answer, answer.text.used)
+
+    def _tell(self, answer: OpenRequest, event: Event) -> None:
+        """Send what is due of an answer, or let it wait until its client has read."""
+        connection = answer.connection
+        if connection.full and not connection.writer.is_closing():
+            if not connection.held:
+                self._start(self._tell_later(connection))
+            connection.held[answer] = event
+            return
+        self._try(answer, self._send, answer, event)
+        if event.reason:
+            connection.answers.pop(answer.question, None)
+
+    async def _tell_later(self, connection: ClientConnection) -> None:
+        with suppress(ConnectionError):
+            await connection.writer.drain()
+        held, connection.held = connection.held, {}
+        for answer, event in held.items():
+            self._tell(answer, event)
 
     def _try(self, answer: OpenRequest, work: Any, *inputs: Any) -> None:
         """Do the work; where it fails, its answer alone ends with an error."""
@@ -271,14 +309,12 @@ class Host:
             answer.broken = True
             self._cancel(answer)
             sentence = "the answer could not be sent; the server's log says why."
-            answer.connection.send(wire.Failure(answer.question, "INTERNAL", sentence))
+            answer.connection.send(wire.Failure(answer.question, kind="failed", message=sentence))
 
     def _send(self, answer: OpenRequest, event: Event) -> None:
         if event.reason in ERRORS:
-            sentence = event.message or "the request was cancelled."
-            field = "structured" if event.reason == "invalid" else None  # a grammar that was compiled in the queue
-            answer.connection.send(wire.Failure(answer.question, ERRORS[event.reason], sentence, field))
-        elif event.reason or (answer.streamed and answer.unsent_text):
+            answer.connection.send(failure_of(event, answer.question))
+        elif event.reason or answer.due:
             answer.connection.send(answer.piece(event))
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
@@ -290,7 +326,8 @@ class Host:
         if watched:
             snapshot = self._recorder.snapshot()
             for connection, id in watched:
-                connection.send(wire.TextReply(id, snapshot))
+                if not connection.full:
+                    connection.send(wire.Snapshot(id, content=snapshot))
 
 
 def _ms(seconds: float | None) -> float | None:

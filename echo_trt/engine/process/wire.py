@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from msgspec import Struct, msgpack
+from msgspec import MsgspecError, Struct, msgpack
+
+from echo_trt.engine.params import SamplingParams
+from echo_trt.errors import UserError
 
 LARGEST = 2**26  # bytes of a message; larger: one message can take more memory
 _LENGTH = struct.Struct(">I")
+
+#: Why a question has no answer: its mistake; a prompt longer than the context; latency targets that cannot be kept; a
+#: full queue; an engine that stops or is not there; the client's own wish; the engine's fault.
+FailureKind = Literal["invalid", "too_long", "late", "queue_full", "away", "cancelled", "failed"]
 
 
 class Numbered(Struct, tag=True):
     """A message, with the number of the request that it asks or answers."""
 
-    id: int
+    id: int = 0
 
 
 class Sender(NamedTuple):
@@ -36,15 +43,36 @@ class Sender(NamedTuple):
 ANYONE = Sender()
 
 
-class Submit(Numbered):
-    """A request. ``inputs``: plain values by their names in ``engine.process.inputs.INPUTS``.
+class ChatPrompt(Struct):
+    """A chat for the model's template, as Hugging Face's templates take it. ``variables``: the template's own."""
 
-    request_id  the client's, for lines of the log
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = []
+    variables: dict[str, Any] = {}
+
+
+PromptInput = list[int] | str | ChatPrompt  # token ids as they are, a text, or a chat
+
+
+class Submit(Numbered, kw_only=True, omit_defaults=True):
+    """A request.
+
+    latency_class  name of targets that ``params`` do not have themselves
+    deadline_ms    from its arrival, after which the answer ends as it is; 0: never
+    streamed       whether text is wanted as it comes
+    echo           whether the prompt's text precedes the answer's
+    request_id     the client's, for lines of the log
     """
 
-    inputs: dict[str, Any]
-    request_id: str = ""
+    prompt: PromptInput
+    params: SamplingParams
+    latency_class: str = ""
+    priority: int = 0
+    deadline_ms: int = 0
+    streamed: bool = False
+    echo: bool = False
     sender: Sender = ANYONE
+    request_id: str = ""
 
 
 class Cancel(Numbered):
@@ -55,32 +83,62 @@ class Describe(Numbered):
     """A question for what the model is, answered by ``ModelInfo``."""
 
 
-class Tokenize(Numbered):
-    """A question for the tokens of a prompt, or for the text of ``input_ids``."""
+class Tokenize(Numbered, kw_only=True):
+    """A question for the tokens of a prompt. ``special_tokens``: those of the tokenizer around a text, too."""
 
-    inputs: dict[str, Any]
+    prompt: str | ChatPrompt
+    special_tokens: bool = True
+
+
+class Detokenize(Numbered, kw_only=True):
+    """A question for the text of tokens."""
+
+    tokens: list[int]
 
 
 class WatchSnapshots(Numbered):
     """A question for snapshots (``engine.service.snapshots``)."""
 
 
-class AskForecast(Numbered):
-    """A question for what a request of this shape has to expect. ``latency``: as the input of that name."""
+class AskForecast(Numbered, kw_only=True):
+    """A question for what a request of this shape has to expect, answered by ``ForecastReply``."""
 
     prompt_tokens: int
     max_tokens: int
-    latency: str
+    latency: dict[str, float] | None = None
+    latency_class: str = ""
 
 
 class Scrape(Numbered):
     """A question for the engine's metrics in Prometheus' text format."""
 
 
+class LogprobEntry(Struct, array_like=True):
+    """A token of an answer or of an echoed prompt, by the bytes that it adds to the text.
+
+    logprob  natural logarithm; None: a prompt's first token has none
+    top      bytes and log-probabilities of the best tokens at its position, best first
+    offset   where its text begins, in characters of the whole text
+    """
+
+    token: bytes
+    logprob: float | None
+    top: list[tuple[bytes, float]]
+    offset: int
+
+
+class SourceEntry(Struct, array_like=True):
+    """Who proposed a token (``TokenSource``), by the bytes that the token adds to the text."""
+
+    token: bytes
+    source: str
+    probability: float | None
+
+
 class TextPiece(Numbered, omit_defaults=True):
     """New text of an answer.
 
-    logprobs, sources  JSON of entries of tokens whose text is in ``text``; empty where they are not asked for
+    logprobs, sources  where asked for, entries of tokens whose text is in ``text``
     in_thought         of the first piece: whether the prompt has opened a thought
     finish_reason      of the last piece
     drafted, accepted  of the last piece: draft tokens of each verification that had any, and the accepted ones
@@ -91,8 +149,8 @@ class TextPiece(Numbered, omit_defaults=True):
 
     text: str = ""
     token_ids: list[int] = []
-    logprobs: str = ""
-    sources: str = ""
+    logprobs: list[LogprobEntry] = []
+    sources: list[SourceEntry] = []
     in_thought: bool = False
     prompt_tokens: int = 0
     finish_reason: str | None = None
@@ -105,29 +163,50 @@ class TextPiece(Numbered, omit_defaults=True):
     first_token_ms: float | None = None
 
 
-class Failure(Numbered):
+class Failure(Numbered, kw_only=True, omit_defaults=True):
     """Why a question has no answer.
 
-    code   a gRPC status by its name; of a prompt that is too long OUT_OF_RANGE
-    field  the input that the message is about, where it is known
+    field        the parameter that the message is about, where it is known
+    retry_after  seconds after which the question may be answered, where that is known
     """
 
-    code: str
+    kind: FailureKind
     message: str
     field: str | None = None
+    retry_after: int | None = None
 
 
-class TokensReply(Numbered):
+class TokensReply(Numbered, kw_only=True):
     """The answer to ``Tokenize``."""
 
     token_ids: list[int]
-    text: str | None = None
 
 
-class TextReply(Numbered):
-    """The answer to ``Scrape`` or ``AskForecast``, or a snapshot."""
+class TextReply(Numbered, kw_only=True):
+    """The answer to ``Detokenize`` or ``Scrape``."""
 
     text: str
+
+
+class ForecastTimes(Struct):
+    """Milliseconds; None: nothing like it has run yet. ``error``: relative, of forecasts so far, by ttft and tpot."""
+
+    ttft_ms: float | None
+    tpot_ms: float | None
+    total_ms: float | None
+    error: dict[str, float | None]
+
+
+class ForecastReply(Numbered, kw_only=True):
+    """The answer to ``AskForecast``."""
+
+    forecast: ForecastTimes
+
+
+class Snapshot(Numbered, kw_only=True):
+    """What the engine does, as of ``engine.service.snapshots``."""
+
+    content: dict[str, Any]
 
 
 class ThinkTokens(Struct):
@@ -138,7 +217,7 @@ class ThinkTokens(Struct):
     closing_token: int
 
 
-class ModelInfo(Numbered):
+class ModelInfo(Numbered, kw_only=True):
     """What a client that reads answers must know of the model.
 
     template     the chat template's text
@@ -161,10 +240,15 @@ class ModelInfo(Numbered):
     size: int = 0
 
 
-ToEngine = Submit | Cancel | Describe | Tokenize | WatchSnapshots | AskForecast | Scrape
-FromEngine = TextPiece | Failure | TokensReply | TextReply | ModelInfo
+class _Number(Struct):
+    id: int
+
+
+ToEngine = Submit | Cancel | Describe | Tokenize | Detokenize | WatchSnapshots | AskForecast | Scrape
+FromEngine = TextPiece | Failure | TokensReply | TextReply | ForecastReply | Snapshot | ModelInfo
 _decode_request = msgpack.Decoder(ToEngine).decode
 _decode_answer = msgpack.Decoder(FromEngine).decode
+_decode_number = msgpack.Decoder(_Number).decode
 _encode = msgpack.Encoder().encode
 
 
@@ -173,10 +257,21 @@ def framed(message: ToEngine | FromEngine) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-async def read_request(reader: asyncio.StreamReader) -> ToEngine | None:
-    """Read the next message to an engine; None: the client has left."""
+async def read_request(reader: asyncio.StreamReader) -> ToEngine | Failure | None:
+    """Read the next message to an engine, or what answers one that may not be asked; None: the client has left."""
     body = await _body(reader)
-    return None if body is None else _decode_request(body)
+    if body is None:
+        return None
+    try:
+        return _decode_request(body)
+    except UserError as mistake:  # of SamplingParams
+        sentence, field = str(mistake), mistake.field
+    except MsgspecError as mistake:
+        sentence, field = f"this is no message of the protocol ({mistake}).", None
+    try:
+        return Failure(_decode_number(body).id, kind="invalid", message=sentence, field=field)
+    except MsgspecError:  # nobody can be answered
+        return None
 
 
 async def read_answer(reader: asyncio.StreamReader) -> FromEngine | None:

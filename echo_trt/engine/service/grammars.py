@@ -46,7 +46,8 @@ class GrammarQueue:
         held = Counter(jobs[0].tenant for jobs in self._waiting.values())
         has_share = held[job.tenant] * len(held.keys() | {job.tenant}) >= MAX_GRAMMARS
         if grammar not in self._waiting and len(self._waiting) >= MAX_GRAMMARS and has_share:
-            raise Overloaded(f"the queue is full, {MAX_GRAMMARS} grammars wait to be compiled; try again in a second.")
+            sentence = f"the queue is full, {MAX_GRAMMARS} grammars wait to be compiled; try again in a second."
+            raise Overloaded("queue_full", sentence, 1)
         self._waiting.setdefault(grammar, []).append(job)
         self._changed.notify_all()
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Event, Request
 from echo_trt.engine.service.protocol import FIRST
-from echo_trt.speculation.targets import Latency
+from echo_trt.speculation.pacer import Latency
 
-#: Ends that are errors -> their codes, gRPC statuses by name.
-ERRORS = {"failed": "INTERNAL", "cancelled": "CANCELLED", "invalid": "INVALID_ARGUMENT"}
+#: Ends that are errors.
+ERRORS = ("failed", "cancelled", "invalid")
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,22 @@ class ExpectedLatency:
 
 
 class Overloaded(Exception):
-    """No request is taken now; another time or another server may. The message is one sentence."""
+    """No request is taken now; another time or another server may. The message is one sentence.
+
+    kind         "queue_full", "late" (latency targets cannot be kept) or "away" (the engine stops)
+    retry_after  seconds until a request may be taken; None: not known
+    """
+
+    def __init__(self, kind: Literal["queue_full", "late", "away"], message: str, retry_after: int | None = None):
+        super().__init__(message)
+        self.kind, self.retry_after = kind, retry_after
 
 
 class Late(Overloaded):
     """A request's latency targets, or those of running requests, cannot be kept now."""
 
     def __init__(self, seconds: int):
-        super().__init__(f"latency cannot be kept now; try again in {seconds} s.")
+        super().__init__("late", f"latency cannot be kept now; try again in {seconds} s.", seconds)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -48,6 +57,7 @@ class ServiceRequest(Request):
     failed_together, failed_at               the same beside others, without progress; its tokens at the latest of these
     expected                                 what was forecast when it came
     emitted                                  time.monotonic() of its latest tokens; None: there are none
+    reported                                 tokens that events have told
     """
 
     id: int = -1  # the service's, by arrival
@@ -63,6 +73,7 @@ class ServiceRequest(Request):
     failed_at: int = 0
     expected: ExpectedLatency = ExpectedLatency()
     emitted: float | None = None
+    reported: int = 0
     request_id: str = ""
 
     @property
@@ -78,6 +89,14 @@ class ServiceRequest(Request):
     def probe(self) -> bool:
         """Whether it only asks if the engine works."""
         return self.priority == FIRST and self.params.max_tokens == 1
+
+    def take(self, tokens: Sequence[int] = ()) -> Event:
+        """Return the event of new tokens."""
+        begin, self.reported = self.reported, self.reported + len(tokens)
+        event = Event(token_ids=tokens)
+        if self.params.entries:
+            event.logprobs, event.sources = self.logprobs[begin : self.reported], self.sources[begin : self.reported]
+        return event
 
     def __lt__(self, other: ServiceRequest) -> bool:
         return self._order < other._order

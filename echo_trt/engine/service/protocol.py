@@ -4,9 +4,8 @@ from __future__ import annotations
 
 MODEL = "echo"
 
-#: A probe's priority, by which it is known: before everyone else in the queue.
+#: The priority of a probe, a request of one token, by which it is known: before everyone else in the queue.
 FIRST = -(2**31)
-PROBE = {"input_ids": [0], "max_tokens": 1, "ignore_eos": True, "priority": FIRST}
 
 #: Of a snapshot's fields: it changes with a name, a unit or a meaning, not with a field that is added.
 SNAPSHOT_FORMAT = 1

@@ -5,7 +5,6 @@ A snapshot holds shapes and figures, neither text nor tokens: a viewer need not 
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from itertools import pairwise
@@ -52,8 +51,8 @@ class SnapshotRecorder:
     def news(self) -> bool:
         return bool(self._seen)
 
-    def snapshot(self) -> str:
-        """Return JSON of the iterations since the last snapshot, and of the service now."""
+    def snapshot(self) -> dict[str, Any]:
+        """Return the iterations since the last snapshot, and the service now, as JSON has them."""
         begin = time.thread_time()
         seen = [self._seen.popleft() for _ in range(len(self._seen))]
         self._last = next((each for each in reversed(seen) if each.requests), self._last)
@@ -61,9 +60,8 @@ class SnapshotRecorder:
         now["recent"] = recent(seen)
         now["last"] = tree_of(self._last, self._service.loop.proposer) if self._last else None
         now["seconds"]["snapshots"] = round(self._seconds, 4)
-        text = json.dumps(now, separators=(",", ":"))
         self._seconds += time.thread_time() - begin
-        return text
+        return now
 
 
 def figures(now: Statistics, slots: int) -> dict[str, Any]:

@@ -14,7 +14,6 @@ ReadOptions = Callable[[dict[str, Any], int, str], dict[str, Any]]
 
 #: Our name of a layer's norm -> the usual one of checkpoints.
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-ENGINES = ("openvino", "torch", "tensorrt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +34,8 @@ class Family:
     end_of_turn   token that ends an answer, beside those that a checkpoint names; "": none
     sampling      what requests that say nothing get of a GGUF file that recommends nothing
 
-    For readers of docs/models.md: published ``models``, the ``engines`` that run them, the ``drafts`` that there are,
-    how they call ``tools`` and whether they are ``thinking``. What a served model does is told by its own chat
+    For readers of docs/models.md: published ``models``, the ``drafts`` that there are, how they call ``tools`` and
+    whether they are ``thinking``. What a served model does is told by its own chat
     template and tokenizer.
     """
 
@@ -53,7 +52,6 @@ class Family:
     config: type[DecoderConfig] = DecoderConfig
     end_of_turn: str = ""
     sampling: Mapping[str, float] = field(default_factory=dict)
-    engines: tuple[str, ...] = ENGINES
     drafts: str = "a smaller model"
     tools: str = "as text"
     thinking: str = "no"

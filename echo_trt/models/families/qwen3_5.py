@@ -45,7 +45,6 @@ FAMILY = Family(
     fixed={"linear_conv_kernel_dim": 4, "attn_output_gate": True},
     options=_options,
     config=HybridConfig,
-    engines=("openvino", "torch"),
     drafts="the checkpoint's MTP head",
     tools="as text",
     thinking="yes, `enable_thinking`",

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from echo_trt.backends.openvino.cpu import computes_in
+from echo_trt.backends.kind import computes_in
 from echo_trt.bundle.calibration import own_files
 from echo_trt.cli.generate import check_lengths
 from echo_trt.cli.outputs import files_first, json_bytes, output_file
@@ -23,9 +23,9 @@ from echo_trt.engine.params import MAX_AT_ONCE
 from echo_trt.errors import UserError
 from echo_trt.files.prompts import Prompt, read_prompts
 from echo_trt.speculation.echo.settings import EchoSettings
+from echo_trt.speculation.pacer import Latency
 from echo_trt.speculation.policies import POLICIES, policy_named
 from echo_trt.speculation.policy_names import PLAIN
-from echo_trt.speculation.targets import Latency
 from echo_trt_lab.benchmark.closed_loop import ClosedLoop, StepSample, run_side_by_side
 from echo_trt_lab.benchmark.figures import attainment, figures, peer_figures
 from echo_trt_lab.benchmark.options import BenchOptions
@@ -34,6 +34,7 @@ from echo_trt_lab.benchmark.peers import check_peers, open_peer
 from echo_trt_lab.benchmark.report import html_report, latency_table, results_table
 from echo_trt_lab.calibration.record import record
 from echo_trt_lab.side_by_side import side_by_side
+from echo_trt_lab.synthetic_engine import SyntheticNetworks, rates_given
 
 WITH_TARGETS = " with targets"  # behind the name of a policy that is told of latency targets
 
@@ -52,13 +53,13 @@ def run(job: BenchOptions, out: Console, messages: Console) -> dict[str, Any]:
         stack.enter_context(files_first(out))
         with messages.status("loading the bundle"):
             # No prefix cache: every policy and round has to compute the same prompts.
-            batch, text = max(job.batches), job.synthetic_text
-            llm = LLM(job.bundle, None, batch, note=messages.print, prefix_cache=False, synthetic_text=text)
+            with rates_given(job.synthetic_text):
+                llm = LLM(job.bundle, None, max(job.batches), note=messages.print, prefix_cache=False)
             check_pool(llm, job)
             for rows in sets.values():
                 check_lengths(llm, rows)
             peers = [open_peer(name, job.bundle, llm.manifest, job.recipes) for name in job.peers]
-        policies = list(dict.fromkeys((PLAIN, *job.policies)))
+        policies, nets = list(dict.fromkeys((PLAIN, *job.policies))), llm.networks
         if job.targets:  # goodput with targets beside goodput that knows of none
             policies += [name + WITH_TARGETS for name in policies if name.startswith("goodput")]
         result: dict[str, Any] = {
@@ -66,7 +67,7 @@ def run(job: BenchOptions, out: Console, messages: Console) -> dict[str, Any]:
             "bundle": llm.manifest.name,
             "precision": computes_in(llm.manifest),
             "max_tokens": job.max_tokens,
-            **({"synthetic_text": made.rates.sentence} if (made := llm.networks.synthetic) else {}),
+            **({"synthetic_text": nets.text.rates.sentence} if isinstance(nets, SyntheticNetworks) else {}),
             "prompts": {name: len(rows) for name, rows in sets.items()},
             "hinge": llm.tuning.costs.hinge.model_dump(),
             "results": [],

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
-from echo_trt.engine.options import Bundle, Flag, PolicyFile, SyntheticRates, bounds
+from echo_trt.engine.options import Bundle, Flag, PolicyFile, bounds
 from echo_trt_lab.options import NUMBERS, WORDS, HtmlFile, JsonFile, LatencyTargets, PromptFiles, latency_of
+from echo_trt_lab.synthetic_text import Rates
+
+
+def _rates(_: object, tokens: Sequence[Token]) -> str:
+    return Rates.parse(tokens[-1].value, "--synthetic-text").text
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,15 @@ class BenchOptions:
     ] = ()
     recipes: Annotated[Path, Parameter(help="The folder of the bundle's recipe, for peers.")] = Path("build")
     targets: LatencyTargets = ()
-    synthetic_text: SyntheticRates = None
+    synthetic_text: Annotated[
+        str | None,
+        Parameter(
+            metavar="RATES",
+            converter=_rates,
+            help="Measure speed without trained weights: the text is made up, and drafts are accepted at this rate, "
+            "such as 0.75, at rates by depth, as 0.8,0.7,0.6, or by depth and rank, in a JSON file.",
+        ),
+    ] = None
     json_file: JsonFile = None
     html_file: HtmlFile = None
     record_file: Annotated[

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from echo_trt.backends.openvino.cpu import computes_in
+from echo_trt.backends.kind import computes_in
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.models.families import family_of
 from echo_trt.models.open_checkpoint import open_checkpoint

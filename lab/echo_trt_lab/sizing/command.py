@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from echo_trt.backends.kind import built_as, engine_kind
 from echo_trt.bundle.manifest import MANIFEST, read_manifest, verify_files
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.cli.recipes import recipe_for
@@ -24,7 +25,7 @@ def run(options: InspectOptions, console: Console) -> int:
     if not path.is_dir() or ((path / "config.json").exists() and not (path / MANIFEST).exists()):
         engine = options.engine or ("of a GPU" if cards else None)  # with cards the recipe's own
         recipe, folder = recipe_for(options.path, engine=engine)
-        recipe = recipe.built_as(options.engine, options.precision)
+        recipe = built_as(recipe, options.engine, options.precision)
         recipe = limited(recipe, options.max_model_len, options.max_num_seqs)
         return 0 if print_recipe(recipe, folder, cards, console) else 1
     if cards is not None:
@@ -37,9 +38,9 @@ def run(options: InspectOptions, console: Console) -> int:
 
 def print_recipe(recipe: Recipe, folder: Path, cards: str | None, console: Console) -> bool:
     """Print a recipe on ``cards``, or on all known cards. Returns whether it fits ``cards``."""
-    gpu = recipe.engine != "openvino"
+    gpu = engine_kind(recipe.engine).card is not None
     if cards is not None and not gpu:
-        raise UserError("--fit is about GPUs, but the recipe's engine is openvino; use a recipe for tensorrt.")
+        raise UserError(f"--fit is about GPUs, but the recipe's engine is {recipe.engine}; use a recipe for tensorrt.")
     requested = parse_cards(cards) if cards is not None else None
     verdict = fit(recipe, folder, *requested) if requested else None
     console.print(recipe_table(recipe, folder))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from echo_trt.backends.openvino.cpu import computes_in
+from echo_trt.backends.kind import computes_in, engine_kind
 from echo_trt.bundle.manifest import NGRAMS, Manifest, NetworkFacts
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.engine.host_memory import available_memory, gigabytes
@@ -43,9 +43,8 @@ def manifest_table(manifest: Manifest, folder: Path) -> Table:
         table.add_row("n-grams", f"{(folder / NGRAMS).stat().st_size / 1e6:,.1f} MB, which go on where drafts end")
     size = sum((folder / name).stat().st_size for name in manifest.files)
     table.add_row("files", f"{len(manifest.files)}, {size / 1e6:,.0f} MB")
-    if manifest.tensorrt:
-        built = manifest.tensorrt
-        table.add_row("compiled", f"by version {built.version} for compute capability {', '.join(built.capabilities)}")
+    for name, fact in manifest.engine_facts.items():
+        table.add_row(f"engine's {name}", fact if isinstance(fact, str) else ", ".join(fact))
     for name in ("target", "draft") if manifest.draft else ("target",):
         if name not in manifest.checks:
             table.add_row(f"self-check, {name}", "not run: no machine here runs the engine, or its graph")
@@ -82,7 +81,7 @@ def _network(facts: NetworkFacts) -> str:
 
 def _add_recipe_rows(table: Table, recipe: Recipe) -> None:
     limits, decoding = recipe.limits, recipe.decoding
-    needed = "as many as the batch needs" + " and memory holds" * (recipe.engine == "openvino")
+    needed = "as many as the batch needs" + " and memory holds" * (engine_kind(recipe.engine).card is None)
     blocks = limits.kv_blocks or needed
     table.add_row("limits", f"batch {limits.batch}, context {limits.context:,} tokens, {blocks} KV blocks of 32 tokens")
     gates = ", ".join(f"{depth} at {tau:g}" for depth, tau in sorted((decoding.gates or {}).items()))
@@ -130,7 +129,7 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
     table.add_row("weights", f"target {gigabytes(need.target_weights)}{drafts}")
     drafts = f", draft {need.draft_kv_token:,} bytes" if draft else ""
     table.add_row("KV of a token", f"target {need.target_kv_token:,} bytes{drafts}")
-    at_most = recipe.engine == "openvino" and not recipe.limits.kv_blocks  # the rest is the memory's to say
+    at_most = engine_kind(recipe.engine).card is None and not recipe.limits.kv_blocks  # the rest is the memory's to say
     held = f"{'at maximum ' * at_most}{need.blocks:,} blocks, {need.blocks * BLOCK:,} tokens"
     table.add_row("KV pool", f"{held}, {gigabytes(need.pool)}")
     if at_most:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, Reply
+from cluster import SECONDS, Cluster, Reply
 from driving import prompt_ids
 
 from echo_trt.engine.llm import LLM
@@ -252,15 +252,16 @@ def all_moved(cluster: Cluster, offline: LLM, number: int, victim: int = 0) -> i
                 begun.wait()
 
     moves = cluster.log.count("migration retry scheduled")
-    threads = [threading.Thread(target=ask, args=(name,)) for name in moving]
+    threads = [threading.Thread(target=ask, args=(name,), daemon=True) for name in moving]
     for thread in threads:
         thread.start()
     begun.wait()
     [(busiest, _)] = Counter(reply.worker for reply in replies.values()).most_common(1)
     victim = victim or cluster.worker_of(busiest).pid
     os.kill(victim, number)
-    for thread in threads:
-        thread.join()
+    for name, thread in zip(moving, threads, strict=True):
+        thread.join(SECONDS)
+        assert not thread.is_alive(), f"the answer of {name} does not end: {cluster.log[-4000:]}"
     for name in moving:
         given = GREEDY | ASKED[name] | {"max_tokens": LONG}
         assert_same(replies[name], offline.generate([prompt_of(name)], SamplingParams(**given))[0])

@@ -24,8 +24,8 @@ import psutil
 import pytest
 from waiting import wait_until
 
+from echo_trt.adapters.triton.inputs import INPUTS
 from echo_trt.adapters.triton.server import PREFIX
-from echo_trt.engine.process.inputs import INPUTS
 
 needs_triton = pytest.mark.skipif(
     not (find_spec("pytriton") and find_spec("tritonclient")),

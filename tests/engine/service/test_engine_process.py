@@ -46,7 +46,7 @@ def test_the_socket_is_its_user_s_alone_and_takes_probes(server):
     assert asyncio.run(engine_works(path, 10))
     assert asyncio.run(engine_works(path, 10, patient=True))
     assert not asyncio.run(engine_works(path.with_name("nobody"), 1, patient=True))
-    assert isinstance(ask(str(path), wire.Submit(1, {"input_ids": [10**6]}), 10), wire.Failure)
+    assert isinstance(ask(str(path), wire.Submit(prompt=[10**6], params=SamplingParams()), 10), wire.Failure)
     assert ask(str(path.with_name("nobody")), wire.Scrape(1), 1) is None
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 from asking import ask
+from msgspec import msgpack
 from waiting import PATIENCE, listens, wait_until
 
 from echo_trt import LLM
+from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.process import host, wire
 from echo_trt.engine.process.client import Client, EngineError
 from echo_trt.engine.process.host import Host
-from echo_trt.engine.process.request import Reader
+from echo_trt.engine.process.prompts import PromptReader
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
 
@@ -31,11 +33,11 @@ def service(bundle_of) -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def path(service, bundle_of, tmp_path_factory) -> Iterator[str]:
     path, stop, loop = tmp_path_factory.mktemp("host") / "engine", asyncio.Event(), asyncio.new_event_loop()
-    reader = Reader(bundle_of("close"), service.loop.batch.context)
+    prompts = PromptReader(bundle_of("close"), service.loop.batch.context)
     served: list[bool] = []
 
     def run() -> None:
-        served.append(loop.run_until_complete(Host(service, reader, EngineMetrics("echo")).serve(path, stop)))
+        served.append(loop.run_until_complete(Host(service, prompts, EngineMetrics("echo")).serve(path, stop)))
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -56,7 +58,7 @@ def test_an_engine_whose_connection_has_ended_is_not_well_though_text_has_just_c
     async def check() -> None:
         engine = await asyncio.start_unix_server(answer, tmp_path / "engine")
         client = Client(tmp_path / "engine")
-        async for _ in client.submit({}):
+        async for _ in client.submit(request()):
             await client.check()
         engine.close()
         (tmp_path / "engine").unlink(missing_ok=True)  # a later Python has removed it
@@ -77,64 +79,76 @@ def test_any_number_of_scrapes_cost_as_much_as_one(path, monkeypatch):
     assert len(made) <= 1  # none where a test has just asked
 
 
-def request(**more: object) -> dict[str, object]:
-    return {"text_input": "the theme", "max_tokens": 8, "ignore_eos": True, **more}
+def request(id: int = 1, prompt: wire.PromptInput = "the theme", **params: object) -> wire.Submit:
+    return wire.Submit(id, prompt=prompt, params=SamplingParams(**{"max_tokens": 8, "ignore_eos": True} | params))
 
 
 def test_questions_are_answered(path):
-    answer = ask(path, wire.Submit(3, request(return_perf_metrics=True)))
+    answer = ask(path, request(3))
     assert isinstance(answer, wire.TextPiece)
     assert (answer.id, len(answer.token_ids), answer.finish_reason) == (3, 8, "length")
     assert (answer.completion_tokens, answer.prompt_tokens > 0) == (8, True)
     assert ask(path, wire.Describe(1)).context > 0
-    tokens = ask(path, wire.Tokenize(1, {"text_input": "the theme"}))
-    assert ask(path, wire.Tokenize(1, {"input_ids": tokens.token_ids})).text == "the theme"
+    tokens = ask(path, wire.Tokenize(1, prompt="the theme"))
+    assert ask(path, wire.Detokenize(1, tokens=tokens.token_ids)).text == "the theme"
+    assert ask(path, wire.AskForecast(1, prompt_tokens=9, max_tokens=9)).forecast.error.keys() == {"ttft", "tpot"}
     assert "echo_iterations_total" in ask(path, wire.Scrape(1)).text
 
 
 @pytest.mark.parametrize(
-    ("inputs", "code", "word"),
+    ("question", "kind", "field", "word"),
     [
-        ({}, "INVALID_ARGUMENT", "no prompt"),
-        (request(input_ids=[5]), "INVALID_ARGUMENT", "input_ids and text_input given"),
-        ({"input_ids": [5, 999]}, "INVALID_ARGUMENT", "token id 999"),
-        (request(text_input=""), "INVALID_ARGUMENT", "empty"),
-        (request(text_input="word " * 2000), "OUT_OF_RANGE", "shorten it"),
-        (request(temperature=-1.0), "INVALID_ARGUMENT", "temperature is -1.0"),
-        (request(structured='{"regex": "("}'), "INVALID_ARGUMENT", "structured.regex"),
-        (request(max_tokens=0), "INVALID_ARGUMENT", "max_tokens is 0"),
-        (request(max_tokens=-1, min_length=2), "INVALID_ARGUMENT", "max_tokens is -1"),
-        (request(min_length=300), "INVALID_ARGUMENT", "min_length is 300"),
-        (request(deadline_ms=-4), "INVALID_ARGUMENT", "deadline_ms is -4"),
-        (request(logit_bias_ids=[5, 6], logit_bias=[1.5]), "INVALID_ARGUMENT", "logit_bias_ids has 2 values"),
-        (request(logit_bias_ids=[999], logit_bias=[1.5]), "INVALID_ARGUMENT", "token id 999"),
-        (request(top_logprobs=5), "INVALID_ARGUMENT", "return_log_probs is not true"),
-        (request(return_log_probs=True, top_logprobs=21), "INVALID_ARGUMENT", "top_logprobs is 21"),
-        (request(stop_words=["x"] * 65), "INVALID_ARGUMENT", "stop_words has 65"),
-        (request(stop_words=7), "INTERNAL", "could not be read"),
-        ({"chat_messages": "{"}, "INVALID_ARGUMENT", "not JSON"),
-        ({"chat_messages": "[]"}, "INVALID_ARGUMENT", "no list of messages"),
-        ({"chat_messages": '[{"role": "user"}]'}, "INVALID_ARGUMENT", "chat_messages[0]"),
+        (request(prompt=[5, 999]), "invalid", "prompt", "token id 999"),
+        (request(prompt=""), "invalid", "prompt", "empty"),
+        (request(prompt="word " * 2000), "too_long", "prompt", "shorten it"),
+        (request(prompt=[5] * 2000), "too_long", "prompt", "shorten it"),
+        (request(structured={"regex": "("}), "invalid", "structured", "structured.regex"),
+        (request(logit_bias={999: 1.5}), "invalid", "logit_bias", "token id 999"),
+        (request(prompt=wire.ChatPrompt([])), "invalid", None, "no list of messages"),
+        (request(prompt=wire.ChatPrompt([{"role": "user"}])), "invalid", None, "messages[0]"),
+        (wire.Tokenize(prompt=wire.ChatPrompt([{}])), "invalid", None, "messages[0]"),
+        (wire.Detokenize(tokens=[999]), "invalid", "tokens", "token id 999"),
+        (wire.Detokenize(tokens=[5] * 2000), "too_long", "tokens", "send them in parts"),
+        (wire.AskForecast(prompt_tokens=9, max_tokens=9, latency_class="odd"), "invalid", "latency", "'odd'"),
     ],
 )
-def test_a_request_that_cannot_be_taken_is_a_failure(inputs, code, word, path):
-    failure = ask(path, wire.Submit(1, inputs))
-    assert (failure.code, word in failure.message) == (code, True), failure
+def test_a_question_that_cannot_be_answered_is_a_failure(question, kind, field, word, path):
+    failure = ask(path, question)
+    assert isinstance(failure, wire.Failure), failure
+    assert (failure.kind, failure.field, word in failure.message) == (kind, field, True), failure
 
 
-def test_an_answer_that_cannot_be_sent_fails_alone(path, monkeypatch):
-    real = host.OpenRequest.piece
+@pytest.mark.parametrize(
+    ("written", "field", "word"),
+    [
+        ((b"temperature\x00", b"temperature\xff"), "temperature", "temperature is -1"),
+        ((b"max_tokens\x08", b"max_tokens\x00"), "max_tokens", "max_tokens is 0"),
+        ((b"max_tokens\x08", b"max_tokens\xc0"), None, "no message of the protocol"),
+    ],
+)
+def test_parameters_are_checked_by_whoever_decodes_them(written, field, word, path, monkeypatch):
+    """A client in another language may not check them itself."""
+    framed = wire.framed
+    monkeypatch.setattr(wire, "framed", lambda message: framed(message).replace(*written))
+    failure = ask(path, request(7, temperature=0))
+    assert isinstance(failure, wire.Failure), failure
+    assert (failure.id, failure.kind, failure.field, word in failure.message) == (7, "invalid", field, True), failure
 
-    def piece(self, event):
+
+@pytest.mark.parametrize("part", ["add", "piece"])
+def test_an_answer_that_cannot_be_made_or_sent_fails_alone(part, path, monkeypatch):
+    real = getattr(host.OpenRequest, part)
+
+    def faulty(self, event):
         if self.question == 13:
             raise RuntimeError("a faulty part")
         return real(self, event)
 
-    monkeypatch.setattr(host.OpenRequest, "piece", piece)
+    monkeypatch.setattr(host.OpenRequest, part, faulty)
     found: dict[int, wire.FromEngine | None] = {}
 
     def send(id: int) -> None:
-        found[id] = ask(path, wire.Submit(id, request(max_tokens=30)))
+        found[id] = ask(path, request(id, max_tokens=30))
 
     threads = [threading.Thread(target=send, args=(id,)) for id in (12, 13, 14)]
     for thread in threads:
@@ -142,8 +156,29 @@ def test_an_answer_that_cannot_be_sent_fails_alone(path, monkeypatch):
     for thread in threads:
         thread.join(PATIENCE)
     assert isinstance(found[13], wire.Failure)
-    assert found[13].code == "INTERNAL"
+    assert found[13].kind == "failed"
     assert [len(found[id].token_ids) for id in (12, 14)] == [30, 30]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_stop_string_ends_an_answer_where_it_begins(path, service, streamed):
+    """The host finds it, maybe tokens behind, and the engine hears of it."""
+    whole = ask(path, request(max_tokens=60)).text
+    stop, before = whole[20:23], service.statistics().ended.get("stop", 0)
+    expected = whole[: whole.index(stop)]
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(path)
+        question = request(5, max_tokens=60, stop=(stop,), logprobs=1)
+        question.streamed = streamed
+        client.sendall(wire.framed(question))
+        pieces = [*received(client, 1)]
+    assert "".join(piece.text for piece in pieces) == expected
+    last = pieces[-1]
+    assert (last.finish_reason, last.stop_string) == ("stop", stop)
+    assert last.completion_tokens == sum(len(piece.token_ids) for piece in pieces) < 60
+    assert b"".join(entry.token for piece in pieces for entry in piece.logprobs).decode(errors="replace") in whole
+    wait_until(lambda: service.statistics().ended.get("stop", 0) == before + 1)
 
 
 def test_few_clients_get_snapshots_and_a_cancelled_one_leaves_room(path):
@@ -153,9 +188,9 @@ def test_few_clients_get_snapshots_and_a_cancelled_one_leaves_room(path):
         client.sendall(wire.framed(wire.WatchSnapshots(1)))
         assert client.recv(1)  # of a snapshot
     refused = ask(path, wire.WatchSnapshots(1))
-    assert (refused.code, "clients get snapshots" in refused.message) == ("UNAVAILABLE", True)
+    assert (refused.kind, "clients get snapshots" in refused.message) == ("away", True)
     clients[0].sendall(wire.framed(wire.Cancel(1)))
-    wait_until(lambda: isinstance(ask(path, wire.WatchSnapshots(1)), wire.TextReply))
+    wait_until(lambda: isinstance(ask(path, wire.WatchSnapshots(1)), wire.Snapshot))
     for client in clients:
         client.close()
 
@@ -165,7 +200,7 @@ def test_nothing_is_answered_for_a_client_that_has_left(path, service, monkeypat
     monkeypatch.setattr(service.loop, "step", lambda: (opened.wait(30), step())[1])
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
-        client.sendall(wire.framed(wire.Submit(1, request(max_tokens=100))))
+        client.sendall(wire.framed(request(max_tokens=100)))
         wait_until(lambda: service.statistics().running + service.statistics().queued)
     for _ in range(3):  # the host has seen it leave before
         ask(path, wire.Describe(1), 30)
@@ -173,62 +208,54 @@ def test_nothing_is_answered_for_a_client_that_has_left(path, service, monkeypat
     wait_until(lambda: service.statistics().ended.get("cancelled", 0) == before + 1, 60)
 
 
-def test_answers_that_end_together_are_no_silence(tmp_path, monkeypatch):
-    """The door's one connection holds all its clients' answers, and may have far more to read than one message."""
-    monkeypatch.setattr(wire, "LARGEST", 2**16)
-    number, connections = 100, []
+def test_many_long_answers_that_end_together_all_come(path, monkeypatch):
+    """The door's one connection holds all its clients' answers: what it has not read waits in the answers."""
+    monkeypatch.setattr(host, "FULL", 2**12)
+    sizes: list[int] = []
+    send = host.ClientConnection.send
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connections.append(host.ClientConnection(writer))
-        while await wire.read_request(reader):
-            pass
+    def measured(self, message) -> None:
+        send(self, message)
+        sizes.append(self.writer.transport.get_write_buffer_size())
 
-    async def ended(client: Client) -> int:
-        return sum([len(piece.logprobs) async for piece in client.submit({})])
-
-    async def run() -> list[int]:
-        server = await asyncio.start_unix_server(connected, tmp_path / "engine")
-        client = Client(tmp_path / "engine")
-        answers = [asyncio.create_task(ended(client)) for _ in range(number)]
-        while not connections:
-            await asyncio.sleep(0.01)
-        for id in range(1, number + 1):
-            connections[0].send(wire.TextPiece(id, logprobs="y" * 50_000, finish_reason="length"))
-        assert connections[0].writer.transport.get_write_buffer_size() > wire.LARGEST
-        connections[0].check(1e9)
-        found = await asyncio.gather(*answers)
-        await client.close()
-        server.close()
-        return found
-
-    assert asyncio.run(run()) == [50_000] * number
+    monkeypatch.setattr(host.ClientConnection, "send", measured)
+    number, tokens = 12, 140
+    details = {"logprobs": 20, "token_sources": True, "max_tokens": tokens}
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(path)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**12)
+        for id in range(number):
+            client.sendall(wire.framed(request(id, **details)))
+        wait_until(lambda: len(sizes) > 3 and max(sizes) > host.FULL)  # it has not read yet
+        pieces = [*received(client, number)]
+    assert max(sizes) < 2**17  # a piece of each answer may go out before the first is seen to wait
+    for id in range(number):
+        own = [piece for piece in pieces if piece.id == id]
+        assert len(own) > 1
+        assert sum(len(piece.token_ids) for piece in own) == tokens
+        assert sum(len(piece.logprobs) for piece in own) == sum(len(piece.sources) for piece in own) > tokens / 2
 
 
-def is_cut_off(client: socket.socket) -> bool:
-    try:
-        client.sendall(wire.framed(wire.Cancel(1)))
-    except OSError:
-        return True
-    return False
+def received(client: socket.socket, answers: int) -> Iterator[wire.TextPiece]:
+    """Yield the pieces of so many answers."""
+    decode = msgpack.Decoder(wire.FromEngine).decode
+    file = client.makefile("rb")
+    while answers:
+        piece = decode(file.read(int.from_bytes(file.read(4))))
+        answers -= piece.finish_reason is not None
+        yield piece
 
 
-def test_a_client_that_reads_nothing_is_cut_off(path, monkeypatch):
-    monkeypatch.setattr(wire, "LARGEST", 2**16)
-    monkeypatch.setattr(host, "SILENT_S", 0.2)
+def test_a_client_that_reads_nothing_fills_no_memory_and_holds_up_nobody(path, monkeypatch):
+    monkeypatch.setattr(host, "FULL", 2**14)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
-        for number in range(200):
-            client.sendall(wire.framed(wire.Scrape(number)))
-        wait_until(lambda: is_cut_off(client))
-    assert isinstance(ask(path, wire.Submit(1, request()), 30), wire.TextPiece)
-
-
-def test_an_answer_that_is_too_large_to_be_read_fails_alone(path, monkeypatch):
-    answer = wire.Submit(1, request(return_log_probs=True, top_logprobs=20, max_tokens=60))
-    monkeypatch.setattr(wire, "LARGEST", 2**14)
-    failure = ask(path, answer, 30)
-    assert isinstance(failure, wire.Failure)
-    assert "too large to be sent" in failure.message
+        client.settimeout(0.5)
+        questions = wire.framed(wire.Scrape(1)) * 100_000
+        with pytest.raises(TimeoutError):
+            client.sendall(questions)
+        assert isinstance(ask(path, request()), wire.TextPiece)
 
 
 def test_what_is_no_message_ends_its_connection_alone(path):
@@ -238,4 +265,4 @@ def test_what_is_no_message_ends_its_connection_alone(path):
             client.sendall(sent)
             client.shutdown(socket.SHUT_WR)
             assert client.recv(1) == b""
-    assert isinstance(ask(path, wire.Submit(1, request())), wire.TextPiece)
+    assert isinstance(ask(path, request()), wire.TextPiece)

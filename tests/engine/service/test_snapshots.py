@@ -63,19 +63,19 @@ def test_a_loop_at_which_nobody_looks_does_nothing_for_it(service):
     answer(service)
     assert service.loop.step_callback is None
     assert not recorder.news
-    assert json.loads(recorder.snapshot())["last"] is None
+    assert recorder.snapshot()["last"] is None
 
 
 def test_a_snapshot_tells_what_the_loop_did_and_no_text(service):
     recorder = SnapshotRecorder(service)
     recorder.switch(True)
     try:
-        before = json.loads(recorder.snapshot())
+        before = recorder.snapshot()
         assert (before["format"], before["last"], before["recent"]["time"]) == (SNAPSHOT_FORMAT, None, [])
         answer(service)
         assert recorder.news
-        text = recorder.snapshot()
-        now, again = json.loads(text), json.loads(recorder.snapshot())
+        now, again = recorder.snapshot(), recorder.snapshot()
+        text = json.dumps(now)
     finally:
         recorder.switch(False)
     assert not recorder.news
@@ -110,7 +110,7 @@ def test_the_time_of_snapshots_is_that_of_those_before(service):
     answer(service, 2, 5)
     reported, begin = [], time.thread_time()
     while len(reported) < 2 or (reported[-1] == 0 and len(reported) < 1000):
-        reported.append(json.loads(recorder.snapshot())["seconds"]["snapshots"])
+        reported.append(recorder.snapshot()["seconds"]["snapshots"])
     assert reported[0] == 0 < reported[-1] < time.thread_time() - begin + 1e-4
     assert reported == sorted(reported)
     recorder.switch(False)

@@ -102,7 +102,11 @@ def test_the_model_answers_on_the_engine_s_socket_too(server):
     (path,) = Path(tempfile.gettempdir()).glob(f"{PREFIX}{server.process.pid}-*/engine")
     assert path.stat().st_mode & 0o077 == 0
     before = server.rest()["echo_request_seconds_count"]
-    answer = ask(str(path), wire.Submit(1, GREEDY), 60)
+    answer = ask(
+        str(path),
+        wire.Submit(prompt=GREEDY["text_input"], params=SamplingParams(GREEDY["max_tokens"], ignore_eos=True)),
+        60,
+    )
     assert isinstance(answer, wire.TextPiece)
     assert answer.text == server.generate(**GREEDY)["text_output"]
     assert server.rest()["echo_request_seconds_count"] == before + 2  # of both ways

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_trt.backends.cuda.sizes import CallBounds, empty_calls, graph_sizes
+from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError
 from echo_trt.models.roles import HeadModule
-from echo_trt.sizing.graphs import CONTEXT_BYTES, GRAPH_NODES, LAYER_NODES, LEVEL_NODES, NODE_BYTES, Reserved
+from echo_trt.sizing.graphs import GRAPH_NODES, LEVEL_NODES, NODE_BYTES, Reserved
 from echo_trt.sizing.needs import needs, split_scratch
 from echo_trt.sizing.shapes import shapes
 from echo_trt.speculation.pack import BLOCK
@@ -126,7 +127,7 @@ def test_what_is_taken_before_requests_come_has_its_parts(engine):
     assert taken.states == 128 * 72 * 4096 * 2
     assert taken.sampler > 0.5e9
     counts = 3 * captured + 12 * len(lengths), captured  # a head has two sets
-    assert [r.contexts // CONTEXT_BYTES for r in (taken, plain)] == (list(counts) if engine == "tensorrt" else [0, 0])
+    assert [r.contexts // 2**20 for r in (taken, plain)] == (list(counts) if engine == "tensorrt" else [0, 0])
     assert taken.total == sum((taken.target, taken.draft, taken.levels, taken.contexts, taken.states, taken.sampler))
 
 
@@ -138,7 +139,7 @@ def test_as_many_graphs_are_foreseen_as_are_captured():
     bounds = CallBounds(calls.batch, calls.blocks, calls.tree)
     entries = [list(empty_calls(s, bounds, HeadModule.inputs)) for s in graph_sizes(calls.batch, calls.tree)]
     taken = needs(own, target, draft).reserved
-    nodes = GRAPH_NODES + LAYER_NODES["torch"]
+    nodes = GRAPH_NODES + engine_kind("torch").card.layer_nodes
     inputs = sum(sum(capacity.values()) for calls_of in entries for _, capacity in calls_of)
     assert taken.draft == sum(map(len, entries)) * nodes * NODE_BYTES + inputs
 

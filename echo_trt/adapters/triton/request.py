@@ -1,55 +1,38 @@
-"""What a request says: its inputs become a prompt, sampling parameters and what is wanted back."""
+"""What a request to Triton says: its tensors become a prompt, sampling parameters and what is wanted back."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from echo_trt.adapters.triton.inputs import ALIASES, DEFAULTS, MAX_STOP_WORDS
 from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.params import MAX_LOGPROBS, SINGLE, SamplingParams
-from echo_trt.engine.process import wire
-from echo_trt.engine.process.inputs import ALIASES, DEFAULTS, MAX_STOP_WORDS
 from echo_trt.engine.process.pending import Pending
-from echo_trt.errors import TooLong, UserError
-from echo_trt.grammar.state import AT_END
-from echo_trt.models.chat import ChatEncoder
+from echo_trt.engine.process.prompts import RULE, PromptReader
+from echo_trt.engine.process.wire import ChatPrompt, PromptInput
+from echo_trt.errors import UserError
 from echo_trt.models.messages import checked_messages, checked_tools
-from echo_trt.models.token_texts import TokenTexts
-from echo_trt.models.tokenizer import REASONING, load_tokenizer, think_tokens
 
 PROMPTS = ("input_ids", "chat_messages", "text_input")
 IN_CHATS = ("tools", "chat_template_kwargs")  # inputs that mean nothing without a chat template
 
 
 class Reader:
-    """Reads requests for a bundle. It has a tokenizer of its own: the engine's thread uses another."""
+    """Reads requests for a bundle."""
 
     def __init__(
-        self,
-        bundle: Path,
-        context: int,
-        special_tokens_in_content: bool = False,
-        sampling: Mapping[str, float] | None = None,
-        classes: LatencyClasses | None = None,
+        self, prompts: PromptReader, sampling: Mapping[str, float] | None = None, classes: LatencyClasses | None = None
     ):
         """Prepare to read requests.
 
         sampling  parameters of requests that leave them out (``Manifest``)
         classes   of latency targets
         """
-        self._sampling, self._classes = dict(sampling or {}), classes or LatencyClasses()
-        self._tokenizer = load_tokenizer(bundle)
-        self._chat = ChatEncoder(self._tokenizer, special_tokens_in_content)
-        self._texts = TokenTexts(self._tokenizer)
-        self._marks = think_tokens(self._tokenizer)
-        self._context = context
-        self._size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
-        longest = max(map(len, self._tokenizer.get_vocab()))
-        self._max_characters = context * longest  # a longer text cannot have as few tokens as fit
+        self._prompts, self._sampling, self._classes = prompts, dict(sampling or {}), classes or LatencyClasses()
 
     def read(self, inputs: Mapping[str, Any], answer: Pending) -> None:
         """Put what ``inputs`` ask for into ``answer``. Raises UserError.
@@ -57,7 +40,8 @@ class Reader:
         inputs  plain values by their names in ``INPUTS``; what is absent has its default
         """
         inputs = self._sampling | _renamed(inputs)
-        prompt, echoed = self._prompt(inputs)
+        prompt = _prompt(inputs)
+        ids = self._prompts.ids(prompt, bool(_value(inputs, "add_special_tokens")))
         deadline = _value(inputs, "deadline_ms")
         if deadline < 0:
             raise UserError(f"deadline_ms is {deadline}; give milliseconds, or 0 for none.")
@@ -75,70 +59,29 @@ class Reader:
                 "logprobs": _logprobs(inputs),
                 "logit_bias": _logit_bias(inputs),
                 "structured": _json(inputs, "structured"),
-                "latency": self.latency(inputs.get("latency", "")),
+                "latency": self._classes.read(inputs.get("latency", "")),
             }
         )
-        answer.prompt = np.asarray(prompt, np.int64)
+        answer.prompt, answer.in_thought = np.asarray(ids, np.int64), self._prompts.in_thought(ids)
         answer.streamed, answer.statistics = _value(inputs, "stream"), _value(inputs, "return_perf_metrics")
         answer.priority, answer.seconds = _value(inputs, "priority"), deadline / 1000 if deadline else None
-        if self._marks:
-            last = next((token for token in reversed(prompt[-AT_END:]) if token in self._marks), None)
-            answer.in_thought = last == self._marks[0]
-        answer.begin("" if _value(inputs, "exclude_input_in_output") else echoed, self._texts)
+        hidden = _value(inputs, "exclude_input_in_output")
+        answer.begin("" if hidden else self._prompts.echoed(prompt), self._prompts)
 
-    def latency(self, text: str) -> dict[str, Any] | None:
-        """Return the targets of a class's name or of JSON. Raises UserError."""
-        return self._classes.read(text)
 
-    def tokenized(self, inputs: Mapping[str, Any]) -> tuple[list[int], str | None]:
-        """Token ids of a prompt; for ``input_ids`` their text, too. Raises UserError."""
-        ids, _ = self._prompt(inputs)
-        if "input_ids" not in inputs:
-            return ids, None
-        if len(ids) > self._context:
-            raise TooLong(
-                f"input_ids has {len(ids)} tokens, but this model's maximum context length is {self._context} tokens; "
-                "send them in parts.",
-                "input_ids",
-            )
-        largest = len(self._tokenizer) - 1
-        unknown = next((token for token in ids if not 0 <= token <= largest), None)
-        if unknown is not None:
-            raise UserError(f"input_ids holds token id {unknown}; give ids from 0 to {largest}.", "input_ids")
-        return ids, str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    def model_info(self, id: int) -> wire.ModelInfo:
-        """Answer the question ``id`` for what the model is."""
-        thinking = wire.ThinkTokens(*REASONING, self._marks[1]) if self._marks else None
-        chat = self._chat
-        known = chat.source, chat.tokens, sorted(chat.variables), chat.takes_tools
-        return wire.ModelInfo(id, *known, thinking, self._context, self._sampling, self._size)
-
-    def _prompt(self, inputs: Mapping[str, Any]) -> tuple[list[int], str]:
-        """Token ids, and the text that the caller may want to see before the answer."""
-        given = [name for name in PROMPTS if name in inputs]
-        if len(given) != 1:
-            raise UserError(f"{' and '.join(given) or 'no prompt'} given; give one of {', '.join(PROMPTS)}.")
-        chat = given[0] == "chat_messages" or (given[0] == "text_input" and _value(inputs, "chat"))
-        for name in IN_CHATS:
-            if name in inputs and not chat:
-                raise UserError(f"{name} given without a chat; give chat_messages, or leave it out.")
-        if given[0] == "input_ids":
-            ids = list(inputs["input_ids"])
-            echoed = not _value(inputs, "exclude_input_in_output") and all(0 <= i < len(self._tokenizer) for i in ids)
-            return ids, str(self._tokenizer.decode(ids, skip_special_tokens=True)) if echoed else ""
-        text = inputs[given[0]]
-        if len(text) > self._max_characters:
-            raise TooLong(
-                f"the prompt has {len(text)} characters, but this model's maximum context length is "
-                f"{self._context} tokens; shorten it.",
-                "prompt",
-            )
-        if chat:
-            turns = _messages(text) if given[0] == "chat_messages" else [{"role": "user", "content": text}]
-            return self._chat.ids(turns, _tools(inputs), _kwargs(inputs)), ""
-        special = bool(_value(inputs, "add_special_tokens"))
-        return self._tokenizer(text, add_special_tokens=special)["input_ids"], text
+def _prompt(inputs: Mapping[str, Any]) -> PromptInput:
+    given = [name for name in PROMPTS if name in inputs]
+    if len(given) != 1:
+        raise UserError(f"{' and '.join(given) or 'no prompt'} given; give one of {', '.join(PROMPTS)}.")
+    chat = given[0] == "chat_messages" or (given[0] == "text_input" and _value(inputs, "chat"))
+    for name in IN_CHATS:
+        if name in inputs and not chat:
+            raise UserError(f"{name} given without a chat; give chat_messages, or leave it out.")
+    if not chat:
+        return list(inputs["input_ids"]) if given[0] == "input_ids" else str(inputs["text_input"])
+    text = inputs[given[0]]
+    turns = _messages(text) if given[0] == "chat_messages" else [{"role": "user", "content": text}]
+    return ChatPrompt(turns, _tools(inputs), _kwargs(inputs))
 
 
 def _renamed(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,9 +92,9 @@ def _renamed(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {ALIASES.get(name, name): tensor for name, tensor in inputs.items()}
 
 
-def _tools(inputs: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+def _tools(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
     tools = _json(inputs, "tools")
-    return checked_tools(tools) if tools is not None and tools != [] else None
+    return checked_tools(tools) if tools is not None and tools != [] else []
 
 
 def _kwargs(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,7 +107,7 @@ def _kwargs(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _messages(text: str) -> list[dict[str, Any]]:
-    rule = 'give a JSON list of objects such as {"role": "user", "content": "..."}.'
+    rule = RULE.replace("a list", "a JSON list")
     try:
         messages = json.loads(text)
     except (ValueError, RecursionError):

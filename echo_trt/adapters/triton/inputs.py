@@ -1,4 +1,4 @@
-"""The inputs of a request, defined once: the reader of requests, Triton's model and the API server take them here.
+"""The inputs of a request to Triton, defined once.
 
 ``model_repo/echo/config.pbtxt`` and the table of ``docs/triton-api.md`` say the same; a test compares them.
 """

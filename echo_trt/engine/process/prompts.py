@@ -1,0 +1,102 @@
+"""Prompts as a client sends them become token ids, and ids become text again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.process.wire import ChatPrompt, ModelInfo, PromptInput, ThinkTokens
+from echo_trt.engine.text import AnswerText
+from echo_trt.errors import TooLong, UserError
+from echo_trt.grammar.state import AT_END
+from echo_trt.models.chat import ChatEncoder
+from echo_trt.models.messages import checked_messages, checked_tools
+from echo_trt.models.token_texts import TokenTexts
+from echo_trt.models.tokenizer import REASONING, load_tokenizer, think_tokens
+
+RULE = 'give a list of objects such as {"role": "user", "content": "..."}.'
+
+
+class PromptReader:
+    """Reads prompts for a bundle. It has a tokenizer of its own: the engine's thread uses another."""
+
+    def __init__(self, bundle: Path, context: int, special_tokens_in_content: bool = False):
+        """``context``: tokens of a prompt and its answer."""
+        self.context, self._tokenizer = context, load_tokenizer(bundle)
+        self._chat = ChatEncoder(self._tokenizer, special_tokens_in_content)
+        self.texts = TokenTexts(self._tokenizer)
+        self._marks = think_tokens(self._tokenizer)
+        self._size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
+        longest = max(map(len, self._tokenizer.get_vocab()))
+        self._max_characters = context * longest  # a longer text cannot have as few tokens as fit
+
+    def ids(self, prompt: PromptInput, special_tokens: bool = True) -> list[int]:
+        """Return a prompt's token ids. ``special_tokens``: the tokenizer's own around a text. Raises UserError."""
+        if isinstance(prompt, list):
+            return prompt
+        if isinstance(prompt, ChatPrompt):
+            return self._chat_ids(prompt)
+        self._check_length(len(prompt))
+        ids: list[int] = self._tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]
+        return ids
+
+    def echoed(self, prompt: PromptInput) -> str:
+        """Return the text of a prompt as its client may want to see it; a chat has none."""
+        if isinstance(prompt, list):
+            known = all(0 <= token < len(self._tokenizer) for token in prompt)
+            return str(self._tokenizer.decode(prompt, skip_special_tokens=True)) if known else ""
+        return prompt if isinstance(prompt, str) else ""
+
+    def in_thought(self, ids: Sequence[int]) -> bool | None:
+        """Say whether a prompt ends inside a thought; None: the model does not think."""
+        if not self._marks:
+            return None
+        return next((token for token in reversed(ids[-AT_END:]) if token in self._marks), None) == self._marks[0]
+
+    def answer_text(self, params: SamplingParams) -> AnswerText:
+        """Begin an answer's text."""
+        return AnswerText(self._tokenizer.backend_tokenizer, params)
+
+    def text(self, tokens: list[int]) -> str:
+        """Return the text of tokens. Raises UserError."""
+        if len(tokens) > self.context:
+            raise TooLong(
+                f"tokens has {len(tokens)} tokens, but this model's maximum context length is {self.context} tokens; "
+                "send them in parts.",
+                "tokens",
+            )
+        largest = len(self._tokenizer) - 1
+        unknown = next((token for token in tokens if not 0 <= token <= largest), None)
+        if unknown is not None:
+            raise UserError(f"tokens holds token id {unknown}; give ids from 0 to {largest}.", "tokens")
+        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+    def model_info(self, id: int, sampling: dict[str, float]) -> ModelInfo:
+        """Answer the question ``id`` for what the model is. ``sampling``: the parameters that it recommends."""
+        chat = self._chat
+        return ModelInfo(
+            id,
+            template=chat.source,
+            tokens=chat.tokens,
+            variables=sorted(chat.variables),
+            takes_tools=chat.takes_tools,
+            thinking=ThinkTokens(*REASONING, self._marks[1]) if self._marks else None,
+            context=self.context,
+            sampling=sampling,
+            size=self._size,
+        )
+
+    def _chat_ids(self, chat: ChatPrompt) -> list[int]:
+        messages = checked_messages(chat.messages, "messages", RULE)
+        self._check_length(sum(len(message["content"]) for message in messages))
+        tools = checked_tools(chat.tools) if chat.tools else None
+        return self._chat.ids(messages, tools, chat.variables)
+
+    def _check_length(self, characters: int) -> None:
+        if characters > self._max_characters:
+            raise TooLong(
+                f"the prompt has {characters} characters, but this model's maximum context length is {self.context} "
+                "tokens; shorten it.",
+                "prompt",
+            )
