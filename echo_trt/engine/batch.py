@@ -11,7 +11,6 @@ from echo_trt.engine.params import MAX_BIASED, MAX_STOP_TOKENS, SINGLE, Sampling
 from echo_trt.engine.prefix_cache import PrefixCache
 from echo_trt.speculation.arrays import begins, compiled, ragged_arange
 from echo_trt.speculation.pack import BLOCK
-from echo_trt.speculation.targets import Targets
 
 #: A slot's parameters of one number or switch; -1 stands for None.
 _TYPES = {int: np.int64, float: np.float64, bool: np.bool_}
@@ -57,7 +56,6 @@ class InputBatch:
         self.admitted = ints(count)  # serial number of the admission: the youngest has the highest
         self.verifications = ints(count)
         self.counted = np.ones(count, bool)  # whether counters have a slot's tokens
-        self.targets = Targets(count)
         self.sampling = np.array([_row(SamplingParams())] * count, SAMPLING)
         self.biased = ints(count)
         self.bias_tokens, self.bias = ints(count, MAX_BIASED), np.zeros((count, MAX_BIASED), np.float32)
@@ -76,7 +74,6 @@ class InputBatch:
         self.block_drafted = np.zeros(first_block + self.num_blocks, bool)
         self.keys: list[list[bytes]] = [[] for _ in range(count)]  # of each text's blocks, as far as they are known
         self.salts = [b""] * count  # of these keys
-        self.tenant = np.full(count, b"", object)
         self.found = ints(count)  # tokens of a slot's text that were in the cache
         self.looked = ints(count)  # ``added`` of the cache when a slot last searched it
 

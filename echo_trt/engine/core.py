@@ -25,16 +25,15 @@ from echo_trt.engine.params import Counters
 from echo_trt.engine.request import Request
 from echo_trt.engine.sampler import TargetOutput, token_logprobs
 from echo_trt.engine.scheduler import Scheduler
-from echo_trt.engine.shares import TenantShares
 from echo_trt.errors import UserError, described
 from echo_trt.speculation.accept import accept
 from echo_trt.speculation.arrays import begins, ragged_arange
 from echo_trt.speculation.drafts import Draft, Pass, TimedDraft
+from echo_trt.speculation.pacer import Pacer, Seats
 from echo_trt.speculation.pack import ForwardBatch, pack
 from echo_trt.speculation.planner import RECENT, Iteration, Plan, Planner, StepContext
 from echo_trt.speculation.sources import DRAFT
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
-from echo_trt.speculation.targets import Pace
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +95,9 @@ class EngineCore:
         """
         self.target, self.batch, self.planner, self.chunk = target, batch, planner, chunk
         self.counters = Counters()
-        self.scheduler = Scheduler(batch, tuple(eos), self.counters)
+        self.pacer = Pacer(batch.count)
+        self.scheduler = Scheduler(batch, tuple(eos), self.counters, self.pacer)
         self.drafter = drafter
-        self.shares = TenantShares()
         self._blamed = set[tuple[str, str]]()  # policies, and where they failed: told once
         # Gets every iteration, on the thread that steps; None: none
         self.step_callback: Callable[[StepTrace], None] | None = None
@@ -122,10 +121,8 @@ class EngineCore:
     def step(self) -> Emitted:
         """Run one iteration; return requests with their new tokens. The finished have a finish_reason."""
         self.scheduler.admit()
-        decoding, prefilling = self._share(self._hold_for_decoding(), self.batch.prefilling())
-        slots, pace = self._seat(decoding)
-        context = int(self.batch.committed[slots].sum())
-        chunks = self._plan_chunks(prefilling, pace, context, alone=len(decoding) == 0)
+        seats = self._admit()
+        slots, chunks = seats.decoding, self._plan_chunks(seats)
         if len(slots) + len(chunks.slots) == 0:
             return []
         begin = time.perf_counter()
@@ -136,19 +133,17 @@ class EngineCore:
         speculates = len(slots) == 0 or bool(self.batch.sampling["speculate"][slots].any())
         drafter = self.drafter if speculates else None
         draft = self._ask(lambda: drafter.begin(slots)) if drafter else None
-        load = self._load(slots, context, len(chunks.owner), pace)
+        load = self._load(seats, len(chunks.owner))
         plan, planning = self._plan(slots, draft, load)
         verified, target = self._verify(plan, slots, chunks)
         with self._timed("accept"):
             path, tokens = accept(verified.tree, verified.next_token)
         with self._timed("commit"):
             emitted = self._commit(verified, path, tokens, chunks)
-        if pace:
-            self.batch.targets.sat_out(np.setdiff1d(decoding, slots))
         drafting = draft.seconds if draft else 0.0
         seconds = time.perf_counter() - begin
         rows = np.concatenate((plan.tree.sizes, chunks.counts))
-        self.shares.observe(self.batch.tenant[np.concatenate((slots, chunks.slots))], rows, seconds)
+        self.pacer.ran(np.concatenate((slots, chunks.slots)), rows, seconds)
         iteration = Iteration(
             plan=plan,
             load=load,
@@ -189,49 +184,26 @@ class EngineCore:
                 return slots
             self.scheduler.preempt_least_urgent()
 
-    def _seat(self, decoding: np.ndarray) -> tuple[np.ndarray, Pace | None]:
-        """Return the part of ``decoding`` slots that is in this pass, and how its requests keep their latency targets.
+    def _admit(self) -> Seats:
+        """Return whose requests are in this pass, and how many prompt tokens."""
+        decoding, batch = self._hold_for_decoding(), self.batch
+        seats = Seats(decoding, batch.committed[decoding], batch.prefilling(), self.chunk)
 
-        Where requests with targets are late, the planner may let others sit out.
-        """
-        pace = self.batch.targets.pace(decoding, time.monotonic())
-        if pace is None:  # no request has a target
-            return decoding, None
+        def ask(seats: Seats) -> Seats | None:
+            return self._ask(lambda: seats.within(self.planner.admit(seats)))
 
-        def seated(pace: Pace) -> tuple[np.ndarray, Pace] | None:
-            found = self.planner.seats(pace, int(self.batch.committed[decoding].sum()))
-            seats = np.ones(len(decoding), bool) if found is None else np.asarray(found, bool)
-            return (decoding[seats], pace.of(seats)) if seats.any() else None  # of an empty pass nothing comes
+        return self.pacer.admit(seats, ask, time.monotonic())
 
-        return self._ask(lambda: seated(pace)) or (decoding, pace)
-
-    def _share(self, decoding: np.ndarray, prefilling: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the slots of tenants that are in this pass: all, where requests have targets, which order them."""
-        slots = np.concatenate((decoding, prefilling))
-        seats = None if self.batch.targets.given else self.shares.seats(self.batch.tenant[slots])
-        if seats is None:
-            return decoding, prefilling
-        return decoding[seats[: len(decoding)]], prefilling[seats[len(decoding) :]]
-
-    def _plan_chunks(self, slots: np.ndarray, pace: Pace | None, context: int, alone: bool) -> Chunks:
-        """Divide this iteration's prompt budget among prefilling ``slots`` (``InputBatch.divide``).
-
-        The oldest comes first; where requests have targets, all come by when they are due.
-
-        context  cached tokens of the requests that decode beside it, which keep ``pace``
-        alone    whether no request decodes, whose next tokens would wait for a longer call
-        """
-        batch = self.batch
+    def _plan_chunks(self, seats: Seats) -> Chunks:
+        """Divide this iteration's prompt budget among prefilling slots (``InputBatch.divide``)."""
+        batch, slots, budget = self.batch, seats.prompts, seats.chunk
         if len(slots) == 0:
             return Chunks(slots, slots, slots, slots, slots > 0)
-        slots, shares = batch.targets.by_due(slots), not batch.targets.given
-        budget = max(self.chunk, self.target.prefill_alone) if alone else self.chunk
-        if pace and not batch.targets.hurry(slots, time.monotonic()):
-            wanted = self._ask(lambda: int(self.planner.prompt_budget(pace, context, len(slots), budget)))
-            budget = min(max(wanted or budget, 3), budget)  # of fewer one could be a single token
+        if len(seats.decoding) == 0:  # no request's next token would wait for a longer call
+            budget = max(budget, self.target.prefill_alone)
         self.counters.cached_tokens += batch.skip(slots, budget)
         missing = batch.length[slots] - batch.committed[slots]
-        counts = batch.divide(slots, budget, shares)
+        counts = batch.divide(slots, budget, seats.shared)
         if budget > 2:
             # Never prefill exactly one token: the attention kernel rounds a single token differently, and the text
             # would depend on batching.
@@ -243,8 +215,8 @@ class EngineCore:
         requested = (batch.sampling["prompt_logprobs"][owner] >= 0) & (position + 1 < batch.prompt_length[owner])
         return Chunks(slots, counts, owner, position, requested)
 
-    def _load(self, slots: np.ndarray, context: int, prompt_tokens: int, pace: Pace | None) -> StepContext:
-        batch = self.batch
+    def _load(self, seats: Seats, prompt_tokens: int) -> StepContext:
+        batch, slots, pace, context = self.batch, seats.decoding, seats.pace, int(seats.context.sum())
         # The verification emits one token beside the drafted
         max_draft_len = batch.limit[slots] - batch.length[slots] - 1
         max_draft_len[~batch.sampling["speculate"][slots]] = 0
@@ -385,7 +357,7 @@ class EngineCore:
             return []
         logprobs, sources = verified.logprobs(path, emitted), verified.sources(path, emitted)
         kept, stopped, full = batch.append(slots, counts, emitted)
-        batch.targets.observe(slots, kept, time.monotonic())
+        self.pacer.emitted(slots, kept, time.monotonic())
         batch.verifications[slots] += 1
         counted = batch.counted[slots]
         self.counters.verifications += int(counted.sum())

@@ -12,15 +12,15 @@ from echo_trt.engine.batch import InputBatch, blocks_for
 from echo_trt.engine.params import MAX_STOP_TOKENS, Counters, SamplingParams
 from echo_trt.engine.request import Request
 from echo_trt.errors import TooLong, UserError
-from echo_trt.speculation.targets import Latency
+from echo_trt.speculation.pacer import Latency, Pacer
 
 
 class Scheduler:
     """Requests join and leave at any iteration; where KV blocks are short, the least urgent one waits again."""
 
-    def __init__(self, batch: InputBatch, eos: tuple[int, ...], counters: Counters):
+    def __init__(self, batch: InputBatch, eos: tuple[int, ...], counters: Counters, pacer: Pacer):
         """Begin without requests. ``eos``: token ids that end a text."""
-        self._batch, self._counters = batch, counters
+        self._batch, self._counters, self._pacer = batch, counters, pacer
         self.eos = eos
         self.forget: Callable[[int], None] = lambda slot: None  # is called with a slot that its request has left
         self.waiting: deque[Request] = deque()
@@ -108,7 +108,7 @@ class Scheduler:
             request.cached_tokens = int(batch.found[slot])
         request.generated = batch.tokens[slot, batch.prompt_length[slot] : batch.length[slot]].tolist()
         request.grammar = batch.grammar[slot]
-        request.started = batch.targets.end(slot)
+        request.started = self._pacer.end(slot)
         batch.release(slot)
         self.forget(slot)
         self._request_in[slot], request.slot = None, -1
@@ -137,10 +137,9 @@ class Scheduler:
             request.prompt_logprobs.clear()  # they are computed again, with the prompt
         batch.stop_tokens[slot] = -1
         batch.stop_tokens[slot, : len(stops)] = stops
-        batch.tenant[slot] = request.tenant
         batch.verifications[slot], batch.counted[slot] = request.verifications, request.counted
         latency, behind_first = Latency.of(params.latency), max(len(request.generated) - 1, 0)
-        batch.targets.begin(slot, latency, request.submitted, request.started, behind_first)
+        self._pacer.begin(slot, latency, request.submitted, request.started, behind_first, request.tenant)
         batch.admitted[slot], self.admissions = self.admissions, self.admissions + 1
         batch.active[slot] = True
         self._request_in[slot], request.slot = request, slot

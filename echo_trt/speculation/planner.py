@@ -10,10 +10,10 @@ import numpy as np
 
 from echo_trt.errors import UserError
 from echo_trt.speculation.drafts import Draft, Pass
+from echo_trt.speculation.pacer import Pace, Seats
 from echo_trt.speculation.pack import LevelShape
 from echo_trt.speculation.policy_names import PLAIN
 from echo_trt.speculation.super_tree import SuperTree
-from echo_trt.speculation.targets import Pace
 
 RECENT = 16  # tokens before each root that a planner may look at: the longest context of an n-gram table
 
@@ -161,20 +161,12 @@ class Planner(Protocol):
     def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
         """Choose the super-tree to verify for ``roots`` int64 [B], the requests' pending tokens."""
 
-    def seats(self, pace: Pace, context: int) -> np.ndarray | None:
-        """Say which requests are in the next pass, bool [B]; None, the default: all of them.
+    def admit(self, seats: Seats) -> Seats:
+        """Return the part of ``seats`` that is in the next pass, by default all; asked where there is a pace to keep.
 
-        context  cached tokens of all B requests
+        Fewer requests may decode, and the chunk of the prompts may be smaller.
         """
-        return None
-
-    def prompt_budget(self, pace: Pace, context: int, waiting: int, maximum: int) -> int:
-        """Return the prompt tokens that the next pass computes at most, ``maximum`` or fewer.
-
-        context  cached tokens of all B requests
-        waiting  requests whose prompts are to be computed
-        """
-        return maximum
+        return seats
 
     def level_shapes(self, requests: int) -> Collection[LevelShape]:
         """List what a device may be asked to draft in one go for ``requests``, so that it can prepare; by default

@@ -42,7 +42,7 @@ def main(
 ) -> None:
     """One row for each way to learn."""
     llm = LLM(bundle, "goodput", batch, prefix_cache=False)
-    llm.loop.planner.ladder.size = lambda count, _: TOKENS_A_REQUEST * count  # trials of sizes are another matter
+    llm.loop.planner.ladder.size = lambda count, *_: TOKENS_A_REQUEST * count  # trials of sizes are another matter
     iterations = _recorded(llm, [prompt.text for path in prompts for prompt in read_prompts(path)[:limit]], max_tokens)
     number = sum(len(nodes[0]) for nodes in iterations)
     accepted = sum(nodes[3].sum() for nodes in iterations) / number

@@ -77,7 +77,7 @@ def test_a_preempted_request_is_as_far_behind_its_target_as_before(with_limits):
 
     def owed() -> float:
         """Return the tokens that were due from the first one until ``now``."""
-        (lag,) = loop.batch.targets.pace(np.array([young.slot]), now).lag
+        (lag,) = loop.pacer.pace(np.array([young.slot]), now).lag
         return lag + loop.batch.length[young.slot] - len(young.prompt)
 
     run(loop, 13)

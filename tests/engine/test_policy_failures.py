@@ -118,7 +118,7 @@ def test_a_plan_that_cannot_be_verified_is_not(spoil, words, open_llm, texts, ca
     assert_all_free(llm.loop)
 
 
-@pytest.mark.parametrize("name", ["plan", "observe", "seats", "prompt_budget", "begin"])
+@pytest.mark.parametrize("name", ["plan", "observe", "admit", "begin"])
 def test_a_policy_that_raises_costs_no_pass(name, open_llm, texts, caplog):
     def fail(*_: object) -> None:
         raise KeyError("momentum")
@@ -133,11 +133,11 @@ def test_a_policy_that_raises_costs_no_pass(name, open_llm, texts, caplog):
     assert_all_free(llm.loop)
 
 
-@pytest.mark.parametrize("seats", [lambda pace: pace.wanted < 0, lambda pace: np.ones(9, bool)], ids=["none", "many"])
-def test_seats_that_are_none_leave_all_in_the_pass(seats, open_llm, texts):
+@pytest.mark.parametrize("seated", [lambda pace: pace.wanted < 0, lambda pace: np.ones(9, bool)], ids=["none", "many"])
+def test_seats_that_are_none_leave_all_in_the_pass(seated, open_llm, texts):
     llm = open_llm("close", "autoregressive", 4)
     llm.loop.planner = planner = goodput_planner(llm, SPECULATION_PAYS)
-    planner.seats = lambda pace, context: seats(pace)
+    planner.admit = lambda seats: seats.of(seated(seats.pace))
     assert [c.token_ids for c in llm.generate(PROMPTS, PARAMS)] == texts
 
 

@@ -14,7 +14,7 @@ from statistics import median
 
 from echo_trt.engine.service.job import ExpectedLatency, Late
 from echo_trt.speculation.goodput.ladder import load_of
-from echo_trt.speculation.targets import Latency
+from echo_trt.speculation.pacer import Latency
 
 MEMORY = 0.98  # share of the past in sums over iterations; larger: steadier, later where texts or the machine change
 ERRORS = 256  # requests whose errors are known; larger: steadier, later where the load changes

@@ -33,27 +33,25 @@ ForecastGains = Callable[[], tuple[np.ndarray, np.ndarray]]
 class Ladder:
     """Holds a size at each load. ``size`` begins an iteration, and ``observe`` ends one that had no prompts."""
 
-    def __init__(self, tuning: GoodputTuning = _USUAL, trusts: bool = False, beside: Ladder | None = None) -> None:
-        """Begin with nothing measured.
-
-        trusts  whether forecasts come from a calibration; then the first trial waits, too
-        beside  a ladder that has measured, by which the first forecasts are corrected
-        """
-        self._tuning, self._trusts, self._beside = tuning, trusts, beside
-        self._bandits: dict[int, _Bandit] = {}
+    def __init__(self, tuning: GoodputTuning = _USUAL, trusts: bool = False) -> None:
+        """Begin with nothing measured. ``trusts``: forecasts come from a calibration; the first trial waits, too."""
+        self._tuning, self._trusts = tuning, trusts
+        self._bandits: dict[tuple[bool, int], _Bandit] = {}
+        self._latest: dict[bool, _Bandit] = {}  # by whether tokens were priced
         self._now: _Bandit | None = None
 
-    def size(self, requests: int, forecast: ForecastGains) -> int:
+    def size(self, requests: int, forecast: ForecastGains, priced: bool = False) -> int:
         """Return the tokens of this iteration's verification for ``requests`` requests, or UNDRAFTED.
 
-        ``forecast`` is called where the load is new.
+        ``forecast`` is called where the load is new. ``priced``: latency targets weigh tokens, so that other sizes are
+        best.
         """
-        load, before = load_of(requests), self._now
-        if load not in self._bandits:
-            known = before or (self._beside and self._beside._now)
+        key, before = (priced, load_of(requests)), self._latest.get(priced)
+        if key not in self._bandits:
+            known = before or self._latest.get(False)
             prior_error = known.prior_error if known else 0.0
-            self._bandits[load] = _Bandit(requests, *forecast(), prior_error, self._trusts, self._tuning)
-        self._now = self._bandits[load]
+            self._bandits[key] = _Bandit(requests, *forecast(), prior_error, self._trusts, self._tuning)
+        self._now = self._latest[priced] = self._bandits[key]
         return self._now.begin(resumed=self._now is not before)
 
     def observe(self, tokens: float, seconds: float) -> None:

@@ -31,20 +31,19 @@ from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt.speculation.goodput.model.costs import Costs
 from echo_trt.speculation.goodput.model.iteration import TOKENS_PER_REQUEST, IterationModel
 from echo_trt.speculation.goodput.model.ngrams import NGrams
-from echo_trt.speculation.goodput.model.prices import prices
+from echo_trt.speculation.goodput.optimiser.admission import Admission
 from echo_trt.speculation.goodput.optimiser.candidates import Candidates, ContinueLeaves
 from echo_trt.speculation.goodput.optimiser.levels import LevelSearch
 from echo_trt.speculation.goodput.optimiser.nodes import paying_nodes, select
 from echo_trt.speculation.goodput.settings import GoodputSettings
+from echo_trt.speculation.pacer import Seats
 from echo_trt.speculation.pack import LevelShape
 from echo_trt.speculation.planner import Explanation, Iteration, Plan, StepContext
 from echo_trt.speculation.sources import NGRAM
 from echo_trt.speculation.super_tree import SuperTree
-from echo_trt.speculation.targets import Pace
 
 ABOVE_PLAIN = 1e-12  # log gain that always begins above plain decoding, since the search may choose no draft
 LOW_PRICE = 0.1  # mean price of latency targets up to which the ordinary ladder is used; larger: fewer changes of size
-MIN_CHUNK, CHUNKS = 32, 8  # tokens of the smallest chunk beside late requests, and sizes tried; larger: dearer, finer
 
 
 class GrammarSource(PromptLookup, Protocol):
@@ -87,14 +86,10 @@ class GoodputPlanner:
         """
         self.name, self.settings, self.budget = name, settings, budget
         self._alone = settings.as_chain() if chain_alone else settings
-        self.ngrams, self.copier = (ngrams, copier) if settings.free_candidates else (None, None)
-        self.grammars = grammars if settings.free_candidates else None
-        self._head = head
+        self.ngrams, self.copier, self.grammars, self._head = ngrams, copier, grammars, head
         self.costs, self.acceptance = costs, acceptance  # which the learner corrects in place
         self.learner = Learner(costs, acceptance, slots, settings.tuning, block)
-        self._ladder = self.ladder = Ladder(settings.tuning, acceptance.calibrated)
-        # Its gains are of weighed tokens: where latency targets weigh them, other sizes are best.
-        self.priced_ladder = Ladder(settings.tuning, acceptance.calibrated, beside=self.ladder)
+        self.ladder = Ladder(settings.tuning, acceptance.calibrated)
 
     def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
         self.learner.forget_departed(load)
@@ -135,8 +130,7 @@ class GoodputPlanner:
         if model.for_prompts:  # what is free may pay even so; the ladder's sizes are those of other passes
             return costs.padded(TOKENS_PER_REQUEST * count), False
         priced = model.prices is not None and model.usual_price > LOW_PRICE
-        self._ladder = self.priced_ladder if priced else self.ladder
-        size = self._ladder.size(count, lambda: self._forecast(model))
+        size = self.ladder.size(count, lambda: self._forecast(model), priced)
         if size != UNDRAFTED:
             return max(size, costs.padded(count + 1)), True
         # What a grammar forces is worth a verification by itself.
@@ -169,46 +163,10 @@ class GoodputPlanner:
 
         return chains
 
-    def seats(self, pace: Pace, context: int) -> np.ndarray | None:
-        """Let requests without a target sit out, where the time that this saves is worth more than a token of each.
-
-        The request that has sat out the fewest passes in a row sits out first, and none more than ``max_sat_out``.
-        """
-        tuning, count = self.settings.tuning, len(pace.wanted)
-        may = np.flatnonzero((pace.wanted == 0) & (pace.waited < tuning.max_sat_out))
-        usual, added = self._time_prices(pace, context)
-        if len(may) == 0 or added == 0:
-            return None
-        left = count - np.arange(len(may) + 1)  # of a pass without 0, 1, ... of them
-        seconds = self.costs.target.base(count)[left] + self.costs.target.per_context * context * left / count
-        seconds[1:] += 2 * self.costs.change  # to the smaller size and back
-        out = int(((usual + added) * (seconds[0] - seconds) - np.arange(len(may) + 1)).argmax())
-        seated = np.ones(count, bool)
-        seated[may[np.argsort(pace.waited[may], kind="stable")[:out]]] = False
-        return seated
-
-    def prompt_budget(self, pace: Pace, context: int, waiting: int, maximum: int) -> int:
-        """Return the budget whose tokens are worth most, less the price of their time; without prices ``maximum``.
-
-        A prompt's token is worth the tokens that could be committed in the time that it adds to a pass, times
-        ``prompt_worth``, and more, the more requests wait for their prompts beside those that decode.
-        """
-        count = len(pace.wanted)
-        usual, added = self._time_prices(pace, context)
-        if added == 0 or maximum < MIN_CHUNK:
-            return maximum
-        sizes = np.unique(np.linspace(MIN_CHUNK, maximum, CHUNKS).astype(np.int64))
-        seconds = self.costs.target.base(count + maximum)[count + sizes]
-        per_token = (seconds[-1] - seconds[0]) / max(maximum - MIN_CHUNK, 1)
-        worth = self.settings.tuning.prompt_worth * (1 + waiting / count) * usual * per_token
-        return int(sizes[(worth * sizes - (usual + added) * seconds).argmax()])
-
-    def _time_prices(self, pace: Pace, context: int) -> tuple[float, float]:
-        """Return the tokens that a second is worth without targets, and how much more targets make of it."""
-        count, history = len(pace.wanted), self.learner.history
-        found = prices(pace, self.settings.tuning, history.usual_price)
-        seconds = self.costs.plain(count, context) + history.host_seconds
-        return history.speedup * count / seconds, found.time if found else 0.0
+    def admit(self, seats: Seats) -> Seats:
+        history = self.learner.history
+        second = history.speedup, history.host_seconds, history.usual_price
+        return Admission(self.costs, self.settings.tuning, *second).admit(seats)
 
     def level_shapes(self, requests: int) -> list[LevelShape]:
         settings = self._alone if requests == 1 else self.settings
@@ -218,13 +176,13 @@ class GoodputPlanner:
     def observe(self, iteration: Iteration) -> None:
         tokens = self.learner.observe(iteration, self.settings)
         if tokens is not None:
-            self._ladder.observe(tokens, iteration.seconds)
+            self.ladder.observe(tokens, iteration.seconds)
 
     def totals(self) -> dict[str, dict[str, float]]:
         return self.learner.sources.totals()
 
     def gain(self) -> float | None:
-        return self._ladder.gain
+        return self.ladder.gain
 
     @property
     def _fills_size(self) -> bool:

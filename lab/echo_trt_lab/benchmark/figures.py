@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from echo_trt.speculation.targets import Latency
+from echo_trt.speculation.pacer import Latency
 from echo_trt_lab.benchmark.closed_loop import PHASES, PhaseSums, StepSample
 from echo_trt_lab.benchmark.peer import PeerRun, Work
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from echo_trt.cli.outputs import json_bytes, output_file
+from echo_trt.speculation.pacer import Latency
 from echo_trt.speculation.planner import Planner
-from echo_trt.speculation.targets import Latency
 from echo_trt_lab.options import latency_of
 from echo_trt_lab.simulation import arrivals
 from echo_trt_lab.simulation.arrivals import BATCH, INTERACTIVE, STEADY, Arrival, Bursts

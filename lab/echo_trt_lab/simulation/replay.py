@@ -13,10 +13,10 @@ from echo_trt.speculation.chains import Chains
 from echo_trt.speculation.drafts import Pass, Proposals, TimedDraft
 from echo_trt.speculation.goodput.model.costs import Costs
 from echo_trt.speculation.goodput.planner import GoodputPlanner
+from echo_trt.speculation.pacer import Pace
 from echo_trt.speculation.pack import LevelShape
 from echo_trt.speculation.planner import RECENT, Iteration, Plan, Planner, StepContext
 from echo_trt.speculation.super_tree import SuperTree
-from echo_trt.speculation.targets import Pace
 from echo_trt_lab.calibration.observe import recorded_chains
 from echo_trt_lab.calibration.trees import RecordedDraft
 from echo_trt_lab.simulation.machines import DeviceCosts, Machine

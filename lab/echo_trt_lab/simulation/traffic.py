@@ -14,7 +14,7 @@ import numpy as np
 from echo_trt.engine.service.forecast import Forecaster
 from echo_trt.engine.service.job import ExpectedLatency, Late
 from echo_trt.speculation.arrays import begins
-from echo_trt.speculation.targets import NONE, Latency, Targets
+from echo_trt.speculation.pacer import NONE, Latency, Pacer, Seats
 from echo_trt_lab.simulation.arrivals import Arrival
 from echo_trt_lab.simulation.replay import Replay
 from echo_trt_lab.simulation.walk import Recording, Walk
@@ -58,7 +58,7 @@ class Traffic(Walk):
     ):
         """``admission``: whether requests are refused whose targets cannot be kept, as by the server's switch."""
         super().__init__(recording, slots, 0)
-        self.running, self._classes, self.targets = np.zeros(0, np.int64), classes, Targets(slots)
+        self.running, self._classes, self.pacer = np.zeros(0, np.int64), classes, Pacer(slots)
         self._coming, self.now = list(reversed(arrivals)), 0.0
         self._waiting: list[tuple[float, int, Arrival, ExpectedLatency]] = []
         self.forecaster, self._admission, self.refused = Forecaster(), admission, 0
@@ -97,7 +97,7 @@ class Traffic(Walk):
             self._requests[slot], self._missing[slot] = arrival, arrival.prompt
             self.prompt[slot], self.epoch[slot] = arrival.prompt, self._admissions
             self._admissions += 1
-            self.targets.begin(slot, self._latency(arrival), arrival.time)
+            self.pacer.begin(slot, self._latency(arrival), arrival.time)
 
     def _take(self, arrival: Arrival) -> None:
         """Queue a request with what is forecast for it, or refuse it."""
@@ -120,18 +120,15 @@ class Traffic(Walk):
     def _iterate(self, replay: Replay) -> None:
         slots = np.array(sorted(self._requests, key=lambda slot: self.epoch[slot]))
         decoding = slots[self._missing[slots] == 0]
-        prefilling = self.targets.by_due(slots[self._missing[slots] > 0])
         self.running = decoding
-        pace, maximum, planner = self.targets.pace(decoding, self.now), CHUNK, replay.planner
-        if pace and (seats := planner.seats(pace, int(self.context.sum()))) is not None:
-            self.running, pace = decoding[seats], pace.of(seats)
-        if pace and len(prefilling) and not self.targets.hurry(prefilling, self.now):
-            maximum = planner.prompt_budget(pace, int(self.context.sum()), len(prefilling), CHUNK)
-        counts = np.clip(maximum - begins(self._missing[prefilling])[:-1], 0, self._missing[prefilling])
+        seats = Seats(decoding, self.context, slots[self._missing[slots] > 0], CHUNK)
+        seats = self.pacer.admit(seats, lambda seats: seats.within(replay.planner.admit(seats)), self.now)
+        self.running, prefilling = seats.decoding, seats.prompts
+        counts = np.clip(seats.chunk - begins(self._missing[prefilling])[:-1], 0, self._missing[prefilling])
         chunked = prefilling[counts > 0]
         cached = int((self.prompt[chunked] - self._missing[chunked]).sum())
         ran = self.running
-        step = replay.step(int(counts.sum()), cached, pace)
+        step = replay.step(int(counts.sum()), cached, seats.pace)
         self.now += step.seconds
         self._missing[prefilling] -= counts
         paces = [
@@ -150,14 +147,14 @@ class Traffic(Walk):
             outcome.wait, outcome.last = max(outcome.wait, self.now - outcome.last), self.now
             outcome.tokens += tokens
         emitted = np.concatenate((step.tokens, np.ones(len(started), np.int64)))
-        self.targets.observe(np.concatenate((ran, started)), emitted, self.now)
-        self.targets.sat_out(np.setdiff1d(decoding, ran))
+        self.pacer.emitted(np.concatenate((ran, started)), emitted, self.now)
+        self.pacer.ran(ran, np.ones(len(ran), np.int64), step.seconds)
         self.tokens += int(emitted.sum())
         for slot in ended:
             self.done.append(one := self._open.pop(slot))
             self.forecaster.ended(self._expected.pop(slot), one.ttft, one.tpot)
             del self._requests[slot]
-            self.targets.end(slot)
+            self.pacer.end(slot)
 
     def _end(self, slot: int) -> None:
         """Leave the slot free."""

@@ -11,10 +11,10 @@ import numpy as np
 
 from echo_trt.backends.base import Engine
 from echo_trt.speculation.drafts import Draft
+from echo_trt.speculation.pacer import Seats
 from echo_trt.speculation.pack import ForwardBatch
 from echo_trt.speculation.planner import Explanation, Iteration, Plan, Planner, StepContext
 from echo_trt.speculation.super_tree import SuperTree
-from echo_trt.speculation.targets import Pace
 
 
 class Flaky(Engine):
@@ -112,13 +112,9 @@ class Hostile(Planner):
             return plan
         return self._draw.choice(LIES)(plan, int(self._draw.choice(drafted.tolist())), load)
 
-    def seats(self, pace: Pace, context: int) -> np.ndarray | None:
-        self._fails("seats")
-        return self._planner.seats(pace, context)
-
-    def prompt_budget(self, pace: Pace, context: int, waiting: int, maximum: int) -> int:
-        self._fails("prompt_budget")
-        return self._planner.prompt_budget(pace, context, waiting, maximum)
+    def admit(self, seats: Seats) -> Seats:
+        self._fails("admit")
+        return self._planner.admit(seats)
 
     def observe(self, iteration: Iteration) -> None:
         self._fails("observe")

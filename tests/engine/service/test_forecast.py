@@ -7,7 +7,7 @@ import pytest
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.service.forecast import Forecaster
 from echo_trt.engine.service.job import ExpectedLatency, Late, ServiceRequest
-from echo_trt.speculation.targets import Latency
+from echo_trt.speculation.pacer import Latency
 
 
 def test_passes_that_others_sit_out_count_at_the_load_that_runs():

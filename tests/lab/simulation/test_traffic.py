@@ -15,8 +15,8 @@ from rich.console import Console
 from synthetic import recorded
 
 from echo_trt.bundle.stored import CALIBRATION, write
+from echo_trt.speculation.pacer import PATIENCE, Latency
 from echo_trt.speculation.planner import PlainPlanner
-from echo_trt.speculation.targets import PATIENCE, Latency
 from echo_trt_lab.calibration.fit import fit
 from echo_trt_lab.simulation import loads
 from echo_trt_lab.simulation.arrivals import BATCH, BURSTS, INTERACTIVE, Arrival, drawn, read

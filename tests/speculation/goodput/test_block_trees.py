@@ -40,7 +40,7 @@ class Fixed(Ladder):
         super().__init__()
         self._size = size
 
-    def size(self, requests: int, forecast: ForecastGains) -> int:
+    def size(self, requests: int, forecast: ForecastGains, priced: bool = False) -> int:
         return self._size
 
 

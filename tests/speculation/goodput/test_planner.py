@@ -52,7 +52,7 @@ def planner_of(
 class Highest(Ladder):
     """Leaves it to the search whether anything is drafted."""
 
-    def size(self, requests: int, forecast: ForecastGains) -> int:
+    def size(self, requests: int, forecast: ForecastGains, priced: bool = False) -> int:
         return int(forecast()[0][-1])
 
 
@@ -144,7 +144,7 @@ def test_beside_a_long_chunk_no_network_is_asked_nor_the_ladder(prompt_tokens, d
     copied = copied_chains(np.full((4, 2), 7), np.log(np.full(4, 0.9)))
     for copies in (None, copied):
         planner, sizes = planner_of(Curve([1, 8, 256], [0.01, 0.01, 0.15]), flat(1e-4), 4, copied=copies), []
-        planner.ladder.size = lambda requests, forecast, sizes=sizes: sizes.append(requests) or 36
+        planner.ladder.size = lambda requests, *_, sizes=sizes: sizes.append(requests) or 36
         draft = steady(4, 0.9, 0.05, 0.02)
         plan = planner.plan(np.zeros(4), draft, replace(load_of(4), prompt_tokens=prompt_tokens))
         assert draft.roots == (list(range(4)) if drafts else [])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from echo_trt.speculation.goodput.settings import GoodputTuning
-from echo_trt.speculation.targets import Pace
+from echo_trt.speculation.pacer import Pace
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_trt.engine.shares import PassSeconds, TenantShares
+from echo_trt.speculation.shares import PassSeconds, TenantShares
 
 
 def simulate(rows: dict[str, int], per_row: float, passes: int = 3000) -> tuple[dict[str, float], float]:

@@ -12,11 +12,11 @@ from machines import SHAPE, TUNING, linear, load_of, server_of
 from seeded_draft import SteadyDraft
 
 from echo_trt.speculation.drafts import Pass
-from echo_trt.speculation.goodput.ladder import UNDRAFTED, Ladder
+from echo_trt.speculation.goodput.ladder import Ladder
 from echo_trt.speculation.goodput.model.costs import Curve
 from echo_trt.speculation.goodput.model.prices import prices
+from echo_trt.speculation.pacer import HASTE, PATIENCE, Latency, Pace, Pacer, Seats
 from echo_trt.speculation.planner import Iteration, Plan
-from echo_trt.speculation.targets import HASTE, PATIENCE, Latency, Pace, Targets
 
 KNEE = Curve([1, 8, 16, 32, 64, 256], [10e-3, 10e-3, 12e-3, 20e-3, 38e-3, 150e-3])
 DRAFT, CHILDREN = linear(1e-4, 1e-6), [0.7, 0.1, 0.05]
@@ -27,45 +27,63 @@ def pace_of(lag: list[float], wanted: list[float], waited: list[int] | None = No
     return Pace(np.array(wanted, float), np.array(lag, float), np.array(waited or [0] * len(lag)))
 
 
+def seats_of(pace: Pace, context: int = 0, waiting: int = 0, chunk: int = 256) -> Seats:
+    """Return seats of requests in slots 0, 1, ..., the first of which has the ``context``."""
+    slots, cached = np.arange(len(pace.wanted)), np.zeros(len(pace.wanted), np.int64)
+    cached[0] = context
+    return Seats(slots, cached, len(slots) + np.arange(waiting), chunk, False, pace)
+
+
+def seated(planner, pace: Pace, context: int = 0) -> np.ndarray:
+    """Return which requests are in the pass, bool [B]."""
+    return np.isin(np.arange(len(pace.wanted)), planner.admit(seats_of(pace, context)).decoding)
+
+
 def test_a_request_is_behind_by_the_tokens_that_its_target_asks_for_since_the_first():
-    targets = Targets(3)
-    targets.begin(0, Latency(tpot=0.1), arrived=0.0)
-    targets.begin(1, Latency(), arrived=0.0)
-    targets.begin(2, Latency(tpot=0.1), 0.0, started=1.0, tokens=7)  # it was preempted
-    assert targets.pace(np.array([1]), 5.0) is None
-    targets.observe(np.array([0, 1]), np.array([1, 1]), 2.0)
-    assert targets.pace(ALL, 3.0).lag == pytest.approx([10, 0, 13])
-    targets.observe(ALL, np.array([4, 9, 2]), 3.0)
-    assert targets.pace(ALL, 3.5).lag == pytest.approx([11, 0, 16])
-    assert (targets.end(0), targets.end(2)) == (2.0, 1.0)
+    pacer = Pacer(3)
+    pacer.begin(0, Latency(tpot=0.1), arrived=0.0)
+    pacer.begin(1, Latency(), arrived=0.0)
+    pacer.begin(2, Latency(tpot=0.1), 0.0, started=1.0, tokens=7)  # it was preempted
+    assert pacer.pace(np.array([1]), 5.0) is None
+    pacer.emitted(np.array([0, 1]), np.array([1, 1]), 2.0)
+    assert pacer.pace(ALL, 3.0).lag == pytest.approx([10, 0, 13])
+    pacer.emitted(ALL, np.array([4, 9, 2]), 3.0)
+    assert pacer.pace(ALL, 3.5).lag == pytest.approx([11, 0, 16])
+    assert (pacer.end(0), pacer.end(2)) == (2.0, 1.0)
 
 
 def test_prompts_come_by_when_they_are_due_and_a_late_one_hurries():
-    targets = Targets(3)
+    pacer = Pacer(4)
     for slot, (ttft, arrived) in enumerate(((None, 0.0), (0.4, 1.0), (0.2, 1.1))):
-        targets.begin(slot, Latency(ttft), arrived)
-    assert targets.by_due(ALL).tolist() == [2, 1, 0]
-    assert targets.hurry(ALL, 1.1 + HASTE * 0.2 + 0.01)
-    assert not targets.hurry(ALL, 1.1)
-    targets.end(1), targets.end(2)
-    assert targets.by_due(np.array([2, 0, 1])).tolist() == [2, 0, 1]  # where nobody has a target they stay as they are
+        pacer.begin(slot, Latency(ttft), arrived)
+    pacer.begin(3, Latency(tpot=0.01), 0.0)
+
+    def admitted(now: float, *prompts: int) -> Seats:
+        seats = Seats(np.array([3]), np.array([9]), np.array(prompts), 256)
+        return pacer.admit(seats, lambda seats: replace(seats, chunk=99), now)
+
+    assert admitted(1.1, 0, 1, 2).prompts.tolist() == [2, 1, 0]
+    assert admitted(1.1, 0, 1, 2).chunk == 99
+    assert admitted(1.1 + HASTE * 0.2 + 0.01, 0, 1, 2).chunk == 256
+    pacer.end(1), pacer.end(2), pacer.end(3)
+    assert admitted(9.9, 2, 0, 1).prompts.tolist() == [2, 0, 1]  # where nobody has a target they stay as they are
     assert Latency().due(0.0) == PATIENCE
     assert Latency(ttft=9 * PATIENCE).due(1.0) == 1.0 + PATIENCE  # nobody waits for those who come later than that
 
 
 @pytest.mark.parametrize("tpot", [1e-3, 1e-9, 1e-300, 5e-324])
 def test_the_shortest_target_has_a_finite_price(tpot):
-    targets = Targets(1)
-    targets.begin(0, Latency(tpot=tpot), 0.0)
-    targets.observe(np.array([0]), np.array([1]), 0.0)
-    pace = targets.pace(np.array([0]), 1e6)
+    pacer = Pacer(1)
+    pacer.begin(0, Latency(tpot=tpot), 0.0)
+    pacer.emitted(np.array([0]), np.array([1]), 0.0)
+    pace = pacer.pace(np.array([0]), 1e6)
     found = prices(pace, TUNING, TUNING.max_price)
     assert np.isfinite([found.time, found.usual, *found.weights, *pace.lag]).all()
     server = server_of(KNEE, DRAFT, CHILDREN, 3)
     late = Pace(*(np.append(each, [0, 0]) for each in (pace.wanted, pace.lag, pace.waited)))
     assert plan_of(server, late).tree.sizes.min() >= 1
-    assert server.planner.seats(late, 100)[0]
-    assert 0 < server.planner.prompt_budget(late, 100, 2, 256) <= 256
+    assert seated(server.planner, late, 100)[0]
+    assert 0 < server.planner.admit(seats_of(late, 100, 2)).chunk <= 256
 
 
 def test_prices_rise_with_the_lag_up_to_a_bound_and_raise_the_price_of_time():
@@ -100,20 +118,20 @@ def test_a_late_request_gets_the_nodes():
 
 
 class Fixed(Ladder):
-    """Holds a size, whatever comes."""
+    """Holds a size where tokens are priced, else none."""
 
     def __init__(self, held: int):
         super().__init__()
         self._held = held
 
-    def size(self, requests, forecast) -> int:
-        return self._held
+    def size(self, requests, forecast, priced=False) -> int:
+        return self._held * priced
 
 
-def test_where_targets_weigh_tokens_the_size_is_the_priced_ladders():
+def test_where_targets_weigh_tokens_the_size_is_a_priced_one():
     server, late = server_of(KNEE, DRAFT, CHILDREN, 8), pace_of([50] + [0] * 7, [60] + [0] * 7)
     planner = server.planner
-    planner.ladder, planner.priced_ladder = Fixed(UNDRAFTED), Fixed(20)
+    planner.ladder = Fixed(20)
     assert len(plan_of(server, late).tree) == 8  # nobody was late of late
     for _ in range(100):
         planner.learner.history.priced(TUNING.max_price)
@@ -129,15 +147,28 @@ def test_plain_decoding_is_worth_a_token_per_request_at_any_price():
     assert planner.learner.observe(iteration, planner.settings) == pytest.approx(4)
 
 
-def test_the_size_controller_learns_what_tokens_are_worth():
-    """It holds a size that serves the late ones, where the tokens of all would not pay for it."""
-    worth = []
+def test_sizes_where_tokens_are_priced_begin_with_the_error_of_the_others_and_leave_them_alone():
+    ladder, forecast = Ladder(TUNING), lambda: (np.array([16]), np.array([0.5]))
+    for _ in range(TUNING.trial_iterations):
+        ladder.size(8, forecast)
+        ladder.observe(8.0, 0.01)
+    plain = ladder._now
+    plain._log_gains[1] += 0.25  # as comparisons would
+    assert ladder.size(8, forecast, priced=True) == 16
+    assert ladder._now is not plain
+    assert ladder._now.prior_error == pytest.approx(plain.prior_error)
+    iterations = plain._window.iterations
+    ladder.observe(9.0, 0.01)
+    assert plain._window.iterations == iterations
+    ladder.size(8, forecast)
+    assert ladder._now is plain
+    assert plain._warm_up <= 0  # it is not interrupted
+
+
+def test_a_late_request_is_drafted_for_at_once():
     server = server_of(KNEE, DRAFT, CHILDREN, 8)
-    server.planner.priced_ladder.observe = lambda tokens, seconds: worth.append(tokens)
     server.run(1)
-    plan = plan_of(server, pace_of([50] + [0] * 7, [60] + [0] * 7))
-    assert plan.tree.sizes[0] > 1
-    assert worth == []
+    assert plan_of(server, pace_of([50] + [0] * 7, [60] + [0] * 7)).tree.sizes[0] > 1
 
 
 @given(
@@ -153,8 +184,7 @@ def test_nobody_waits_longer_than_a_bound_and_who_has_a_target_never_does(count,
     wanted, waited = np.where(np.arange(count) < late, 100.0, 0.0), np.zeros(count, np.int64)
     for _ in range(12):
         pace = Pace(wanted, np.where(wanted > 0, lag * rng.random(count), 0.0), waited)
-        seats = server.planner.seats(pace, context)
-        seats = np.ones(count, bool) if seats is None else seats
+        seats = seated(server.planner, pace, context)
         assert seats[:late].all()
         waited = np.where(seats, 0, waited + 1)
         assert waited.max() <= TUNING.max_sat_out
@@ -163,7 +193,7 @@ def test_nobody_waits_longer_than_a_bound_and_who_has_a_target_never_does(count,
 def test_who_has_sat_out_longest_sits_out_last():
     waited = [0, 0, *[2] * 6, *[0] * 24]
     late = pace_of([9] * 2 + [0] * 30, [100] * 2 + [0] * 30, waited)
-    seats = server_of(KNEE, DRAFT, CHILDREN, 32).planner.seats(late, 0)
+    seats = seated(server_of(KNEE, DRAFT, CHILDREN, 32).planner, late)
     assert seats[:8].all()
     assert not seats.all()
 
@@ -171,18 +201,20 @@ def test_who_has_sat_out_longest_sits_out_last():
 def test_others_sit_out_where_that_makes_passes_shorter_and_not_where_it_does_not():
     late = pace_of([9] * 2 + [0] * 30, [100] * 2 + [0] * 30)
     steep, flat = (server_of(curve, DRAFT, CHILDREN, 32).planner for curve in (linear(1e-3, 1e-3), linear(1e-2, 0)))
-    assert steep.seats(late, 0).sum() < 32
+    assert seated(steep, late).sum() < 32
     steep.costs.change = 1.0  # seconds that a pass of another size takes longer
-    assert steep.seats(late, 0).all()
+    assert seated(steep, late).all()
     steep.costs.change = 0.0
-    seats = flat.seats(late, 0)
-    assert seats is None or seats.all()
-    assert steep.seats(pace_of([-99] * 2 + [0] * 30, [100] * 2 + [0] * 30), 0) is None
+    assert seated(flat, late).all()
+    assert seated(steep, pace_of([-99] * 2 + [0] * 30, [100] * 2 + [0] * 30)).all()
 
 
 def test_chunks_shrink_beside_late_requests_and_are_whole_beside_others():
     planner = server_of(KNEE, DRAFT, CHILDREN, 8).planner
     late, early = (pace_of([lag] + [0] * 7, [100] + [0] * 7) for lag in (9, -99))
-    assert planner.prompt_budget(late, 0, 1, 256) < planner.prompt_budget(late, 0, 40, 256)
-    assert planner.prompt_budget(early, 0, 1, 256) == 256
+    one, many, unhurried = (
+        planner.admit(seats_of(*each)).chunk for each in ((late, 0, 1), (late, 0, 40), (early, 0, 1))
+    )
+    assert one < many
+    assert unhurried == 256
     assert SHAPE.tuning.max_sat_out < 10
