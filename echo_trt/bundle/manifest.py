@@ -199,9 +199,11 @@ def _without_retired(raw: dict[str, Any]) -> dict[str, Any]:
             raw["engine_facts"] = facts
     checks, draft = raw.get("checks"), raw.get("draft")
     block = draft.get("block") if isinstance(draft, dict) else None
-    for part in (raw.get("recipe"), block, *(checks.values() if isinstance(checks, dict) else ())):
+    recipe = raw.get("recipe")
+    decoding = recipe.get("decoding") if isinstance(recipe, dict) else None
+    for part in (recipe, decoding, block, *(checks.values() if isinstance(checks, dict) else ())):
         if isinstance(part, dict):
-            for key in ("compute_capability", "of", "markov"):
+            for key in ("compute_capability", "fixed_threshold", "markov", "of"):
                 part.pop(key, None)
     return raw
 

@@ -144,7 +144,7 @@ class StaticTree(_Section):
 
 
 class Decoding(_Section):
-    """Sets the policy. Without ``gates``, ``fixed_threshold`` or ``budget``, calibration and measured costs give them.
+    """Sets the policy. Without ``gates`` or ``budget``, calibration and measured costs give them.
 
     budget       K_max, tokens verified per iteration
     per_request  tokens in the tree of one request, for which KV rows are kept ready
@@ -158,7 +158,6 @@ class Decoding(_Section):
     beams: Annotated[int, Field(ge=1, le=64)] = 4
     width: Annotated[int, Field(ge=1, le=64)] = 8
     gates: dict[Positive, Probability] | None = None
-    fixed_threshold: Probability | None = None
     static: StaticTree = StaticTree()
 
     @field_validator("policy")

@@ -102,10 +102,7 @@ class Tuning:
             )
         if settings["gates"] is None:
             settings["gates"] = calibration.sparse_gates if calibration else USUAL_GATES
-            settings["dense_gates"] = {g.depth: g.threshold for g in calibration.gates} if calibration else None
-        if settings["fixed_threshold"] is None:
-            settings["fixed_threshold"] = calibration.fixed_threshold if calibration else max(USUAL_GATES.values())
-        settings["budget"] = budget or settings["budget"]
+        settings |= {"budget": budget or settings["budget"], "calibration": calibration}
         if policy_named(name).shares_budget:
             if decoding.gates is None and calibration is None:
                 reported = ", ".join(f"{threshold:g} at depth {depth}" for depth, threshold in USUAL_GATES.items())

@@ -72,7 +72,7 @@ def test_a_recipe_survives_its_way_through_a_manifest(written):
         ("target.pth", "path"),
         ("draft.knd", "kind"),
         ("draft.source.tokeniser", "tokenizer"),
-        ("decoding.thresholds", "fixed_threshold"),
+        ("decoding.max_depths", "max_depth"),
         ("decoding.static.topk", "top_k"),
     ],
 )
@@ -129,7 +129,6 @@ def test_a_misspelt_key_comes_before_the_one_it_leaves_missing(written):
         ("decoding.gates", {"one": 0.2}, ("one", "integer")),
         ("decoding.gates", {1: 1.2}, ("1.2", "less than or equal to 1")),
         ("decoding.gates", [0.2], ("[0.2]", "dictionary")),
-        ("decoding.fixed_threshold", -0.1, ("-0.1", "greater than or equal to 0")),
         ("decoding.static.tokens", 1, ("1", "greater than or equal to 2")),
     ],
 )

@@ -29,7 +29,7 @@ from echo_trt.speculation.planner import Planner
 CONTEXT, BLOCKS, BATCH = 480, 24, 4  # blocks for one request of full length, and little more
 SERVICE_S = 1.5  # that clients of a round submit for; larger: fewer rounds
 TOLERANCE = 1e-3  # of log-probabilities, which another batch rounds differently
-POLICIES, GOODPUT = ("autoregressive", "static", "dense", "fixed", "echo"), ("goodput", "goodput-exact", "goodput-head")
+POLICIES, GOODPUT = ("autoregressive", "static", "echo"), ("goodput", "goodput-exact")
 MACHINES = (machine(1e-6), machine(0.2))  # on which speculation pays, always or seldom
 PRECISIONS, HYBRIDS = ("fp32", "bf16", "int8", "int4"), ("mtp",)
 PROMISED = ("close", "dspark", *HYBRIDS, *FAMILY_PAIRS)
