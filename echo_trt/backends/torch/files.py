@@ -13,10 +13,11 @@ from torch import nn
 
 from echo_trt.errors import UserError
 from echo_trt.models.block import block_network
-from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
+from echo_trt.models.config import BlockConfig, Eagle3Config
 from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.models.families import FAMILIES
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, dequantise, has_row_products
-from echo_trt.models.hybrid_config import HybridConfig, MtpConfig
+from echo_trt.models.hybrid_config import MtpConfig
 from echo_trt.models.layers import Rotary
 from echo_trt.models.mtp import MtpHead
 from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, MtpModule, Role, TargetModule
@@ -59,8 +60,7 @@ def load_role(path: Path, device: str = "cpu", in_fp8: bool | None = None) -> Ro
         raise UserError(f"{path} holds no network of echo-trt ({error}); build the bundle again.") from error
     kind, setting, positions = header["role"], header["setting"], header["positions"]
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in header["config"].items()}
-    default = HybridConfig if "linear_layers" in values else DecoderConfig
-    config = CONFIGS.get(kind, default)(**values)
+    config = (CONFIGS.get(kind) or FAMILIES[values["family"]].config)(**values)
     with torch.device("meta"):
         if kind == "head":
             network = Eagle3Head(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
