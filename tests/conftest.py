@@ -169,6 +169,31 @@ def open_llm(bundle_of, networks) -> Callable[..., LLM]:
 
 
 @pytest.fixture
+def installed(tmp_path, monkeypatch) -> Iterator[Callable[[str, str, str], Path]]:
+    """Install a package of one module: its name, its code, and its entry points."""
+    from echo_trt.files.extras import extra, registered
+
+    modules = sys.modules.copy()
+
+    def install(name: str, code: str, entry_points: str) -> Path:
+        facts = tmp_path / "site" / f"{name}-1.0.dist-info"
+        facts.mkdir(parents=True)
+        (tmp_path / "site" / f"{name}.py").write_text(code)
+        (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (facts / "entry_points.txt").write_text(entry_points)
+        monkeypatch.syspath_prepend(tmp_path / "site")
+        registered.cache_clear()
+        return tmp_path / "site"
+
+    yield install
+    for each in (registered, extra):
+        each.cache_clear()
+    for name in sys.modules.keys() - modules.keys():
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == tmp_path / "site":
+            del sys.modules[name]
+
+
+@pytest.fixture
 def with_limits(bundle_of, tmp_path) -> Callable[..., Path]:
     """Return the bundle of a pair whose recipe has other limits, such as ``kv_blocks``."""
 

@@ -13,6 +13,7 @@ LAYERS = {
     "lab/benchmark": "engine",
     "lab/calibration": "engine",
     "lab/sizing": "engine",
+    "lab/test_ablations.py": "engine",
     "lab/test_device_counts.py": "engine",
     "lab/test_images.py": "engine",
     "lab/test_lossless_script.py": "engine",

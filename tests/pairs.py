@@ -71,7 +71,6 @@ DECODING = {
     "beams": 3,
     "width": 4,
     "gates": {1: 0.05, 3: 0.01},
-    "fixed_threshold": 0.02,
     "static": {"depth": 3, "top_k": 3, "tokens": 8},
 }
 #: pair -> its target's folder, its draft's kind and its draft's folder

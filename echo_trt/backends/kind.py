@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ Detail = Callable[[float, str], None]
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledRole:
     """What a compiler made of a role.
 
     file     its name in the bundle
@@ -41,11 +40,11 @@ class Compiled:
 
 
 #: Compiles a role, under a name, in a precision.
-Compile = Callable[["Role", str, str], Compiled]
+Compile = Callable[["Role", str, str], CompiledRole]
 
 
 @dataclass(frozen=True)
-class Card:
+class OnCard:
     """What an engine takes of a GPU beside weights, KV pool and activations.
 
     layer_nodes        kernels of one layer in a CUDA graph. An estimate: a compiler merges small kernels
@@ -85,7 +84,7 @@ class EngineKind:
     precisions: tuple[str, ...]
     open: OpenFile
     compiler: Callable[[Recipe, Path, Detail], tuple[Compile, dict[str, Any]]]
-    card: Card | None = None
+    card: OnCard | None = None
     host: bool = True
     preference: int = 0
     states: bool = False
@@ -114,7 +113,6 @@ def _has_gpu() -> bool:
     return has_cuda()
 
 
-@cache
 def engine_kind(name: str) -> EngineKind:
     """Return the record of an engine. Raises UserError where it is not installed."""
     kind: EngineKind = extra(ENGINES, name)

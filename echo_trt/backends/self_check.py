@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from echo_trt.backends.base import Engine
-from echo_trt.backends.kind import Compiled
+from echo_trt.backends.kind import CompiledRole
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.manifest import SelfCheck
 from echo_trt.errors import UserError
@@ -31,7 +31,7 @@ TEXTS, LENGTH = 8, 48  # of the text by which few bits are judged; larger: a ste
 TABLE = (2, 0, 3)  # the request's KV blocks, scattered over the pool
 
 
-def check_compiled(role: Role, compiled: Compiled, precision: str) -> SelfCheck | None:
+def check_compiled(role: Role, compiled: CompiledRole, precision: str) -> SelfCheck | None:
     """Check what was compiled of ``role``, whose weights leave the memory; None where that cannot run here."""
     if compiled.open is None:
         return None
@@ -152,19 +152,6 @@ def write_text(role: TargetModule) -> np.ndarray:
         engine.commit(each, one)
         tokens = np.hstack((tokens, (logits + rng.gumbel(size=logits.shape)).argmax(1)[:, None]))
     return tokens
-
-
-def worst(first: SelfCheck | None, second: SelfCheck | None) -> SelfCheck | None:
-    """Merge two ranks' checks into one of the worse figures."""
-    if first is None or second is None:
-        return first or second
-    return SelfCheck(
-        prompt_error=max(first.prompt_error, second.prompt_error),
-        tree_error=max(first.tree_error, second.tree_error),
-        bound=first.bound,
-        same_argmax=min(first.same_argmax, second.same_argmax),
-        measure=first.measure,
-    )
 
 
 def block_shape(config: BlockConfig) -> BlockShape:

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from echo_trt.bundle.recipe import ENGINES, NETWORKS, EngineName, Precision, Recipe, Sampling
+from echo_trt.bundle.recipe import DRAFTS, ENGINES, EngineName, Precision, Recipe, Sampling
 from echo_trt.errors import UserError, first_mistake, shown
-from echo_trt.files.extras import registered
+from echo_trt.files.extras import extra, registered
 from echo_trt.files.inputs import read_text
 
 FORMAT = 2
@@ -139,13 +139,14 @@ class Manifest(_Facts):
     @model_validator(mode="after")
     def _is_whole(self) -> Manifest:
         kind = self.recipe.draft.kind
-        if (self.draft is not None) != (kind in NETWORKS):
+        known = extra(DRAFTS, kind)
+        if (self.draft is not None) != known.network:
             raise ValueError(f"draft is {'not used' if self.draft else 'missing'} for recipe.draft.kind {kind}")
         for network in filter(None, (self.target, self.draft)):
             for file in (network.file, *network.rank_files):
                 if file not in self.files:
                     raise ValueError(f"files has no hash of {file}")
-        if self.draft is not None and (self.draft.block is not None) != (kind == "block"):
+        if self.draft is not None and (self.draft.block is not None) != known.block:
             raise ValueError(f"draft.block is {'not used' if self.draft.block else 'missing'} for draft.kind {kind}")
         if self.draft and self.draft.block and self.draft.block.confidence and CONFIDENCE not in self.files:
             raise ValueError(f"files has no hash of {CONFIDENCE}")
@@ -160,11 +161,10 @@ class Manifest(_Facts):
             raise ValueError(f"eos_token_ids has {last}, and the last token is {largest}")
         if self.draft and self.draft.file == self.target.file:
             raise ValueError(f"draft.file is {self.draft.file}, which is target.file")
-        if self.draft and self.recipe.draft.kind in ("eagle3", "mtp"):
-            times, word = (3, "three times ") if self.recipe.draft.kind == "eagle3" else (1, "")
+        if self.draft and (times := extra(DRAFTS, self.recipe.draft.kind).features):
             size, wanted = self.draft.feature_size, times * self.target.hidden_size
             if size != wanted:
-                raise ValueError(f"draft.feature_size is {size}, and {word}target.hidden_size is {wanted}")
+                raise ValueError(f"draft.feature_size is {size}, and {times} times target.hidden_size is {wanted}")
         if self.draft and self.draft.block:
             size, token = self.draft.feature_size, self.draft.block.mask_token
             if size < 1 or size % self.target.hidden_size:
@@ -204,9 +204,11 @@ def _without_retired(raw: dict[str, Any]) -> dict[str, Any]:
             raw["engine_facts"] = facts
     checks, draft = raw.get("checks"), raw.get("draft")
     block = draft.get("block") if isinstance(draft, dict) else None
-    for part in (raw.get("recipe"), block, *(checks.values() if isinstance(checks, dict) else ())):
+    recipe = raw.get("recipe")
+    decoding = recipe.get("decoding") if isinstance(recipe, dict) else None
+    for part in (recipe, decoding, block, *(checks.values() if isinstance(checks, dict) else ())):
         if isinstance(part, dict):
-            for key in ("compute_capability", "of", "markov"):
+            for key in ("compute_capability", "fixed_threshold", "markov", "of"):
                 part.pop(key, None)
     return raw
 

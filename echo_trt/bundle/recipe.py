@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from echo_trt.files.extras import registered
+from echo_trt.files.extras import extra, registered
 from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.policies import POLICIES, reserve_for
 from echo_trt.speculation.policy_names import DEFAULT
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 HUB = r"[A-Za-z0-9][\w.-]*/[\w.-]+"  # OWNER/NAME
-SOURCED = ("eagle3", "block", "model")  # kinds of a draft that has a checkpoint
-NETWORKS = (*SOURCED, "mtp")  # kinds of a draft that has a network
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-ENGINES = "engines"  # the entry points by which engines are found (``backends.kind``)
+#: The entry points by which engines (``backends.kind``) and drafters (``engine.drafters.kind``) are found.
+ENGINES, DRAFTS = "engines", "drafts"
 DEFAULT_ENGINE = "openvino"
 
 
-def _known_engine(name: str) -> str:
-    if name not in (names := registered(ENGINES)):
-        raise ValueError(f"it must be one of {', '.join(map(repr, names)) or 'none: install echo-trt again'}")
+def _known(group: str, name: str) -> str:
+    names = registered(group) or extra(group, name)  # which says that an older version is installed
+    if name not in names:
+        raise ValueError(f"it must be one of {', '.join(map(repr, names))}")
     return name
 
 
-EngineName = Annotated[str, AfterValidator(_known_engine)]
+EngineName = Annotated[str, AfterValidator(partial(_known, ENGINES))]
+DraftName = Annotated[str, AfterValidator(partial(_known, DRAFTS))]
 
 
 class _Section(BaseModel):
@@ -89,7 +91,7 @@ class DraftSection(_Section):
     acceptance  P(a copied token is accepted) after a match of 1, 2, ... tokens
     """
 
-    kind: Literal["eagle3", "block", "model", "mtp", "lookup", "none"] = "none"
+    kind: DraftName = "none"
     source: Source | None = None
     block: Annotated[int, Field(ge=2, le=36)] | None = None
     precision: Literal["fp32", "bf16", "fp16", "fp8", "int8"] | None = None
@@ -101,14 +103,16 @@ class DraftSection(_Section):
 
     @model_validator(mode="after")
     def _source_where_needed(self) -> DraftSection:
-        if (self.source is not None) != (self.kind in SOURCED):
-            unused = f"is not used, leave it out or set kind to one of {', '.join(SOURCED)}"
+        kind = extra(DRAFTS, self.kind)
+        if (self.source is not None) != kind.sourced:
+            sourced = ", ".join(name for name in registered(DRAFTS) if extra(DRAFTS, name).sourced)
+            unused = f"is not used, leave it out or set kind to one of {sourced}"
             raise ValueError(f"kind is {self.kind}, for which source {unused if self.source else 'is missing, add it'}")
-        if self.block is not None and self.kind != "block":
+        if self.block is not None and not kind.block:
             raise ValueError(f"block is {self.block}, but kind is {self.kind}, which has none; leave it out")
-        if self.ngrams is not None and self.kind == "none":
+        if self.ngrams is not None and not (kind.network or kind.copies):
             raise ValueError("ngrams go on where drafts end, and kind is none; leave them out, or use kind lookup")
-        if self.kind == "lookup" and self.min_match > len(self.acceptance):
+        if kind.copies and self.min_match > len(self.acceptance):
             raise ValueError("min_match must not exceed the number of acceptance values")
         return self
 
@@ -140,7 +144,7 @@ class StaticTree(_Section):
 
 
 class Decoding(_Section):
-    """Sets the policy. Without ``gates``, ``fixed_threshold`` or ``budget``, calibration and measured costs give them.
+    """Sets the policy. Without ``gates`` or ``budget``, calibration and measured costs give them.
 
     budget       K_max, tokens verified per iteration
     per_request  tokens in the tree of one request, for which KV rows are kept ready
@@ -154,7 +158,6 @@ class Decoding(_Section):
     beams: Annotated[int, Field(ge=1, le=64)] = 4
     width: Annotated[int, Field(ge=1, le=64)] = 8
     gates: dict[Positive, Probability] | None = None
-    fixed_threshold: Probability | None = None
     static: StaticTree = StaticTree()
 
     @field_validator("policy")
@@ -196,7 +199,7 @@ class Recipe(_Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     target: Target
-    draft: DraftSection = DraftSection()
+    draft: DraftSection = Field(default_factory=DraftSection)  # checked by a record, which imports this module
     engine: EngineName = DEFAULT_ENGINE
     precision: Precision = "bf16"
     tensor_parallel: Literal[1, 2, 4, 8] = 1
@@ -220,7 +223,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _sizes_fit(self) -> Recipe:
         width, top_k = self.decoding.width, self.decoding.static.top_k
-        if self.draft.kind in NETWORKS and self.draft.top_k < max(width, top_k):
+        if extra(DRAFTS, self.draft.kind).network and self.draft.top_k < max(width, top_k):
             raise ValueError(
                 f"draft.top_k is {self.draft.top_k}, less than decoding.width {width} or "
                 f"decoding.static.top_k {top_k}; raise it, or lower those"

@@ -99,7 +99,7 @@ def _check(job: GenerateOptions, policy: str, out: Console) -> None:
     if job.budget is not None and job.budget < 1:
         raise UserError(f"--budget is {job.budget}; give 1 or more.")
     if job.budget and not known.shares_budget:
-        raise UserError(f"--budget is {job.budget}, but {policy} shares no budget; give --policy echo, dense or fixed.")
+        raise UserError(f"--budget is {job.budget}, but {policy} shares no budget; give --policy echo.")
     if job.watch and job.compare:
         raise UserError("--watch draws one policy's trees, but --compare runs two; leave one of them out.")
     if job.watch and not out.is_terminal:

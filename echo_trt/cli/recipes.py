@@ -12,6 +12,7 @@ from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
 from echo_trt.bundle.recipe import HUB, Recipe
 from echo_trt.bundle.sources import CONFIG, from_hub
 from echo_trt.cli.options import BuildOptions
+from echo_trt.engine.drafters.kind import draft_kinds
 from echo_trt.errors import UserError
 from echo_trt.files.inputs import is_gguf
 
@@ -118,16 +119,10 @@ def _context(target: dict[str, str]) -> int:
 
 def _kind(source: dict[str, str], name: str) -> str:
     """Tell a draft's kind from its configuration."""
-    from echo_trt.models.block_config import is_block
-    from echo_trt.models.read_config import is_eagle3
-
     raw = _config(source)
-    if is_block(raw):
-        return "block"
-    if is_eagle3(raw):
-        return "eagle3"
-    if str((raw.get("architectures") or [""])[0]).endswith("ForCausalLM"):
-        return "model"
+    for kind in draft_kinds():
+        if kind.knows(raw):
+            return kind.name
     raise UserError(
         f"draft {name}: architectures is {raw.get('architectures')}, which is no draft that echo-trt knows; give an "
         "EAGLE-3 head, a block drafter or a smaller model."

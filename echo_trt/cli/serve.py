@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import socket
 import sys
 import tempfile
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
+from echo_trt.adapters.triton.host import Triton
 from echo_trt.adapters.triton.server import TritonServer, find_server, own_prefix, remove_folders, remove_regions
 from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.errors import UserError
 from echo_trt.server.keys import read as read_keys
 from echo_trt.server.options import ANY, checked_hosts, checked_names, checked_origins
+from echo_trt.supervision.engine import EngineProcess
 from echo_trt.supervision.options import ServeOptions
-from echo_trt.supervision.probe import engine_works, responds, tells
-from echo_trt.supervision.process import Process, ProcessLog, lives
+from echo_trt.supervision.probe import tells
+from echo_trt.supervision.process import Process, ProcessLog
 from echo_trt.supervision.supervised import ANSWER_SECONDS, Supervised, Supervisor, port_trouble, supervise
-
-REAP_SECONDS = 5.0  # for Triton to reap a backend that ends in good order; larger: a dead backend is noticed later
-FLUSH_SECONDS, STOP_SECONDS = 0.5, 10.0  # for Triton to send the last tokens, and to stop; larger: a slower end
 
 
 def run(job: ServeOptions) -> int:
@@ -90,104 +87,6 @@ def _address(host: str, family: socket.AddressFamily) -> str:
         raise UserError(
             f"--host is {host!r}, which is no {kind} and has none ({reason}); give one, such as 0.0.0.0."
         ) from None
-
-
-class EngineProcess(Supervised):
-    """The engine's process, which serves once a real inference was answered at its ``socket``."""
-
-    name = "the engine"
-
-    def __init__(self, job: ServeOptions, work: Path, log: ProcessLog):
-        super().__init__(log, job.host, {}, job.start_seconds)
-        self.socket = work / "engine"
-        self._job = job
-
-    def _spawn(self) -> Process:
-        job = self._job
-        self.socket.unlink(missing_ok=True)
-        words = [str(job.bundle.resolve()), "--socket", str(self.socket), "--log-format=json", *job.words]
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-        return Process("engine", [sys.executable, "-m", "echo_trt.engine.process", *words], environment, self._log)
-
-    def _ready(self) -> bool:
-        return self.socket.exists() and asyncio.run(engine_works(self.socket))
-
-    def _lives(self) -> bool:
-        return asyncio.run(engine_works(self.socket, patient=True))
-
-    @property
-    def drained(self) -> bool:
-        """Whether it has ended in good order."""
-        return self.process is None or self.process.exit_code == 0
-
-
-class Triton(EngineProcess):
-    """Triton, whose Python model holds the engine."""
-
-    name = "Triton"
-
-    def __init__(self, job: ServeOptions, server: TritonServer, work: Path, log: ProcessLog):
-        super().__init__(job, work, log)
-        self._ports = {option: port for option, port in job.ports.items() if option != "--openai-port"}
-        self._server, self._work, self._signals = server, work, work
-        self.url = f"http://{job.reached_at}:{job.triton_ports['http']}/v2/health/ready"
-        self._backends: set[int] = set()
-        self._starts, self._sound = 0, 0.0  # _sound: last time.monotonic() without a dead backend
-
-    def _spawn(self) -> Process:
-        job = self._job
-        remove_regions()
-        self.socket.unlink(missing_ok=True)
-        self._starts += 1
-        self._sound = time.monotonic()
-        self._signals = self._work / str(self._starts)
-        self._signals.mkdir()
-        given = {
-            "BUNDLE": job.bundle.resolve(),
-            **{name.replace("-", "_").upper(): value for name, value in job.given.items()},
-            "SIGNALS": self._signals,
-            "SOCKET": self.socket,
-            "LOG_FORMAT": "json",
-        }
-        settings = {f"ECHO_TRT_{name}": str(value) for name, value in given.items()}
-        command = self._server.command(job.host, self._ports, self._signals)
-        return Process("triton", command, self._server.environment(settings), self._log)
-
-    def _ready(self) -> bool:
-        answered = responds(self.url, ANSWER_SECONDS) and super()._ready()
-        self._backends = self.process.children()
-        return answered
-
-    def _lives(self) -> bool:
-        return responds(self.url, ANSWER_SECONDS) and super()._lives()
-
-    def _trouble(self) -> str | None:
-        """Find a dead backend, which Triton does not notice: open requests and its start would hang."""
-        if trouble := super()._trouble():
-            return trouble
-        now, backends = time.monotonic(), self._backends if self.serving else self.process.children()
-        if all(map(lives, backends)):
-            self._sound = now
-        elif self.serving:
-            return "Triton's backend has died"
-        elif now - self._sound > REAP_SECONDS:
-            return "Triton's backend died while it loaded the bundle, as it does for want of memory; free some"
-        return None
-
-    def drain(self) -> None:
-        """Let the model refuse new requests and finish open ones: Triton does not count the API server's."""
-        (self._signals / "drain").touch()
-
-    @property
-    def drained(self) -> bool:
-        """Whether all answers have been sent."""
-        return (self._signals / "drained").exists()
-
-    def end(self) -> None:
-        time.sleep(FLUSH_SECONDS)
-        if self.process:
-            self.process.terminate()
-            self.process.wait(STOP_SECONDS)
 
 
 class ApiServer(Supervised):

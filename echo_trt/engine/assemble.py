@@ -17,8 +17,9 @@ from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_mani
 from echo_trt.bundle.stored import CALIBRATION
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.core import EngineCore
-from echo_trt.engine.drafters.block import BlockDrafter, read_confidence
-from echo_trt.engine.drafters.eagle3 import Drafter, Eagle3Drafter, EngineDrafter
+from echo_trt.engine.drafters.block import read_confidence
+from echo_trt.engine.drafters.eagle3 import Drafter
+from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.engine.drafters.levels import LevelsDrafter
 from echo_trt.engine.drafters.lookup import LookupDrafter
 from echo_trt.engine.kv_pool import KVPool, kv_pool
@@ -52,7 +53,7 @@ class Networks:
     @cached_property
     def drafter(self) -> Drafter | None:
         """The draft; None: there is none."""
-        if self.manifest.recipe.draft.kind == "lookup":
+        if draft_kind(self.manifest.recipe.draft.kind).copies:
             return self._lookup
         return drafter_with(self.manifest, self.batch, self.draft, self.confidence)
 
@@ -134,8 +135,8 @@ def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputB
 
 def _check_network(widths: Mapping[str, int], path: Path, manifest: Manifest, network: str) -> None:
     """Refuse a manifest that names another network's file, or sizes that are not this one's."""
-    facts, kind = getattr(manifest, network), manifest.recipe.draft.kind
-    head, reads = kind in ("eagle3", "mtp"), kind in ("eagle3", "mtp", "block")
+    facts, kind = getattr(manifest, network), draft_kind(manifest.recipe.draft.kind)
+    head, reads = kind.hidden, kind.features is not None
     if network == "target":
         right, sizes = "logits" in widths and (not reads or "features" in widths), {"vocab_size": "logits"}
     else:
@@ -157,13 +158,6 @@ def drafter_with(
     manifest: Manifest, batch: InputBatch, engine: Engine | None, confidence: np.ndarray | None = None
 ) -> Drafter | None:
     """Return the drafter of a bundle whose draft network ``engine`` runs."""
-    draft, facts = manifest.recipe.draft, manifest.draft
-    if engine is None or facts is None:
+    if engine is None or manifest.draft is None:
         return None
-    chunk = manifest.recipe.limits.prefill_chunk
-    if draft.kind == "model":
-        return EngineDrafter(engine, batch, chunk)
-    if facts.block is not None:
-        return BlockDrafter(engine, batch, chunk, facts.feature_size, facts.block, confidence)
-    kind = LevelsDrafter if engine.drafts_levels else Eagle3Drafter
-    return kind(engine, batch, chunk, facts.feature_size, facts.hidden_size)
+    return draft_kind(manifest.recipe.draft.kind).drafter(manifest, batch, engine, confidence)

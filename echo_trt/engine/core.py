@@ -21,7 +21,6 @@ from echo_trt.backends.base import Engine
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.drafters.eagle3 import Drafter
 from echo_trt.engine.drafters.grammars import GuidedDraft
-from echo_trt.engine.drafters.lookup import LookupDrafter
 from echo_trt.engine.params import Counters
 from echo_trt.engine.request import Request
 from echo_trt.engine.sampler import TargetOutput, token_logprobs
@@ -33,7 +32,7 @@ from echo_trt.speculation.drafts import Draft, Pass, TimedDraft
 from echo_trt.speculation.pacer import Pacer, Seats
 from echo_trt.speculation.pack import ForwardBatch, pack
 from echo_trt.speculation.planner import RECENT, Iteration, Plan, Planner, StepContext
-from echo_trt.speculation.sources import DRAFT, LOOKUP
+from echo_trt.speculation.sources import DRAFT
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 
 log = logging.getLogger(__name__)
@@ -117,7 +116,7 @@ class EngineCore:
     @property
     def proposer(self) -> int:
         """The source that nodes of the source DRAFT are reported as: LOOKUP where the draft copies text."""
-        return LOOKUP if isinstance(self.drafter, LookupDrafter) else DRAFT
+        return self.drafter.source if self.drafter else DRAFT
 
     def step(self) -> Emitted:
         """Run one iteration; return requests with their new tokens. The finished have a finish_reason."""

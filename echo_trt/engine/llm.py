@@ -22,6 +22,7 @@ from echo_trt.engine.params import (
     TokenSource,
 )
 from echo_trt.engine.request import Request
+from echo_trt.engine.text import AnswerText
 from echo_trt.engine.tuning import Tuning
 from echo_trt.errors import UserError, encodable, shown
 from echo_trt.files.extras import extras
@@ -186,7 +187,7 @@ class LLM:
             )
         if loop.scheduler.busy:
             raise UserError("another stream of this LLM is still open; finish or close it first.")
-        open_requests: set[Request] = set()
+        open_requests: dict[Request, AnswerText] = {}
         try:
             for index, (ids, prompt_params) in enumerate(zip(prompts, all_params, strict=True)):
                 try:
@@ -194,16 +195,20 @@ class LLM:
                     loop.scheduler.add(request)
                 except UserError as error:
                     raise UserError(f"{name}[{index}]: {error}") from error
-                open_requests.add(request)
+                open_requests[request] = self.text_of(request)
             while open_requests:
                 for request, tokens in loop.step():
-                    delta = request.take(loop.scheduler.cancel, tokens)
-                    reported = (delta.sources, delta.offsets) if request.params.token_sources else ((), ())
+                    text = open_requests[request]
+                    before = text.used
+                    piece, _, offsets = text.follow(request, tokens, loop.scheduler.cancel)
+                    reported = (
+                        (request.sources[before : text.used], offsets) if request.params.token_sources else ((), ())
+                    )
                     if request.finish_reason:
-                        open_requests.remove(request)
-                        yield Delta(request.id, delta.text, request.completion(), *reported)
-                    elif delta.text or delta.sources:
-                        yield Delta(request.id, delta.text, None, *reported)
+                        del open_requests[request]
+                        yield Delta(request.id, piece, text.completion(request), *reported)
+                    elif piece or reported[0]:
+                        yield Delta(request.id, piece, None, *reported)
         finally:  # an abandoned stream leaves nothing behind
             for request in open_requests:
                 loop.scheduler.cancel(request)
@@ -213,8 +218,12 @@ class LLM:
         self.prepare(request := Request(id, np.asarray(ids, np.int64), params))
         return request
 
+    def text_of(self, request: Request) -> AnswerText:
+        """Begin the text of a request's answer, behind what it has ``generated``."""
+        return AnswerText(self.tokenizer.backend_tokenizer, request.params, request.generated)
+
     def prepare(self, request: Request, compiled: bool = True) -> None:
-        """Check a request that the loop has not seen, and begin its text behind what it has ``generated``.
+        """Check a request that the loop has not seen, which goes on behind what it has ``generated``.
 
         Log-probabilities and sources of generated tokens are not known here.
         ``compiled``: false leaves its grammar to ``set_grammar``. Raises UserError.
@@ -251,7 +260,6 @@ class LLM:
             request.logprobs = [TokenLogprobs(token, math.nan) for token in generated]
         if params.token_sources:
             request.sources = [TokenSource(token, TOKEN_SOURCES[0]) for token in generated]
-        request.begin_text(self.tokenizer.backend_tokenizer)
         if compiled:
             self.set_grammar(request)
 

@@ -16,7 +16,6 @@ from echo_trt.bundle.costs import CostTable, CurveTable, HingeTable
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.engine.assemble import Networks
 from echo_trt.engine.batch import blocks_for
-from echo_trt.engine.drafters.eagle3 import EngineDrafter
 from echo_trt.engine.rounds import ROUNDS, seconds_again, seconds_of, timed_rounds, typical
 from echo_trt.speculation.arrays import begins, ragged_arange
 from echo_trt.speculation.echo.budget import fit_hinge
@@ -46,9 +45,8 @@ def measure(networks: Networks, seconds: float = 4.0) -> CostTable:
     networks.batch.forget_cached()  # these passes write over the pool
     target = _measured(networks, lambda call: networks.target.run(call), 0.75 * seconds)
     draft, cold = CurveTable(sizes=[1], seconds=[0.0]), 0.0
-    if isinstance(networks.drafter, EngineDrafter):
-        drafter = networks.drafter
-        run = lambda call: drafter.engine.run(call, **drafter.dummy_inputs(len(call.token_ids)))  # noqa: E731
+    if networks.drafter and networks.drafter.has_network:
+        run = networks.drafter.run_empty
         draft, cold = _measured(networks, run, 0.25 * seconds), _cold(networks, run)
     sizes, times = np.array(target.sizes), np.array(target.seconds)
     near = times <= KNEE_RANGE * times[0]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+from echo_trt.engine.params import Completion, SamplingParams
+from echo_trt.engine.request import Request
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -80,6 +83,63 @@ class TextStream:
         new = self._decoded[len(self.text) : end]
         self.text += new
         return new
+
+
+class AnswerText:
+    """The text of an answer, made of its tokens as they come; a stop string ends it, maybe inside an accepted path.
+
+    used  tokens of the answer so far: what follows a stop string was never said
+    """
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, generated: Sequence[int] = ()):
+        """Begin behind what was ``generated`` already: another engine has told it."""
+        self._stream = TextStream(tokenizer, params.stop, params.min_tokens)
+        self._stream.push(generated)
+        self._stream.settle()
+        self.used = len(generated)
+
+    @property
+    def stopped(self) -> str:
+        """The stop string that ended it; empty: none has."""
+        return self._stream.stopped
+
+    def take(self, tokens: Sequence[int], last: bool) -> tuple[str, int, list[int]]:
+        """Take new tokens; ``last``: the answer has ended with them.
+
+        Returns the text that became certain, how many of the tokens are the answer's, and where the text of each next
+        token begins, of tokens whose text has come.
+        """
+        if self.stopped:
+            return "", 0, []
+        piece, used = self._stream.push(tokens)
+        if last:
+            piece += self._stream.finish()
+        self.used += used
+        return piece, used, self._stream.settle()
+
+    def follow(
+        self, request: Request, tokens: Sequence[int], cancel: Callable[[Request], None]
+    ) -> tuple[str, int, list[int]]:
+        """Take new tokens of a request between two iterations; a stop string ends it, by ``cancel``. As ``take``."""
+        taken = self.take(tokens, bool(request.finish_reason))
+        if self.stopped:
+            cancel(request)
+            del request.generated[self.used :], request.logprobs[self.used :], request.sources[self.used :]
+            request.finish_reason = "stop"
+        return taken
+
+    def completion(self, request: Request) -> Completion:
+        """Return a finished request as its caller gets it."""
+        return Completion(
+            self._stream.text,
+            request.generated,
+            request.finish_reason,
+            len(request.generated) / max(request.verifications, 1),
+            len(request.prompt),
+            None if request.params.logprobs is None else request.logprobs,
+            None if request.params.prompt_logprobs is None else request.prompt_logprobs,
+            request.sources if request.params.token_sources else None,
+        )
 
 
 def overlap(text: str, mark: str) -> int:

@@ -12,7 +12,6 @@ from echo_trt.bundle.manifest import NGRAMS
 from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.engine.assemble import Networks
-from echo_trt.engine.drafters.block import BlockDrafter
 from echo_trt.engine.drafters.grammars import GrammarProposer
 from echo_trt.engine.measure import disturbance, machine, measure, times_as_long, without_speculation
 from echo_trt.errors import UserError
@@ -103,10 +102,7 @@ class Tuning:
             )
         if settings["gates"] is None:
             settings["gates"] = calibration.sparse_gates if calibration else USUAL_GATES
-            settings["dense_gates"] = {g.depth: g.threshold for g in calibration.gates} if calibration else None
-        if settings["fixed_threshold"] is None:
-            settings["fixed_threshold"] = calibration.fixed_threshold if calibration else max(USUAL_GATES.values())
-        settings["budget"] = budget or settings["budget"]
+        settings |= {"budget": budget or settings["budget"], "calibration": calibration}
         if policy_named(name).shares_budget:
             if decoding.gates is None and calibration is None:
                 reported = ", ".join(f"{threshold:g} at depth {depth}" for depth, threshold in USUAL_GATES.items())
@@ -139,6 +135,6 @@ class Tuning:
             GrammarProposer(networks.batch, networks.copier),
             head=networks.drafter is not networks.copier,
             budget=self.costs.hinge.k_max,
-            block=networks.drafter.block if isinstance(networks.drafter, BlockDrafter) else 0,
+            block=networks.drafter.block if networks.drafter else 0,
             chain_alone=networks.target.rounds_trees,
         )

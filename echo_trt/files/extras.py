@@ -15,6 +15,7 @@ def registered(group: str) -> tuple[str, ...]:
     return tuple(sorted(entry_points(group=f"echo_trt.{group}").names))
 
 
+@cache
 def extra(command: str, name: str) -> Any:
     """Load what is named so for a command. Raises UserError where an older version was installed."""
     for entry in entry_points(group=f"echo_trt.{command}", name=name):

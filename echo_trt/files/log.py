@@ -21,8 +21,6 @@ Line = dict[str, Any]  # time, level, process and message, then fields; of an er
 #: Id of the HTTP request that is being answered; lines that are logged meanwhile have it.
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 _BARE = re.compile(r"[\w./:,;@+*-]+", re.ASCII)  # values that stand in text without quotation marks
-_TRITON = re.compile(r"([IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ \d+ ")  # how Triton's own lines begin
-_LEVELS = {"I": "INFO", "W": "WARNING", "E": "ERROR", "F": "CRITICAL"}
 
 
 def line(level: str, process: str, message: str, seconds: float | None = None, **fields: Any) -> Line:
@@ -53,8 +51,6 @@ def read(text: str, process: str) -> Line:
         with suppress(ValueError):  # cut, or mixed with another one
             found: Line = json.loads(text)
             return dict.fromkeys(found) | {"level": "INFO", "process": process, "message": ""} | found
-    if found := _TRITON.match(text):
-        return line(_LEVELS[found[1]], process, text[found.end() :])
     wrong = text.startswith("error: ")
     return line("ERROR" if wrong else "INFO", process, text.removeprefix("error: ") if wrong else text)
 

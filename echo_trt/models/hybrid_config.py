@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
+from echo_trt.errors import UserError
 from echo_trt.models.config import DecoderConfig, StateLayout
 from echo_trt.speculation.paths import CONV_PAST
 
@@ -91,3 +92,13 @@ class MtpConfig(HybridConfig):
     def feature_size(self) -> int:
         """Numbers of a token's features, which are the target's last hidden state."""
         return self.hidden_size
+
+
+def mtp_config(target: DecoderConfig, where: str) -> MtpConfig:
+    """Return the sizes of the MTP head in a target's checkpoint. Raises UserError where none is known."""
+    if not isinstance(target, HybridConfig):
+        raise UserError(
+            f"draft.kind is mtp, but {where} has no MTP head that is known (mtp.fc.weight of Qwen3.5); use another "
+            "kind of draft."
+        )
+    return MtpConfig(**{field.name: getattr(target, field.name) for field in fields(target)})

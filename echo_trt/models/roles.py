@@ -6,14 +6,20 @@ graph and the reference engine calls it directly, so both have the same inputs a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
-from echo_trt.models.block import BlockNetwork
+from echo_trt.models.block import BlockNetwork, block_network
+from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.delta_net import DeltaCall
 from echo_trt.models.eagle3 import Eagle3Head, top_candidates
+from echo_trt.models.hybrid_config import MtpConfig
 from echo_trt.models.layers import Attend
 from echo_trt.models.mtp import MtpHead
+from echo_trt.models.weights import decoder_class
 from echo_trt.speculation.paths import COMMIT_OUTPUTS, TREE_INPUTS
 
 
@@ -115,3 +121,21 @@ class BlockModule(nn.Module):
 
 
 Role = TargetModule | DraftModule | HeadModule | BlockModule
+
+
+def _decoder(config: DecoderConfig, positions: int) -> Decoder:
+    return decoder_class(config)(config, positions)
+
+
+def _embedding(config: Eagle3Config) -> nn.Embedding:
+    return nn.Embedding(config.vocab_size, config.hidden_size)
+
+
+#: Name -> role, its network's configuration, and what makes the network of a configuration and of rotary positions.
+ROLES: dict[str, tuple[type, type, Callable[[Any, int], nn.Module]]] = {
+    "target": (TargetModule, DecoderConfig, _decoder),
+    "draft": (DraftModule, DecoderConfig, _decoder),
+    "mtp": (MtpModule, MtpConfig, MtpHead),
+    "head": (HeadModule, Eagle3Config, lambda config, length: Eagle3Head(config, length, _embedding(config))),
+    "block": (BlockModule, BlockConfig, lambda config, length: block_network(config, length, _embedding(config))),
+}

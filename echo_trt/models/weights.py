@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from echo_trt.models.families import FAMILIES
 from echo_trt.models.families.family import NORMS
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, takes
-from echo_trt.models.hybrid_config import OTHERS, HybridConfig, MtpConfig
+from echo_trt.models.hybrid_config import OTHERS, HybridConfig, mtp_config
 from echo_trt.models.layers import Config, Linear, RMSNorm, Rotary
 from echo_trt.models.mtp import MtpHead
 from echo_trt.models.qwen3_5 import HybridDecoder, delta_net_sources
@@ -113,13 +113,7 @@ def load_mtp(
 
     positions, dtype  as of ``load_decoder``
     """
-    names = set(checkpoint.names())
-    if not isinstance(target.config, HybridConfig) or "mtp.fc.weight" not in names:
-        raise UserError(
-            f"draft.kind is mtp, but {checkpoint.path} has no MTP head that is known (mtp.fc.weight of Qwen3.5); use "
-            "another kind of draft."
-        )
-    config = MtpConfig(**{field.name: getattr(target.config, field.name) for field in fields(target.config)})
+    names, config = set(checkpoint.names()), mtp_config(target.config, str(checkpoint.path))
     with torch.device("meta"):
         model = MtpHead(config, positions)
     _assign(model, checkpoint, mtp_sources(), dtype, read_apart=[name for name in names if not name.startswith("mtp.")])

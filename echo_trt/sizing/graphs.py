@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 
 from echo_trt.backends.cuda.calls import MAX_GRAPHS
 from echo_trt.backends.cuda.sizes import CallBounds, bucket, capacity_of, graph_sizes
-from echo_trt.backends.kind import Card, engine_kind
+from echo_trt.backends.kind import OnCard, engine_kind
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe
+from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.engine.host_memory import gigabytes
 from echo_trt.sizing.networks import KV_BYTES, Sizes
 from echo_trt.speculation.pack import BLOCK
@@ -62,7 +63,7 @@ def reserved(recipe: Recipe, target: Sizes, draft: Sizes | None, calls: CallSize
     bounds = CallBounds(calls.batch, calls.blocks)
     inputs = sum(sum(capacity_of(size, bounds).values()) for size in sizes)
     fp8 = FP8_NODES * target.num_layers if recipe.precision == "fp8" else 0
-    head = draft is not None and recipe.draft.kind == "eagle3"
+    head = draft is not None and draft_kind(recipe.draft.kind).levels
     sets = 0 if draft is None else 2 if head else 1
     levels, count = _levels(recipe, calls.batch) if head else (0, 0)
     nodes = min(calls.batch * (calls.tree + 1), calls.pool * BLOCK)
@@ -76,7 +77,7 @@ def reserved(recipe: Recipe, target: Sizes, draft: Sizes | None, calls: CallSize
     )
 
 
-def _nodes(card: Card, network: Sizes) -> int:
+def _nodes(card: OnCard, network: Sizes) -> int:
     """Return the kernels of one graph of a network's pass."""
     return GRAPH_NODES + card.layer_nodes * network.num_layers
 

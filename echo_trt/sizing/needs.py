@@ -10,6 +10,7 @@ from echo_trt.backends.cuda.sizes import LARGEST
 from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe
+from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.engine.host_memory import gigabytes
 from echo_trt.engine.kv_pool import kept_features
 from echo_trt.errors import UserError
@@ -136,7 +137,7 @@ def _drafting(recipe: Recipe, draft: Sizes | None) -> int:
         return 0
     batch, value = recipe.limits.batch, KV_BYTES[recipe.draft_precision]
     logits = draft.vocab_size * (value + 2 * 4)
-    if recipe.draft.kind != "eagle3":
+    if not draft_kind(recipe.draft.kind).levels:
         return LARGEST * logits
     decoding = recipe.decoding.model_dump()
     trees = [policy.shape(decoding) for policy in POLICIES.values() if policy.shape]

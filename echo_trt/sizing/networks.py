@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
+from echo_trt.models.hybrid_config import MtpConfig
 
 #: Bytes of a weight and of a KV value, by the recipe's precision. int8 concerns weights alone, fp8 a layer's matrices
 #: alone (``Sizes.weight_bytes``): there both reading and arithmetic take half the time, so that K_max is bf16's.
@@ -154,6 +156,13 @@ def block_sizes(config: BlockConfig) -> Sizes:
         intermediate_size=config.intermediate_size,
         feature_size=features,
     )
+
+
+def draft_sizes(config: SizedConfig) -> Sizes:
+    """Count a draft's network."""
+    kinds: dict[type, Any] = {Eagle3Config: head_sizes, MtpConfig: mtp_sizes, BlockConfig: block_sizes}
+    sizes: Sizes = kinds.get(type(config), decoder_sizes)(config)
+    return sizes
 
 
 def _heads(config: SizedConfig) -> dict[str, int]:

@@ -12,13 +12,11 @@ import yaml
 
 from echo_trt.bundle.recipe import Recipe, Source
 from echo_trt.bundle.sources import CONFIG, from_hub
+from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.errors import UserError
-from echo_trt.models.block_config import block_config, fitted
-from echo_trt.models.hybrid_config import HybridConfig
-from echo_trt.models.read_config import check_division, decoder_config, eagle3_config, is_eagle3
-from echo_trt.sizing.networks import Sizes, block_sizes, decoder_sizes, head_sizes, mtp_sizes
+from echo_trt.models.read_config import check_division, decoder_config
+from echo_trt.sizing.networks import Sizes, decoder_sizes, draft_sizes
 
-HEAD_VOCABULARY = 32000  # of published EAGLE-3 heads for vocabularies of 150,000
 UNQUANTISED = {"quantization_config": None}  # shapes are those of the weights that a quantised checkpoint stands for
 
 
@@ -42,31 +40,20 @@ def shapes(recipe: Recipe, recipe_folder: Path) -> tuple[Shape, Shape | None]:
     config = decoder_config(raw, origin)
     check_division(config, recipe.tensor_parallel)
     target = Shape(decoder_sizes(config, recipe.tensor_parallel), origin)
-    source = recipe.draft.source
-    if recipe.draft.kind == "mtp" and isinstance(config, HybridConfig):
-        return target, Shape(mtp_sizes(config), origin)
-    if source is None:
+    kind, source = draft_kind(recipe.draft.kind), recipe.draft.source
+    if not kind.network:
         return target, None
-    raw, origin = config_of(source, recipe_folder, recipe.draft.kind)
-    if recipe.draft.kind == "eagle3":
-        head = eagle3_config(raw, origin)
-        return target, Shape(head_sizes(head), origin)
-    if recipe.draft.kind == "block":
-        drafter = fitted(block_config(raw, origin, recipe.draft.block), config, origin)
-        return target, Shape(block_sizes(drafter), origin)
-    return target, Shape(decoder_sizes(decoder_config(raw, origin)), origin)
+    if source is not None:
+        raw, origin = config_of(source, recipe_folder, kind.name)
+    return target, Shape(draft_sizes(kind.config(raw, origin, recipe, config)), origin)
 
 
 def config_of(source: Source, recipe_folder: Path, draft: str = "") -> tuple[dict[str, Any], str]:
-    """Return the config.json of a target, or of a draft of the kind ``draft``, and its origin. Raises UserError.
-
-    The shape of an EAGLE-3 head may be made from its target's: a layer of the same widths.
-    """
+    """Return the config.json of a target, or of a draft of the kind ``draft``, and its origin. Raises UserError."""
     raw, origin = _config(source, recipe_folder, "draft.source" if draft else "target")
-    if source.random_weights and draft == "eagle3" and not is_eagle3(raw):
-        vocabulary = min(HEAD_VOCABULARY, raw["vocab_size"])
-        head = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "draft_vocab_size": vocabulary}
-        return {**raw, **head}, f"a head for {origin}"
+    if source.random_weights and draft:
+        shaped = draft_kind(draft).shaped(raw)
+        return shaped, origin if shaped is raw else f"a head for {origin}"
     return raw, origin
 
 

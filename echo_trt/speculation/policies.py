@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from echo_trt.errors import UserError, described, shown
-from echo_trt.speculation.echo import gates as gating
 from echo_trt.speculation.echo.planner import EchoPlanner
 from echo_trt.speculation.echo.settings import EchoSettings
 from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt.speculation.planner import PlainPlanner, Planner
 from echo_trt.speculation.policy_names import DEFAULT, EXACT, PLAIN
 
-Settings = Mapping[str, Any]  # a recipe's ``decoding`` section (``Decoding`` as a mapping)
+Settings = Mapping[str, Any]  # a recipe's ``decoding`` section (``Decoding`` as a mapping), and the ``calibration``
 MakeGoodput = Callable[[str, GoodputSettings], Planner]
 MakePlanner = Callable[[str, Settings, MakeGoodput], Planner]
 
@@ -95,11 +94,7 @@ def policy_named(name: str, option: str = "policy") -> Policy:
 
 
 def make_planner(name: str, settings: Settings, make_goodput: MakeGoodput) -> Planner:
-    """Make a policy's planner. Raises UserError for an unknown policy, and for trees that a bundle has no rows for.
-
-    ``dense_gates`` beside the recipe's fields, if there are any, are the thresholds of all depths; else the sparse ones
-    are joined by straight lines.
-    """
+    """Make a policy's planner. Raises UserError for an unknown policy, and for trees that a bundle has no rows for."""
     chosen = policy_named(name)
     if chosen.shape:
         rows, reserved = chosen.shape(settings).rows_per_request, reserve_for(settings)
@@ -119,27 +114,20 @@ def make_planner(name: str, settings: Settings, make_goodput: MakeGoodput) -> Pl
 
 
 def echo_settings(name: str, settings: Settings) -> EchoSettings:
-    """Return the numbers of ``static``, ``dense``, ``fixed`` or ``echo``."""
+    """Return the numbers of ``static`` or ``echo``."""
     if name == "static":
         tree = settings["static"]
         return EchoSettings(
             max_depth=tree["depth"], beams=tree["top_k"], width=tree["top_k"], per_request=tree["tokens"]
         )
-    gates = dict(settings["gates"] or {})
-    if name == "fixed":
-        gates = gating.fixed(gates, settings["fixed_threshold"])
-    elif name == "dense":
-        gates = settings.get("dense_gates") or gating.dense(gates, settings["max_depth"])
     shared = {key: settings[key] for key in ("max_depth", "beams", "width", "budget", "per_request")}
-    return EchoSettings(gates=gates, **shared)
+    return EchoSettings(gates=dict(settings["gates"] or {}), **shared)
 
 
 def goodput_settings(name: str, settings: Settings) -> GoodputSettings:
     """Return the numbers of a goodput policy."""
-    shared = {key: settings[key] for key in ("max_depth", "beams", "width", "per_request")}
-    if name == EXACT:
-        return GoodputSettings(**shared).as_chain()
-    return GoodputSettings(**shared, free_candidates=name != "goodput-head")
+    shared = GoodputSettings(**{key: settings[key] for key in ("max_depth", "beams", "width", "per_request")})
+    return shared.as_chain() if name == EXACT else shared
 
 
 def _elastic(settings: Settings) -> EchoSettings:
@@ -159,14 +147,11 @@ def _plain(name: str, settings: Settings, make_goodput: MakeGoodput) -> Planner:
     _elastic,
     shares_budget=True,
 )
-@policy("fixed", "the paper's ablation: one threshold for all of ECHO's gates", _elastic, shares_budget=True)
-@policy("dense", "the paper's ablation: a gate at every depth", _elastic, shares_budget=True)
 @policy("static", "EAGLE-3's tree: fixed depth, width and tokens for every request", partial(echo_settings, "static"))
 def _paper(name: str, settings: Settings, make_goodput: MakeGoodput) -> Planner:
     return EchoPlanner(name, echo_settings(name, settings))
 
 
-@policy("goodput-head", "the same without prompt lookup and n-grams", _elastic)
 @policy(EXACT, "the same with chains alone, which CPUs verify bit for bit as they decode", _elastic)
 @policy(
     DEFAULT, "the default: over the whole batch, drafts a level and verifies a token if it is worth its time", _elastic

@@ -12,17 +12,12 @@ import subprocess
 import threading
 from collections import deque
 from collections.abc import Iterable
-from pathlib import Path
+from functools import partial
 
 import psutil
 
-from echo_trt.files.log import OWN, Line, line, read, written
+from echo_trt.files.log import Line, line, read, written
 
-#: Words of Triton's complaints that are harmless on a machine without a GPU.
-HARMLESS = () if Path("/proc/driver/nvidia").exists() else ("cuda", "dcgm", "nvml")
-# Bytes of a thread's stack, allocated as used. Larger: Triton 2.51, which parses JSON by recursion at 170 bytes a
-# bracket, survives deeper nesting.
-STACK = 512 * 2**20
 _LIBC = ctypes.CDLL(None)
 
 
@@ -61,6 +56,8 @@ class ProcessLog:
 class Process:
     """A child process whose lines are shown as they come; the last ones are kept."""
 
+    stack: int | None = None  # bytes of a thread's stack, allocated as used; None: as the system has it
+
     def __init__(self, name: str, command: list[str], environment: dict[str, str], log: ProcessLog):
         self.name = name
         self.lines: deque[str] = deque(maxlen=200)
@@ -72,7 +69,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # only the launcher gets a terminal's Ctrl-C
-            preexec_fn=_prepare,
+            preexec_fn=partial(_prepare, self.stack),
         )
         self._relay = threading.Thread(target=self._show_lines, daemon=True)
         self._relay.start()
@@ -106,6 +103,11 @@ class Process:
         """Return whether this process listens on all these TCP ports: another process might answer on one."""
         return listening_ports(self.pid).issuperset(ports)
 
+    @property
+    def refused(self) -> bool:
+        """Whether it has ended for the user's mistake."""
+        return self.exit_code == 2
+
     def reason(self) -> str:
         """Return the likely reason of its end, in a clause."""
         self._relay.join(1)  # seconds, since a grandchild may hold the pipe open
@@ -136,12 +138,16 @@ class Process:
     def _show_lines(self) -> None:
         """Empty the pipe and show its lines; a child that writes into a full pipe would stand still."""
         for raw in self._child.stdout:
-            text = raw.decode(errors="replace").rstrip()
-            found = read(text, self.name)
+            found = self._read(raw.decode(errors="replace").rstrip())
+            if found is None:
+                continue
             grave = found["level"] in ("ERROR", "CRITICAL")
             self.lines.append(f"error: {found['message']}" if grave else str(found["message"]))
-            if text and (text.startswith(OWN) or not _is_harmless(text)):
-                self._log.write(found)
+            self._log.write(found)
+
+    def _read(self, text: str) -> Line | None:
+        """Read a line of its output; None: it is not worth showing."""
+        return read(text, self.name) if text else None
 
 
 def listening_ports(pid: int) -> set[int]:
@@ -149,13 +155,6 @@ def listening_ports(pid: int) -> set[int]:
         sockets = psutil.Process(pid).net_connections("tcp")
         return {each.laddr.port for each in sockets if each.status == psutil.CONN_LISTEN}
     return set()
-
-
-def lives(pid: int) -> bool:
-    """Return whether a process runs; a zombie does not, and Triton never waits for a backend that has died."""
-    with contextlib.suppress(psutil.Error):
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    return False
 
 
 def raise_open_files() -> None:
@@ -166,21 +165,18 @@ def raise_open_files() -> None:
 
 def reason(lines: Iterable[str]) -> str:
     """Return the line that explains a failed start best."""
-    relevant = [line for line in lines if line.strip() and not _is_harmless(line)]
+    relevant = [line for line in lines if line.strip()]
     errors = [line for line in relevant if "error:" in line or "Error" in line]
     line = (errors or relevant or ["it said nothing"])[0 if errors else -1]
     for mark in ("UserError: ", "error: "):
         line = line.split(mark, 1)[-1]
-    line = line.split(r"\n\nAt:", 1)[0]  # Triton prints a model's error with its Python frames, on one line
     return " ".join(line.split()).rstrip(".")[:400]
 
 
-def _prepare() -> None:
+def _prepare(stack: int | None) -> None:
     _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    _, maximum = resource.getrlimit(resource.RLIMIT_STACK)
-    stack = STACK if maximum == resource.RLIM_INFINITY else min(STACK, maximum)
-    resource.setrlimit(resource.RLIMIT_STACK, (stack, maximum))
-
-
-def _is_harmless(line: str) -> bool:
-    return any(word in line.lower() for word in HARMLESS)
+    if stack is not None:
+        _, maximum = resource.getrlimit(resource.RLIMIT_STACK)
+        resource.setrlimit(
+            resource.RLIMIT_STACK, (stack if maximum == resource.RLIM_INFINITY else min(stack, maximum), maximum)
+        )

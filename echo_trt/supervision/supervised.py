@@ -97,10 +97,8 @@ class Supervised(ABC):
         if not self.process.alive and not self.serving:
             troubles = (port_trouble(option, self._host, port) for option, port in self._ports.items())
             reason = self.process.reason()
-            reported = self.process.exit_code == 2 or any(
-                "UserError: " in line for line in self.process.lines
-            )  # Triton's
-            self._mistake = next(filter(None, troubles), reason if reported else None)  # a reason that tells the whole
+            # A reason that tells the whole.
+            self._mistake = next(filter(None, troubles), reason if self.process.refused else None)
             return self._mistake or f"{self.name} did not start: {reason}"
         if not self.process.alive:
             return f"{self.name} has died ({self.process.ended})"

@@ -37,10 +37,11 @@ from echo_trt.speculation.goodput.model.costs import Costs, Curve
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt.speculation.planner import Iteration, Planner
-from echo_trt.speculation.policies import make_planner, reserve_for
+from echo_trt.speculation.policies import load_policies, make_planner, reserve_for
 from echo_trt.speculation.super_tree import SuperTree
 
 RECIPE = Path(__file__).parents[2] / "build" / "qwen3-8b.yaml"  # its gates, depth and beams
+ABLATIONS = Path(__file__).with_name("ablations.py")
 POLICIES = ("autoregressive", "static", "dense", "fixed", "echo", "goodput")
 VOCABULARY = 151_936  # Qwen3's
 #: Features and states are narrow: their rows would be copied on the device, which this machine would have to do.
@@ -209,6 +210,7 @@ def planner_for(policy: str, batch: int, decoding: dict[str, Any]) -> Planner:
         costs = Costs(Curve([1, 128, 512], [0.010, 0.011, 0.030]), Curve([1, 128, 640], [0.0003, 0.0003, 0.0009]))
         return OnMachine(name, settings, costs, Acceptance.uncalibrated(settings.max_depth), batch)
 
+    load_policies(ABLATIONS)
     return make_planner(policy, decoding | {"budget": max(60, 4 * batch)}, goodput)
 
 

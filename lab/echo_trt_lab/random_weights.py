@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
-from echo_trt.bundle.recipe import NETWORKS, Recipe, Source
+from echo_trt.bundle.recipe import Recipe, Source
 from echo_trt.bundle.sources import locate
 from echo_trt.cli.recipes import shipped_folder
+from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.errors import UserError
 from echo_trt.models.block import block_network
 from echo_trt.models.block_config import block_config, is_block
 from echo_trt.models.block_weights import CONFIDENCE, EMBEDDING, anchored_sources, dflash_sources
 from echo_trt.models.checkpoint import Part
 from echo_trt.models.eagle3 import Eagle3Head
-from echo_trt.models.hybrid_config import HybridConfig, MtpConfig
+from echo_trt.models.hybrid_config import HybridConfig, mtp_config
 from echo_trt.models.mtp import MtpHead
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.open_tokenizer import read_template
@@ -52,7 +52,7 @@ def with_random_weights(recipe: Recipe) -> Recipe:
     raw = recipe.model_dump(exclude_unset=True) | {"name": f"{recipe.name}-random", "calibration": None}
     raw["target"] = {**raw["target"], "random_weights": True, "chat_template": None}
     draft: dict[str, Any] = {**raw.get("draft", {}), "ngrams": None}
-    if recipe.draft.kind not in NETWORKS:
+    if not draft_kind(recipe.draft.kind).network:
         widest = max(recipe.decoding.width, recipe.decoding.static.top_k)
         named = {key: raw["target"].get(key) for key in ("path", "hub", "wheel", "file")}
         draft = {"kind": "eagle3", "source": named, "top_k": max(widest, recipe.draft.top_k)}
@@ -161,7 +161,7 @@ def _shapes(raw: dict[str, Any], where: str) -> TensorShapes:
             config = decoder_config(raw, where)
             shapes = tensor_shapes(decoder_class(config)(config, 1), decoder_sources(config, set()))
             if isinstance(config, HybridConfig):
-                head = MtpHead(MtpConfig(**{key.name: getattr(config, key.name) for key in fields(config)}), 1)
+                head = MtpHead(mtp_config(config, where), 1)
                 shapes |= tensor_shapes(head, mtp_sources())
             return shapes
     shapes = tensor_shapes(network, sources)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from echo_trt.bundle.manifest import Manifest
-from echo_trt.bundle.recipe import NETWORKS
+from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.errors import UserError, shown
 
 VARIABLE = "ECHO_TRT_SYNTHETIC_TEXT"  # of the environment: the rates of any command's bundle
@@ -154,7 +154,7 @@ def synthetic_text(folder: Path, manifest: Manifest, rates: Rates) -> HashedText
     """
     from echo_trt.models.tokenizer import load_tokenizer  # not where texts are of token ids alone
 
-    if manifest.recipe.draft.kind not in NETWORKS:
+    if not draft_kind(manifest.recipe.draft.kind).network:
         raise UserError(
             f"the synthetic text's rate is {rates.text}, a draft network's acceptance, but the draft of {folder} is "
             f"{manifest.recipe.draft.kind}; build it with --draft."

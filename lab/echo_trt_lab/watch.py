@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from echo_trt.engine.core import EngineCore, StepTrace
-from echo_trt.engine.drafters.lookup import LookupDrafter
 from echo_trt.engine.params import TOKEN_SOURCES, Delta
+from echo_trt.speculation.sources import LOOKUP
 from echo_trt_lab.sourced_text import HARMLESS, STYLES, SourcedText
 
 FRAMES = 10  # pictures a second at most; larger: a livelier picture, more time taken from decoding
@@ -30,7 +30,7 @@ class TreeDisplay:
     def __init__(self, console: Console, loop: EngineCore, text_of: Callable[[int], str]):
         """Draw on ``console``; ``text_of`` turns a token id into its text."""
         self._console, self._loop, self._text_of = console, loop, text_of
-        self._copies = isinstance(loop.drafter, LookupDrafter)
+        self._copies = loop.proposer == LOOKUP
         self._texts: dict[int, SourcedText] = {}
         self._ended: set[int] = set()
         self._tree: RenderableType = Text("waiting for the first iteration", REFUSED)

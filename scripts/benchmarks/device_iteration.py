@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from echo_trt.engine.core import Emitted, EngineCore
 from echo_trt.engine.options import bounds, run_alone
+from echo_trt.engine.text import AnswerText
 from echo_trt_lab.device_counts import POLICIES, Run
 
 COUNTED = 8  # iterations whose counts are reported, as of tests/lab/device_counts.json
@@ -34,12 +35,11 @@ COLUMNS = {
 
 def telling(emissions: Sequence[Emitted], loop: EngineCore, tokenizer: Tokenizer) -> float:
     """Return the seconds in which the tokens of ``emissions`` become events of a server."""
-    for request, _ in emissions[0]:
-        request.begin_text(tokenizer)
+    texts = {request: AnswerText(tokenizer, request.params) for request, _ in emissions[0]}
     start = time.perf_counter()
     for step_output in emissions:
         for request, tokens in step_output:
-            request.take(loop.scheduler.cancel, tokens)
+            texts[request].follow(request, tokens, loop.scheduler.cancel)
     return time.perf_counter() - start
 
 

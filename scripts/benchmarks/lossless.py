@@ -26,10 +26,10 @@ from rich.table import Table
 
 import echo_trt
 from echo_trt import LLM, Completion, SamplingParams  # these names alone: other commits have them, too
+from echo_trt.speculation.policies import POLICIES, load_policies
 
 PLAIN = "autoregressive"
-PAPER = "static,dense,fixed,echo,goodput"
-ALL = f"{PAPER},goodput-head,goodput-exact"
+SHIPPED, ABLATIONS = "static,echo,goodput,goodput-exact", "dense,fixed,goodput-head"
 TIE = 1e-4
 console = Console()
 Texts = dict[str, dict[str, str]]  # policy and batch -> prompt -> SHA-256 of token ids and text
@@ -39,7 +39,7 @@ def main(
     bundle: Path,
     prompts: Annotated[list[Path], Parameter(help="JSONL files", consume_multiple=True)],
     batch: Annotated[str, Parameter(help="batch sizes")] = "1,8,32",
-    policies: Annotated[str, Parameter(help="compared with plain decoding, by commas, or all")] = PAPER,
+    policies: Annotated[str, Parameter(help="compared with plain decoding, by commas, or all")] = SHIPPED,
     max_tokens: int = 128,
     limit: Annotated[int, Parameter(help="prompts of each file; 0 for all")] = 0,
     temperature: float = 0.0,
@@ -54,6 +54,8 @@ def main(
     """Compare and list."""
     if beside:
         raise SystemExit(_beside(beside))
+    if "dense" not in POLICIES:  # of earlier commits
+        load_policies(Path(__file__).parents[2] / "lab" / "echo_trt_lab" / "ablations.py")
     console.print(f"package {Path(echo_trt.__file__).parent}", soft_wrap=True)
     requested = {f"{file.name}:{i}": text for file in prompts for i, text in enumerate(_read(file)[: limit or None])}
     params = [SamplingParams(max_tokens, temperature, top_p=top_p, seed=i) for i in range(len(requested))]
@@ -64,7 +66,7 @@ def main(
         ids = [llm.chat_ids(text) for text in requested.values()]
         plain = llm.generate(ids, params)
         texts[f"{PLAIN}, {size} requests"] = _digests(requested, plain)
-        for policy in (ALL if policies == "all" else policies).split(","):
+        for policy in (f"{SHIPPED},{ABLATIONS}" if policies == "all" else policies).split(","):
             llm.set_policy(policy, budget * size)
             answers = llm.generate(ids, params)
             texts[f"{policy}, {size} requests"] = _digests(requested, answers)

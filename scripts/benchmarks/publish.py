@@ -27,7 +27,7 @@ from cyclopts import Parameter
 
 from echo_trt.engine.options import run_alone
 from echo_trt.errors import UserError
-from echo_trt.speculation.policies import BUILT_IN as POLICIES
+from echo_trt.speculation.policies import BUILT_IN
 from echo_trt_lab.pictures.by_load import drafted, iteration, speedup
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +38,8 @@ BATCHES = "1,2,4,8,16"
 REQUESTS, ROUNDS, MAX_TOKENS = 32, 3, 64  # of a run that is published; a shorter one is called a trial
 PLAIN, DEFAULT, EXACT = "autoregressive", "goodput", "goodput-exact"
 HEAD_ALONE = "goodput-head"
+ABLATIONS = ROOT / "lab" / "echo_trt_lab" / "ablations.py"
+POLICIES = (*BUILT_IN, "dense", "fixed", HEAD_ALONE)
 #: Policy -> its name for readers, in the order of the tables.
 NAMES = {
     PLAIN: "plain decoding",
@@ -120,6 +122,7 @@ def measure(
 
         def bench(measured: Path, policies: Iterable[str], batches: str) -> Run:
             words = ["bench", str(measured), "--policies", ",".join(policies), "--batch", batches]
+            words += ["--policy-file", str(ABLATIONS)]
             words += [word for file in prompts for word in ("--prompts", str(file))]
             subprocess.run([sys.executable, "-m", "echo_trt.cli.app", *words, *options, "--json", str(out)], check=True)
             found: Run = json.loads(out.read_text())

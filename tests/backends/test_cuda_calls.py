@@ -100,7 +100,7 @@ def test_a_server_under_load_has_a_graph_for_every_pass():
     target = Sized(blocks, {"logits": lambda rows: rng.random((rows, 50), np.float32)}, listed)
     scores = {"scores": lambda rows: np.log(rng.random((rows, 4), np.float32) * 0.3 + 0.01)}
     draft = Sized(blocks, scores | {"candidates": lambda rows: rng.integers(0, 50, (rows, 4))}, listed)
-    settings = {"max_depth": 4, "beams": 3, "width": 4, "per_request": 16, "gates": {}, "fixed_threshold": 0.02,
+    settings = {"max_depth": 4, "beams": 3, "width": 4, "per_request": 16, "gates": {},
                 "static": {"depth": 3, "top_k": 3, "tokens": 6}, "budget": 384}  # fmt: skip
     loop = EngineCore(target, EngineDrafter(draft, batch, 512), batch, make_planner("static", settings, None), (), 512)
     for i in range(90):

@@ -12,7 +12,7 @@ from pairs import recipe_of
 from refusal import refused
 
 from echo_trt import LLM, SamplingParams
-from echo_trt.backends.kind import engine_kind, engine_kinds
+from echo_trt.backends.kind import engine_kinds
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.cli.build import build
 from echo_trt.files.extras import registered
@@ -41,19 +41,9 @@ KIND = replace(torch, name="other", precisions=("fp32",), card=None, tools=(), o
 
 
 @pytest.fixture
-def other(tmp_path, monkeypatch) -> Path:
+def other(installed) -> Path:
     """Install a package that has an engine: another one."""
-    (tmp_path / "other_engine.py").write_text(OTHER)
-    facts = tmp_path / "other_engine-1.0.dist-info"
-    facts.mkdir()
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: other-engine\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text("[echo_trt.engines]\nother = other_engine:KIND\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    registered.cache_clear()
-    yield tmp_path
-    registered.cache_clear()
-    engine_kind.cache_clear()
-    sys.modules.pop("other_engine", None)
+    return installed("other_engine", OTHER, "[echo_trt.engines]\nother = other_engine:KIND\n")
 
 
 def test_an_engine_of_another_package_builds_and_answers(other, networks, bundle_of, tmp_path):

@@ -160,11 +160,11 @@ def test_a_warning_that_is_new_stops_a_build_whose_engine_is_not_checked_on_the_
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"precision": "fp32"}, ("precision is 'fp32'", "use fp16 or bf16")),
-        ({"precision": "int8"}, ("precision is 'int8'", "use fp16 or bf16")),
+        ({"precision": "fp32"}, ("precision is 'fp32'", "use one of fp16, bf16")),
+        ({"precision": "int8"}, ("precision is 'int8'", "use one of fp16, bf16")),
         (
             {"precision": "fp16", "draft": {"kind": "lookup", "precision": "fp32"}},
-            ("draft.precision is 'fp32'", "use fp16 or bf16"),
+            ("draft.precision is 'fp32'", "use one of fp16, bf16"),
         ),
     ],
     ids=["fp32", "int8", "draft"],
@@ -173,7 +173,7 @@ def test_recipes_that_it_cannot_build_are_refused_before_anything_is_read(change
     def progress(stage):
         raise AssertionError(stage)
 
-    with refused("TensorRT", *words):
+    with refused("tensorrt", *words):
         build(recipe_of("lookup", networks, engine="tensorrt", **changes), networks, tmp_path / "b", progress)
     assert list(tmp_path.iterdir()) == []
 

@@ -9,7 +9,7 @@ from pairs import recipe_of, roles_of
 from refusal import refused
 
 from echo_trt.backends.cuda import device
-from echo_trt.backends.kind import Compiled
+from echo_trt.backends.kind import CompiledRole
 from echo_trt.backends.self_check import check_compiled
 from echo_trt.backends.tensorrt import build as tensorrt_build
 from echo_trt.backends.tensorrt import library
@@ -56,7 +56,7 @@ def test_a_checked_engine_is_gone_before_the_next_network_is_built(networks, tmp
     monkeypatch.setattr(tensorrt_build.TensorRTBuild, "facts", lambda self: None)
     recipe = recipe_of("lookup", networks, engine="tensorrt", precision="fp16")
     build = tensorrt_build.TensorRTBuild(recipe, tmp_path, tmp_path / "timings", lambda share, phase: None)
-    compiled = Compiled("target.engine", partial(build.open, tmp_path / "target.engine", CallSizes.of(recipe)))
+    compiled = CompiledRole("target.engine", partial(build.open, tmp_path / "target.engine", CallSizes.of(recipe)))
     assert check_compiled(role, compiled, "fp16")
     assert gone
 

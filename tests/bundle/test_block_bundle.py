@@ -125,6 +125,8 @@ def test_a_confidence_that_does_not_fit(spoil, bundle):
         LLM(bundle)
 
 
-def test_a_bundle_that_names_a_kind_of_markov_head_is_read(bundle):
+def test_what_earlier_versions_wrote_is_read(bundle):
+    written = read_manifest(bundle)
     edit(bundle, lambda raw: raw["draft"]["block"].update(markov=""))
-    assert read_manifest(bundle).draft.block.confidence
+    edit(bundle, lambda raw: raw["recipe"]["decoding"].update(fixed_threshold=0.3))
+    assert read_manifest(bundle) == written

@@ -9,7 +9,8 @@ import yaml
 from refusal import refused
 
 from echo_trt.bundle.read_recipe import load_recipe
-from echo_trt.bundle.recipe import NETWORKS, Recipe
+from echo_trt.bundle.recipe import Recipe
+from echo_trt.engine.drafters.kind import NONE, draft_kind
 
 SHIPPED = sorted((Path(__file__).parents[2] / "build").glob("*.yaml"))
 VALID: dict[str, Any] = {
@@ -48,7 +49,7 @@ def written(tmp_path):
 def test_shipped_recipes_are_valid(file):
     recipe = load_recipe(file)
     assert recipe.name == file.stem
-    assert recipe.draft.kind in (*NETWORKS, "lookup")
+    assert draft_kind(recipe.draft.kind) is not NONE
 
 
 def test_there_are_shipped_recipes():
@@ -71,7 +72,7 @@ def test_a_recipe_survives_its_way_through_a_manifest(written):
         ("target.pth", "path"),
         ("draft.knd", "kind"),
         ("draft.source.tokeniser", "tokenizer"),
-        ("decoding.thresholds", "fixed_threshold"),
+        ("decoding.max_depths", "max_depth"),
         ("decoding.static.topk", "top_k"),
     ],
 )
@@ -128,7 +129,6 @@ def test_a_misspelt_key_comes_before_the_one_it_leaves_missing(written):
         ("decoding.gates", {"one": 0.2}, ("one", "integer")),
         ("decoding.gates", {1: 1.2}, ("1.2", "less than or equal to 1")),
         ("decoding.gates", [0.2], ("[0.2]", "dictionary")),
-        ("decoding.fixed_threshold", -0.1, ("-0.1", "greater than or equal to 0")),
         ("decoding.static.tokens", 1, ("1", "greater than or equal to 2")),
     ],
 )

@@ -196,9 +196,8 @@ def test_ids_and_folders_are_printed_as_they_are(echo_trt, bundle_of, tmp_path):
     assert f"bundle {bundle}" in echo_trt("inspect", bundle).out
 
 
-@pytest.mark.parametrize("policy", ["echo", "dense", "fixed"])
-def test_a_budget_is_given_to_policies_that_share_one(echo_trt, bundle_of, policy):
-    outcome = echo_trt("generate", bundle_of("close"), "hi", "--max-tokens", 4, "--policy", policy, "--budget", 8)
+def test_a_budget_is_given_to_policies_that_share_one(echo_trt, bundle_of):
+    outcome = echo_trt("generate", bundle_of("close"), "hi", "--max-tokens", 4, "--policy", "echo", "--budget", 8)
     assert outcome.code == 0, outcome.err
 
 

@@ -11,6 +11,7 @@ from pairs import VOCAB
 from echo_trt.backends.base import Engine
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.core import EngineCore
+from echo_trt.engine.drafters.eagle3 import Drafter
 from echo_trt.engine.drafters.grammars import GrammarProposer
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
@@ -118,7 +119,7 @@ class Counted(Engine):
         self._engine.compact_kv(source, target)
 
 
-class Foresight:
+class Foresight(Drafter):
     """A drafter that knows how each text goes on and hides the next token among decoys, at a rank that changes."""
 
     scores = np.log([0.4, 0.25, 0.2, 0.15])

@@ -16,12 +16,10 @@ from echo_trt.bundle.costs import COSTS
 from echo_trt.engine.params import SamplingParams
 from echo_trt.speculation.goodput.ladder import Ladder
 
-POLICIES = ("goodput", "goodput-exact", "goodput-head")
-
-
+POLICIES = ("goodput", "goodput-exact")
 #: Every pair at every batch; policies change along the diagonals, so that any two choices meet.
 MATRIX = [
-    (pair, batch, POLICIES[(i + j) % 3])
+    (pair, batch, POLICIES[(i + j) % 2])
     for i, pair in enumerate((*PAIRS, "gemma3"))
     for j, batch in enumerate((1, 3, 8))
 ]
@@ -33,7 +31,7 @@ def test_goodput_writes_the_same_tokens(pair, batch, policy, open_llm, plain_ids
     llm.loop.planner = goodput_planner(llm, machine(), policy)
     completions = llm.generate(*repeated())
     assert [c.token_ids for c in completions] == plain_ids(pair)
-    assert (llm.counters.drafted_tokens > 0) == (pair != "lookup" or policy != "goodput-head")
+    assert llm.counters.drafted_tokens > 0
     assert (llm.counters.draft_passes > 0) == (pair != "lookup")
     assert_all_free(llm.loop)
 
@@ -117,9 +115,7 @@ def test_policies_and_costs_may_change_at_every_iteration(pair, open_llm, plain_
     llm = open_llm(pair, "autoregressive", 3)
     planners = {policy: goodput_planner(llm, machine(), policy) for policy in POLICIES}
     prompts, params = repeated()
-    policies = itertools.cycle(
-        ["goodput", "echo", "autoregressive", "goodput-head", "goodput-exact", "static", "dense", "fixed"]
-    )
+    policies = itertools.cycle(["goodput", "echo", "autoregressive", "goodput-exact", "static"])
     costs = itertools.cycle([machine(), machine(each=0.1, draft=0.1), machine(each=9.0), machine(draft=0.3)])
     ids: dict[int, list[int]] = {}
     for delta in llm.stream(prompts, params):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from echo_trt.engine.params import SamplingParams
 
-SPECULATIVE = ("static", "dense", "fixed", "echo")
+SPECULATIVE = ("static", "echo")
 POLICIES = ("autoregressive", *SPECULATIVE)
 BATCHES, ENGINES = (1, 3, 8), ("openvino", "torch")
 KINDS = ("mixed", "penalised", "structured")

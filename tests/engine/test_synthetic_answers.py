@@ -53,7 +53,7 @@ def plain_text(synthetic):
         ("eagle3", "static", 1),
         ("eagle3", "echo", 8),
         ("eagle3", "goodput", 3),
-        ("model", "dense", 3),
+        ("model", "echo", 3),
         ("dflash", "echo", 3),
         ("dspark", "static", 8),
     ],

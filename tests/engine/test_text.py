@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Request
-from echo_trt.engine.text import TextStream
+from echo_trt.engine.text import AnswerText, TextStream
 
 #: Bytes, merges that end inside a character, and special tokens, all in the same text.
 ids_of_anything = st.lists(st.integers(0, VOCAB - 1) | st.integers(130, 258), max_size=24)
@@ -137,7 +137,6 @@ def test_a_stop_string_that_only_the_end_completes_is_the_reason(stop, reason, t
     half = tokenizer.token_to_id("aÃ")
     request = Request(0, np.array([5]), SamplingParams(1, stop=(stop,)))
     request.finish_reason = "length"
-    request.begin_text(tokenizer)
     request.generated = [half]
-    request.take(None, [half])
+    AnswerText(tokenizer, request.params).follow(request, [half], lambda request: None)
     assert request.finish_reason == reason

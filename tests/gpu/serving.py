@@ -40,7 +40,7 @@ PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 FREE = Costs(Curve([1, 64, 128], [0.02, 0.02, 0.04]), Curve([1, 256], [1e-5, 1e-5]))  # of verifying: trees grow
 #: What is other on a CPU, where every level of a tree is a walk through Triton's interpreter.
 SHALLOW = {
-    "max_depth": 3, "beams": 2, "width": 4, "per_request": 16, "gates": {1: 0.2, 2: 0.3}, "fixed_threshold": 0.2,
+    "max_depth": 3, "beams": 2, "width": 4, "per_request": 16, "gates": {1: 0.2, 2: 0.3},
     "static": {"depth": 3, "top_k": 2, "tokens": 5},
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from refusal import refused
 from torch import nn
 
 from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
-from echo_trt.bundle.recipe import NETWORKS
+from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.models.block import block_network
 from echo_trt.models.block_config import block_config
 from echo_trt.models.config import BlockConfig
@@ -151,7 +151,7 @@ def test_what_a_pass_reads_and_multiplies():
 def test_shapes_of_shipped_recipes_are_known_and_fit_together(file):
     recipe = load_recipe(file)
     target, draft = shapes(recipe, file.parent)
-    assert (draft is not None) == (recipe.draft.kind in NETWORKS)
+    assert (draft is not None) == draft_kind(recipe.draft.kind).network
     assert target.sizes.gpus == recipe.tensor_parallel
     if recipe.draft.kind in ("eagle3", "block"):
         assert draft.sizes.hidden_size == target.sizes.hidden_size

@@ -23,7 +23,6 @@ SETTINGS = {
     "beams": 2,
     "width": 3,
     "gates": {1: 0.3, 3: 0.2},
-    "fixed_threshold": 0.4,
     "static": {"depth": 3, "top_k": 3, "tokens": 8},
 }
 
@@ -38,7 +37,7 @@ def test_an_unknown_policy_is_named():
         made("eco")
 
 
-@pytest.mark.parametrize("name", [PLAIN, "dense", "fixed", "echo"])
+@pytest.mark.parametrize("name", [PLAIN, "echo"])
 def test_where_nothing_beyond_the_roots_is_verified_no_draft_is_asked(name):
     plan = made(name).plan(np.array([5, 6]), NoDraft(), load_of(2))
     assert plan.tree.token.tolist() == plan.explanation.candidates.token.tolist() == [5, 6]

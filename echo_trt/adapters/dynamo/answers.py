@@ -45,7 +45,10 @@ class DynamoAnswer(Pending):
             self.service.cancel(self)
 
     async def chunks(self, texts: TokenTexts) -> AsyncIterator[tuple[dict[str, Any], Event]]:
-        """Yield Dynamo's chunks as they come, each with its event; events that came meanwhile are one."""
+        """Yield Dynamo's chunks as they come, each with its event; events that came meanwhile are one.
+
+        Where there are stop strings, ``text`` finds them.
+        """
         first, event = True, Event()
         while not event.reason:
             event = await self.events.get()
@@ -53,6 +56,8 @@ class DynamoAnswer(Pending):
                 later = self.events.get_nowait()
                 tokens, logprobs = [*event.token_ids, *later.token_ids], [*event.logprobs, *later.logprobs]
                 event = replace(later, token_ids=tokens, logprobs=logprobs)
+            if self.text and self.add(event) and self.service:
+                self.service.stop(self, self.text.used)
             chunk: dict[str, Any] = {"token_ids": list(event.token_ids), "index": 0}
             if event.logprobs:
                 chunk |= _logprobs(event.logprobs, texts)

@@ -30,6 +30,7 @@ from echo_trt.engine.llm import LLM
 from echo_trt.engine.service.job import Overloaded
 from echo_trt.engine.service.metrics import EngineMetrics, Statistics
 from echo_trt.engine.service.service import Service
+from echo_trt.engine.text import AnswerText
 from echo_trt.errors import UserError
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import load_tokenizer
@@ -97,8 +98,8 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
         job = self._job
         llm = LLM(job.bundle, job.policy, job.batch, note=log.info, kv_cache_memory=job.kv_cache_memory)
         log.info(llm.pool.sentence)
-        tokenizer = load_tokenizer(job.bundle)  # the engine's thread uses another
-        self._texts, self._recommended = TokenTexts(tokenizer), llm.manifest.sampling.given()
+        self._tokenizer = load_tokenizer(job.bundle)  # the engine's thread uses another
+        self._texts, self._recommended = TokenTexts(self._tokenizer), llm.manifest.sampling.given()
         self._classes = LatencyClasses(job.latency_classes)
         self._service = Service(llm, job.queue, job.latency_admission)
 
@@ -153,6 +154,8 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
         with self._refusals():
             eos, metadata = service.loop.scheduler.eos, dict(context.metadata.items())
             answer = read(request, metadata, self._recommended, eos, self._classes)
+            if answer.params.stop:
+                answer.text = AnswerText(self._tokenizer.backend_tokenizer, answer.params, answer.generated)
         self._open[answer] = context
         answer.arrived = arrived
         try:

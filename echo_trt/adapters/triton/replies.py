@@ -145,8 +145,8 @@ class Replies:
 
     def _merge(self, reply: Reply, event: Event) -> None:
         try:
-            if not reply.broken:
-                reply.add(event)
+            if not reply.broken and reply.add(event) and reply.text:
+                self._service.stop(reply, reply.text.used)
         except Exception:  # this thread answers all the others, too
             self._break(reply)
         reply.observe(event, self._metrics)

@@ -66,7 +66,7 @@ class Reader:
         answer.streamed, answer.statistics = _value(inputs, "stream"), _value(inputs, "return_perf_metrics")
         answer.priority, answer.seconds = _value(inputs, "priority"), deadline / 1000 if deadline else None
         hidden = _value(inputs, "exclude_input_in_output")
-        answer.begin("" if hidden else self._prompts.echoed(prompt), self._prompts.texts)
+        answer.begin("" if hidden else self._prompts.echoed(prompt), self._prompts)
 
 
 def _prompt(inputs: Mapping[str, Any]) -> PromptInput:

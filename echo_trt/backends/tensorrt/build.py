@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from echo_trt.backends.cuda.device import check_heads, compute_capability, cuda_device
-from echo_trt.backends.kind import Compiled
+from echo_trt.backends.kind import CompiledRole
 from echo_trt.backends.onnx_export import export, in_precision
 from echo_trt.backends.tensorrt.compiler import CompileJob, TellPhase, compile_engine
 from echo_trt.backends.tensorrt.engine import TensorRTEngine
@@ -51,7 +51,7 @@ class TensorRTBuild:
         version = load_tensorrt().__version__
         return TensorRTFacts(version=version, capabilities=[compute_capability(cuda_device())])
 
-    def compile(self, role: Role, name: str, precision: str) -> Compiled:
+    def compile(self, role: Role, name: str, precision: str) -> CompiledRole:
         """Write ``name``.engine, which can be checked, but for a rank's: it would wait for the other ranks."""
         config, sizes = role.network.config, CallSizes.of(self.recipe)
         graph, engine = self.folder / f"{name}.onnx", self.folder / f"{name}.engine"
@@ -65,7 +65,7 @@ class TensorRTBuild:
         compile_engine(CompileJob(graph, profiles, self.timings, self.folder / LOG, checked), engine, self.detail)
         for file in (graph, graph.with_name(graph.name + ".data")):  # the engine has the weights
             file.unlink(missing_ok=True)
-        return Compiled(engine.name, partial(self.open, engine, sizes) if checked else None, sizes.chunk)
+        return CompiledRole(engine.name, partial(self.open, engine, sizes) if checked else None, sizes.chunk)
 
     def open(self, engine: Path, sizes: CallSizes, blocks: int) -> TensorRTEngine:
         """Open an engine for its check."""

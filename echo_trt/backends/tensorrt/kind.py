@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
-from echo_trt.backends.kind import Card, Compile, Detail, EngineKind
+from echo_trt.backends.kind import Compile, Detail, EngineKind, OnCard
 from echo_trt.bundle.manifest import MANIFEST
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError, first_mistake
@@ -50,7 +50,7 @@ KIND = EngineKind(
     precisions=("fp16", "bf16"),
     open=_open,
     compiler=_compiler,
-    card=Card(layer_nodes=10, context_bytes=1 << 20),
+    card=OnCard(layer_nodes=10, context_bytes=1 << 20),
     host=False,
     divides=True,
     fixed_pool=True,

@@ -9,22 +9,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from echo_trt.errors import UserError
-from echo_trt.models.block import block_network
-from echo_trt.models.config import BlockConfig, Eagle3Config
-from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.models.config import DecoderConfig
 from echo_trt.models.families import FAMILIES
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, dequantise, has_row_products
-from echo_trt.models.hybrid_config import MtpConfig
 from echo_trt.models.layers import Rotary
-from echo_trt.models.mtp import MtpHead
-from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, MtpModule, Role, TargetModule
-from echo_trt.models.weights import TYPES, decoder_class
+from echo_trt.models.roles import ROLES, Role
+from echo_trt.models.weights import TYPES
 
-ROLES = {"target": TargetModule, "draft": DraftModule, "mtp": MtpModule, "head": HeadModule, "block": BlockModule}
-CONFIGS = {"head": Eagle3Config, "block": BlockConfig, "mtp": MtpConfig}
 SCALE = ".scale"  # ends the name of an FP8 matrix's scales
 
 
@@ -33,7 +26,7 @@ def save_role(role: Role, path: Path, precision: str) -> None:
 
     Matrices in FP8 are written as they are, with their scales.
     """
-    kind = next(name for name, role_class in ROLES.items() if isinstance(role, role_class))
+    kind = next(name for name, (role_class, *_) in ROLES.items() if isinstance(role, role_class))
     header = {
         "role": kind,
         "config": dataclasses.asdict(role.network.config),
@@ -60,16 +53,12 @@ def load_role(path: Path, device: str = "cpu", in_fp8: bool | None = None) -> Ro
         raise UserError(f"{path} holds no network of echo-trt ({error}); build the bundle again.") from error
     kind, setting, positions = header["role"], header["setting"], header["positions"]
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in header["config"].items()}
-    config = (CONFIGS.get(kind) or FAMILIES[values["family"]].config)(**values)
+    role_class, config_class, network_of = ROLES[kind]
+    if config_class is DecoderConfig:
+        config_class = FAMILIES[values["family"]].config
+    config = config_class(**values)
     with torch.device("meta"):
-        if kind == "head":
-            network = Eagle3Head(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
-        elif kind == "mtp":
-            network = MtpHead(config, positions)
-        elif kind == "block":
-            network = block_network(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
-        else:
-            network = decoder_class(config)(config, positions)
+        network = network_of(config, positions)
     rows = [name for name in weights if name.endswith(SCALE)]
     for name in rows:
         module = name.removesuffix(SCALE)
@@ -82,4 +71,4 @@ def load_role(path: Path, device: str = "cpu", in_fp8: bool | None = None) -> Ro
     network.rotary = Rotary(config, positions).to(device)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    return ROLES[kind](network.eval(), tuple(setting) if kind == "target" else setting)
+    return role_class(network.eval(), tuple(setting) if kind == "target" else setting)

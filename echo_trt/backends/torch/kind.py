@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
-from echo_trt.backends.kind import Card, Compile, Compiled, Detail, EngineKind
+from echo_trt.backends.kind import Compile, CompiledRole, Detail, EngineKind, OnCard
 from echo_trt.bundle.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ def _compiler(recipe: Recipe, folder: Path, detail: Detail) -> tuple[Compile, di
     from echo_trt.backends.torch.engine import open_torch
     from echo_trt.backends.torch.files import save_role
 
-    def compile_role(role: Role, name: str, precision: str) -> Compiled:
+    def compile_role(role: Role, name: str, precision: str) -> CompiledRole:
         path = folder / f"{name}.safetensors"
         save_role(role, path, precision)
-        return Compiled(path.name, partial(open_torch, path))
+        return CompiledRole(path.name, partial(open_torch, path))
 
     return compile_role, {}
 
@@ -40,7 +40,7 @@ KIND = EngineKind(
     precisions=("fp32", "bf16", "fp16", "fp8"),
     open=_open,
     compiler=_compiler,
-    card=Card(layer_nodes=26, told_trees=True, drafts_apart=True, projects_features=True),
+    card=OnCard(layer_nodes=26, told_trees=True, drafts_apart=True, projects_features=True),
     preference=2,
     states=True,
     divides=True,

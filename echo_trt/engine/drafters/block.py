@@ -39,14 +39,10 @@ class BlockDrafter(Eagle3Drafter):
         self.shape = BlockShape(facts.rows, facts.mask_token, facts.both_ways, facts.anchored)
         # A request's context and block go into one call, which is bounded by the chunk or the reserve.
         super().__init__(engine, batch, max(chunk, batch.reserve) - self.shape.appended, feature_size, 0)
+        self.block = self.shape.rows - self.shape.anchored  # beside the entries that were missing
         #: The row that proposes the children of roots: rows predict their own position, or the next one.
         self.first = 0 if facts.predicts_next else 1
         self.confidence = confidence
-
-    @property
-    def block(self) -> int:
-        """Rows of a request's pass beside the entries that were missing."""
-        return self.shape.rows - self.shape.anchored
 
     def begin(self, slots: np.ndarray) -> BlockDraft:
         return BlockDraft(self, slots)

@@ -17,6 +17,7 @@ from echo_trt.engine.batch import InputBatch
 from echo_trt.speculation.arrays import begins, ragged_arange
 from echo_trt.speculation.drafts import Proposals, TimedDraft
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
+from echo_trt.speculation.sources import DRAFT
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 
 RunNewest = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, Any]]
@@ -26,7 +27,16 @@ NEWEST = 16  # entries per request of one prefill pass, on average; larger: long
 
 
 class Drafter(Protocol):
-    """Proposes tokens. ``draft_lag`` [B]: tokens that the draft must compute for a slot before it can draft."""
+    """Proposes tokens. ``draft_lag`` [B]: tokens that the draft must compute for a slot before it can draft.
+
+    source       that its nodes are reported as (``speculation.sources``)
+    block        rows of a request's pass, where one pass drafts all levels; 0: each level takes a pass
+    has_network  whether passes of its network take time, which ``run_empty`` measures
+    """
+
+    source: int = DRAFT
+    block: int = 0
+    has_network: bool = False
 
     def draft_lag(self, slots: np.ndarray) -> np.ndarray: ...
 
@@ -39,12 +49,17 @@ class Drafter(Protocol):
     def forget(self, slot: int) -> None:
         """Forget a slot, whose request and KV blocks have left."""
 
+    def run_empty(self, call: ForwardBatch) -> None:
+        """Run a pass over ``call`` without content, to measure it."""
+        return
 
-class EngineDrafter:
+
+class EngineDrafter(Drafter):
     """A draft with an engine: a standalone model, whose entry j is token j."""
 
     #: Entries of a fully cached request less its committed tokens: 1 where the root has an entry.
     ahead = 1
+    has_network = True
 
     def __init__(self, engine: Engine, batch: InputBatch, chunk: int):
         self.engine, self.batch, self.chunk = engine, batch, chunk
@@ -73,6 +88,9 @@ class EngineDrafter:
     def dummy_inputs(self, entries: int) -> dict[str, np.ndarray]:
         """Return inputs for ``entries`` committed entries without content, to measure a pass."""
         return {}
+
+    def run_empty(self, call: ForwardBatch) -> None:
+        self.engine.run(call, **self.dummy_inputs(len(call.token_ids)))
 
     def draft_lag(self, slots: np.ndarray) -> np.ndarray:
         """Entries of each of ``slots`` that the next pass for it must compute: 1 or more."""

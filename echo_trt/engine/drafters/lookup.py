@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from echo_trt.engine.batch import InputBatch
+from echo_trt.engine.drafters.eagle3 import Drafter
 from echo_trt.speculation.arrays import compiled
 from echo_trt.speculation.chains import Chains
 from echo_trt.speculation.drafts import KnownTrees, Proposals, TimedDraft
@@ -14,12 +15,14 @@ from echo_trt.speculation.sources import LOOKUP
 from echo_trt.speculation.super_tree import SuperTree
 
 
-class LookupDrafter:
+class LookupDrafter(Drafter):
     """Continues a request's text from the latest earlier occurrence of its last tokens.
 
     ``acceptance[m - 1]`` is the probability that a token copied after a match of m tokens is accepted; longer matches
     are worth the last one. Matches shorter than ``min_match`` are not used.
     """
+
+    source = LOOKUP
 
     def __init__(self, batch: InputBatch, min_match: int, acceptance: Sequence[float]):
         """Begin with ``acceptance``, probabilities above 0."""

@@ -93,7 +93,8 @@ class OpenRequest(Pending):
         if event.reason:
             piece.finish_reason, piece.cached_tokens = event.reason, event.cached_tokens
             piece.drafted, piece.accepted = list(event.drafted), list(event.accepted)
-            piece.completion_tokens, piece.stop_string = event.completion_tokens, event.stop_string
+            piece.completion_tokens = event.completion_tokens
+            piece.stop_string = self.text.stopped if self.text else ""
             piece.queue_ms, piece.first_token_ms = _ms(event.queue_seconds), _ms(event.first_token_seconds)
         self.unsent_text, self.unsent_tokens = "", []
         return piece
@@ -245,7 +246,7 @@ class Host:
         answer.prompt, answer.in_thought = np.asarray(ids, np.int64), prompts.in_thought(ids)
         answer.streamed, answer.priority = message.streamed, message.priority
         answer.seconds = message.deadline_ms / 1000 if message.deadline_ms else None
-        answer.begin(prompts.echoed(message.prompt) if message.echo else "", prompts.texts)
+        answer.begin(prompts.echoed(message.prompt) if message.echo else "", prompts)
 
         def tell(event: Event) -> None:
             self._events.append((answer, event))
@@ -269,10 +270,14 @@ class Host:
         while self._events:
             answer, event = self._events.popleft()
             latest[answer] = event
-            self._try(answer, answer.add, event)
+            self._try(answer, self._add, answer, event)
             answer.observe(event, self._metrics)
         for answer, event in latest.items():
             self._tell(answer, event)
+
+    def _add(self, answer: OpenRequest, event: Event) -> None:
+        if answer.add(event) and answer.text:
+            self._service.stop(answer, answer.text.used)
 
     def _tell(self, answer: OpenRequest, event: Event) -> None:
         """Send what is due of an answer, or let it wait until its client has read."""

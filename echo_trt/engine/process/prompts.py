@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.process.wire import ChatPrompt, ModelInfo, PromptInput, ThinkTokens
+from echo_trt.engine.text import AnswerText
 from echo_trt.errors import TooLong, UserError
 from echo_trt.grammar.state import AT_END
 from echo_trt.models.chat import ChatEncoder
@@ -51,6 +53,10 @@ class PromptReader:
         if not self._marks:
             return None
         return next((token for token in reversed(ids[-AT_END:]) if token in self._marks), None) == self._marks[0]
+
+    def answer_text(self, params: SamplingParams) -> AnswerText:
+        """Begin an answer's text."""
+        return AnswerText(self._tokenizer.backend_tokenizer, params)
 
     def text(self, tokens: list[int]) -> str:
         """Return the text of tokens. Raises UserError."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,6 +57,7 @@ class ServiceRequest(Request):
     failed_together, failed_at               the same beside others, without progress; its tokens at the latest of these
     expected                                 what was forecast when it came
     emitted                                  time.monotonic() of its latest tokens; None: there are none
+    reported                                 tokens that events have told
     """
 
     id: int = -1  # the service's, by arrival
@@ -72,6 +73,7 @@ class ServiceRequest(Request):
     failed_at: int = 0
     expected: ExpectedLatency = ExpectedLatency()
     emitted: float | None = None
+    reported: int = 0
     request_id: str = ""
 
     @property
@@ -87,6 +89,14 @@ class ServiceRequest(Request):
     def probe(self) -> bool:
         """Whether it only asks if the engine works."""
         return self.priority == FIRST and self.params.max_tokens == 1
+
+    def take(self, tokens: Sequence[int] = ()) -> Event:
+        """Return the event of new tokens."""
+        begin, self.reported = self.reported, self.reported + len(tokens)
+        event = Event(token_ids=tokens)
+        if self.params.entries:
+            event.logprobs, event.sources = self.logprobs[begin : self.reported], self.sources[begin : self.reported]
+        return event
 
     def __lt__(self, other: ServiceRequest) -> bool:
         return self._order < other._order

@@ -48,8 +48,10 @@ class Service:
         self._open: dict[Request, ServiceRequest] = {}
         self._probes: dict[Request, ServiceRequest] = {}  # open jobs that only ask if the engine works
         self._pending = FairQueue(self.loop.batch.count)
-        # Jobs that end before the next iteration, with reasons and messages.
+        # Jobs that end before the next iteration, with reasons and messages, and what is left of each that a stop
+        # string has ended.
         self._ending: list[tuple[ServiceRequest, str, str]] = []
+        self._stopped: dict[ServiceRequest, int] = {}
         self._draining = self._closed = self._dead = False
 
         # The engine thread's own.
@@ -60,7 +62,6 @@ class Service:
         self._engine_failures = 0
         # Tokens to tell, and when the engine had them
         self._due: deque[tuple[ServiceRequest, Sequence[int], float]] = deque()
-        self._broken: dict[ServiceRequest, str] = {}  # jobs whose text cannot be made, and why; to be ended
         self._overlaps = self.loop.target.overlap(self._report_due)
 
         self._epoch = count()
@@ -92,6 +93,7 @@ class Service:
         grammar = self.llm.grammars.to_compile(params.structured) if params.structured is not None else None
         self.llm.prepare(job, compiled=grammar is None)
         self.loop.scheduler.check(job)
+        job.reported = len(job.generated)
         job.deadline = None if job.seconds is None else job.submitted + job.seconds
         with self._changed:
             if self._draining:
@@ -159,6 +161,17 @@ class Service:
         with self._changed:
             if job in self._open:
                 self._ending.append((job, "cancelled", ""))
+                self._changed.notify_all()
+
+    def stop(self, job: ServiceRequest, tokens: int) -> None:
+        """End a job before the next iteration, since its first ``tokens`` have completed a stop string.
+
+        Whoever makes its text sees that. What was emitted behind them was never said.
+        """
+        with self._changed:
+            if job in self._open:
+                self._stopped[job] = tokens
+                self._ending.append((job, "stop", ""))
                 self._changed.notify_all()
 
     def _have_grammar(self, job: ServiceRequest, failure: str) -> None:
@@ -274,7 +287,6 @@ class Service:
             self._recover(error)
             return
         self._report_due()
-        self._end_broken()
         now = time.monotonic()
         jobs = [(job, len(tokens)) for request, tokens in emitted if (job := self._open.get(request))]
         paces = [(bool(job.latency.tpot), now - job.emitted, n) if job.emitted else (False, 0.0, 0) for job, n in jobs]
@@ -291,19 +303,15 @@ class Service:
             self._requeue([cleared])
 
     def _hand_over(self, emitted: Emitted, now: float) -> None:
-        """Report an iteration's tokens now, or during the next pass, where reporting takes no extra time.
-
-        A stop string may end a request, which cannot be done during a pass, so tokens of such requests do not wait.
-        """
+        """Report an iteration's tokens now, or during the next pass, where reporting takes no extra time."""
         many = len(emitted) >= MANY
         waits = self._overlaps and self.loop.scheduler.busy and self._isolation.on_trial is None and many
         for request, tokens in emitted:
             if (job := self._open.get(request)) is None:
                 continue
             self._due.append((job, tokens, now))
-            if not waits or request.params.stop:
+            if not waits:
                 self._report(*self._due.pop())
-        self._end_broken()
 
     def _report_due(self) -> None:
         while self._due:
@@ -311,28 +319,16 @@ class Service:
 
     def _report(self, job: ServiceRequest, tokens: Sequence[int], when: float) -> None:
         """Tell a request's new tokens, and its end where they bring it."""
-        job.first_token = job.first_token or when
-        try:
-            event = job.take(self.loop.scheduler.cancel, tokens)
-        except Exception as error:  # one request's text is no other's trouble
-            log.exception("a request cannot be put into text", extra=job.named)
-            self._broken[job] = f"its tokens could not be put into text ({described(error)})."
-            return
+        job.first_token, event = job.first_token or when, job.take(tokens)
         event.time = when
         if job.finish_reason:
             self._close_job(job, event, job.finish_reason, job.failure)
         elif event.token_ids:
             self._send(job, event)
 
-    def _end_broken(self) -> None:
-        while self._broken:
-            self._end(next(iter(self._broken)), "failed")
-
     def _end(self, job: ServiceRequest, reason: str, message: str = "") -> None:
         """End a job between two iterations, wherever it is; its KV blocks are free at once."""
         self._report_due()
-        if job in self._broken:
-            reason, message = "failed", self._broken.pop(job)
         if job not in self._open:
             return
         self.loop.scheduler.cancel(job)
@@ -340,17 +336,12 @@ class Service:
             self._pending.remove(job)
             self._grammars.remove(job)
         self._isolation.dismiss(job)
-        job.finish_reason, event = reason, Event(time=time.monotonic())
-        if reason != "failed":
-            try:
-                event = job.take(self.loop.scheduler.cancel, [])  # what was held back
-                event.time = time.monotonic()
-            except Exception:  # as in _report
-                log.exception("what a request held back cannot be put into text", extra=job.named)
-        self._close_job(job, event, reason, message)
+        job.finish_reason = reason
+        self._close_job(job, Event(time=time.monotonic()), reason, message)
 
     def _close_job(self, job: ServiceRequest, event: Event, reason: str, message: str = "") -> None:
         event.reason, event.message, event.prompt_tokens = reason, message, len(job.prompt)
+        job.reported = min(job.reported, self._stopped.pop(job, job.reported))
         event.cached_tokens, event.completion_tokens = job.cached_tokens or 0, job.reported
         event.verifications, event.drafted, event.accepted = job.verifications, job.drafted, job.accepted
         event.queue_seconds = job.taken and job.taken - job.submitted
@@ -397,11 +388,10 @@ class Service:
         self.loop.scheduler.preempt_all()
         self.loop.batch.forget_cached()  # nobody knows what the engine has left in its pool
         self._due.clear()  # those tokens are among the untold ones
-        for job in (job for job in inside if job not in self._broken):
+        for job in inside:
             unreported = job.generated[job.reported :]  # the iteration may have failed after it had its tokens
             if unreported or job.finish_reason:
                 self._report(job, unreported, time.monotonic())
-        self._end_broken()
         unended = [job for job in running if job in self._open]
         alone = len(running) == 1
         if faulty := self._isolation.engine_failed(unended, alone):

@@ -16,15 +16,3 @@ def passes(gates: Mapping[int, float], depth: int, confidence: np.ndarray) -> np
     confidence  float [A], conf(i, d) = exp(max_j S(i, d, j)), the best path probability of a request's level d
     """
     return confidence > gates.get(depth, OPEN)
-
-
-def fixed(gates: Mapping[int, float], threshold: float) -> dict[int, float]:
-    """Replace the thresholds by a common one: the paper's ablation "fixed"."""
-    return dict.fromkeys(gates, threshold)
-
-
-def dense(gates: Mapping[int, float], max_depth: int) -> dict[int, float]:
-    """Give every depth a gate, on straight lines between the sparse ones: the paper's ablation "dense"."""
-    known = sorted(gates)
-    depths = range(1, max_depth + 1)
-    return dict(zip(depths, np.interp(depths, known, [gates[d] for d in known]).tolist(), strict=True)) if known else {}

@@ -13,7 +13,7 @@ from echo_trt.speculation.planner import Explanation, Plan, Planner, StepContext
 
 
 class EchoPlanner(Planner):
-    """ECHO (``echo``), its ablations ``dense`` and ``fixed``, and the baseline ``static``: no gates, no shared budget.
+    """ECHO (``echo``), and the baseline ``static``: no gates, no shared budget.
 
     Thresholds and budget are calibrated beforehand, so that it learns nothing while it runs.
     """

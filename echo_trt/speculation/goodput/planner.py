@@ -86,9 +86,7 @@ class GoodputPlanner:
         """
         self.name, self.settings, self.budget = name, settings, budget
         self._alone = settings.as_chain() if chain_alone else settings
-        self.ngrams, self.copier = (ngrams, copier) if settings.free_candidates else (None, None)
-        self.grammars = grammars if settings.free_candidates else None
-        self._head = head
+        self.ngrams, self.copier, self.grammars, self._head = ngrams, copier, grammars, head
         self.costs, self.acceptance = costs, acceptance  # which the learner corrects in place
         self.learner = Learner(costs, acceptance, slots, settings.tuning, block)
         self.ladder = Ladder(settings.tuning, acceptance.calibrated)

@@ -81,13 +81,12 @@ class GoodputTuning:
 class GoodputSettings:
     """How far a search may go; within these bounds it weighs costs against acceptance.
 
-    max_depth        draft levels below the root
-    beams            nodes of a level and request that are expanded
-    width            children scored under each expanded node
-    per_request      K_i, the most tokens verified of one request
-    one_path         whether a request's draft is a chain, however many sources propose tokens
-    free_candidates  whether copied text and n-grams join the head's candidates
-    tuning           the tuned values
+    max_depth    draft levels below the root
+    beams        nodes of a level and request that are expanded
+    width        children scored under each expanded node
+    per_request  K_i, the most tokens verified of one request
+    one_path     whether a request's draft is a chain, however many sources propose tokens
+    tuning       the tuned values
     """
 
     max_depth: int
@@ -95,7 +94,6 @@ class GoodputSettings:
     width: int
     per_request: int
     one_path: bool = False
-    free_candidates: bool = True
     tuning: GoodputTuning = field(default_factory=GoodputTuning)
 
     def level_beams(self, requests: int) -> int:

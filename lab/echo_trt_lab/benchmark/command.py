@@ -211,8 +211,8 @@ def _check(job: BenchOptions, sets: dict[str, list[Prompt]]) -> None:
         raise UserError(f"--budget is {job.budget}; give 1 or more.")
     if job.budget and not any(POLICIES[policy].shares_budget for policy in job.policies):
         raise UserError(
-            f"--budget is {job.budget}, but none of {', '.join(job.policies)} shares one; add echo, dense or fixed to "
-            "--policies, or leave it out."
+            f"--budget is {job.budget}, but none of {', '.join(job.policies)} shares one; add echo to --policies, "
+            "or leave it out."
         )
     if not job.batches or min(job.batches) < 1 or max(job.batches) > MAX_AT_ONCE:
         raise UserError(f"--batch is {','.join(map(str, job.batches))}; give whole numbers from 1 to {MAX_AT_ONCE}.")

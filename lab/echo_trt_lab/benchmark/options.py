@@ -48,9 +48,7 @@ class BenchOptions:
         int, Parameter(help="Requests of a run, at least; two per slot.", validator=bounds(2, 1_000_000))
     ] = 32
     each_file: Annotated[Flag, Parameter(help="Also run each prompts file by itself.")] = False
-    budget: Annotated[
-        int | None, Parameter(help="K_max of echo, dense, fixed. Default: the recipe's, else measured.")
-    ] = None
+    budget: Annotated[int | None, Parameter(help="K_max of echo. Default: the recipe's, else measured.")] = None
     peers: Annotated[
         tuple[str, ...],
         WORDS,

@@ -143,8 +143,7 @@ def settings_for(
         "per_request": Decoding().per_request,
         "budget": _budget(job, machine),
         "gates": calibration.sparse_gates,
-        "dense_gates": {g.depth: g.threshold for g in calibration.gates},
-        "fixed_threshold": calibration.fixed_threshold,
+        "calibration": calibration,
         "static": {"depth": depth, "top_k": top_k, "tokens": nodes},
     }
 

@@ -37,8 +37,6 @@ class SimulateOptions:
     policies: Annotated[tuple[str, ...], WORDS, Parameter(help="By commas; oracle knows what will be accepted.")] = (
         "goodput",
         "echo",
-        "dense",
-        "fixed",
         "static",
         "oracle",
     )

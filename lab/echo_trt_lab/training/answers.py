@@ -14,6 +14,7 @@ import torch
 from echo_trt.backends.openvino.engine import OpenVINOEngine
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.engine.batch import InputBatch
+from echo_trt.engine.drafters.eagle3 import Drafter
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.errors import UserError
@@ -25,7 +26,7 @@ from echo_trt_lab.training.corpus import write_shard
 GREEDY_OF_FIVE = 3  # three answers of five are greedy, as at serving; two are drawn, for variety
 
 
-class Recorder:
+class Recorder(Drafter):
     """A drafter that drafts nothing and keeps what a head is trained on: features and normed last state, by pool row.
 
     ``finished`` are (tokens int32 [L], prompt length, known uint16 [L, 4H] as bfloat16) of requests that have left.

@@ -29,7 +29,7 @@ from echo_trt.speculation.planner import Planner
 CONTEXT, BLOCKS, BATCH = 480, 24, 4  # blocks for one request of full length, and little more
 SERVICE_S = 1.5  # that clients of a round submit for; larger: fewer rounds
 TOLERANCE = 1e-3  # of log-probabilities, which another batch rounds differently
-POLICIES, GOODPUT = ("autoregressive", "static", "dense", "fixed", "echo"), ("goodput", "goodput-exact", "goodput-head")
+POLICIES, GOODPUT = ("autoregressive", "static", "echo"), ("goodput", "goodput-exact")
 MACHINES = (machine(1e-6), machine(0.2))  # on which speculation pays, always or seldom
 PRECISIONS, HYBRIDS = ("fp32", "bf16", "int8", "int4"), ("mtp",)
 PROMISED = ("close", "dspark", *HYBRIDS, *FAMILY_PAIRS)
@@ -125,6 +125,7 @@ def of_loop(draw: random.Random, pair: Pair) -> None:
         loop.drafter = Foresight(loop.batch, [prompt + want.token_ids for prompt, _, want in cases])
     requests = [llm.request(i, prompt, params) for i, (prompt, params, _) in enumerate(cases)]
     reported, waiting = dict.fromkeys(requests, ""), requests.copy()
+    texts = {request: llm.text_of(request) for request in requests}
     while waiting or loop.scheduler.busy:
         if waiting and (not loop.scheduler.busy or draw.random() < 0.4):
             loop.scheduler.add(waiting.pop())
@@ -138,10 +139,10 @@ def of_loop(draw: random.Random, pair: Pair) -> None:
             chosen.finish_reason = chosen.finish_reason or "cancelled"
             loop.scheduler.cancel(chosen)
         for request, tokens in loop.step():
-            reported[request] += request.take(loop.scheduler.cancel, tokens).text
+            reported[request] += texts[request].follow(request, tokens, loop.scheduler.cancel)[0]
     assert_all_free(loop)
     for request, (prompt, params, want) in zip(requests, cases, strict=True):
-        got = request.completion()
+        got = texts[request].completion(request)
         pair.counts[f"loop: {got.finish_reason}"] += 1
         found = differing(got, want) + ["stream"] * (reported[request] != want.text)
         if got.finish_reason == "cancelled":

@@ -10,9 +10,10 @@ import numpy as np
 
 from echo_trt.backends.base import Engine
 from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.process.pending import Pending
 from echo_trt.engine.request import Event
-from echo_trt.engine.service.job import ServiceRequest
 from echo_trt.engine.service.service import Service
+from echo_trt.engine.text import AnswerText
 from echo_trt.speculation.pack import ForwardBatch
 
 LONG = SamplingParams(100, ignore_eos=True)
@@ -24,6 +25,7 @@ class Listener:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.answer: Pending | None = None
         self.first, self.done = threading.Event(), threading.Event()
 
     def __call__(self, event: Event) -> None:
@@ -41,7 +43,7 @@ class Listener:
     @property
     def text(self) -> str:
         assert self.end
-        return "".join(event.text for event in self.events)
+        return self.answer.unsent_text
 
     @property
     def token_ids(self) -> list[int]:
@@ -126,8 +128,16 @@ class Steered(Engine):
 
 def submit(
     service: Service, prompt: list[int], params: SamplingParams = LONG, tell: Callable | None = None, **more
-) -> tuple[ServiceRequest, Listener]:
-    listener = Listener()
-    job = ServiceRequest(prompt=np.array(prompt, np.int64), params=params, on_event=tell or listener, **more)
+) -> tuple[Pending, Listener]:
+    """Ask as a host does that makes the text."""
+    listener, job = Listener(), Pending(prompt=np.array(prompt, np.int64), params=params, **more)
+    listener.answer, job.text = job, AnswerText(service.llm.tokenizer.backend_tokenizer, params, job.generated)
+
+    def told(event: Event) -> None:
+        if job.add(event):
+            service.stop(job, job.text.used)
+        listener(event)
+
+    job.on_event = tell or told
     service.submit(job)
     return job, listener

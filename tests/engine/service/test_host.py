@@ -135,15 +135,16 @@ def test_parameters_are_checked_by_whoever_decodes_them(written, field, word, pa
     assert (failure.id, failure.kind, failure.field, word in failure.message) == (7, "invalid", field, True), failure
 
 
-def test_an_answer_that_cannot_be_sent_fails_alone(path, monkeypatch):
-    real = host.OpenRequest.piece
+@pytest.mark.parametrize("part", ["add", "piece"])
+def test_an_answer_that_cannot_be_made_or_sent_fails_alone(part, path, monkeypatch):
+    real = getattr(host.OpenRequest, part)
 
-    def piece(self, event):
+    def faulty(self, event):
         if self.question == 13:
             raise RuntimeError("a faulty part")
         return real(self, event)
 
-    monkeypatch.setattr(host.OpenRequest, "piece", piece)
+    monkeypatch.setattr(host.OpenRequest, part, faulty)
     found: dict[int, wire.FromEngine | None] = {}
 
     def send(id: int) -> None:
@@ -157,6 +158,27 @@ def test_an_answer_that_cannot_be_sent_fails_alone(path, monkeypatch):
     assert isinstance(found[13], wire.Failure)
     assert found[13].kind == "failed"
     assert [len(found[id].token_ids) for id in (12, 14)] == [30, 30]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_stop_string_ends_an_answer_where_it_begins(path, service, streamed):
+    """The host finds it, maybe tokens behind, and the engine hears of it."""
+    whole = ask(path, request(max_tokens=60)).text
+    stop, before = whole[20:23], service.statistics().ended.get("stop", 0)
+    expected = whole[: whole.index(stop)]
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(path)
+        question = request(5, max_tokens=60, stop=(stop,), logprobs=1)
+        question.streamed = streamed
+        client.sendall(wire.framed(question))
+        pieces = [*received(client, 1)]
+    assert "".join(piece.text for piece in pieces) == expected
+    last = pieces[-1]
+    assert (last.finish_reason, last.stop_string) == ("stop", stop)
+    assert last.completion_tokens == sum(len(piece.token_ids) for piece in pieces) < 60
+    assert b"".join(entry.token for piece in pieces for entry in piece.logprobs).decode(errors="replace") in whole
+    wait_until(lambda: service.statistics().ended.get("stop", 0) == before + 1)
 
 
 def test_few_clients_get_snapshots_and_a_cancelled_one_leaves_room(path):

@@ -141,7 +141,7 @@ def test_side_by_side_each_emits_what_it_does_alone_in_blocks_of_its_own(open_ll
     alone.run()
     assert not alone.busy
     monkeypatch.setattr("echo_trt_lab.benchmark.closed_loop.SLICE", 0.0)  # turns of one iteration
-    loops, held = side_by_side(llm, ("static", "autoregressive", "dense"), budget=6), []
+    loops, held = side_by_side(llm, ("static", "autoregressive", "echo"), budget=6), []
     runs = [ClosedLoop(loop, prompts, 2, 20) for loop in loops]
     for run in runs:
         for _ in range(3):

@@ -1,7 +1,6 @@
 """Where each policy stops, by its settings; who gets what the stopped ones leave: test_pivot.py."""
 
 import numpy as np
-import pytest
 from seeded_draft import SteadyDraft
 
 from echo_trt.speculation.echo import gates
@@ -17,7 +16,6 @@ SETTINGS = {
     "beams": 2,
     "width": 4,
     "gates": {2: 0.5, 4: 0.3},
-    "fixed_threshold": 0.45,
     "static": {"depth": 3, "top_k": 2, "tokens": 5},
 }
 
@@ -39,23 +37,6 @@ def reach_of(draft: SteadyDraft, settings: EchoSettings) -> list[int]:
 
 def test_confidence_equal_to_the_threshold_stops():
     assert gates.passes({2: 0.25}, 2, np.array([0.25, np.nextafter(0.25, 1)])).tolist() == [False, True]
-
-
-def test_fixed_has_one_threshold_at_the_same_depths():
-    settings = echo_settings("fixed", SETTINGS)
-    assert settings.gates == {2: 0.45, 4: 0.45}
-    assert reach_of(steady(0.67, 0.68, 0.82), settings) == [1, 3, 6]
-
-
-def test_dense_looks_at_every_depth():
-    settings = echo_settings("dense", SETTINGS)
-    assert settings.gates == pytest.approx({1: 0.5, 2: 0.5, 3: 0.4, 4: 0.3, 5: 0.3, 6: 0.3})
-    # Each stops at the first depth d where best^d is not above that depth's threshold.
-    assert reach_of(steady(0.49, 0.70, 0.72, 0.77, 0.83), settings) == [0, 1, 2, 4, 6]
-
-
-def test_dense_without_sparse_gates_has_none():
-    assert echo_settings("dense", SETTINGS | {"gates": {}}).gates == {}
 
 
 def test_static_has_no_gates_and_its_own_shape():

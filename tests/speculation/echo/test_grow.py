@@ -12,7 +12,7 @@ from echo_trt.speculation.echo.settings import EchoSettings
 from echo_trt.speculation.policies import echo_settings
 from echo_trt.speculation.super_tree import SuperTree
 
-PAPER = ("static", "dense", "fixed", "echo")
+PAPER = ("static", "echo")
 AMPLE = 10**6
 Paths = dict[tuple[int, ...], np.float32]  # drafted tokens -> score
 
@@ -25,7 +25,6 @@ def settings_of(name: str, budget: int = 16, **changes) -> EchoSettings:
         "beams": 2,
         "width": 3,
         "gates": {1: 0.3, 3: 0.2},
-        "fixed_threshold": 0.4,
         "static": {"depth": 3, "top_k": 3, "tokens": 8},
     }
     return echo_settings(name, numbers | changes)
