@@ -64,7 +64,6 @@ class InputBatch:
         self.penalised = np.zeros(count, bool)  # whether a penalty looks at what was said
         self.adjusted = np.zeros(count, bool)  # whether anything comes between the target's logits and the choice
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
-        self.divisible = True  # whether several loops may have a part of the pool each
         self.block_table = np.zeros((count, blocks_for(context + reserve)), np.int32)
         self.blocks_held, self.num_blocks = ints(count), num_blocks
         self._free_count = self.num_blocks

@@ -184,7 +184,6 @@ class ModelKind(DraftKind):
         return decoder_config(raw, where)
 
     def load(self, source: DraftSource) -> tuple[Role, tuple[int, ...]]:
-        from echo_trt.models.hybrid_config import state_shapes
         from echo_trt.models.open_tokenizer import check_same_tokens, read_tokenizer
         from echo_trt.models.roles import DraftModule
         from echo_trt.models.weights import load_decoder
@@ -195,7 +194,7 @@ class ModelKind(DraftKind):
         check_same_tokens(source.tokenizer, read_tokenizer(checkpoint, folder), where)
         decoder = load_decoder(checkpoint, source.positions, source.dtype)
         size, maximum = decoder.config.vocab_size, source.target.config.vocab_size
-        if state_shapes(decoder.config):
+        if decoder.config.states.shapes:
             raise UserError(
                 f"{where} has delta-net layers, which no draft model may have; use draft.kind mtp or lookup."
             )
