@@ -10,8 +10,7 @@ from pathlib import Path
 import grimp
 from layers import HEAVY, LAYERS
 
-from echo_trt.bundle.recipe import ENGINES
-from echo_trt.files.extras import registered
+from echo_trt.files.extras import ENGINES, registered
 
 TESTS = Path(__file__).parent
 COLLECT = f"""

@@ -76,7 +76,7 @@ class OpenRequest(Pending):
     token_ids: list[int] = field(default_factory=list)
     token_logprobs: list[TokenLogprobs] = field(default_factory=list)
     token_sources: list[TokenSource] = field(default_factory=list)
-    told: bool = False  # the prompt's log-probabilities
+    reported_prompt: bool = False  # the prompt's log-probabilities
 
     def add(self, event: Event) -> None:
         self.token_ids += event.token_ids
@@ -87,14 +87,14 @@ class OpenRequest(Pending):
     def due(self) -> bool:
         """Whether tokens go out before the answer's end: as they come where the client may stop it."""
         details = bool(self.token_logprobs or self.token_sources)
-        most = 1 if self.streamed or self.params.stop else TOGETHER if details else INT32
-        return len(self.token_ids) >= most
+        maximum = 1 if self.streamed or self.params.stop else TOGETHER if details else INT32
+        return len(self.token_ids) >= maximum
 
     def tokens(self, event: Event) -> wire.Tokens:
         """Take out what has not been sent; ``event`` is the latest."""
         news = wire.Tokens(self.question, self.token_ids, self.token_logprobs, self.token_sources)
-        if self.params.prompt_logprobs is not None and not self.told:
-            news.prompt_logprobs, self.told = self.prompt_logprobs, True
+        if self.params.prompt_logprobs is not None and not self.reported_prompt:
+            news.prompt_logprobs, self.reported_prompt = self.prompt_logprobs, True
         if event.reason:
             news.finish_reason, news.cached_tokens = event.reason, event.cached_tokens
             news.drafted, news.accepted = list(event.drafted), list(event.accepted)
