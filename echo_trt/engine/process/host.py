@@ -23,7 +23,6 @@ from msgspec import structs
 from prometheus_client import generate_latest
 
 from echo_trt.engine.latency import LatencyClasses
-from echo_trt.engine.parameter import INT32
 from echo_trt.engine.params import TokenLogprobs, TokenSource
 from echo_trt.engine.process import wire
 from echo_trt.engine.process.pending import Pending, failure_of, refusal
@@ -40,7 +39,7 @@ SNAPSHOT, IDLE_SNAPSHOT = 0.2, 1.0  # seconds between two snapshots, and where n
 MAX_VIEWERS = 8  # clients that get snapshots; an API server is one of them, with all its viewers
 #: Bytes that wait for a client before pieces wait in their answers and are joined. Larger: more memory per client.
 FULL = 2**23
-TOGETHER = 64  # tokens with log-probabilities or sources that go out at once, where their client wants all at the end
+TOGETHER = 64  # tokens that go out at once where the client wants all at the end; larger: it makes longer texts at once
 
 
 @dataclass(eq=False)
@@ -86,9 +85,7 @@ class OpenRequest(Pending):
     @property
     def due(self) -> bool:
         """Whether tokens go out before the answer's end: as they come where the client may stop it."""
-        details = bool(self.token_logprobs or self.token_sources)
-        maximum = 1 if self.streamed or self.params.stop else TOGETHER if details else INT32
-        return len(self.token_ids) >= maximum
+        return len(self.token_ids) >= (1 if self.streamed or self.params.stop else TOGETHER)
 
     def tokens(self, event: Event) -> wire.Tokens:
         """Take out what has not been sent; ``event`` is the latest."""
