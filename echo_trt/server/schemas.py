@@ -59,7 +59,7 @@ def _check_best_of(best_of: Any, n: Any) -> None:
 Limit = Annotated[int, within("max_tokens")]
 Bias = Annotated[float, within("logit_bias")]
 Alternatives = Annotated[int, within("logprobs")]
-Stop = Annotated[str, within("stop")]
+StopString = Annotated[str, within("stop")]
 
 
 def _targets(latency: Any) -> Any:
@@ -140,7 +140,7 @@ class Params(Sampled):
         AfterValidator(_by_token),
         at_most(PARAMETERS["logit_bias"].entries, "tokens"),
     ] = Field({})
-    stop: Annotated[list[Stop], at_most(STOP_STRINGS, "strings")] = Field([])
+    stop: Annotated[list[StopString], at_most(STOP_STRINGS, "strings")] = Field([])
     stop_token_ids: Annotated[list[Annotated[int, within("stop_token_ids")]], at_most(MAX_STOP_TOKENS, "token ids")] = (
         Field([])
     )

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echo_trt.bundle.manifest import CONFIDENCE, BlockFacts, Manifest
-from echo_trt.bundle.recipe import DRAFTS, Recipe
+from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError
-from echo_trt.files.extras import extra, registered
+from echo_trt.files.extras import DRAFTS, extra, registered
 from echo_trt.speculation.policies import reserve_for
 
 if TYPE_CHECKING:

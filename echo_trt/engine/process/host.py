@@ -23,7 +23,6 @@ from msgspec import structs
 from prometheus_client import generate_latest
 
 from echo_trt.engine.latency import LatencyClasses
-from echo_trt.engine.parameter import INT32
 from echo_trt.engine.params import TokenLogprobs, TokenSource
 from echo_trt.engine.process import wire
 from echo_trt.engine.process.pending import Pending, failure_of, refusal
@@ -40,7 +39,7 @@ SNAPSHOT, IDLE_SNAPSHOT = 0.2, 1.0  # seconds between two snapshots, and where n
 MAX_VIEWERS = 8  # clients that get snapshots; an API server is one of them, with all its viewers
 #: Bytes that wait for a client before pieces wait in their answers and are joined. Larger: more memory per client.
 FULL = 2**23
-TOGETHER = 64  # tokens with log-probabilities or sources that go out at once, where their client wants all at the end
+TOGETHER = 64  # tokens that go out at once where the client wants all at the end; larger: it makes longer texts at once
 
 
 @dataclass(eq=False)
@@ -76,7 +75,7 @@ class OpenRequest(Pending):
     token_ids: list[int] = field(default_factory=list)
     token_logprobs: list[TokenLogprobs] = field(default_factory=list)
     token_sources: list[TokenSource] = field(default_factory=list)
-    told: bool = False  # the prompt's log-probabilities
+    reported_prompt: bool = False  # the prompt's log-probabilities
 
     def add(self, event: Event) -> None:
         self.token_ids += event.token_ids
@@ -86,15 +85,13 @@ class OpenRequest(Pending):
     @property
     def due(self) -> bool:
         """Whether tokens go out before the answer's end: as they come where the client may stop it."""
-        details = bool(self.token_logprobs or self.token_sources)
-        most = 1 if self.streamed or self.params.stop else TOGETHER if details else INT32
-        return len(self.token_ids) >= most
+        return len(self.token_ids) >= (1 if self.streamed or self.params.stop else TOGETHER)
 
     def tokens(self, event: Event) -> wire.Tokens:
         """Take out what has not been sent; ``event`` is the latest."""
         news = wire.Tokens(self.question, self.token_ids, self.token_logprobs, self.token_sources)
-        if self.params.prompt_logprobs is not None and not self.told:
-            news.prompt_logprobs, self.told = self.prompt_logprobs, True
+        if self.params.prompt_logprobs is not None and not self.reported_prompt:
+            news.prompt_logprobs, self.reported_prompt = self.prompt_logprobs, True
         if event.reason:
             news.finish_reason, news.cached_tokens = event.reason, event.cached_tokens
             news.drafted, news.accepted = list(event.drafted), list(event.accepted)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +14,6 @@ if TYPE_CHECKING:
     from echo_trt.models.token_texts import TokenTexts
 
 _LOWEST = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cannot write
-#: A prompt's tokens whose entries are made before Python's lock is let go of; larger: the engine's thread, which asks
-#: for it several times per iteration, waits longer.
-TOGETHER = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +58,6 @@ class OutgoingLogprobs:
         """
         offsets = prompt_offsets(prompt, self._texts, self._echoed)
         for position, (token, offset) in enumerate(zip(prompt, offsets, strict=True)):
-            if position % TOGETHER == 0:
-                time.sleep(0.0001)
             if 1 <= position <= len(logprobs):
                 self._add(token, logprobs[position - 1].logprob, logprobs[position - 1].top, offset)
             else:
