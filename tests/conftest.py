@@ -171,7 +171,7 @@ def open_llm(bundle_of, networks) -> Callable[..., LLM]:
 @pytest.fixture
 def installed(tmp_path, monkeypatch) -> Iterator[Callable[[str, str, str], Path]]:
     """Install a package of one module: its name, its code, and its entry points."""
-    from echo_trt.files.extras import extra, registered
+    from echo_trt.files import extras
 
     modules = sys.modules.copy()
 
@@ -182,11 +182,11 @@ def installed(tmp_path, monkeypatch) -> Iterator[Callable[[str, str, str], Path]
         (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         (facts / "entry_points.txt").write_text(entry_points)
         monkeypatch.syspath_prepend(tmp_path / "site")
-        registered.cache_clear()
+        extras._entry_points.cache_clear()
         return tmp_path / "site"
 
     yield install
-    for each in (registered, extra):
+    for each in (extras._entry_points, extras.extra):
         each.cache_clear()
     for name in sys.modules.keys() - modules.keys():
         if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == tmp_path / "site":
