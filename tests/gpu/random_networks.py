@@ -7,11 +7,11 @@ from dataclasses import fields, replace
 import torch
 from torch import nn
 
+from echo_trt.engine.drafters.kind import HEAD_VOCABULARY
 from echo_trt.models.config import DecoderConfig, Eagle3Config, NetworkConfig
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.layers import Rotary
-from echo_trt.sizing.shapes import HEAD_VOCABULARY
 
 #: Qwen3-8B's config.json
 QWEN3_8B = DecoderConfig(
