@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from echo_trt.bundle.recipe import DRAFTS, ENGINES, EngineName, Precision, Recipe, Sampling
+from echo_trt.bundle.recipe import EngineName, Precision, Recipe, Sampling
 from echo_trt.errors import UserError, first_mistake, shown
-from echo_trt.files.extras import extra, registered
+from echo_trt.files.extras import DRAFTS, ENGINES, extra, registered
 from echo_trt.files.inputs import read_text
 
 FORMAT = 2

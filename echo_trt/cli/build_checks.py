@@ -41,7 +41,8 @@ def check_states(recipe: Recipe, config: DecoderConfig, kind: EngineKind) -> Non
         return
     if not kind.states:
         raise UserError(
-            f"engine is {recipe.engine}, but a target with delta-net layers runs on {_names('states')} alone; use that."
+            f"engine is {recipe.engine}, but a target with delta-net layers runs on {_names('states')} alone; use "
+            "one of these."
         )
     if recipe.precision not in ("fp32", "bf16", "fp16"):
         raise UserError(

@@ -18,7 +18,7 @@ SAMPLING = np.dtype([(name, _TYPES[known.kind]) for name, known in SINGLE.items(
 LEAST_SHARED = 8  # tokens of a chunk that two prompts may share; less: what is left may be one token, for ever
 NEVER = 2**62  # larger than ``added`` of any cache: the slot never searches the cache again
 
-Tokens = TypeVar("Tokens", int, np.ndarray)
+Amount = TypeVar("Amount", int, np.ndarray)
 
 
 class InputBatch:
@@ -246,9 +246,9 @@ class InputBatch:
         return _append(self.tokens, self.length, self.limit, self.stop_tokens, slots, counts, tokens)
 
 
-def blocks_for(tokens: Tokens) -> Tokens:
+def blocks_for(tokens: Amount) -> Amount:
     """Return the blocks that hold ``tokens``; an int or an array."""
-    blocks: Tokens = -(-tokens // BLOCK)
+    blocks: Amount = -(-tokens // BLOCK)
     return blocks
 
 
