@@ -4,12 +4,14 @@
 
 Sampling parameters (``echo_trt/engine/params.py``) are the inputs of model_repo/echo/config.pbtxt, and tables of
 docs/triton-api.md, docs/request-fields.md and docs/python-api.md; families (``echo_trt/models/families``) are the table
-of docs/models.md; metrics, errors of the API server and environment variables have pages of their own.
+of docs/models.md; metrics, errors of the API server and environment variables have pages of their own. Sources of
+tokens (``echo_trt/speculation/sources.py``) are shown on the live page and told in docs/openai-api.md.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -32,8 +34,10 @@ from echo_trt.models.families.family import Family
 from echo_trt.models.hybrid_config import HybridConfig
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.schemas import ChatRequest, CompletionRequest
+from echo_trt.speculation.sources import DRAFT_SOURCES, TARGET
 
 ROOT = Path(__file__).parents[1]
+ALL_SOURCES = TARGET, *DRAFT_SOURCES
 
 
 def table(*rows: Iterable[str]) -> str:
@@ -226,6 +230,32 @@ def variables_table(title: str) -> str:
     return table(("variable", "sets", "default"), *((*row, "")[:3] for row in rows))
 
 
+def page_sources() -> str:
+    fields = ("name", "label", "about")
+    rows = (", ".join(f"{field}: {json.dumps(getattr(source, field))}" for field in fields) for source in ALL_SOURCES)
+    return "".join(f"  {{ {row} }},\n" for row in rows)
+
+
+def page_colours(theme: int, indent: str) -> str:
+    return "".join(f"{indent}--{source.name}: {source.texts[theme]};\n" for source in DRAFT_SOURCES)
+
+
+def page_lines() -> str:
+    thick = {each.name: f" border-bottom-width: {each.thickness}px;" * bool(each.thickness) for each in DRAFT_SOURCES}
+    return "".join(
+        f".s-{each.name} {{ --ink: var(--{each.name}); border-bottom-style: {each.line};{thick[each.name]} }}\n"
+        for each in DRAFT_SOURCES
+    )
+
+
+def sources_table() -> str:
+    return table(("`source`", "proposer of the token"), *((f"`{each.name}`", each.about) for each in ALL_SOURCES))
+
+
+def source_numbers() -> str:
+    return ", ".join(f"{number} {source.name}" for number, source in enumerate(DRAFT_SOURCES))
+
+
 def section(title: str) -> str:
     """Return the pattern of the table below a heading."""
     return rf"(^## {re.escape(title)}\n(?:(?!\n##|\n\|).)*\n)\|(?:[^\n]*\n\|)*[^\n]*\n()"
@@ -243,6 +273,14 @@ WRITTEN: dict[str, list[tuple[str, Callable[[], str]]]] = {
     "docs/metrics.md": [
         (section("The engine's"), engine_metrics),
         (section("The API server's"), server_metrics),
+    ],
+    "docs/openai-api.md": [(r"(^)\| `source` \|(?:[^\n]*\n\|)*[^\n]*\n()", sources_table)],
+    "docs/live-page.md": [(r"(^\| `source` \| )[^;\n]*(; 0 at the root)", source_numbers)],
+    "echo_trt/server/page/dom.js": [(r"(^export const SOURCES = \[\n)(?:  \{[^\n]*\n)*(\];)", page_sources)],
+    "echo_trt/server/page/style.css": [
+        (r"(^)  --head: [^\n]*\n(?:  --\w+: #\w+;\n)*?(  --bar-root)", partial(page_colours, 0, "  ")),
+        (r"(^)    --head: [^\n]*\n(?:    --\w+: #\w+;\n)*?(    --bar-root)", partial(page_colours, 1, "    ")),
+        (r"(^)(?:\.s-(?!target)\w+ [^\n]*\n)+()", page_lines),
     ],
     "docs/metric-names.md": [(section("Names of other servers"), aliases_table)],
     "docs/errors.md": [(section("The API server's answers"), errors_table)],

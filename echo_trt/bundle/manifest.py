@@ -75,11 +75,6 @@ class NetworkFacts(_Facts):
         """Values that one cached token takes, of one rank where the network is divided."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of a request's states."""
-        return 4 * self.state_values
-
 
 class SelfCheck(_Facts):
     """Compares a compiled engine with the PyTorch reference, on a prompt and on a tree: error over largest logit.

@@ -25,7 +25,7 @@ from echo_trt.engine.request import Request
 from echo_trt.engine.text.stream import AnswerText
 from echo_trt.engine.tuning import Tuning
 from echo_trt.errors import UserError, encodable, shown
-from echo_trt.files.extras import extras
+from echo_trt.files.extras import extra, registered
 from echo_trt.grammar.compiler import GrammarCompiler
 from echo_trt.grammar.state import ReasoningState, Vocabulary
 from echo_trt.models.chat import ChatEncoder
@@ -65,8 +65,8 @@ class LLM:
             raise UserError(f"budget is {budget}; give a whole number of 1 or more.")
         folder = Path(bundle)
         self.networks = load_networks(folder, batch, prefix_cache, kv_cache_memory)
-        for wrapped in extras("networks"):
-            self.networks = wrapped(self.networks, folder, note)
+        for name in registered("networks"):  # wrappers of engines
+            self.networks = extra("networks", name)(self.networks, folder, note)
         self.manifest = self.networks.manifest
         self.pool = self.networks.pool
         if self.pool.warning:

@@ -13,6 +13,7 @@ from echo_trt.engine.latency import checked as check_latency
 from echo_trt.engine.parameter import Parameter, parameter
 from echo_trt.errors import UserError
 from echo_trt.grammar.requested import RULE, checked
+from echo_trt.speculation.sources import SOURCES, TARGET
 
 #: Requests at most that run at once.
 MAX_AT_ONCE = 4096
@@ -237,9 +238,8 @@ class SamplingParams:
 PARAMETERS: dict[str, Parameter] = {entry.name: entry.metadata["parameter"] for entry in fields(SamplingParams)}
 #: Parameters of one number or switch; interfaces treat them alike.
 SINGLE: dict[str, Parameter] = {name: known for name, known in PARAMETERS.items() if known.single}
-#: Who can propose a token: nobody before the target; the draft network (a head, a block drafter or a small model); text
-#: copied from the request itself; both of these; the table of n-grams; a grammar, which allows nothing else.
-TOKEN_SOURCES = ("target", "head", "lookup", "both", "ngram", "grammar")
+#: Who can propose a token, nobody before the target first.
+TOKEN_SOURCES = (TARGET.name, *SOURCES)
 
 
 @dataclass(frozen=True)

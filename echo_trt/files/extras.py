@@ -36,8 +36,3 @@ def extra(command: str, name: str) -> Any:
     if entry := _entry_points(command).get(name):
         return entry.load()
     raise UserError(f"{command} has no {name}, since an older version is installed; install echo-trt again.")
-
-
-def extras(what: str) -> list[Any]:
-    """Load all that installed packages add to ``what``, such as wrappers of a bundle's networks."""
-    return [entry.load() for entry in entry_points(group=f"echo_trt.{what}")]

@@ -51,12 +51,8 @@ class StateLayout:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
-    def values(self) -> int:
-        return sum(map(math.prod, self.shapes.values()))
-
-    @property
     def bytes(self) -> int:
-        return 4 * self.values
+        return 4 * sum(map(math.prod, self.shapes.values()))
 
 
 @dataclass(frozen=True, kw_only=True)

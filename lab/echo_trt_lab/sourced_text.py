@@ -9,18 +9,12 @@ from rich.style import Style
 from rich.text import Text
 
 from echo_trt.engine.params import Delta
+from echo_trt.speculation.sources import DRAFT_SOURCES, TARGET
 
 #: Source -> its name for readers, in the order of the legend.
-NAMES = {
-    "target": "the target itself",
-    "head": "draft network",
-    "lookup": "copied text",
-    "both": "network and copy",
-    "ngram": "n-grams",
-    "grammar": "grammar",
-}
+NAMES = {source.name: source.label for source in (TARGET, *DRAFT_SOURCES)}
 #: Source -> colour, in ``pictures.palette`` too. The target's own have none.
-COLOURS = {"head": "#2f7de1", "lookup": "#1a9a6c", "both": "#8b6fd6", "ngram": "#c2760c", "grammar": "#d1568f"}
+COLOURS = {source.name: source.colour for source in DRAFT_SOURCES}
 #: Nothing is told by colour alone.
 MARKS = {
     "head": Style(),
@@ -29,7 +23,7 @@ MARKS = {
     "ngram": Style(italic=True),
     "grammar": Style(bold=True),
 }
-STYLES = {"target": Style()} | {name: MARKS[name] + Style(color=colour) for name, colour in COLOURS.items()}
+STYLES = {"target": Style()} | {name: MARKS.get(name, Style()) + Style(color=c) for name, c in COLOURS.items()}
 
 #: Characters that would move a terminal's cursor, change its state or hide -> their pictures; lines stay lines.
 HARMLESS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}

@@ -133,8 +133,7 @@ def test_where_targets_weigh_tokens_the_size_is_a_priced_one():
     planner = server.planner
     planner.ladder = Fixed(20)
     assert len(plan_of(server, late).tree) == 8  # nobody was late of late
-    for _ in range(100):
-        planner.learner.history.priced(TUNING.max_price)
+    planner.learner.usual_price = TUNING.max_price
     assert plan_of(server, late).explanation.verification_size == 20
     assert len(plan_of(server, None).tree) == 8
 

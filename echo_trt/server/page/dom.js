@@ -49,11 +49,11 @@ export function cleared(canvas, height) {
 
 /** Who can propose a token: the server's name, ours, and the shape of a node. */
 export const SOURCES = [
-  { name: "target", label: "target itself", about: "the target's own next token" },
-  { name: "head", label: "draft", about: "the draft network" },
-  { name: "lookup", label: "copied text", about: "copied from the prompt or the answer" },
-  { name: "both", label: "draft and copy", about: "the draft network and the copied text agree" },
-  { name: "ngram", label: "n-gram", about: "the table of n-grams" },
-  { name: "grammar", label: "grammar", about: "nothing else is allowed here" },
+  { name: "target", label: "target itself", about: "none: the target's own next token, one per verification" },
+  { name: "head", label: "draft", about: "the draft network: a head, block drafter or small model" },
+  { name: "lookup", label: "copied text", about: "prompt lookup: text copied from the prompt or the answer so far" },
+  { name: "both", label: "draft and copy", about: "the draft network and prompt lookup, which agree" },
+  { name: "ngram", label: "n-gram", about: "the table of the target's earlier answers" },
+  { name: "grammar", label: "grammar", about: "the grammar, where it allows a single token" },
 ];
 export const sourceOf = (name) => SOURCES.find((each) => each.name === name) || SOURCES[0];

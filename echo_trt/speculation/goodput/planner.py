@@ -165,7 +165,7 @@ class GoodputPlanner:
 
     def admit(self, seats: Seats) -> Seats:
         history = self.learner.history
-        second = history.speedup, history.host_seconds, history.usual_price
+        second = history.speedup, history.host_seconds, self.learner.usual_price
         return Admission(self.costs, self.settings.tuning, *second).admit(seats)
 
     def level_shapes(self, requests: int) -> list[LevelShape]:

@@ -6,11 +6,11 @@ that a picture needs no second version. Text is in ``ink`` or ``soft`` of the pa
 
 from __future__ import annotations
 
-from echo_trt_lab.sourced_text import COLOURS
+from echo_trt.speculation.sources import BOTH, DRAFT, DRAFT_SOURCES, GRAMMAR, LOOKUP, NGRAM
 
 #: Who proposed a token -> colour. The target's own have none: they are in ``ink``.
-SOURCES = COLOURS
-BLUE, GREEN, PURPLE, AMBER, PINK = (SOURCES[name] for name in ("head", "lookup", "both", "ngram", "grammar"))
+SOURCES = {source.name: source.colour for source in DRAFT_SOURCES}
+BLUE, GREEN, PURPLE, AMBER, PINK = (DRAFT_SOURCES[i].colour for i in (DRAFT, LOOKUP, BOTH, NGRAM, GRAMMAR))
 TEAL, OLIVE, RED, GREY = "#0e96a8", "#8a8620", "#dd5144", "#717c88"
 
 #: For what has no colour of its own, such as peers, in the order in which it comes.
@@ -31,8 +31,7 @@ POLICIES = {
 PHASES = {"draft": AMBER, "verify": BLUE, "plan": PURPLE, "pack": TEAL, "accept": GREEN, "commit": OLIVE}
 #: Theme -> the same hues, for text on a page: a contrast of 4.5 to 1 or more.
 SOURCE_TEXTS = {
-    "light": {"head": "#0b66c3", "lookup": "#0a7d4f", "both": "#7a4cc2", "ngram": "#a85400", "grammar": "#b3245f"},
-    "dark": {"head": "#6cb6ff", "lookup": "#57c98d", "both": "#b99cff", "ngram": "#f0a04b", "grammar": "#ff8ab5"},
+    theme: {source.name: source.texts[i] for source in DRAFT_SOURCES} for i, theme in enumerate(("light", "dark"))
 }
 
 #: Theme -> use -> colour of a page; the live page (``gateway/page/style.css``) has the same.

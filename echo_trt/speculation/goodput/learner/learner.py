@@ -22,13 +22,14 @@ class Learner:
         self.history, self.sources = History(slots, tuning), SourceLearner(acceptance, tuning)
         self._cost_learner = CostLearner(costs, tuning)
         self._epoch = np.full(slots, -1)
+        self.usual_price = 0.0  # of requests with latency targets, running mean
 
     def model(self, load: StepContext, settings: GoodputSettings) -> IterationModel:
         """Return the model of an iteration of ``load``."""
         history = self.history
         seconds = history.host_seconds, history.level_seconds
         known = self.costs, self.acceptance, settings, load, self._block
-        return IterationModel(*known, *seconds, history.speedup, history.usual_price)
+        return IterationModel(*known, *seconds, history.speedup, self.usual_price)
 
     def forget_departed(self, load: StepContext) -> None:
         """Start afresh where another request has taken a slot."""
@@ -54,7 +55,7 @@ class Learner:
         self.sources.elapsed(iteration.seconds)
         history.observe(load.slots, np.bincount(tree.request[iteration.path], minlength=count), iteration.seconds)
         if (found := self.model(load, settings).prices) is not None:
-            history.priced(found.usual)
+            self.usual_price += (1 - settings.tuning.memory) * (found.usual - self.usual_price)
         if load.prompt_tokens or not count:
             return None
         tokens, model = float(plan.probability.sum()), self.model(load, settings)

@@ -16,7 +16,6 @@ class History:
         self._idle = np.zeros(slots, np.int64)  # iterations since a slot was last drafted for [S]
         self._credit = 0.0  # seconds that a draft may take to explore
         self._tokens = self._plain = 1e-9  # fading sums of expected tokens, and of plain decoding's in the same time
-        self.usual_price = 0.0  # of requests with latency targets, running mean
         self.host_seconds = self.level_seconds = 0.0  # of an iteration beside passes and plan; of planning a level
 
     @property
@@ -62,10 +61,6 @@ class History:
         """Update progress and the time credit, after ``seconds`` that committed ``progress`` int64 [B] tokens."""
         self._credit += self._tuning.exploration * seconds
         self._progress[slots] += self._newest * (progress - self._progress[slots])
-
-    def priced(self, price: float) -> None:
-        """Update the usual price of requests with latency targets, after an iteration in which it was ``price``."""
-        self.usual_price += self._newest * (price - self.usual_price)
 
     def spent(self, expected: float, plain: float, host: float) -> None:
         """Update the speedup and the host time after an iteration without prompts.
