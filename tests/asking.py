@@ -23,7 +23,7 @@ async def _asked(path: str, question: wire.ToEngine, seconds: float) -> wire.Fro
         try:
             writer.write(wire.framed(question))
             answer = await wire.read_answer(reader)
-            while isinstance(answer, wire.TextPiece) and not answer.finish_reason:
+            while isinstance(answer, wire.Tokens) and not answer.finish_reason:
                 answer = await wire.read_answer(reader)
             return answer
         finally:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from echo_trt.speculation.pack import ForwardBatch
+from echo_trt.speculation.planner import Plan
 
 #: The domain of our operators in ONNX, the attention's name and the collectives'.
 DOMAIN, OPERATOR, COLLECTIVES = "echo", "SuperTreeAttention", ("AllReduce", "AllGather")
@@ -53,14 +54,17 @@ class Engine(Protocol):
     prefill_alone  prompt tokens of a call without other work, if more than a chunk
     rounds_trees   whether verified chains have the bits of plain decoding, and trees do not
     widths         columns of inputs and outputs with one row per token, by name, where the file tells them
-    tree_context   tokens of a request, its tree's among them, above which only paths are exact; None: trees always are
+    paged          whether KV blocks hold all that it keeps of a request; else no cache finds any of it again, and slots
+                   cannot be divided among loops
+    longest        tokens of a request in one pass, at most
     """
 
     num_blocks: int
     sizes: tuple[int, ...]
     prefill_alone: int = 0
     rounds_trees: bool = False
-    tree_context: int | None = None
+    paged: bool = True
+    longest: int = 2**31
     widths: Mapping[str, int] = MappingProxyType({})
 
     def run(self, call: ForwardBatch, **inputs: np.ndarray) -> dict[str, np.ndarray]:
@@ -86,15 +90,17 @@ class Engine(Protocol):
         source, target  int [m], pool rows; row r is in block r // BLOCK at r % BLOCK
         """
 
-    def commit_states(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Advance the states beside KV rows over the accepted packed rows of the last run, before a slot's next run.
-
-        A run reads the states of its ``ForwardBatch.state_slots``, and starts from zero where a request has no past.
+    def commit(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Keep what is not in KV blocks of the accepted packed rows of the last run, before a slot's next run.
 
         rows    int64 [sum counts], packed rows, request by request, each request's in path order
-        counts  int64 [B], of the run's requests; 0: the request's states stay as they are
+        counts  int64 [B], of the run's requests; 0: the request stays as it is
         """
         return
+
+    def exact(self, plan: Plan, past: np.ndarray) -> Plan:
+        """Return the part of ``plan`` that a run verifies exactly, behind ``past`` int64 [B] cached tokens."""
+        return plan
 
     def overlap(self, work: Callable[[], None]) -> bool:
         """Call ``work`` in every run, while the device computes; False where the engine computes on the host."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from echo_trt.backends.base import Engine
 from echo_trt.bundle.manifest import Manifest
-from echo_trt.bundle.recipe import ENGINES, Recipe
-from echo_trt.files.extras import extra, registered
+from echo_trt.bundle.recipe import Recipe
+from echo_trt.files.extras import ENGINES, extra, registered
 
 if TYPE_CHECKING:  # it imports PyTorch
     from echo_trt.models.roles import Role

@@ -87,7 +87,7 @@ def _runs(engine: Engine, calls: list[CheckedCall]) -> Iterator[dict[str, np.nda
     for call, inputs in calls:
         outputs = engine.run(call, **inputs)
         yield {name: np.array(value) for name, value in outputs.items()}  # the next run overwrites
-        engine.commit_states(np.arange(len(call.token_ids)), np.diff(call.seq_begins))
+        engine.commit(np.arange(len(call.token_ids)), np.diff(call.seq_begins))
 
 
 CheckedCall = tuple[ForwardBatch, dict[str, np.ndarray]]
@@ -149,7 +149,7 @@ def write_text(role: TargetModule) -> np.ndarray:
     tokens = rng.integers(0, role.network.config.vocab_size, (TEXTS, 1))
     for past in range(LENGTH - 1):
         logits = engine.run(pack(tokens[:, -1], past * one, past * one, one, table, each))["logits"]
-        engine.commit_states(each, one)
+        engine.commit(each, one)
         tokens = np.hstack((tokens, (logits + rng.gumbel(size=logits.shape)).argmax(1)[:, None]))
     return tokens
 

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from echo_trt.backends.base import Engine
 from echo_trt.speculation.arrays import begins, compiled
 from echo_trt.speculation.pack import ForwardBatch
-from echo_trt.speculation.paths import COMMIT_OUTPUTS, tree_inputs
+from echo_trt.speculation.paths import COMMIT_OUTPUTS, MAX_ROWS, tree_inputs
 
 #: Tokens of a path up to which a state is updated row by row. Larger: longer paths miss the matrix product.
 SHORT = 8
+
+
+class KeepsStates(Engine):
+    """The trait of an engine whose network may have states beside KV rows.
+
+    A run reads the states of its ``ForwardBatch.slots``, and starts from zero where a request has no past.
+    """
+
+    _states: RequestStates | None = None
+
+    def _open_states(self, shapes: Mapping[str, tuple[int, ...]], slots: int) -> None:
+        """Make states of ``slots`` requests; ``shapes``: of a request's by input name, kind.layer, none without any."""
+        if shapes:
+            self._states, self.paged, self.longest = RequestStates(shapes, slots), False, MAX_ROWS
+
+    def commit(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        if self._states:
+            self._states.commit(rows, counts)
 
 
 class RequestStates:
@@ -21,15 +41,14 @@ class RequestStates:
     delta  [L, S, H, dk, dv]
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], slots: int):
-        """``shapes``: of a request's states in one layer by input name, kind.layer."""
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], slots: int):
         self.slots = slots
         self.conv, self.delta = (self._zeros(shapes, kind) for kind in ("conv_state", "delta_state"))
         self.span = slice(0, 1)  # slots whose states the last pass read
         self._seq_begins = self._slots = np.zeros(0, np.int64)
         self._outputs: tuple[np.ndarray, ...] = ()
 
-    def _zeros(self, shapes: dict[str, tuple[int, ...]], kind: str) -> np.ndarray:
+    def _zeros(self, shapes: Mapping[str, tuple[int, ...]], kind: str) -> np.ndarray:
         found = [shape for name, shape in shapes.items() if name.startswith(f"{kind}.")]
         return np.zeros((len(found), self.slots, *found[0]), np.float32)
 
@@ -45,7 +64,7 @@ class RequestStates:
         A pass reads the states from its first to its last slot where they are, since a copy of states takes as long as
         to read them.
         """
-        slots = call.state_slots
+        slots = call.slots
         if len(slots) == 0:  # a call without requests of its own, such as a measurement's
             slots = np.arange(len(call.past_lens))
         new = slots[call.past_lens == 0]

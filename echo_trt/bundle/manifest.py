@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from echo_trt.bundle.recipe import DRAFTS, ENGINES, EngineName, Precision, Recipe, Sampling
+from echo_trt.bundle.recipe import EngineName, Precision, Recipe, Sampling
 from echo_trt.errors import UserError, first_mistake, shown
-from echo_trt.files.extras import extra, registered
+from echo_trt.files.extras import DRAFTS, ENGINES, extra, registered
 from echo_trt.files.inputs import read_text
 
 FORMAT = 2
@@ -74,6 +74,11 @@ class NetworkFacts(_Facts):
     def kv_values(self) -> int:
         """Values that one cached token takes, of one rank where the network is divided."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a request's states."""
+        return 4 * self.state_values
 
 
 class SelfCheck(_Facts):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from echo_trt.files.extras import extra, registered
+from echo_trt.files.extras import DRAFTS, ENGINES, extra, registered
 from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.policies import POLICIES, reserve_for
 from echo_trt.speculation.policy_names import DEFAULT
@@ -19,13 +19,11 @@ Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-#: The entry points by which engines (``backends.kind``) and drafters (``engine.drafters.kind``) are found.
-ENGINES, DRAFTS = "engines", "drafts"
 DEFAULT_ENGINE = "openvino"
 
 
 def _known(group: str, name: str) -> str:
-    names = registered(group) or extra(group, name)  # which says that an older version is installed
+    names = registered(group)
     if name not in names:
         raise ValueError(f"it must be one of {', '.join(map(repr, names))}")
     return name

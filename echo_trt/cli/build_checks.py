@@ -8,7 +8,6 @@ from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
-from echo_trt.models.hybrid_config import state_shapes
 from echo_trt.speculation.paths import MAX_ROWS
 
 
@@ -38,11 +37,12 @@ def check_fp8(key: str, precision: Precision, checkpoint: Checkpoint) -> None:
 
 def check_states(recipe: Recipe, config: DecoderConfig, kind: EngineKind) -> None:
     """Refuse what a target with delta-net layers does not have."""
-    if not state_shapes(config):
+    if not config.states.shapes:
         return
     if not kind.states:
         raise UserError(
-            f"engine is {recipe.engine}, but a target with delta-net layers runs on {_names('states')} alone; use that."
+            f"engine is {recipe.engine}, but a target with delta-net layers runs on {_names('states')} alone; use "
+            "one of these."
         )
     if recipe.precision not in ("fp32", "bf16", "fp16"):
         raise UserError(

@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from echo_trt.bundle.recipe import ENGINES
 from echo_trt.engine.options import EngineOptions, Flag, KVCacheMemory, SpecialTokens, bounds
 from echo_trt.engine.params import PARAMETERS
-from echo_trt.files.extras import registered
+from echo_trt.files.extras import ENGINES, registered
 
 EngineOption = Literal[registered(ENGINES)]
 NumberType = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]

@@ -104,7 +104,15 @@ class ApiServer(Supervised):
 
     def _spawn(self) -> Process:
         job = self._job
-        words = ["--engine-socket", str(self._engine), "--port", str(job.openai_port), *job.api_words]
+        words = [
+            "--engine-socket",
+            str(self._engine),
+            "--bundle",
+            str(job.bundle),
+            "--port",
+            str(job.openai_port),
+            *job.api_words,
+        ]
         words += ["--drain-seconds", str(job.drain_seconds), f"--latency-classes={job.latency_classes}"]
         words += ["--liveness-socket", str(self.socket), "--log-format=json"]
         self.socket.unlink(missing_ok=True)

@@ -25,7 +25,6 @@ from echo_trt.engine.drafters.lookup import LookupDrafter
 from echo_trt.engine.kv_pool import KVPool, kv_pool
 from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.errors import UserError
-from echo_trt.speculation.paths import MAX_ROWS
 from echo_trt.speculation.planner import Planner
 from echo_trt.speculation.policies import reserve_for
 
@@ -71,9 +70,7 @@ class Networks:
     def loop(self, planner: Planner) -> EngineCore:
         """Make an engine core over these networks; one core at a time may have running requests."""
         manifest = self.manifest
-        chunk = manifest.recipe.limits.prefill_chunk
-        if manifest.target.state_values:
-            chunk = min(chunk, MAX_ROWS)
+        chunk = min(manifest.recipe.limits.prefill_chunk, self.target.longest)
         return EngineCore(self.target, self.drafter, self.batch, planner, manifest.eos_token_ids, chunk)
 
     def over(self, batch: InputBatch) -> Networks:
@@ -102,11 +99,10 @@ def load_networks(
     limits, reserve = recipe.limits, reserve_for(recipe.decoding.model_dump())
     count = batch or limits.batch
     pool = kv_pool(folder, manifest, count, kv_cache_memory)
-    states = manifest.target.state_values > 0  # a cached block has KV rows, but not the states behind it
-    cached = (limits.prefix_cache if prefix_cache is None else prefix_cache) and not states
+    cached = limits.prefix_cache if prefix_cache is None else prefix_cache
     input_batch = InputBatch(count, limits.context, reserve, pool.blocks, cached)
-    input_batch.divisible = not states
     target = _engine(folder, manifest, manifest.target, input_batch, pool.blocks)
+    input_batch.cache.enabled = cached and target.paged
     draft = _engine(folder, manifest, manifest.draft, input_batch, pool.blocks) if manifest.draft else None
     path = folder / CALIBRATION
     known = None

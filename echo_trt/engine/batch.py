@@ -18,7 +18,7 @@ SAMPLING = np.dtype([(name, _TYPES[known.kind]) for name, known in SINGLE.items(
 LEAST_SHARED = 8  # tokens of a chunk that two prompts may share; less: what is left may be one token, for ever
 NEVER = 2**62  # larger than ``added`` of any cache: the slot never searches the cache again
 
-Tokens = TypeVar("Tokens", int, np.ndarray)
+Amount = TypeVar("Amount", int, np.ndarray)
 
 
 class InputBatch:
@@ -64,7 +64,6 @@ class InputBatch:
         self.penalised = np.zeros(count, bool)  # whether a penalty looks at what was said
         self.adjusted = np.zeros(count, bool)  # whether anything comes between the target's logits and the choice
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
-        self.divisible = True  # whether several loops may have a part of the pool each
         self.block_table = np.zeros((count, blocks_for(context + reserve)), np.int32)
         self.blocks_held, self.num_blocks = ints(count), num_blocks
         self._free_count = self.num_blocks
@@ -247,9 +246,9 @@ class InputBatch:
         return _append(self.tokens, self.length, self.limit, self.stop_tokens, slots, counts, tokens)
 
 
-def blocks_for(tokens: Tokens) -> Tokens:
+def blocks_for(tokens: Amount) -> Amount:
     """Return the blocks that hold ``tokens``; an int or an array."""
-    blocks: Tokens = -(-tokens // BLOCK)
+    blocks: Amount = -(-tokens // BLOCK)
     return blocks
 
 

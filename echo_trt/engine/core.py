@@ -235,8 +235,7 @@ class EngineCore:
             guided: Draft = GuidedDraft(draft, grammars) if grammars.any() else draft
             planned = self._ask(lambda: self.planner.plan(roots, guided, load).checked(roots, load, batch.reserve))
             plan = planned or plan
-            if tree_context := self.target.tree_context:
-                plan = plan.on_one_path(batch.committed[slots] + plan.tree.sizes > tree_context)
+            plan = self.target.exact(plan, batch.committed[slots])
             seconds = time.perf_counter() - begin - draft.seconds
             self.counters.add_seconds("plan", seconds)
             self.counters.add_seconds("draft", draft.seconds)
@@ -296,7 +295,7 @@ class EngineCore:
             logit_rows=np.concatenate((np.arange(len(tree)), last, requested)),
             mask=ancestor_mask(tree) if len(tree) > len(slots) else None,
             padded_to=0 if len(chunks.slots) else plan.padded_to,
-            state_slots=call_slots,
+            slots=call_slots,
         )
 
     def _collect_prompt_logprobs(self, verified: TargetOutput, chunks: Chunks) -> None:
@@ -321,7 +320,7 @@ class EngineCore:
         # Packed rows are the nodes of the decoding requests, then the chunks' tokens (``_build_call``).
         chunk_rows = len(verified.call.token_ids) - len(chunks.owner) + np.arange(len(chunks.owner))
         lengths = np.concatenate((counts[:decoding], chunks.counts))
-        self.target.commit_states(np.concatenate((nodes, chunk_rows)), lengths)
+        self.target.commit(np.concatenate((nodes, chunk_rows)), lengths)
         if self.drafter:
             rows = batch.rows(np.concatenate((owner, chunks.owner)), np.concatenate((position, chunks.position)))
             self.drafter.observe(rows, verified.outputs, np.concatenate((nodes, chunk_rows)))

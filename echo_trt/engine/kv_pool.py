@@ -79,7 +79,7 @@ def kv_pool(
     networks = [(manifest.target, manifest.precision), *([(manifest.draft, own)] if manifest.draft else [])]
     size, needed = block_bytes(manifest.engine, networks), manifest.recipe.request_blocks
     wanted, available = needed * (batch or limits.batch), None
-    states = 4 * manifest.target.state_values * (batch or limits.batch)
+    states = manifest.target.state_bytes * (batch or limits.batch)
     if engine_kind(manifest.engine).on_host:
         available = available_memory() // processes - _weights(folder, manifest) - states
     if memory is not None:

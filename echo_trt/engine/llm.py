@@ -22,7 +22,7 @@ from echo_trt.engine.params import (
     TokenSource,
 )
 from echo_trt.engine.request import Request
-from echo_trt.engine.text import AnswerText
+from echo_trt.engine.text.stream import AnswerText
 from echo_trt.engine.tuning import Tuning
 from echo_trt.errors import UserError, encodable, shown
 from echo_trt.files.extras import extras

@@ -20,7 +20,6 @@ from echo_trt.engine.rounds import ROUNDS, seconds_again, seconds_of, timed_roun
 from echo_trt.speculation.arrays import begins, ragged_arange
 from echo_trt.speculation.echo.budget import fit_hinge
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
-from echo_trt.speculation.paths import MAX_ROWS
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 SHORT, LONG = 8, 8 * BLOCK  # cached tokens of a request
@@ -112,9 +111,7 @@ def _measured(networks: Networks, run: Callable, seconds: float) -> CurveTable:
     long = min(max(LONG, LONG_TOTAL // batch.count), batch.context - NODES)
     short = min(SHORT, long)
     # No more requests than there are slots: a call of more may be divided. Beyond, each request brings a chain.
-    longest = min(batch.reserve, batch.context - short)
-    if networks.manifest.target.state_values:
-        longest = min(longest, MAX_ROWS)
+    longest = min(batch.reserve, batch.context - short, networks.target.longest)
     possible = [n for n in SIZES if n <= batch.count * longest]
     calls = {n: _call(networks, _spread(n, batch.count), short) for n in possible}
     sizes = [n for n in possible if n <= min(max(4 * batch.count, SMALL_BATCH_SIZES), SIZES_LIMIT)]

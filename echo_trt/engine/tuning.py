@@ -95,7 +95,7 @@ class Tuning:
         """
         decoding, calibration = self._manifest.recipe.decoding, self._networks.calibration
         name, settings = name or decoding.policy, decoding.model_dump()
-        if name == EXACT and self._manifest.target.state_values and self._networks.target.rounds_trees:
+        if name == EXACT and self._networks.target.rounds_trees and not self._networks.target.paged:
             raise UserError(
                 f"policy is {EXACT}, but a target with delta-net layers has plain decoding's bits in fp32 alone; "
                 "choose goodput, or build with --precision fp32."

@@ -5,26 +5,40 @@ And what the extra "build" adds: the modules that compile a checkpoint.
 
 from __future__ import annotations
 
+import tomllib
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from echo_trt.errors import UserError
 
+#: The groups of engines (``backends.kind``) and drafters (``engine.drafters.kind``).
+ENGINES, DRAFTS = "engines", "drafts"
 BUILD = ("gguf", "nncf", "onnx", "onnxscript", "yaml")  # modules of the extra "build"
+CHECKOUT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 @cache
+def _entry_points(group: str) -> dict[str, EntryPoint]:
+    """Return what is installed, and what a checkout has itself: its environment may hold an older version, or none."""
+    known = {entry.name: entry for entry in entry_points(group=f"echo_trt.{group}")}
+    if CHECKOUT.exists():
+        own = tomllib.loads(CHECKOUT.read_text("utf-8"))["project"].get("entry-points", {}).get(f"echo_trt.{group}", {})
+        known |= {name: EntryPoint(name, at, group) for name, at in own.items() if at.startswith("echo_trt.")}
+    return known
+
+
 def registered(group: str) -> tuple[str, ...]:
     """Return the names of the entry points ``echo_trt.GROUP``, in order."""
-    return tuple(sorted(entry_points(group=f"echo_trt.{group}").names))
+    return tuple(sorted(_entry_points(group)))
 
 
 @cache
 def extra(command: str, name: str) -> Any:
     """Load what is named so for a command. Raises UserError where an older version was installed."""
-    for entry in entry_points(group=f"echo_trt.{command}", name=name):
+    if entry := _entry_points(command).get(name):
         return entry.load()
     raise UserError(f"{command} has no {name}, since an older version is installed; install echo-trt again.")
 

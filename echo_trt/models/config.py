@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +18,7 @@ class NetworkConfig:
     local_rope_theta  rotary base of the layers with a window, without scaling; 0: that of the others
     gelu              whether the MLP's activation is GELU, approximated by tanh, and not SiLU
     post_norms        whether attention's and the MLP's outputs have a norm before they are added
+    gated             whether attention's output is multiplied by gates, of which a query head has as many as numbers
     """
 
     vocab_size: int
@@ -34,10 +37,26 @@ class NetworkConfig:
     local_rope_theta: float = 0.0
     gelu: bool = False
     post_norms: bool = False
+    gated: ClassVar[bool] = False
 
     def window_of(self, layer: int) -> int:
         """Return how many tokens, itself among them, a token of ``layer`` sees; 0: all before it."""
         return 0
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """What a decoder keeps of a request beside its KV rows, in float32: ``shapes`` by input name; mostly nothing."""
+
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def values(self) -> int:
+        return sum(map(math.prod, self.shapes.values()))
+
+    @property
+    def bytes(self) -> int:
+        return 4 * self.values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +103,20 @@ class DecoderConfig(NetworkConfig):
 
     def has_experts(self, layer: int) -> bool:
         return self.num_experts > 0 and layer not in self.dense_layers
+
+    @property
+    def attention_layers(self) -> int:
+        """Number of layers that have KV rows."""
+        return self.num_layers
+
+    @property
+    def other_parameters(self) -> int:
+        """Parameters of what stands in attention's place in the other layers."""
+        return 0
+
+    @property
+    def states(self) -> StateLayout:
+        return StateLayout()
 
 
 @dataclass(frozen=True, kw_only=True)

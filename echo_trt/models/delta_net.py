@@ -35,7 +35,7 @@ class DeltaCall:
     ancestors    float [B, T, T], 1 where the column's node is a strict ancestor of the row's
     conv_rows    int [N, 3], a token's three predecessors on its path, nearest first: packed rows, or N + 3 b + i for
                  row i of tree b's convolution state
-    states       float32 [B, ...] by name (``hybrid_config.state_shapes``)
+    states       float32 [B, ...] by name (``HybridConfig.states``)
     steps        float [T, T], masks of ``inverse``
     between      float [B, T, T * T], 1 where the row's node is on the path behind j up to t; the column is t * T + j
     results      filled by the layers: keys [B, H, T, dk], U [B, H, T, dv], G [B, H, T], convolution inputs [N, C]

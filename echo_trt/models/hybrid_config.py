@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from echo_trt.errors import UserError
-from echo_trt.models.config import DecoderConfig
+from echo_trt.models.config import DecoderConfig, StateLayout
 from echo_trt.speculation.paths import CONV_PAST
 
 #: Tensors of a published checkpoint that a text decoder does not read: images, and the MTP head.
@@ -51,6 +52,7 @@ class HybridConfig(DecoderConfig):
     linear_value_heads: int
     linear_key_dim: int
     linear_value_dim: int
+    gated: ClassVar[bool] = True
 
     @property
     def delta_net(self) -> DeltaNetSizes:
@@ -63,8 +65,23 @@ class HybridConfig(DecoderConfig):
 
     @property
     def attention_layers(self) -> int:
-        """Number of layers that have KV rows."""
         return self.num_layers - len(self.linear_layers)
+
+    @property
+    def other_parameters(self) -> int:
+        """Parameters of the delta-net layers: projections, the convolution of four, decays and the norm of heads."""
+        sizes = self.delta_net
+        small = 4 * sizes.channels + 2 * sizes.value_heads + sizes.value_dim
+        return len(self.linear_layers) * (self.hidden_size * (sum(sizes.projected) + sizes.values) + small)
+
+    @property
+    def states(self) -> StateLayout:
+        sizes, layers = self.delta_net, range(len(self.linear_layers))
+        kinds = {
+            "conv_state": (CONV_PAST, sizes.channels),
+            "delta_state": (sizes.value_heads, sizes.key_dim, sizes.value_dim),
+        }
+        return StateLayout({f"{kind}.{layer}": shape for kind, shape in kinds.items() for layer in layers})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +102,3 @@ def mtp_config(target: DecoderConfig, where: str) -> MtpConfig:
             "kind of draft."
         )
     return MtpConfig(**{field.name: getattr(target, field.name) for field in fields(target)})
-
-
-def state_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a request's states, float32 whatever the precision, by name; of a hybrid alone."""
-    if not isinstance(config, HybridConfig):
-        return {}
-    sizes, layers = config.delta_net, range(len(config.linear_layers))
-    kinds = {
-        "conv_state": (CONV_PAST, sizes.channels),
-        "delta_state": (sizes.value_heads, sizes.key_dim, sizes.value_dim),
-    }
-    return {f"{kind}.{layer}": shape for kind, shape in kinds.items() for layer in layers}

@@ -16,7 +16,7 @@ from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.delta_net import DeltaCall
 from echo_trt.models.eagle3 import Eagle3Head, top_candidates
-from echo_trt.models.hybrid_config import MtpConfig, state_shapes
+from echo_trt.models.hybrid_config import MtpConfig
 from echo_trt.models.layers import Attend
 from echo_trt.models.mtp import MtpHead
 from echo_trt.models.weights import decoder_class
@@ -34,11 +34,10 @@ class TargetModule(nn.Module):
     def __init__(self, decoder: Decoder, feature_layers: tuple[int, ...] = ()):
         super().__init__()
         self.network, self.feature_layers = decoder, feature_layers
-        self.num_layers = decoder.config.num_layers
+        self.num_layers = decoder.config.attention_layers
         self.outputs = ("logits", "features") if feature_layers else ("logits",)
-        self.states = state_shapes(decoder.config)
+        self.states = decoder.config.states.shapes
         if self.states:
-            self.num_layers = decoder.config.attention_layers
             self.inputs = (*self.inputs, *TREE_INPUTS, *self.states)
             self.outputs = (*self.outputs, *COMMIT_OUTPUTS)
 

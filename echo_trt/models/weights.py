@@ -358,7 +358,7 @@ def heights(config: Config, parts: int = 3) -> list[int]:
     """Return the rows of the ``parts`` that a merged projection is made of."""
     if parts > 3:
         return config.delta_net.projected
-    queries = config.num_heads * (2 if isinstance(config, HybridConfig) else 1)  # gated: a gate beside each
+    queries = config.num_heads * (2 if config.gated else 1)  # gated: a gate beside each
     return [heads * config.head_dim for heads in (queries, config.num_kv_heads, config.num_kv_heads)]
 
 

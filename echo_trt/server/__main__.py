@@ -28,6 +28,7 @@ class ServerOptions(ApiOptions):
     """What the API server's process is asked to do."""
 
     engine_socket: Annotated[Path, Parameter(help="The socket of the engine's host.")]
+    bundle: Annotated[Path | None, Parameter(help="The engine's, read while it starts. Default: as it says.")] = None
     log_format: LogFormat = "text"
     port: Annotated[Port, Parameter(help="Port to listen on.")] = 9000
     largest_body: Annotated[int, Parameter(help="Largest request body in bytes.", validator=bounds(1))] = LARGEST_BODY
@@ -47,7 +48,7 @@ def run(options: ServerOptions) -> int:
     names, origins = list(options.served_model_names) or [MODEL], list(options.allowed_origins)
     classes = None if options.latency_classes is None else list(LatencyClasses(options.latency_classes))
     given = options.api_keys, options.largest_body, names, origins, options.page, options.hosts, classes
-    app = create_app(options.engine_socket, *given, options.request_log, options.strict_fields)
+    app = create_app(options.engine_socket, *given, options.request_log, options.strict_fields, options.bundle)
     more: dict[str, Any] = {"host": options.host, "timeout_graceful_shutdown": options.drain_seconds}
     server = server_of(app, options.liveness_socket, port=options.port, **more)
     with suppress(KeyboardInterrupt):  # raised once requests in flight have ended

@@ -13,7 +13,6 @@ from typing import Any, Generic, TypeVar
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from echo_trt.engine.process.wire import TextPiece
 from echo_trt.server.answer_types import (
     AnswerHead,
     ChatChoice,
@@ -38,6 +37,7 @@ from echo_trt.server.errors import ApiError
 from echo_trt.server.fields import RequestBody
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.schemas import ChatRequest, CompletionRequest, Params
+from echo_trt.server.text_client import TextPiece
 from echo_trt.server.turns import OutputParser
 
 Item = TypeVar("Item")
@@ -200,7 +200,7 @@ class ChatAnswer(ApiAnswer[ChatRequest]):
         return {**self._ended(), "object": "chat.completion", "choices": choices, "usage": self._usage()}
 
     def begin(self, first: TextPiece) -> Iterator[ChatCompletionChunk]:
-        begin = TextPiece(0, prompt_tokens=first.prompt_tokens)  # all choices of a chat have one prompt
+        begin = TextPiece(prompt_tokens=first.prompt_tokens)  # all choices of a chat have one prompt
         for index in range(len(self._turns)):
             yield self._chunk(_delta(index, {"role": "assistant", "content": ""}), begin)
 

@@ -20,9 +20,10 @@ from starlette.routing import Route
 
 from echo_trt import __version__
 from echo_trt.engine.params import MAX_PROMPT_LOGPROBS, check_answer_logprobs, check_prompt_logprobs
-from echo_trt.engine.process.client import Client, EngineError
-from echo_trt.engine.process.wire import AskForecast, Failure, ModelInfo, PromptInput, Submit
+from echo_trt.engine.process.client import EngineError
+from echo_trt.engine.process.wire import AskForecast, Failure, Submit
 from echo_trt.engine.service.protocol import MODEL
+from echo_trt.engine.text.prompts import PromptInput
 from echo_trt.errors import UserError
 from echo_trt.server.answer_types import Health, Version
 from echo_trt.server.answers import Answer, ChatAnswer, EventStream, TextAnswer
@@ -49,6 +50,7 @@ from echo_trt.server.responses.request import ResponsesRequest
 from echo_trt.server.responses.types import CountedInput
 from echo_trt.server.schemas import ChatRequest, CompletionRequest, ForecastRequest
 from echo_trt.server.served import models, one_model
+from echo_trt.server.text_client import ModelFacts, Question, TextClient
 from echo_trt.server.tokens import detokenize, token_ids, tokenize
 from echo_trt.server.translated import TranslatedRequest
 from echo_trt.server.turns import OutputParser
@@ -68,6 +70,7 @@ def create_app(
     classes: Collection[str] | None = None,
     request_log: bool = True,
     strict_fields: bool = False,
+    bundle: Path | None = None,
 ) -> Starlette:
     """Make the application of the engine at a socket. Raises UserError for unusable keys, an odd name or origin.
 
@@ -101,7 +104,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.client, app.state.bodies = Client(engine), Bodies(largest_body, strict_fields)
+        app.state.client, app.state.bodies = TextClient(engine, bundle), Bodies(largest_body, strict_fields)
         app.state.live = Live(app.state.client)
         yield
         await app.state.live.close()
@@ -159,7 +162,7 @@ def chats(kind: type[ChatRequest | TranslatedRequest], answer_type: type[Answer[
         if isinstance(requested, OllamaRequest) and not requested.turns:  # the model is loaded already
             return JSONResponse(line(requested, "", {}, {"done": True, "done_reason": "load"}))
         try:
-            info = await state.client.model_info()
+            info = await state.client.model()
             wanted = requested.chat_for_model(info)
             chat = chat_for(wanted, info)
             if answer_type is None:
@@ -183,7 +186,7 @@ def chats(kind: type[ChatRequest | TranslatedRequest], answer_type: type[Answer[
 @reads(CompletionRequest)
 async def completions(request: Request, requested: CompletionRequest) -> Response:
     state, structured = request.app.state, requested.structured
-    info = await state.client.model_info()
+    info = await state.client.model()
     await _check_echo(requested, state.client)
     names, fits = ({"structured": structured.field}, structured.for_engine()) if structured else ({}, None)
     pieces = _pieces(request, requested, info, requested.prompt, names, fits)
@@ -226,7 +229,7 @@ async def _sent(request: Request, answer: Answer[Any], pieces: PieceStream, stre
     return EventStream(answer, await anext(pieces), pieces)
 
 
-async def _check_echo(requested: CompletionRequest, client: Client) -> None:
+async def _check_echo(requested: CompletionRequest, client: TextClient) -> None:
     """Refuse a request for too many log-probabilities of prompts. Raises ApiError.
 
     A token has a byte at least, so most requests are known to be small enough before texts become tokens.
@@ -264,7 +267,7 @@ def _targets(
 def _pieces(
     request: Request,
     requested: ChatRequest | CompletionRequest,
-    info: ModelInfo,
+    info: ModelFacts,
     prompts: Sequence[PromptInput],
     names: dict[str, str],
     structured: dict[str, Any] | None,
@@ -275,21 +278,21 @@ def _pieces(
         params = requested.sampling(info.sampling, structured=structured, latency=latency)
     except UserError as error:
         raise from_engine(Failure(kind="invalid", message=str(error), field=error.field), names) from None
-    questions = [
-        Submit(
-            prompt=prompt,
+    echoes = isinstance(requested, CompletionRequest) and requested.echo
+
+    def question(prompt: PromptInput, seed: int) -> Question:
+        submit = Submit(
+            prompt=[],
             params=replace(params, seed=seed),
             latency_class=latency_class,
             priority=requested.priority or 0,
             deadline_ms=requested.deadline_ms or 0,
             streamed=requested.stream,
-            echo=isinstance(requested, CompletionRequest) and requested.echo,
             sender=sender(request.scope.get("key"), requested.cache_salt),
         )
-        for prompt in prompts
-        for seed in requested.seeds()
-    ]
-    return merged(request, questions, names)
+        return Question(prompt, submit, echoes)
+
+    return merged(request, [question(prompt, seed) for prompt in prompts for seed in requested.seeds()], names)
 
 
 async def _failed(request: Request, error: ApiError | EngineError) -> Response:

@@ -6,12 +6,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from echo_trt.engine.process.wire import ChatPrompt, ModelInfo, ThinkTokens
+from echo_trt.engine.text.prompts import ChatPrompt, ThinkTokens
 from echo_trt.grammar.requested import LONGEST
 from echo_trt.models.tools_as_text import tools_as_text
 from echo_trt.server.errors import ApiError
 from echo_trt.server.schemas import SWITCH, ChatRequest
 from echo_trt.server.structured import Structured
+from echo_trt.server.text_client import ModelFacts
 from echo_trt.server.tool_formats import format_of
 from echo_trt.server.tool_formats.base import Format, ToolRequest, json_rule
 from echo_trt.server.tool_formats.marked import HERMES, Marked
@@ -56,7 +57,7 @@ class Calls:
         return text, {f"structured:{number}": lines[rule] for number, rule in rules.items() if rule in lines}
 
 
-def chat_for(requested: ChatRequest, info: ModelInfo) -> Chat:
+def chat_for(requested: ChatRequest, info: ModelFacts) -> Chat:
     """Translate a chat into the engine's prompt. Raises ApiError for what this model cannot do."""
     messages = [turn.for_engine() for turn in requested.messages]
     tools = [] if requested.tool_choice == "none" else [tool.for_engine() for tool in requested.tools]
@@ -77,7 +78,7 @@ def chat_for(requested: ChatRequest, info: ModelInfo) -> Chat:
     return Chat(prompt, fits, names, info.thinking, calls)
 
 
-def _calls(requested: ChatRequest, info: ModelInfo) -> Calls | None:
+def _calls(requested: ChatRequest, info: ModelFacts) -> Calls | None:
     if not requested.tools or requested.tool_choice == "none":
         return None
     form = (format_of(info.template, info.tokens) if info.takes_tools else None) or Marked(HERMES, info.tokens)
@@ -126,7 +127,7 @@ def _check_size(schemas: Any, field: str) -> None:
         raise ApiError(400, f"{field} has schemas of {size} characters; give at most {LONGEST}.", param=field)
 
 
-def _template_kwargs(requested: ChatRequest, info: ModelInfo) -> dict[str, Any]:
+def _template_kwargs(requested: ChatRequest, info: ModelFacts) -> dict[str, Any]:
     kwargs, effort = dict(requested.chat_template_kwargs), requested.reasoning_effort
     for name in kwargs:
         if name not in info.variables:

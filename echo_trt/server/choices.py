@@ -11,8 +11,9 @@ from contextlib import aclosing
 from starlette.requests import Request
 
 from echo_trt.engine.process.client import EngineError
-from echo_trt.engine.process.wire import LogprobEntry, Submit, TextPiece
+from echo_trt.engine.text.entries import LogprobEntry
 from echo_trt.server.errors import ApiError, from_engine
+from echo_trt.server.text_client import Question, TextPiece
 
 PieceStream = AsyncGenerator[tuple[int, TextPiece], None]
 
@@ -21,16 +22,16 @@ class ClientGone(Exception):
     """Nobody is left to read the answer."""
 
 
-async def answered(request: Request, question: Submit, names: Mapping[str, str]) -> AsyncGenerator[TextPiece]:
+async def answered(request: Request, question: Question, names: Mapping[str, str]) -> AsyncGenerator[TextPiece]:
     """Yield one choice's pieces, whose ``completion_tokens`` are those so far. Raises ApiError, in terms of ``names``.
 
     A deadline ends a text as a limit does; where there is no text, the request has failed.
     """
     state, begin, tokens = request.app.state, time.monotonic(), 0
     try:
-        async with aclosing(state.client.submit(question)) as pieces:
+        async with aclosing(state.client.answer(question)) as pieces:
             async for piece in pieces:
-                if question.streamed and not tokens:
+                if question.submit.streamed and not tokens:
                     state.metrics.first_text.observe(time.monotonic() - begin)
                 tokens += len(piece.token_ids)
                 if not piece.finish_reason:
@@ -61,7 +62,7 @@ async def prompts_alone(pieces: PieceStream) -> PieceStream:
                 yield choice, piece
 
 
-async def merged(request: Request, choices: Sequence[Submit], names: Mapping[str, str]) -> PieceStream:
+async def merged(request: Request, choices: Sequence[Question], names: Mapping[str, str]) -> PieceStream:
     """Yield (choice, piece) as they come. The first failure, or the client's leaving, ends and closes all streams.
 
     What a slow client has not read waits in its question's queue (``engine.process.client``), at most a whole answer:

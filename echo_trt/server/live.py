@@ -129,7 +129,7 @@ async def show_live(request: Request) -> Response:
 async def show_about(request: Request) -> Response:
     """GET /live/about: the facts of model and server that the page shows or needs. Raises EngineError."""
     state = request.app.state
-    info = await state.client.model_info()
+    info = await state.client.model()
     about: About = {
         "format": SNAPSHOT_FORMAT,
         "build": state.page_build,

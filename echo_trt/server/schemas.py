@@ -21,12 +21,12 @@ from pydantic import (
 from echo_trt.engine.latency import RULE
 from echo_trt.engine.parameter import INT32
 from echo_trt.engine.params import MAX_ANSWER_LOGPROBS, MAX_STOP_TOKENS, PARAMETERS, SINGLE, SamplingParams
-from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.errors import ApiError, shown
 from echo_trt.server.fields import FIELDS, MESSAGES, RequestBody, Strict, at_most, ignore, within
 from echo_trt.server.messages import Message, few_calls
 from echo_trt.server.structured import STRUCTURED, Structured, structured_of
+from echo_trt.server.text_client import ModelFacts
 from echo_trt.server.tools import Allowed, Choice, Tool, check
 
 SWITCH = "enable_thinking"  # the variable of templates that can do without a thought
@@ -59,7 +59,7 @@ def _check_best_of(best_of: Any, n: Any) -> None:
 Limit = Annotated[int, within("max_tokens")]
 Bias = Annotated[float, within("logit_bias")]
 Alternatives = Annotated[int, within("logprobs")]
-Stop = Annotated[str, within("stop")]
+StopString = Annotated[str, within("stop")]
 
 
 def _targets(latency: Any) -> Any:
@@ -140,7 +140,7 @@ class Params(Sampled):
         AfterValidator(_by_token),
         at_most(PARAMETERS["logit_bias"].entries, "tokens"),
     ] = Field({})
-    stop: Annotated[list[Stop], at_most(STOP_STRINGS, "strings")] = Field([])
+    stop: Annotated[list[StopString], at_most(STOP_STRINGS, "strings")] = Field([])
     stop_token_ids: Annotated[list[Annotated[int, within("stop_token_ids")]], at_most(MAX_STOP_TOKENS, "token ids")] = (
         Field([])
     )
@@ -268,12 +268,12 @@ class ChatRequest(Params):
         wanted = self.enable_thinking, switched, enabled
         return next((each for each in wanted if each is not None), False if effort == "none" else None), effort
 
-    def chat_for_model(self, info: ModelInfo) -> ChatRequest:
+    def chat_for_model(self, info: ModelFacts) -> ChatRequest:
         budget = self.thinking.budget_tokens if self.thinking and self.thinking.type == "enabled" else None
         return self.thinking_as(info, *self.thoughts, budget)
 
     def thinking_as(
-        self, info: ModelInfo, thinks: bool | None, effort: str | None, budget: int | None = None
+        self, info: ModelFacts, thinks: bool | None, effort: str | None, budget: int | None = None
     ) -> ChatRequest:
         """Return the chat, with what is asked of thoughts as far as the model takes it."""
         changes: dict[str, Any] = {} if budget is None else {"thinking_token_budget": budget}

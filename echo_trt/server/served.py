@@ -7,10 +7,11 @@ import difflib
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from echo_trt.engine.process.client import Client, EngineError
+from echo_trt.engine.process.client import EngineError
 from echo_trt.server.answer_types import ServedModel, ServedModels
 from echo_trt.server.errors import ApiError
 from echo_trt.server.options import LONGEST
+from echo_trt.server.text_client import TextClient
 
 
 async def models(request: Request) -> Response:
@@ -40,9 +41,9 @@ def model_of(request: Request, name: str | None) -> str:
 
 async def _context(request: Request) -> int | None:
     """Return the model's context in tokens; None while the engine is away."""
-    client: Client = request.app.state.client
+    client: TextClient = request.app.state.client
     try:
-        return (await client.model_info()).context
+        return (await client.model()).context
     except EngineError:
         return None
 

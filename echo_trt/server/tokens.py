@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from echo_trt.engine.parameter import INT32
-from echo_trt.engine.process.client import Client, EngineError
-from echo_trt.engine.process.wire import PromptInput
+from echo_trt.engine.process.client import EngineError
+from echo_trt.engine.text.prompts import PromptInput
 from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.answer_types import DetokenizedText, TokenizedText
 from echo_trt.server.bodies import reads
@@ -19,6 +19,7 @@ from echo_trt.server.chats import chat_for
 from echo_trt.server.errors import ApiError, from_engine, from_validation
 from echo_trt.server.fields import FIELDS, MESSAGES, RequestBody, at_most
 from echo_trt.server.schemas import TOKEN_IDS, ChatRequest
+from echo_trt.server.text_client import TextClient
 
 
 class TokenizeRequest(RequestBody):
@@ -86,7 +87,7 @@ class DetokenizeRequest(RequestBody):
 @reads(TokenizeRequest)
 async def tokenize(request: Request, requested: TokenizeRequest) -> Response:
     state = request.app.state
-    info = await state.client.model_info()
+    info = await state.client.model()
     prompt: PromptInput = requested.prompt or ""
     names: dict[str, str] = {}
     if requested.chat:
@@ -96,7 +97,7 @@ async def tokenize(request: Request, requested: TokenizeRequest) -> Response:
     return JSONResponse(TokenizedText(count=len(ids), max_model_len=info.context, tokens=ids))
 
 
-async def token_ids(client: Client, prompt: PromptInput, names: dict[str, str], special: bool = True) -> list[int]:
+async def token_ids(client: TextClient, prompt: PromptInput, names: dict[str, str], special: bool = True) -> list[int]:
     """Return the tokens of a prompt. Raises ApiError, in terms of ``names``.
 
     ``special``: the tokenizer's own around a text, too.

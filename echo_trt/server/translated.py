@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.server.errors import ApiError, from_validation
 from echo_trt.server.fields import RequestBody
 from echo_trt.server.schemas import SHARED, ChatRequest
+from echo_trt.server.text_client import ModelFacts
 
 #: Fields that these APIs have by the chat's names; the chat checks them.
 CHAT_FIELDS = (
@@ -110,7 +110,7 @@ class TranslatedRequest(RequestBody):
         except ApiError as error:
             raise self.in_client_fields(error) from None
 
-    def chat_for_model(self, info: ModelInfo) -> ChatRequest:
+    def chat_for_model(self, info: ModelFacts) -> ChatRequest:
         """Return the chat, with what is asked of thoughts as far as the model takes it."""
         return self.chat.thinking_as(info, *self.thoughts)
 

@@ -7,9 +7,9 @@ import string
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from echo_trt.engine.process.entries import logprob_object, source_object
-from echo_trt.engine.process.wire import TextPiece, ThinkTokens
-from echo_trt.engine.text import overlap
+from echo_trt.engine.text.entries import logprob_object, source_object
+from echo_trt.engine.text.prompts import ThinkTokens
+from echo_trt.engine.text.stream import overlap
 from echo_trt.server.answer_types import (
     AssistantMessage,
     MessageDelta,
@@ -17,6 +17,7 @@ from echo_trt.server.answer_types import (
     SourcedToken,
     WrittenCall,
 )
+from echo_trt.server.text_client import TextPiece
 from echo_trt.server.tool_formats.base import Arguments, Call, Content, ParsedPart, Parser
 
 

@@ -115,7 +115,7 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
         reserved=reserved(recipe, target, draft, calls),
         blocks=calls.pool,
         request_blocks=calls.blocks,
-        states=4 * target.state_values * calls.batch,
+        states=target.state_bytes * calls.batch,
     )
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
-from echo_trt.models.hybrid_config import HybridConfig, MtpConfig, state_shapes
+from echo_trt.models.hybrid_config import MtpConfig
 
 #: Bytes of a weight and of a KV value, by the recipe's precision. int8 concerns weights alone, fp8 a layer's matrices
 #: alone (``Sizes.weight_bytes``): there both reading and arithmetic take half the time, so that K_max is bf16's.
@@ -43,7 +42,7 @@ class Sizes:
     experts_per_token: int = 0
     gpus: int = 1
     feature_size: int = 0  # numbers of the target's features that a draft reads of a token
-    state_values: int = 0  # float32 values of a request's states, in delta-net layers
+    state_bytes: int = 0  # of a request beside its KV rows
 
     @property
     def total(self) -> int:
@@ -82,19 +81,17 @@ def decoder_sizes(config: DecoderConfig, gpus: int = 1) -> Sizes:
     hidden, layers = config.hidden_size, config.num_layers
     sparse = sum(config.has_experts(i) for i in range(layers))
     table, norms = config.vocab_size * hidden, 4 if config.post_norms else 2
-    hybrid = config if isinstance(config, HybridConfig) else None
-    linear = len(hybrid.linear_layers) if hybrid else 0
-    full = layers - linear  # layers with attention, and so with KV rows
+    full = config.attention_layers
     return Sizes(
         embedding=table,
         output=0 if config.tie_embeddings else table,
-        attention=full * _attention(config, hidden) + (linear * _delta_net(hybrid) if hybrid else 0),
+        attention=full * _attention(config, hidden) + config.other_parameters,
         kv_matrices=full * _kv_matrices(config, hidden),
         mlp=(layers - sparse) * 3 * hidden * config.intermediate_size,
         router=sparse * hidden * config.num_experts,
         norms=hidden + layers * norms * hidden + (full * 2 * config.head_dim if config.qk_norm else 0),
         num_layers=full,
-        state_values=sum(math.prod(shape) for shape in state_shapes(config).values()),
+        state_bytes=config.states.bytes,
         **_heads(config),
         vocab_size=config.vocab_size,
         intermediate_size=config.num_experts * config.expert_size if sparse else config.intermediate_size,
@@ -122,7 +119,7 @@ def head_sizes(config: Eagle3Config) -> Sizes:
     )
 
 
-def mtp_sizes(config: HybridConfig) -> Sizes:
+def mtp_sizes(config: DecoderConfig) -> Sizes:
     """Count an MTP head, with the embedding and the output matrix that its engine holds, which are the target's."""
     hidden, table = config.hidden_size, config.vocab_size * config.hidden_size
     return Sizes(
@@ -177,13 +174,6 @@ def _kv_matrices(config: SizedConfig, inputs: int) -> int:
 
 
 def _attention(config: SizedConfig, inputs: int) -> int:
-    gates = config.num_heads if isinstance(config, HybridConfig) else 0
+    gates = config.num_heads if config.gated else 0
     heads = (config.num_heads + gates + 2 * config.num_kv_heads) * config.head_dim
     return (inputs + config.attention_bias) * heads + config.num_heads * config.head_dim * config.hidden_size
-
-
-def _delta_net(config: HybridConfig) -> int:
-    """Count a delta-net layer: its projections, the convolution of four, decays and the norm of its heads."""
-    sizes = config.delta_net
-    small = 4 * sizes.channels + 2 * sizes.value_heads + sizes.value_dim
-    return config.hidden_size * (sum(sizes.projected) + sizes.values) + small

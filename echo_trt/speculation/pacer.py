@@ -64,10 +64,6 @@ class Pace:
     lag: np.ndarray
     waited: np.ndarray
 
-    def of(self, chosen: np.ndarray) -> Pace:
-        """Return the part of requests ``chosen``, bool [B]."""
-        return Pace(self.wanted[chosen], self.lag[chosen], self.waited[chosen])
-
 
 @dataclass(frozen=True)
 class Seats:
@@ -90,7 +86,7 @@ class Seats:
 
     def of(self, seated: np.ndarray) -> Seats:
         """Return the seats of the decoding requests ``seated``, bool [B], and all prompts."""
-        pace = self.pace and self.pace.of(seated)
+        pace = self.pace and Pace(*(column[seated] for column in vars(self.pace).values()))
         return replace(self, decoding=self.decoding[seated], context=self.context[seated], pace=pace)
 
     def within(self, found: Seats) -> Seats:

@@ -29,7 +29,7 @@ class ForwardBatch(NamedTuple):
     tree_mask_begins  int32 [B+1], where a request's matrix begins; an empty one is causal
     logit_rows        int64 [R], rows whose next token is asked for
     padded_to         tokens to which an engine pads the pass; 0: the engine chooses
-    state_slots       int64 [B], a request's slot, for networks with states; empty: any
+    slots             int64 [B], a request's slot, for what an engine keeps of it beside KV blocks; empty: any
     """
 
     token_ids: np.ndarray
@@ -42,7 +42,7 @@ class ForwardBatch(NamedTuple):
     tree_mask_begins: np.ndarray
     logit_rows: np.ndarray
     padded_to: int = 0
-    state_slots: np.ndarray = _NONE
+    slots: np.ndarray = _NONE
 
 
 #: Rows up to which a pass of a draft takes a GPU as long as one row, since reading the weights takes longer than
@@ -153,7 +153,7 @@ def pack(
     logit_rows: np.ndarray,
     mask: tuple[np.ndarray, np.ndarray] | None = None,
     padded_to: int = 0,
-    state_slots: np.ndarray = _NONE,
+    slots: np.ndarray = _NONE,
 ) -> ForwardBatch:
     """Pack ``counts`` int64 [B] tokens per request behind ``past`` int64 [B] cached ones into one call.
 
@@ -174,7 +174,7 @@ def pack(
         tree_mask_begins=mask_begins[np.minimum(np.arange(requests + 1), len(mask_begins) - 1)].astype(np.int32),
         logit_rows=np.ascontiguousarray(logit_rows, np.int64),
         padded_to=padded_to,
-        state_slots=state_slots,
+        slots=slots,
     )
 
 

@@ -44,7 +44,7 @@ def sides_of(
     batch = llm.loop.batch
     longest = sorted(map(len, prompts))[-batch.count :]
     needed = sum(blocks_for(min(length + limit, batch.context) + batch.reserve) for length in longest)
-    if not batch.divisible or needed > batch.num_blocks // len(policies):
+    if not llm.networks.target.paged or needed > batch.num_blocks // len(policies):
         return [Side(policy) for policy in policies]
     loops = side_by_side(llm, policies, budget)
     return [Side(policy, loop) for policy, loop in zip(policies, loops, strict=True)]

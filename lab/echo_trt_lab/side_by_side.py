@@ -16,7 +16,7 @@ from echo_trt.speculation.pack import pack
 def side_by_side(llm: LLM, policies: Sequence[str], budget: int | None = None) -> list[EngineCore]:
     """Make a loop for each policy over the same engines, a part of the KV pool each; ``llm.loop`` must rest meanwhile.
 
-    An engine that has states for each slot cannot be divided (``batch.divisible``).
+    An engine that keeps states for each slot cannot be divided (``Engine.paged``).
     """
     batch, loops = llm.loop.batch, []
     blocks = batch.num_blocks // len(policies)

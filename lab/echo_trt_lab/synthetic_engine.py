@@ -46,10 +46,10 @@ class SyntheticEngine:
 
     def run(self, call: ForwardBatch, **inputs: Any) -> dict[str, Any]:
         outputs = self.engine.run(call, **inputs)
-        if not len(call.state_slots):  # a measurement, of nobody's text
+        if not len(call.slots):  # a measurement, of nobody's text
             return dict(outputs)
         rows = call.logit_rows
-        keys = text_keys(self._batch, call.state_slots)[np.searchsorted(call.seq_begins, rows, "right") - 1]
+        keys = text_keys(self._batch, call.slots)[np.searchsorted(call.seq_begins, rows, "right") - 1]
         tokens = self._text.next_tokens(keys, call.token_ids[rows], call.positions[rows] + 1)
         return dict(outputs) | {"logits": SyntheticLogits(outputs["logits"], tokens)}
 

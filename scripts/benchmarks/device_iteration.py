@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from echo_trt.engine.core import Emitted, EngineCore
 from echo_trt.engine.options import bounds, run_alone
-from echo_trt.engine.text import AnswerText
+from echo_trt.engine.text.stream import AnswerText
 from echo_trt_lab.device_counts import POLICIES, Run
 
 COUNTED = 8  # iterations whose counts are reported, as of tests/lab/device_counts.json

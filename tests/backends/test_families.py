@@ -28,6 +28,7 @@ from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.roles import TargetModule
 from echo_trt.models.weights import load_decoder
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
+from echo_trt.speculation.planner import Explanation, Plan
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 from super_tree_attention import super_tree_attention
 
@@ -109,14 +110,16 @@ def logits_of_both(folder: Path, engine: str, path: Path, precision: str) -> tup
     rng, table, text = np.random.default_rng(3), np.arange(BLOCKS)[None], PROMPT + MORE
     tokens = rng.integers(0, VOCAB, text)
     tree = SuperTree.from_roots(rng.integers(0, VOCAB, 1))
-    # An engine that counts the rows of a window takes a single path beyond it.
-    for parent in range(6) if ours.tree_context else (0, 0, 1, 1, 2, 3):
+    for parent in (0, 0, 1, 1, 2, 3):
         tree.add(np.array([parent]), rng.integers(0, VOCAB, 1), np.zeros(1))
+    # An engine that counts the rows of a window takes a single path beyond it.
+    sure = np.ones(len(tree))
+    tree = ours.exact(Plan(tree, sure, Explanation(tree, sure, np.arange(len(tree)))), np.array([text])).tree
 
     def call(ids: np.ndarray, positions: np.ndarray, past: int, mask: Any = None) -> np.ndarray:
         packed = pack(ids, positions, np.array([past]), np.array([len(ids)]), table, np.arange(len(ids)), mask)
         logits = np.array(ours.run(packed)["logits"], np.float32)
-        ours.commit_states(np.arange(len(ids)), np.array([len(ids)]))
+        ours.commit(np.arange(len(ids)), np.array([len(ids)]))
         return logits
 
     begins = [(0, PROMPT), (PROMPT, text)]

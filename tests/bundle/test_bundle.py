@@ -8,14 +8,13 @@ from models.checkpoints import head_config, head_tensors, qwen3, write_head
 from pairs import FOLDERS, PAIRS, SIZES, VOCAB, recipe_of, write_tokenizer
 from refusal import refused
 
-from echo_trt.adapters.triton.request import Reader
+from echo_trt.adapters.triton.request import Reader, TritonRequest
 from echo_trt.bundle.manifest import read_manifest, sha256, verify_files
 from echo_trt.bundle.recipe import Sampling
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
-from echo_trt.engine.process.pending import Pending
-from echo_trt.engine.process.prompts import PromptReader
+from echo_trt.engine.text.prompts import PromptReader
 from echo_trt.models.checkpoint import weights_sha256
 
 
@@ -235,7 +234,7 @@ def test_what_the_checkpoint_recommends_is_the_default_of_requests(networks, tmp
     assert llm.default_params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95, min_p=0.1)
     reader = Reader(PromptReader(tmp_path / "bundle", 100), llm.manifest.sampling.given())
     ids, greedy = {"input_ids": [5]}, {"temperature": 0.0}
-    reader.read(ids, answer := Pending())
+    reader.read(ids, answer := TritonRequest())
     assert answer.params == llm.default_params
     reader.read(ids | greedy, answer)
     assert answer.params == SamplingParams(temperature=0.0, top_k=20, top_p=0.95, min_p=0.1)

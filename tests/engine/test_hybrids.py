@@ -75,6 +75,9 @@ def test_a_hybrid_has_no_prefix_cache_and_its_states_are_counted(bundle_of):
     config = llm.manifest.target
     assert llm.pool.states == 4 * 4 * config.state_values > 0
     assert "no prefix cache" in llm.pool.sentence
+    target, draft = llm.networks.target, llm.networks.draft
+    assert (target.paged, draft.paged) == (False, True)  # the MTP head's layer has attention alone
+    assert llm.loop.chunk <= target.longest < draft.longest
 
 
 @pytest.mark.parametrize(

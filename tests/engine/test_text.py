@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Request
-from echo_trt.engine.text import AnswerText, TextStream
+from echo_trt.engine.text.stream import AnswerText, TextStream
 
 #: Bytes, merges that end inside a character, and special tokens, all in the same text.
 ids_of_anything = st.lists(st.integers(0, VOCAB - 1) | st.integers(130, 258), max_size=24)

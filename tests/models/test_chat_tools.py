@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusal import refused
 
-from echo_trt.engine.process.prompts import PromptReader
-from echo_trt.engine.process.wire import ChatPrompt
+from echo_trt.engine.text.prompts import ChatPrompt, PromptReader
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.messages import checked_messages, checked_tools
 
@@ -221,7 +220,7 @@ def test_requests_say_whether_the_answer_begins_in_a_thought(tmp_path, template,
     reader = PromptReader(tmp_path, 1000)
     chat = ChatPrompt([{"role": "user", "content": "what is <think>?"}], [TOOL], kwargs)
     assert reader.in_thought(reader.ids(chat)) is inside
-    info = reader.model_info(1, {})
+    info = reader.facts
     assert info.takes_tools
     assert info.thinking.closes == "</think>"
     assert {"<tool_call>", "<think>"} & set(info.tokens)

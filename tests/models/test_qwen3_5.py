@@ -41,8 +41,8 @@ def read(opened: TorchEngine, tokens: np.ndarray, counts: tuple[int, ...]) -> np
     for count in counts:
         here, one = np.arange(past, past + count), np.array([count])
         call = pack(tokens[here], here, np.array([past]), one, TABLE, np.arange(count))
-        logits.append(opened.run(call._replace(state_slots=np.array([SLOT])))["logits"])
-        opened.commit_states(np.arange(count), one)
+        logits.append(opened.run(call._replace(slots=np.array([SLOT])))["logits"])
+        opened.commit(np.arange(count), one)
         past += count
     return np.concatenate(logits)
 
@@ -95,13 +95,13 @@ def test_every_path_of_a_tree_has_the_logits_and_the_states_of_its_text(tmp_path
         read(opened, prompt, (21,))
         depth = len(prompt) + tree.depth
         call = pack(tree.token, depth, np.array([21]), size, TABLE, rows, ancestor_mask(tree))
-        verified = opened.run(call._replace(state_slots=np.array([SLOT])))["logits"]
+        verified = opened.run(call._replace(slots=np.array([SLOT])))["logits"]
         np.testing.assert_allclose(verified[path], expected[: len(path)], atol=1e-4)
-        opened.commit_states(path, np.array([len(path)]))
+        opened.commit(path, np.array([len(path)]))
         opened.compact_kv(pool_rows(21 + path), pool_rows(21 + np.arange(len(path))))
         past = 21 + len(path)
         after = pack(text[past:], np.arange(past, past + 3), np.array([past]), np.array([3]), TABLE, np.arange(3))
-        found = opened.run(after._replace(state_slots=np.array([SLOT])))["logits"]
+        found = opened.run(after._replace(slots=np.array([SLOT])))["logits"]
         np.testing.assert_allclose(found, expected[len(path) :], atol=1e-4)
 
 

@@ -40,8 +40,9 @@ BROKEN = "import what_is_not_there\n"
 #: File -> a line of it, and what does the same in a way that the proof must not let pass.
 FAULTS = {
     "echo_trt/backends/cuda/levels.py": (
-        "            scores, candidates, *rest = self._forward(inputs)\n",
-        "            self._forward(inputs)\n            scores, candidates, *rest = self._forward(inputs)\n",
+        "            beams, children = expand(self._forward, call, level, beams, shape.width)\n",
+        "            expand(self._forward, call, level, beams, shape.width)\n"
+        "            beams, children = expand(self._forward, call, level, beams, shape.width)\n",
     ),
     "echo_trt/backends/torch/engine.py": (
         "self._operator(query, key, value, *pools, *metadata, sliding_window=window)",

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_trt.engine.process.wire import TextPiece, ThinkTokens
+from echo_trt.engine.text.prompts import ThinkTokens
+from echo_trt.server.text_client import TextPiece
 from echo_trt.server.tool_formats.marked import MarkedParser
 from echo_trt.server.turns import OutputParser
 
@@ -20,7 +21,7 @@ def read(pieces: list[str], inside: bool = False, tools: bool = True) -> dict[st
     turn = OutputParser(MARKS, MarkedParser({"add": {}}) if tools else None)
     for index, text in enumerate(pieces):
         last = "stop" if index == len(pieces) - 1 else None
-        turn.take(TextPiece(0, text, finish_reason=last, in_thought=inside and index == 0))
+        turn.take(TextPiece(text=text, finish_reason=last, in_thought=inside and index == 0))
     return turn.message()
 
 
@@ -75,7 +76,7 @@ def test_tokens_of_the_thought_are_counted(ids, inside, texts, count):
     turn = OutputParser(MARKS)
     for index, (own, text) in enumerate(zip(ids, texts, strict=True)):
         last = "stop" if index == len(ids) - 1 else None
-        turn.take(TextPiece(0, text, finish_reason=last, token_ids=own, in_thought=inside))
+        turn.take(TextPiece(text=text, finish_reason=last, token_ids=own, in_thought=inside))
     assert turn.reasoning_tokens == count
 
 
@@ -84,5 +85,5 @@ def test_tokens_of_the_thought_are_counted(ids, inside, texts, count):
 )
 def test_the_reason_is_tool_calls_only_where_the_text_ended(text, end, reason):
     turn = OutputParser(None, MarkedParser({"add": {}}))
-    turn.take(TextPiece(0, text, finish_reason=end))
+    turn.take(TextPiece(text=text, finish_reason=end))
     assert turn.finish_reason == reason

@@ -12,6 +12,7 @@ from echo_trt.engine.params import TokenLogprobs
 from echo_trt.engine.process.pending import Pending
 from echo_trt.engine.request import Event
 from echo_trt.engine.service.service import Service
+from echo_trt.engine.text.stream import AnswerText
 from echo_trt.models.token_texts import TokenTexts
 
 #: How Dynamo calls the reasons of an end; others are failures.
@@ -23,9 +24,11 @@ class DynamoAnswer(Pending):
     """A request of Dynamo's frontend; ``generated`` are tokens of the answer that another worker has emitted.
 
     boundary  for the worker that may have to go on with this answer
+    text      finds stop strings; None: there are none
     """
 
     boundary: Boundary
+    text: AnswerText | None = None
     service: Service | None = None
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
 
@@ -56,8 +59,8 @@ class DynamoAnswer(Pending):
                 later = self.events.get_nowait()
                 tokens, logprobs = [*event.token_ids, *later.token_ids], [*event.logprobs, *later.logprobs]
                 event = replace(later, token_ids=tokens, logprobs=logprobs)
-            if self.text and self.add(event) and self.service:
-                self.service.stop(self, self.text.used)
+            if self.text:
+                self._stop_at(self.text, event)
             chunk: dict[str, Any] = {"token_ids": list(event.token_ids), "index": 0}
             if event.logprobs:
                 chunk |= _logprobs(event.logprobs, texts)
@@ -67,6 +70,18 @@ class DynamoAnswer(Pending):
             if event.reason:
                 chunk |= self._last(event, texts)
             yield chunk, event
+
+    def _stop_at(self, text: AnswerText, event: Event) -> None:
+        """End the answer where a stop string is complete."""
+        before = text.stopped
+        _, used, _ = text.take(event.token_ids, event.reason in ("stop", "length", "deadline"))
+        event.token_ids, event.logprobs = event.token_ids[:used], event.logprobs[:used]
+        if text.stopped:
+            event.completion_tokens = text.used
+            if event.reason in ("length", "deadline"):
+                event.reason = "stop"
+            elif self.service and not before and not event.reason:
+                self.service.stop(self, text.used)
 
     def _last(self, end: Event, texts: TokenTexts) -> dict[str, Any]:
         chunk: dict[str, Any] = {

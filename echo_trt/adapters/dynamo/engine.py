@@ -30,7 +30,7 @@ from echo_trt.engine.llm import LLM
 from echo_trt.engine.service.job import Overloaded
 from echo_trt.engine.service.metrics import EngineMetrics, Statistics
 from echo_trt.engine.service.service import Service
-from echo_trt.engine.text import AnswerText
+from echo_trt.engine.text.stream import AnswerText
 from echo_trt.errors import UserError
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import load_tokenizer

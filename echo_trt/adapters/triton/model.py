@@ -26,10 +26,11 @@ from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.process.host import Host
 from echo_trt.engine.process.pending import refusal
-from echo_trt.engine.process.prompts import PromptReader
+from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.engine.service.kv_events import publish_kv_events
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
+from echo_trt.engine.text.prompts import PromptReader
 from echo_trt.errors import UserError
 from echo_trt.files.log import configure
 from echo_trt.speculation.policies import load_policies
@@ -73,7 +74,13 @@ class TritonPythonModel:
         name, self._metrics = args["model_name"], EngineMetrics(args["model_name"])
         self._replies = Replies(self._service, self._metrics, name, Path(signals) if signals else None)
         if socket := os.environ.get("ECHO_TRT_SOCKET"):
-            host = Host(self._service, prompts, self._metrics, classes)
+            info = ModelInfo(
+                bundle=str(bundle.absolute()),
+                context=prompts.context,
+                sampling=llm.manifest.sampling.given(),
+                special_tokens_in_content=_truth(config, "special_tokens_in_content"),
+            )
+            host = Host(self._service, info, self._metrics, classes)
             serve = host.serve(Path(socket), asyncio.Event())  # it ends with the service
             threading.Thread(target=asyncio.run, args=(serve,), name="host", daemon=True).start()
 

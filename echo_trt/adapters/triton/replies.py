@@ -20,14 +20,16 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from echo_trt.engine.process.entries import logprob_object, source_object
-from echo_trt.engine.process.pending import Pending, failure_of
+from echo_trt.adapters.triton.request import TritonRequest
+from echo_trt.engine.process.pending import failure_of
 from echo_trt.engine.process.wire import Failure, FailureKind
 from echo_trt.engine.request import Event
 from echo_trt.engine.service.job import ERRORS
 from echo_trt.engine.service.metric_aliases import TENSORRT_LLM
 from echo_trt.engine.service.metrics import HISTOGRAMS, EngineMetrics
 from echo_trt.engine.service.service import Service
+from echo_trt.engine.text.entries import logprob_object, source_object
+from echo_trt.engine.text.outgoing import OutgoingText
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 @dataclass(eq=False, kw_only=True)
-class Reply(Pending):
+class Reply(TritonRequest):
     """An open answer to a client of Triton's.
 
     coded  whether an error's message begins with its code
@@ -111,7 +113,7 @@ class Replies:
                     elif not reply.ended:
                         self._open[reply] = None
             for reply, event in changed.items():
-                if event.reason or (reply.streamed and reply.unsent_text and not reply.broken):
+                if event.reason or (reply.streamed and reply.out and reply.out.unsent and not reply.broken):
                     self._send(reply, event)
             now = time.monotonic()
             if now - looked >= LOOK:
@@ -145,11 +147,20 @@ class Replies:
 
     def _merge(self, reply: Reply, event: Event) -> None:
         try:
-            if not reply.broken and reply.add(event) and reply.text:
-                self._service.stop(reply, reply.text.used)
+            if not reply.broken and reply.out:
+                self._take_text(reply, reply.out, event)
         except Exception:  # this thread answers all the others, too
             self._break(reply)
         reply.observe(event, self._metrics)
+
+    def _take_text(self, reply: Reply, out: OutgoingText, event: Event) -> None:
+        before = out.stopped
+        news = event.token_ids, event.logprobs, event.sources, reply.prompt_logprobs
+        event.reason = out.add(*news, event.reason)
+        if out.stopped:
+            event.completion_tokens = out.used
+            if not before and not event.reason:
+                self._service.stop(reply, out.used)
 
     def _send(self, reply: Reply, event: Event) -> None:
         try:
@@ -161,7 +172,6 @@ class Replies:
             self._break(reply)
             if event.reason and first:
                 return self._send(reply, event)  # an error
-        reply.unsent_text, reply.unsent_tokens = "", []
         reply.index += 1
         if event.reason:
             reply.ended = True
@@ -244,23 +254,26 @@ def _response(reply: Reply, event: Event) -> pb_utils.InferenceResponse:
         return failed(Failure(kind="failed", message=sentence), reply.coded)
     if event.reason in ERRORS:
         return failed(failure_of(event), reply.coded)
+    out = reply.out
+    assert out
+    text, token_ids = out.take()
     tensors = [
-        _strings("text_output", reply.unsent_text),
-        pb_utils.Tensor("output_ids", np.array([reply.unsent_tokens], np.int32).reshape(1, -1)),
+        _strings("text_output", text),
+        pb_utils.Tensor("output_ids", np.array([token_ids], np.int32).reshape(1, -1)),
         _numbers("sequence_index", reply.index, np.int32),
         _numbers("prompt_tokens", len(reply.prompt), np.int32),
     ]
-    if reply.in_thought is not None and reply.index == 0:
-        tensors.append(_numbers("in_thought", reply.in_thought, bool))
-    if reply.unsent_logprobs:
-        numbers = np.array([reply.unsent_logprobs.numbers], np.float32).reshape(1, -1)
+    if out.in_thought is not None and reply.index == 0:
+        tensors.append(_numbers("in_thought", out.in_thought, bool))
+    if out.logprobs:
+        numbers = np.array([out.logprobs.numbers], np.float32).reshape(1, -1)
         tensors += [
             pb_utils.Tensor("output_log_probs", numbers),
-            _numbers("cum_log_probs", reply.unsent_logprobs.total, np.float32),
-            _json("logprobs", map(logprob_object, reply.unsent_logprobs.clear())),
+            _numbers("cum_log_probs", out.logprobs.total, np.float32),
+            _json("logprobs", map(logprob_object, out.logprobs.clear())),
         ]
-    if reply.unsent_sources:
-        tensors.append(_json("token_sources", map(source_object, reply.unsent_sources.clear())))
+    if out.sources:
+        tensors.append(_json("token_sources", map(source_object, out.sources.clear())))
     if event.reason:
         tensors += [
             _strings("finish_reason", event.reason),

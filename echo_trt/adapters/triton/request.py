@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,21 @@ from echo_trt.adapters.triton.inputs import ALIASES, DEFAULTS, MAX_STOP_WORDS
 from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.params import MAX_LOGPROBS, SINGLE, SamplingParams
 from echo_trt.engine.process.pending import Pending
-from echo_trt.engine.process.prompts import RULE, PromptReader
-from echo_trt.engine.process.wire import ChatPrompt, PromptInput
+from echo_trt.engine.text.outgoing import OutgoingText
+from echo_trt.engine.text.prompts import RULE, ChatPrompt, PromptInput, PromptReader
 from echo_trt.errors import UserError
 from echo_trt.models.messages import checked_messages, checked_tools
 
 PROMPTS = ("input_ids", "chat_messages", "text_input")
 IN_CHATS = ("tools", "chat_template_kwargs")  # inputs that mean nothing without a chat template
+
+
+@dataclass(eq=False, kw_only=True)
+class TritonRequest(Pending):
+    """A request that was read. ``statistics``: whether its client wants them; ``out``: the answer's text."""
+
+    statistics: bool = False
+    out: OutgoingText | None = None
 
 
 class Reader:
@@ -34,7 +43,7 @@ class Reader:
         """
         self._prompts, self._sampling, self._classes = prompts, dict(sampling or {}), classes or LatencyClasses()
 
-    def read(self, inputs: Mapping[str, Any], answer: Pending) -> None:
+    def read(self, inputs: Mapping[str, Any], answer: TritonRequest) -> None:
         """Put what ``inputs`` ask for into ``answer``. Raises UserError.
 
         inputs  plain values by their names in ``INPUTS``; what is absent has its default
@@ -62,11 +71,11 @@ class Reader:
                 "latency": self._classes.read(inputs.get("latency", "")),
             }
         )
-        answer.prompt, answer.in_thought = np.asarray(ids, np.int64), self._prompts.in_thought(ids)
+        answer.prompt = np.asarray(ids, np.int64)
         answer.streamed, answer.statistics = _value(inputs, "stream"), _value(inputs, "return_perf_metrics")
         answer.priority, answer.seconds = _value(inputs, "priority"), deadline / 1000 if deadline else None
-        hidden = _value(inputs, "exclude_input_in_output")
-        answer.begin("" if hidden else self._prompts.echoed(prompt), self._prompts)
+        echoes = not _value(inputs, "exclude_input_in_output")
+        answer.out = OutgoingText(self._prompts, prompt, ids, answer.params, echoes)
 
 
 def _prompt(inputs: Mapping[str, Any]) -> PromptInput:

@@ -10,12 +10,13 @@ import openvino as ov
 
 from echo_trt.backends import base
 from echo_trt.backends.openvino import cpu
-from echo_trt.backends.openvino.graph import FEATURES, compile_graph, read_graph, tree_context
+from echo_trt.backends.openvino.graph import FEATURES, compile_graph, read_graph, smallest_window
 from echo_trt.backends.openvino.sequence_split import as_sequences, pad_requests
-from echo_trt.backends.states import RequestStates
+from echo_trt.backends.states import KeepsStates
 from echo_trt.speculation.arrays import next_size
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
 from echo_trt.speculation.paths import COMMIT_OUTPUTS, TREE_INPUTS
+from echo_trt.speculation.planner import Plan
 
 MIN_BF16_TOKENS = 4  # least padded size in bf16 without AMX, where 1 to 3 tokens are slower. Larger: more padding
 PREPARED = 32  # tokens up to which kernels are prepared at the start; larger: a longer start, fewer slow first passes
@@ -32,7 +33,7 @@ if not base.ends_at_once:  # without PyTorch one process in forty crashed as it 
 _ARRAY_TYPES = {ov.Type.f32: np.float32, ov.Type.bf16: np.uint16}  # numpy has no bfloat16; rows are only moved
 
 
-class OpenVINOEngine(base.Engine):
+class OpenVINOEngine(KeepsStates):
     """A graph compiled for this CPU and a KV pool of ``num_blocks`` blocks, whose memory is allocated as it fills.
 
     One more block takes the rows of padding.
@@ -42,10 +43,11 @@ class OpenVINOEngine(base.Engine):
         """``slots``: of requests' states, where the network has any."""
         self.num_blocks = num_blocks
         model = read_graph(graph)
-        self.tree_context = tree_context(model)
+        self._window = smallest_window(model)
         compiled = compile_graph(model, precision, threads)
         self._request = compiled.create_infer_request()
-        inputs = [i.get_any_name() for i in compiled.inputs if "_cache." not in i.get_any_name()]
+        uncached = [port for port in compiled.inputs if "_cache." not in port.get_any_name()]
+        inputs = [port.get_any_name() for port in uncached]
         self._outputs = [o.get_any_name() for o in compiled.outputs]
         self._short = any(FEATURES in o.names and o.element_type == ov.Type.bf16 for o in compiled.outputs)
         ports = [port for port in (*compiled.inputs, *compiled.outputs) if port.get_any_name() not in TREE_INPUTS]
@@ -61,7 +63,10 @@ class OpenVINOEngine(base.Engine):
         usual = TARGET_SIZES if self._target else DRAFT_SIZES
         self.sizes = (minimum, *(size for size in usual if size > minimum))
         self._pool = self._bind_pool(compiled, cpu.compute_type(precision))
-        self._states, self._span = self._make_states(compiled, slots), slice(0)
+        ports = {name: port for name, port in zip(inputs, uncached, strict=True) if "_state." in name}
+        sizes = {name: tuple(d.get_length() for d in list(port.partial_shape)[1:]) for name, port in ports.items()}
+        self._open_states(sizes, slots)
+        self._span = slice(0)
         inputs = [name for name in inputs if "_state." not in name]
         self._bound = {name: self._request.get_tensor(name) for name in inputs}
         self._views = {name: tensor.data for name, tensor in self._bound.items()}
@@ -81,18 +86,11 @@ class OpenVINOEngine(base.Engine):
             self._request.set_tensor(node.get_any_name(), tensor)
         return pool
 
-    def _make_states(self, compiled: ov.CompiledModel, slots: int) -> RequestStates | None:
-        ports = {port.get_any_name(): port for port in compiled.inputs if "_state." in port.get_any_name()}
-        if not ports:
-            return None
-        shapes = {name: tuple(d.get_length() for d in list(port.partial_shape)[1:]) for name, port in ports.items()}
-        return RequestStates(shapes, slots)
-
-    def _bind_span(self, states: RequestStates) -> None:
+    def _bind_span(self) -> None:
         """Let the pass read the states of its slots in place."""
-        if self._span != states.span:
-            self._span = states.span
-            self._state_tensors = {name: ov.Tensor(part, shared_memory=True) for name, part in states.inputs.items()}
+        if self._states and self._span != self._states.span:
+            self._span, parts = self._states.span, self._states.inputs
+            self._state_tensors = {name: ov.Tensor(part, shared_memory=True) for name, part in parts.items()}
             for name, tensor in self._state_tensors.items():
                 self._request.set_tensor(name, tensor)
 
@@ -125,7 +123,7 @@ class OpenVINOEngine(base.Engine):
             inputs = _longer(inputs, size - tokens)
         if self._states:
             inputs |= self._states.begin(whole, size)
-            self._bind_span(self._states)
+            self._bind_span()
         call = pad_requests(call, size, self.num_blocks, pad_rows=self._target)
         self._feed(call._asdict() | inputs)
         outputs = self._request.infer(share_outputs=True).values()  # a copy of the logits would take half a millisecond
@@ -146,9 +144,8 @@ class OpenVINOEngine(base.Engine):
                 self._views[name] = view = self._bound[name].data
             view[...] = values
 
-    def commit_states(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        if self._states:
-            self._states.commit(rows, counts)
+    def exact(self, plan: Plan, past: np.ndarray) -> Plan:
+        return plan.on_one_path(past + plan.tree.sizes > self._window) if self._window else plan
 
     def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
         rows = self._pool[:, source // BLOCK, :, source % BLOCK]

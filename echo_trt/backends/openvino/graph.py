@@ -79,7 +79,7 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
     return ov.Core().compile_model(model, "CPU", options)
 
 
-def tree_context(model: ov.Model) -> int | None:
+def smallest_window(model: ov.Model) -> int | None:
     """Return up to how many tokens of a request, its tree's among them, trees are exact; None: any number.
 
     PagedAttention counts rows of a window, and siblings are rows behind each other.

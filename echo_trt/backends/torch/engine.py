@@ -28,7 +28,7 @@ from echo_trt.backends.cuda.sizes import (
 )
 from echo_trt.backends.cuda.transfers import PACKED, pack_results, send
 from echo_trt.backends.parallel.rank_group import RankGroup
-from echo_trt.backends.states import RequestStates
+from echo_trt.backends.states import KeepsStates
 from echo_trt.errors import UserError
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.layers import Config
@@ -40,7 +40,7 @@ from super_tree_attention import super_tree_attention
 MAX_REQUESTS = 256  # in one call of an engine that is not told its largest calls
 
 
-class TorchEngine(DeviceEngine):
+class TorchEngine(KeepsStates, DeviceEngine):
     """A network in eager PyTorch and a KV pool of ``num_blocks`` blocks.
 
     role         its network is moved to ``device``
@@ -76,7 +76,7 @@ class TorchEngine(DeviceEngine):
                 "this network has delta-net layers, which run on a CPU alone so far; set CUDA_VISIBLE_DEVICES to "
                 "nothing, or build with --engine openvino."
             )
-        self._states = RequestStates(states, bounds.requests if bounds else MAX_REQUESTS) if states else None
+        self._open_states(states, bounds.requests if bounds else MAX_REQUESTS)
         shape = 2 * role.num_layers, num_blocks, config.num_kv_heads, BLOCK, config.head_dim
         if self.device.type == "cuda":
             needed = int(np.prod(shape)) * self._dtype.itemsize
@@ -141,10 +141,6 @@ class TorchEngine(DeviceEngine):
         if self._states:
             self._states.keep(named)
         return named
-
-    def commit_states(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        if self._states:
-            self._states.commit(rows, counts)
 
     def _arrays_of(self, call: ForwardBatch, inputs: dict[str, np.ndarray]) -> Arrays:
         arrays = {"token_ids": call.token_ids, "positions": call.positions, **inputs}

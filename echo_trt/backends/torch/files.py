@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from echo_trt.errors import UserError
 from echo_trt.models.config import DecoderConfig
+from echo_trt.models.families import FAMILIES
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, dequantise, has_row_products
-from echo_trt.models.hybrid_config import HybridConfig
 from echo_trt.models.layers import Rotary
 from echo_trt.models.roles import ROLES, Role
 from echo_trt.models.weights import TYPES
@@ -54,8 +54,8 @@ def load_role(path: Path, device: str = "cpu", in_fp8: bool | None = None) -> Ro
     kind, setting, positions = header["role"], header["setting"], header["positions"]
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in header["config"].items()}
     role_class, config_class, network_of = ROLES[kind]
-    if config_class is DecoderConfig and "linear_layers" in values:
-        config_class = HybridConfig
+    if config_class is DecoderConfig:
+        config_class = FAMILIES[values["family"]].config
     config = config_class(**values)
     with torch.device("meta"):
         network = network_of(config, positions)

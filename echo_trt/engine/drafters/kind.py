@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echo_trt.bundle.manifest import CONFIDENCE, BlockFacts, Manifest
-from echo_trt.bundle.recipe import DRAFTS, Recipe
+from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError
-from echo_trt.files.extras import extra, registered
+from echo_trt.files.extras import DRAFTS, extra, registered
 from echo_trt.speculation.policies import reserve_for
 
 if TYPE_CHECKING:
@@ -112,10 +112,9 @@ class HeadKind(DraftKind):
         from echo_trt.engine.drafters.eagle3 import Eagle3Drafter
         from echo_trt.engine.drafters.levels import LevelsDrafter
 
-        facts, kind = manifest.draft, LevelsDrafter if engine.drafts_levels else Eagle3Drafter
-        assert facts is not None
-        chunk = manifest.recipe.limits.prefill_chunk
-        return kind(engine, batch, chunk, facts.feature_size, facts.hidden_size)
+        kind = LevelsDrafter if engine.drafts_levels else Eagle3Drafter
+        facts: Any = manifest.draft
+        return kind(engine, batch, manifest.recipe.limits.prefill_chunk, facts.feature_size, facts.hidden_size)
 
 
 class Eagle3Kind(HeadKind):
@@ -185,19 +184,17 @@ class ModelKind(DraftKind):
         return decoder_config(raw, where)
 
     def load(self, source: DraftSource) -> tuple[Role, tuple[int, ...]]:
-        from echo_trt.models.hybrid_config import state_shapes
         from echo_trt.models.open_tokenizer import check_same_tokens, read_tokenizer
         from echo_trt.models.roles import DraftModule
         from echo_trt.models.weights import load_decoder
 
         checkpoint, named = source.checkpoint, source.recipe.draft.source
-        where, tokenizer = str(checkpoint.path), named.tokenizer if named else None
-        check_same_tokens(
-            source.tokenizer, read_tokenizer(checkpoint, source.folder / tokenizer if tokenizer else None), where
-        )
+        where = str(checkpoint.path)
+        folder = source.folder / named.tokenizer if named and named.tokenizer else None
+        check_same_tokens(source.tokenizer, read_tokenizer(checkpoint, folder), where)
         decoder = load_decoder(checkpoint, source.positions, source.dtype)
         size, maximum = decoder.config.vocab_size, source.target.config.vocab_size
-        if state_shapes(decoder.config):
+        if decoder.config.states.shapes:
             raise UserError(
                 f"{where} has delta-net layers, which no draft model may have; use draft.kind mtp or lookup."
             )
@@ -270,9 +267,8 @@ class BlockKind(DraftKind):
     def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, confidence: Confidence) -> Drafter:
         from echo_trt.engine.drafters.block import BlockDrafter
 
-        facts, chunk = manifest.draft, manifest.recipe.limits.prefill_chunk
-        assert facts is not None
-        assert facts.block is not None
+        facts: Any = manifest.draft
+        chunk = manifest.recipe.limits.prefill_chunk
         return BlockDrafter(engine, batch, chunk, facts.feature_size, facts.block, confidence)
 
 

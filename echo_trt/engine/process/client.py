@@ -65,20 +65,6 @@ class Client:
             self._info = answer
         return self._info
 
-    async def token_ids(self, prompt: wire.PromptInput, special_tokens: bool = True) -> list[int]:
-        """Return the tokens of a prompt. ``special_tokens``: the tokenizer's own around a text. Raises EngineError."""
-        if isinstance(prompt, list):
-            return prompt
-        answer = await self._single(wire.Tokenize(prompt=prompt, special_tokens=special_tokens))
-        assert isinstance(answer, wire.TokensReply)
-        return answer.token_ids
-
-    async def text(self, tokens: list[int]) -> str:
-        """Return the text of tokens. Raises EngineError."""
-        answer = await self._single(wire.Detokenize(tokens=tokens))
-        assert isinstance(answer, wire.TextReply)
-        return answer.text
-
     async def forecast(self, question: wire.AskForecast) -> wire.ForecastReply:
         """Return what a request of this shape has to expect. Raises EngineError."""
         answer = await self._single(question)
@@ -91,7 +77,7 @@ class Client:
             answer = await self._single(wire.Scrape(), SCRAPE_S)
         except EngineError:
             return None
-        return answer.text if isinstance(answer, wire.TextReply) else None
+        return answer.text if isinstance(answer, wire.MetricsText) else None
 
     async def snapshots(self) -> AsyncGenerator[dict[str, Any]]:
         """Yield snapshots; the engine makes none once this is closed. Raises EngineError."""
@@ -100,14 +86,19 @@ class Client:
                 assert isinstance(answer, wire.Snapshot)
                 yield answer.content
 
-    async def submit(self, question: wire.Submit) -> AsyncGenerator[wire.TextPiece]:
-        """Yield pieces as they come. Close it early and the engine drops the request. Raises EngineError."""
+    async def submit(self, question: wire.Submit) -> AsyncGenerator[wire.Tokens]:
+        """Yield tokens as they come. Close it early and the engine drops the request. Raises EngineError."""
         question.request_id = REQUEST_ID.get()
         async with aclosing(self._ask(question)) as answers:
             async for piece in answers:
-                assert isinstance(piece, wire.TextPiece)
+                assert isinstance(piece, wire.Tokens)
                 self._last_piece = time.monotonic()
                 yield piece
+
+    def stop(self, question: wire.Submit, tokens: int) -> None:
+        """End a request, whose first ``tokens`` have completed a stop string; its last message comes still."""
+        if self._writer:
+            self._writer.write(wire.framed(wire.Stop(question.id, tokens=tokens)))
 
     async def check(self, seconds: float | None = None) -> None:
         """Return where the engine works: text has just come, or it does so in ``seconds`` (WAIT_S). Raises EngineError.
@@ -144,7 +135,7 @@ class Client:
         try:
             while not done:
                 message = await answers.get()
-                done = not isinstance(message, wire.TextPiece) or message.finish_reason is not None
+                done = not isinstance(message, wire.Tokens) or message.finish_reason is not None
                 if message is None:
                     raise EngineError
                 if isinstance(message, wire.Failure):

@@ -1,7 +1,7 @@
 """An engine's host: it answers the messages of ``wire`` on a Unix socket.
 
-The service tells events on the engine's thread. They wake this loop once per iteration; text that came meanwhile goes
-out as one piece. Prompts are read on a thread of their own, so that a long one delays nobody's text.
+The service tells events on the engine's thread. They wake this loop once per iteration; tokens that came meanwhile go
+out together. Requests are taken on a thread of their own, so that a large grammar delays nobody's tokens.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 from prometheus_client import generate_latest
 
 from echo_trt.engine.latency import LatencyClasses
+from echo_trt.engine.params import TokenLogprobs, TokenSource
 from echo_trt.engine.process import wire
 from echo_trt.engine.process.pending import Pending, failure_of, refusal
-from echo_trt.engine.process.prompts import PromptReader
 from echo_trt.engine.request import Event
 from echo_trt.engine.service.job import ERRORS, Overloaded
 from echo_trt.engine.service.metrics import EngineMetrics
@@ -38,7 +39,7 @@ SNAPSHOT, IDLE_SNAPSHOT = 0.2, 1.0  # seconds between two snapshots, and where n
 MAX_VIEWERS = 8  # clients that get snapshots; an API server is one of them, with all its viewers
 #: Bytes that wait for a client before pieces wait in their answers and are joined. Larger: more memory per client.
 FULL = 2**23
-TOGETHER = 64  # tokens with log-probabilities or sources that go out at once, where their client wants all at the end
+TOGETHER = 64  # tokens that go out at once where the client wants all at the end; larger: it makes longer texts at once
 
 
 @dataclass(eq=False)
@@ -62,7 +63,7 @@ class ClientConnection:
 
 @dataclass(eq=False, kw_only=True)
 class OpenRequest(Pending):
-    """An open answer to a client on the socket.
+    """An open answer to a client on the socket, and what of it has not been sent.
 
     question  the number of the client's question
     gone      whether nobody wants the answer any longer
@@ -71,43 +72,43 @@ class OpenRequest(Pending):
     connection: ClientConnection
     question: int
     gone: bool = False
+    token_ids: list[int] = field(default_factory=list)
+    token_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_sources: list[TokenSource] = field(default_factory=list)
+    reported_prompt: bool = False  # the prompt's log-probabilities
+
+    def add(self, event: Event) -> None:
+        self.token_ids += event.token_ids
+        self.token_logprobs += event.logprobs
+        self.token_sources += event.sources
 
     @property
     def due(self) -> bool:
-        """Whether a piece goes out before the answer's end."""
-        if self.streamed:
-            return bool(self.unsent_text)
-        return len(self.unsent_tokens) >= TOGETHER and bool(self.unsent_logprobs or self.unsent_sources)
+        """Whether tokens go out before the answer's end: as they come where the client may stop it."""
+        return len(self.token_ids) >= (1 if self.streamed or self.params.stop else TOGETHER)
 
-    def piece(self, event: Event) -> wire.TextPiece:
+    def tokens(self, event: Event) -> wire.Tokens:
         """Take out what has not been sent; ``event`` is the latest."""
-        piece = wire.TextPiece(
-            self.question,
-            self.unsent_text,
-            self.unsent_tokens,
-            self.unsent_logprobs.clear() if self.unsent_logprobs else [],
-            self.unsent_sources.clear() if self.unsent_sources else [],
-            bool(self.in_thought),
-            len(self.prompt),
-        )
+        news = wire.Tokens(self.question, self.token_ids, self.token_logprobs, self.token_sources)
+        if self.params.prompt_logprobs is not None and not self.reported_prompt:
+            news.prompt_logprobs, self.reported_prompt = self.prompt_logprobs, True
         if event.reason:
-            piece.finish_reason, piece.cached_tokens = event.reason, event.cached_tokens
-            piece.drafted, piece.accepted = list(event.drafted), list(event.accepted)
-            piece.completion_tokens = event.completion_tokens
-            piece.stop_string = self.text.stopped if self.text else ""
-            piece.queue_ms, piece.first_token_ms = _ms(event.queue_seconds), _ms(event.first_token_seconds)
-        self.unsent_text, self.unsent_tokens = "", []
-        return piece
+            news.finish_reason, news.cached_tokens = event.reason, event.cached_tokens
+            news.drafted, news.accepted = list(event.drafted), list(event.accepted)
+            news.completion_tokens = event.completion_tokens
+            news.queue_ms, news.first_token_ms = _ms(event.queue_seconds), _ms(event.first_token_seconds)
+        self.token_ids, self.token_logprobs, self.token_sources = [], [], []
+        return news
 
 
 class Host:
     """Answers questions about ``service``, whose ``metrics`` it keeps up to date."""
 
     def __init__(
-        self, service: Service, prompts: PromptReader, metrics: EngineMetrics, classes: LatencyClasses | None = None
+        self, service: Service, info: wire.ModelInfo, metrics: EngineMetrics, classes: LatencyClasses | None = None
     ):
-        """``classes``: of latency targets."""
-        self._service, self._prompts, self._classes = service, prompts, classes or LatencyClasses()
+        """``info``: what clients are told of the model. ``classes``: of latency targets."""
+        self._service, self._info, self._classes = service, info, classes or LatencyClasses()
         self._metrics, self._recorder = metrics, SnapshotRecorder(service)
         self._connections: set[ClientConnection] = set()
         self._reading = ThreadPoolExecutor(1, "requests")
@@ -174,9 +175,12 @@ class Host:
                 if answer := connection.answers.get(message.id):
                     self._cancel(answer)
             case wire.Describe():
-                connection.send(self._prompts.model_info(message.id, self._service.llm.manifest.sampling.given()))
-            case wire.Tokenize() | wire.Detokenize() | wire.AskForecast():
-                self._start(self._reply(connection, message))
+                connection.send(structs.replace(self._info, id=message.id))
+            case wire.Stop():
+                if answer := connection.answers.get(message.id):
+                    self._service.stop(answer, message.tokens)
+            case wire.AskForecast():
+                self._start(self._forecast(connection, message))
             case wire.WatchSnapshots():
                 if sum(len(each.watches) for each in self._connections) < MAX_VIEWERS:
                     connection.watches.add(message.id)
@@ -184,7 +188,7 @@ class Host:
                     sentence = f"{MAX_VIEWERS} clients get snapshots; close one."
                     connection.send(wire.Failure(message.id, kind="away", message=sentence))
             case wire.Scrape():
-                connection.send(wire.TextReply(message.id, text=self._scraped()))
+                connection.send(wire.MetricsText(message.id, text=self._scraped()))
             case wire.Failure():
                 connection.send(message)
 
@@ -213,26 +217,18 @@ class Host:
         elif answer.gone:
             self._cancel(answer)
 
-    async def _reply(
-        self, connection: ClientConnection, question: wire.Tokenize | wire.Detokenize | wire.AskForecast
-    ) -> None:
-        """Answer a question that takes a while."""
-        found: list[wire.FromEngine] = []
-        failure = await self._refusal(lambda: found.append(self._replied(question)))
-        reply = failure or found[0]
-        reply.id = question.id
-        connection.send(reply)
+    async def _forecast(self, connection: ClientConnection, question: wire.AskForecast) -> None:
+        found: list[wire.ForecastReply] = []
 
-    def _replied(self, question: wire.Tokenize | wire.Detokenize | wire.AskForecast) -> wire.FromEngine:
-        match question:
-            case wire.Tokenize():
-                return wire.TokensReply(token_ids=self._prompts.ids(question.prompt, question.special_tokens))
-            case wire.Detokenize():
-                return wire.TextReply(text=self._prompts.text(question.tokens))
-            case wire.AskForecast():
-                latency = self._classes.read(question.latency_class) or question.latency
-                forecast = self._service.forecasts(question.prompt_tokens, question.max_tokens, latency)
-                return wire.ForecastReply(forecast=wire.ForecastTimes(**forecast))
+        def forecast() -> None:
+            latency = self._classes.read(question.latency_class) or question.latency
+            times = self._service.forecasts(question.prompt_tokens, question.max_tokens, latency)
+            found.append(wire.ForecastReply(question.id, forecast=wire.ForecastTimes(**times)))
+
+        failure = await self._refusal(forecast)
+        if failure:
+            failure.id = question.id
+        connection.send(failure or found[0])
 
     async def _refusal(self, work: Callable[[], None], request_id: str = "") -> wire.Failure | None:
         return await self._loop.run_in_executor(self._reading, refusal, self._metrics, work, request_id)
@@ -240,13 +236,11 @@ class Host:
     def _queue(self, answer: OpenRequest, message: wire.Submit) -> None:
         if answer.gone:
             raise Overloaded("away", "the request was cancelled.")
-        prompts, ids, answer.params = self._prompts, self._prompts.ids(message.prompt), message.params
+        answer.prompt, answer.params = np.asarray(message.prompt, np.int64), message.params
         if latency := self._classes.read(message.latency_class):
             answer.params = replace(answer.params, latency=latency)
-        answer.prompt, answer.in_thought = np.asarray(ids, np.int64), prompts.in_thought(ids)
         answer.streamed, answer.priority = message.streamed, message.priority
         answer.seconds = message.deadline_ms / 1000 if message.deadline_ms else None
-        answer.begin(prompts.echoed(message.prompt) if message.echo else "", prompts)
 
         def tell(event: Event) -> None:
             self._events.append((answer, event))
@@ -270,14 +264,10 @@ class Host:
         while self._events:
             answer, event = self._events.popleft()
             latest[answer] = event
-            self._try(answer, self._add, answer, event)
+            self._try(answer, answer.add, event)
             answer.observe(event, self._metrics)
         for answer, event in latest.items():
             self._tell(answer, event)
-
-    def _add(self, answer: OpenRequest, event: Event) -> None:
-        if answer.add(event) and answer.text:
-            self._service.stop(answer, answer.text.used)
 
     def _tell(self, answer: OpenRequest, event: Event) -> None:
         """Send what is due of an answer, or let it wait until its client has read."""
@@ -315,7 +305,7 @@ class Host:
         if event.reason in ERRORS:
             answer.connection.send(failure_of(event, answer.question))
         elif event.reason or answer.due:
-            answer.connection.send(answer.piece(event))
+            answer.connection.send(answer.tokens(event))
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """The protocol between an engine process and its clients: msgpack messages with a length prefix on a Unix socket.
 
-A client numbers its requests; every reply has the request's number. The engine answers ``Submit`` by pieces, the last
+A client numbers its requests; every reply has the request's number. The engine answers ``Submit`` by tokens, the last
 one with a finish reason, or by a failure, and ``WatchSnapshots`` by snapshots until the client cancels it.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from msgspec import MsgspecError, Struct, msgpack
 
-from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.params import SamplingParams, TokenLogprobs, TokenSource
 from echo_trt.errors import UserError
 
 LARGEST = 2**26  # bytes of a message; larger: one message can take more memory
@@ -43,34 +43,21 @@ class Sender(NamedTuple):
 ANYONE = Sender()
 
 
-class ChatPrompt(Struct):
-    """A chat for the model's template, as Hugging Face's templates take it. ``variables``: the template's own."""
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] = []
-    variables: dict[str, Any] = {}
-
-
-PromptInput = list[int] | str | ChatPrompt  # token ids as they are, a text, or a chat
-
-
 class Submit(Numbered, kw_only=True, omit_defaults=True):
     """A request.
 
     latency_class  name of targets that ``params`` do not have themselves
     deadline_ms    from its arrival, after which the answer ends as it is; 0: never
-    streamed       whether text is wanted as it comes
-    echo           whether the prompt's text precedes the answer's
+    streamed       whether tokens are wanted as they come
     request_id     the client's, for lines of the log
     """
 
-    prompt: PromptInput
+    prompt: list[int]
     params: SamplingParams
     latency_class: str = ""
     priority: int = 0
     deadline_ms: int = 0
     streamed: bool = False
-    echo: bool = False
     sender: Sender = ANYONE
     request_id: str = ""
 
@@ -79,21 +66,14 @@ class Cancel(Numbered):
     """Cancels an earlier request whose reply is not complete."""
 
 
+class Stop(Numbered, kw_only=True):
+    """Ends an earlier request, whose first ``tokens`` have completed a stop string: the client makes the text."""
+
+    tokens: int
+
+
 class Describe(Numbered):
     """A question for what the model is, answered by ``ModelInfo``."""
-
-
-class Tokenize(Numbered, kw_only=True):
-    """A question for the tokens of a prompt. ``special_tokens``: those of the tokenizer around a text, too."""
-
-    prompt: str | ChatPrompt
-    special_tokens: bool = True
-
-
-class Detokenize(Numbered, kw_only=True):
-    """A question for the text of tokens."""
-
-    tokens: list[int]
 
 
 class WatchSnapshots(Numbered):
@@ -113,52 +93,26 @@ class Scrape(Numbered):
     """A question for the engine's metrics in Prometheus' text format."""
 
 
-class LogprobEntry(Struct, array_like=True):
-    """A token of an answer or of an echoed prompt, by the bytes that it adds to the text.
+class Tokens(Numbered, omit_defaults=True):
+    """New tokens of an answer.
 
-    logprob  natural logarithm; None: a prompt's first token has none
-    top      bytes and log-probabilities of the best tokens at its position, best first
-    offset   where its text begins, in characters of the whole text
+    logprobs, sources  where asked for, an entry per token
+    prompt_logprobs    of the first such message, where asked for: of the prompt but its first token
+    finish_reason      of the last one
+    drafted, accepted  of the last one: draft tokens of each verification that had any, and the accepted ones
+    queue_ms           of the last one: until the engine took the request; None: it never did
+    first_token_ms     of the last one: until the first token, the queue included; None: it never came
     """
 
-    token: bytes
-    logprob: float | None
-    top: list[tuple[bytes, float]]
-    offset: int
-
-
-class SourceEntry(Struct, array_like=True):
-    """Who proposed a token (``TokenSource``), by the bytes that the token adds to the text."""
-
-    token: bytes
-    source: str
-    probability: float | None
-
-
-class TextPiece(Numbered, omit_defaults=True):
-    """New text of an answer.
-
-    logprobs, sources  where asked for, entries of tokens whose text is in ``text``
-    in_thought         of the first piece: whether the prompt has opened a thought
-    finish_reason      of the last piece
-    drafted, accepted  of the last piece: draft tokens of each verification that had any, and the accepted ones
-    stop_string        of the last piece: the stop string that ended the text, if one did
-    queue_ms           of the last piece: until the engine took the request; None: it never did
-    first_token_ms     of the last piece: until the first token, the queue included; None: it never came
-    """
-
-    text: str = ""
     token_ids: list[int] = []
-    logprobs: list[LogprobEntry] = []
-    sources: list[SourceEntry] = []
-    in_thought: bool = False
-    prompt_tokens: int = 0
+    logprobs: list[TokenLogprobs] = []
+    sources: list[TokenSource] = []
+    prompt_logprobs: list[TokenLogprobs] = []
     finish_reason: str | None = None
     completion_tokens: int = 0
     cached_tokens: int = 0
     drafted: list[int] = []
     accepted: list[int] = []
-    stop_string: str = ""
     queue_ms: float | None = None
     first_token_ms: float | None = None
 
@@ -176,14 +130,8 @@ class Failure(Numbered, kw_only=True, omit_defaults=True):
     retry_after: int | None = None
 
 
-class TokensReply(Numbered, kw_only=True):
-    """The answer to ``Tokenize``."""
-
-    token_ids: list[int]
-
-
-class TextReply(Numbered, kw_only=True):
-    """The answer to ``Detokenize`` or ``Scrape``."""
+class MetricsText(Numbered, kw_only=True):
+    """The answer to ``Scrape``."""
 
     text: str
 
@@ -209,43 +157,27 @@ class Snapshot(Numbered, kw_only=True):
     content: dict[str, Any]
 
 
-class ThinkTokens(Struct):
-    """The texts around a thought, and the token that closes it."""
-
-    opens: str
-    closes: str
-    closing_token: int
-
-
 class ModelInfo(Numbered, kw_only=True):
-    """What a client that reads answers must know of the model.
+    """What a client must know that makes prompts and reads answers.
 
-    template     the chat template's text
-    tokens       names of added tokens that the template writes
-    variables    variables of the template that a request may set
-    takes_tools  whether the template shows tools to the model
-    thinking     None for a model that does not think
-    context      tokens of a prompt and its answer, at most
-    sampling     parameters of requests that leave them out, where the model recommends any
-    size         bytes of the bundle
+    bundle                     its folder, which has the tokenizer
+    context                    tokens of a prompt and its answer, at most
+    sampling                   parameters of requests that leave them out, where the model recommends any
+    special_tokens_in_content  whether names of control tokens in a chat's texts are control tokens
     """
 
-    template: str
-    tokens: list[str]
-    variables: list[str]
-    takes_tools: bool
-    thinking: ThinkTokens | None
+    bundle: str
     context: int
     sampling: dict[str, float]
-    size: int = 0
+    special_tokens_in_content: bool = False
 
 
 class _Number(Struct):
     id: int
 
 
-ToEngine = Submit | Cancel | Describe | Tokenize | Detokenize | WatchSnapshots | AskForecast | Scrape
-FromEngine = TextPiece | Failure | TokensReply | TextReply | ForecastReply | Snapshot | ModelInfo
+ToEngine = Submit | Stop | Cancel | Describe | WatchSnapshots | AskForecast | Scrape
+FromEngine = Tokens | Failure | MetricsText | ForecastReply | Snapshot | ModelInfo
 _decode_request = msgpack.Decoder(ToEngine).decode
 _decode_answer = msgpack.Decoder(FromEngine).decode
 _decode_number = msgpack.Decoder(_Number).decode

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from echo_trt.engine.process.wire import TextPiece
 from echo_trt.server.answers import Answer, AnswerEvent
 from echo_trt.server.anthropic.request import MessagesRequest
 from echo_trt.server.anthropic.types import (
@@ -20,6 +19,7 @@ from echo_trt.server.anthropic.types import (
     ToolUse,
 )
 from echo_trt.server.errors import ApiError
+from echo_trt.server.text_client import TextPiece
 from echo_trt.server.translated import arguments_of
 
 REASONS: dict[str, Literal["end_turn", "max_tokens", "tool_use"]] = {

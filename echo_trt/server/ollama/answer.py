@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-from echo_trt.engine.process.wire import TextPiece
 from echo_trt.server.answers import Answer, AnswerEvent
 from echo_trt.server.errors import ApiError
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.ollama.request import GenerateRequest, OllamaRequest
 from echo_trt.server.ollama.types import OllamaCall, OllamaChatLine, OllamaEnd, OllamaMore, OllamaTextLine
+from echo_trt.server.text_client import TextPiece
 from echo_trt.server.translated import arguments_of
 from echo_trt.server.turns import OutputParser
 

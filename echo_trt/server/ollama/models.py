@@ -65,7 +65,7 @@ async def alive(request: Request) -> Response:
 async def _models(request: Request, **more: Any) -> list[OllamaModel]:
     size = 0
     with suppress(EngineError):  # it is away
-        size = (await request.app.state.client.model_info()).size
+        size = (await request.app.state.client.model()).size
     about = {"size": size, "details": DETAILS, **more}
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in request.app.state.names}  # clients need one
     named = [{"name": name, "model": name, "digest": digest, **about} for name, digest in digests.items()]
@@ -75,7 +75,7 @@ async def _models(request: Request, **more: Any) -> list[OllamaModel]:
 @reads(ShowRequest)
 async def show(request: Request, requested: ShowRequest) -> Response:
     """POST /api/show: what the model is. Raises EngineError."""
-    info = await request.app.state.client.model_info()
+    info = await request.app.state.client.model()
     shown: OllamaShown = {
         "modelfile": "",
         "parameters": "\n".join(f"{name} {value}" for name, value in info.sampling.items()),

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from echo_trt.engine.process.wire import TextPiece
 from echo_trt.server.answer_types import ChatToken, MessageDelta
 from echo_trt.server.answers import Answer, AnswerEvent, TokenLogprob, chat_logprobs
 from echo_trt.server.errors import ApiError
@@ -15,6 +14,7 @@ from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.responses.request import ResponsesRequest
 from echo_trt.server.responses.tools import Hosted
 from echo_trt.server.responses.types import ResponseObject, ResponseStatus, ResponseUsage, StreamedEvent
+from echo_trt.server.text_client import TextPiece
 from echo_trt.server.turns import OutputParser
 
 PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_"}

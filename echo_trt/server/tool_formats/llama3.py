@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Collection
 
-from echo_trt.engine.text import overlap
+from echo_trt.engine.text.stream import overlap
 from echo_trt.server.tool_formats.base import Format, Parser, Scan, ToolRequest
 
 TAG = "<|python_tag|>"  # may come first; a special token, so it is seldom in the text

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from echo_trt.engine.text import overlap
+from echo_trt.engine.text.stream import overlap
 from echo_trt.models.tools_as_text import CLOSE, OPEN
 from echo_trt.server.tool_formats.base import HEAD, NAME, Format, Parser, ToolRequest, call_schema, json_rule
 

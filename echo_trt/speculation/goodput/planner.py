@@ -31,7 +31,7 @@ from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt.speculation.goodput.model.costs import Costs
 from echo_trt.speculation.goodput.model.iteration import TOKENS_PER_REQUEST, IterationModel
 from echo_trt.speculation.goodput.model.ngrams import NGrams
-from echo_trt.speculation.goodput.optimiser.admission import Admission
+from echo_trt.speculation.goodput.model.prices import Admission
 from echo_trt.speculation.goodput.optimiser.candidates import Candidates, ContinueLeaves
 from echo_trt.speculation.goodput.optimiser.levels import LevelSearch
 from echo_trt.speculation.goodput.optimiser.nodes import paying_nodes, select

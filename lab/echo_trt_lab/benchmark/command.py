@@ -106,7 +106,7 @@ def _outputs(job: BenchOptions) -> dict[str, Path | None]:
 
 def _loops(llm: LLM, policies: list[str], budget: int | None) -> dict[str, EngineCore]:
     """Make a loop for every policy, over the same engines; none where they have states."""
-    if not llm.loop.batch.divisible:
+    if not llm.networks.target.paged:
         return {}
     names = [policy.removesuffix(WITH_TARGETS) for policy in policies]
     return dict(zip(policies, side_by_side(llm, names, budget), strict=True))

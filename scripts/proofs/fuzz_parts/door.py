@@ -32,7 +32,6 @@ from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.process import wire
 from echo_trt.engine.process.host import Host
-from echo_trt.engine.process.prompts import PromptReader
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
 from echo_trt.server import app, schemas
@@ -59,7 +58,8 @@ def scale_limits() -> None:
 def served(llm: LLM, bundle: Path, queue: int) -> Iterator[tuple[Service, Door]]:
     """Serve an LLM on a socket, and a door before it."""
     service = Service(llm, queue)
-    host = Host(service, PromptReader(bundle, llm.loop.batch.context), EngineMetrics("echo"))
+    info = wire.ModelInfo(bundle=str(bundle), context=llm.loop.batch.context, sampling={})
+    host = Host(service, info, EngineMetrics("echo"))
     folder, loop, stop = Path(tempfile.mkdtemp()), asyncio.new_event_loop(), asyncio.Event()
     thread = threading.Thread(target=loop.run_until_complete, args=(host.serve(folder / "engine", stop),), daemon=True)
     thread.start()
@@ -135,7 +135,7 @@ def _attack(path: Path, draw: random.Random, end: float) -> None:
             client.settimeout(0.5)
             client.connect(str(path))
             details = SamplingParams(60, ignore_eos=True, logprobs=20)
-            asked = b"".join(wire.framed(wire.Submit(i, prompt="the theme", params=details)) for i in range(3))
+            asked = b"".join(wire.framed(wire.Submit(i, prompt=[70] * 9, params=details)) for i in range(3))
             junk = draw.choice((b"\xff\xff\xff\xff", b"\0\0\0\3abc", draw.randbytes(99), asked[:-7], asked, asked))
             client.sendall(junk)
             time.sleep(draw.random())

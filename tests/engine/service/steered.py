@@ -10,10 +10,10 @@ import numpy as np
 
 from echo_trt.backends.base import Engine
 from echo_trt.engine.params import SamplingParams
-from echo_trt.engine.process.pending import Pending
 from echo_trt.engine.request import Event
+from echo_trt.engine.service.job import ServiceRequest
 from echo_trt.engine.service.service import Service
-from echo_trt.engine.text import AnswerText
+from echo_trt.engine.text.stream import AnswerText
 from echo_trt.speculation.pack import ForwardBatch
 
 LONG = SamplingParams(100, ignore_eos=True)
@@ -25,7 +25,7 @@ class Listener:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.answer: Pending | None = None
+        self.pieces: list[str] = []
         self.first, self.done = threading.Event(), threading.Event()
 
     def __call__(self, event: Event) -> None:
@@ -43,7 +43,7 @@ class Listener:
     @property
     def text(self) -> str:
         assert self.end
-        return self.answer.unsent_text
+        return "".join(self.pieces)
 
     @property
     def token_ids(self) -> list[int]:
@@ -128,14 +128,20 @@ class Steered(Engine):
 
 def submit(
     service: Service, prompt: list[int], params: SamplingParams = LONG, tell: Callable | None = None, **more
-) -> tuple[Pending, Listener]:
-    """Ask as a host does that makes the text."""
-    listener, job = Listener(), Pending(prompt=np.array(prompt, np.int64), params=params, **more)
-    listener.answer, job.text = job, AnswerText(service.llm.tokenizer.backend_tokenizer, params, job.generated)
+) -> tuple[ServiceRequest, Listener]:
+    """Ask as a client does that makes the text."""
+    listener, job = Listener(), ServiceRequest(prompt=np.array(prompt, np.int64), params=params, **more)
+    text = AnswerText(service.llm.tokenizer.backend_tokenizer, params, job.generated)
 
     def told(event: Event) -> None:
-        if job.add(event):
-            service.stop(job, job.text.used)
+        before = text.stopped
+        piece, used, _ = text.take(event.token_ids, bool(event.reason) and event.reason != "failed")
+        listener.pieces.append(piece)
+        event.token_ids, event.logprobs = event.token_ids[:used], event.logprobs[:used]
+        if text.stopped and event.reason in ("stop", "length", "deadline"):
+            event.reason, event.completion_tokens = "stop", text.used
+        elif text.stopped and not before:
+            service.stop(job, text.used)
         listener(event)
 
     job.on_event = tell or told

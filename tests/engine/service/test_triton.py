@@ -98,17 +98,18 @@ def test_operators_options_reach_the_model(server, roomy_bundle, tmp_path):
         assert other.rest()["echo_blocks"] == 3 * own.blocks
 
 
-def test_the_model_answers_on_the_engine_s_socket_too(server):
+def test_the_model_answers_on_the_engine_s_socket_too(server, offline):
     (path,) = Path(tempfile.gettempdir()).glob(f"{PREFIX}{server.process.pid}-*/engine")
     assert path.stat().st_mode & 0o077 == 0
     before = server.rest()["echo_request_seconds_count"]
+    ids = offline.tokenizer(GREEDY["text_input"])["input_ids"]
     answer = ask(
         str(path),
-        wire.Submit(prompt=GREEDY["text_input"], params=SamplingParams(GREEDY["max_tokens"], ignore_eos=True)),
+        wire.Submit(prompt=ids, params=SamplingParams(GREEDY["max_tokens"], ignore_eos=True)),
         60,
     )
-    assert isinstance(answer, wire.TextPiece)
-    assert answer.text == server.generate(**GREEDY)["text_output"]
+    assert isinstance(answer, wire.Tokens)
+    assert answer.token_ids == server.generate(**GREEDY)["output_ids"]
     assert server.rest()["echo_request_seconds_count"] == before + 2  # of both ways
 
 

@@ -20,7 +20,7 @@ ASKED = {"text_input": "the theme of a thing, ", "max_tokens": 40, "ignore_eos":
 MODEL = """
 import time
 
-from echo_trt.engine.process.entries import OutgoingLogprobs, OutgoingSources
+from echo_trt.engine.text.entries import OutgoingLogprobs, OutgoingSources
 from echo_trt.adapters.triton import replies
 from echo_trt.adapters.triton.model import TritonPythonModel
 

@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import codecs
-import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from echo_trt.engine.params import TokenLogprobs, TokenSource
-from echo_trt.engine.process.wire import LogprobEntry, SourceEntry
 
 if TYPE_CHECKING:
     from echo_trt.models.token_texts import TokenTexts
 
 _LOWEST = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cannot write
-#: A prompt's tokens whose entries are made before Python's lock is let go of; larger: the engine's thread, which asks
-#: for it several times per iteration, waits longer.
-TOGETHER = 64
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobEntry:
+    """A token of an answer or of an echoed prompt, by the bytes that it adds to the text.
+
+    logprob  natural logarithm; None: a prompt's first token has none
+    top      bytes and log-probabilities of the best tokens at its position, best first
+    offset   where its text begins, in characters of the whole text
+    """
+
+    token: bytes
+    logprob: float | None
+    top: list[tuple[bytes, float]]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceEntry:
+    """Who proposed a token (``TokenSource``), by the bytes that the token adds to the text."""
+
+    token: bytes
+    source: str
+    probability: float | None
 
 
 class OutgoingLogprobs:
@@ -38,8 +58,6 @@ class OutgoingLogprobs:
         """
         offsets = prompt_offsets(prompt, self._texts, self._echoed)
         for position, (token, offset) in enumerate(zip(prompt, offsets, strict=True)):
-            if position % TOGETHER == 0:
-                time.sleep(0.0001)
             if 1 <= position <= len(logprobs):
                 self._add(token, logprobs[position - 1].logprob, logprobs[position - 1].top, offset)
             else:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 from echo_trt.engine.params import SamplingParams
-from echo_trt.engine.process.wire import ChatPrompt, ModelInfo, PromptInput, ThinkTokens
-from echo_trt.engine.text import AnswerText
+from echo_trt.engine.text.stream import AnswerText
 from echo_trt.errors import TooLong, UserError
 from echo_trt.grammar.state import AT_END
 from echo_trt.models.chat import ChatEncoder
@@ -18,16 +21,60 @@ from echo_trt.models.tokenizer import REASONING, load_tokenizer, think_tokens
 RULE = 'give a list of objects such as {"role": "user", "content": "..."}.'
 
 
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A chat for the model's template, as Hugging Face's templates take it. ``variables``: the template's own."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    variables: dict[str, Any] = field(default_factory=dict)
+
+
+PromptInput = list[int] | str | ChatPrompt  # token ids as they are, a text, or a chat
+
+
+@dataclass(frozen=True)
+class ThinkTokens:
+    """The texts around a thought, and the token that closes it."""
+
+    opens: str
+    closes: str
+    closing_token: int
+
+
+@dataclass(frozen=True)
+class ChatFacts:
+    """What the model's chats can hold.
+
+    template     the chat template's text
+    tokens       names of added tokens that the template writes
+    variables    variables of the template that a request may set
+    takes_tools  whether the template shows tools to the model
+    thinking     None for a model that does not think
+    """
+
+    template: str
+    tokens: list[str]
+    variables: list[str]
+    takes_tools: bool
+    thinking: ThinkTokens | None
+
+
 class PromptReader:
     """Reads prompts for a bundle. It has a tokenizer of its own: the engine's thread uses another."""
 
-    def __init__(self, bundle: Path, context: int, special_tokens_in_content: bool = False):
-        """``context``: tokens of a prompt and its answer."""
-        self.context, self._tokenizer = context, load_tokenizer(bundle)
+    def __init__(
+        self,
+        bundle: Path,
+        context: int,
+        special_tokens_in_content: bool = False,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+    ):
+        """``context``: tokens of a prompt and its answer. ``tokenizer``: the bundle's, where it is loaded already."""
+        self.context, self._tokenizer = context, tokenizer or load_tokenizer(bundle)
         self._chat = ChatEncoder(self._tokenizer, special_tokens_in_content)
         self.texts = TokenTexts(self._tokenizer)
         self._marks = think_tokens(self._tokenizer)
-        self._size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
         longest = max(map(len, self._tokenizer.get_vocab()))
         self._max_characters = context * longest  # a longer text cannot have as few tokens as fit
 
@@ -72,20 +119,11 @@ class PromptReader:
             raise UserError(f"tokens holds token id {unknown}; give ids from 0 to {largest}.", "tokens")
         return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
-    def model_info(self, id: int, sampling: dict[str, float]) -> ModelInfo:
-        """Answer the question ``id`` for what the model is. ``sampling``: the parameters that it recommends."""
-        chat = self._chat
-        return ModelInfo(
-            id,
-            template=chat.source,
-            tokens=chat.tokens,
-            variables=sorted(chat.variables),
-            takes_tools=chat.takes_tools,
-            thinking=ThinkTokens(*REASONING, self._marks[1]) if self._marks else None,
-            context=self.context,
-            sampling=sampling,
-            size=self._size,
-        )
+    @property
+    def facts(self) -> ChatFacts:
+        chat, marks = self._chat, self._marks
+        thinking = ThinkTokens(*REASONING, marks[1]) if marks else None
+        return ChatFacts(chat.source, chat.tokens, sorted(chat.variables), chat.takes_tools, thinking)
 
     def _chat_ids(self, chat: ChatPrompt) -> list[int]:
         messages = checked_messages(chat.messages, "messages", RULE)

@@ -1,0 +1,1 @@
+"""Text at the doors: prompts become token ids, and tokens become text as they come."""

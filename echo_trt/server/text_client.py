@@ -1,0 +1,149 @@
+"""The engine as the APIs see it: prompts and texts here, token ids on the socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from msgspec import structs
+
+from echo_trt.engine.process.client import Client, EngineError
+from echo_trt.engine.process.wire import Failure, ModelInfo, Submit, Tokens
+from echo_trt.engine.text.entries import LogprobEntry, SourceEntry
+from echo_trt.engine.text.outgoing import OutgoingText
+from echo_trt.engine.text.prompts import ChatFacts, PromptInput, PromptReader
+from echo_trt.errors import TooLong, UserError
+from echo_trt.models.tokenizer import load_tokenizer
+
+Result = TypeVar("Result")
+
+
+@dataclass(kw_only=True)
+class TextPiece:
+    """New text of an answer.
+
+    logprobs, sources  where asked for, entries of tokens whose text is in ``text``
+    in_thought         whether the prompt has opened a thought
+    stop_string        of the last piece: the stop string that ended the text, if one did
+    others             as of ``Tokens``
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[LogprobEntry] = field(default_factory=list)
+    sources: list[SourceEntry] = field(default_factory=list)
+    in_thought: bool = False
+    prompt_tokens: int = 0
+    finish_reason: str | None = None
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    stop_string: str = ""
+    queue_ms: float | None = None
+    first_token_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelFacts(ChatFacts):
+    """What the APIs know of the model: also its ``context`` in tokens, recommended ``sampling``, and size in bytes."""
+
+    context: int
+    sampling: dict[str, float]
+    size: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and what is asked of it; ``echoes``: whether its text precedes the answer's."""
+
+    prompt: PromptInput
+    submit: Submit
+    echoes: bool = False
+
+
+class TextClient(Client):
+    """A client of the engine at a socket. Prompts are read on a thread of their own: a long one delays nobody."""
+
+    def __init__(self, path: Path, bundle: Path | None = None):
+        """``bundle``: loaded at once, while the engine starts; None: once the engine has named it."""
+        super().__init__(path)
+        self._thread = ThreadPoolExecutor(1, "prompts")
+        self._bundle = bundle.absolute() if bundle else None
+        self._loading = self._thread.submit(load_tokenizer, bundle) if bundle else None
+        self._known: tuple[ModelInfo, PromptReader, ModelFacts] | None = None
+
+    async def close(self) -> None:
+        await super().close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def model(self) -> ModelFacts:
+        """Return the facts of the engine's model. Raises EngineError."""
+        return (await self._model())[1]
+
+    async def token_ids(self, prompt: PromptInput, special_tokens: bool = True) -> list[int]:
+        """Return the tokens of a prompt. ``special_tokens``: the tokenizer's own around a text. Raises EngineError."""
+        reader, _ = await self._model()
+        return await self._on_thread(lambda: reader.ids(prompt, special_tokens))
+
+    async def text(self, tokens: list[int]) -> str:
+        """Return the text of tokens. Raises EngineError."""
+        reader, _ = await self._model()
+        return await self._on_thread(lambda: reader.text(tokens))
+
+    async def answer(self, question: Question) -> AsyncGenerator[TextPiece]:
+        """Yield pieces as they come. Close it early and the engine drops the request. Raises EngineError."""
+        reader, _ = await self._model()
+        prompt, submit = question.prompt, question.submit
+        submit.prompt = await self._on_thread(lambda: reader.ids(prompt))
+        out = OutgoingText(reader, prompt, submit.prompt, submit.params, question.echoes)
+        async with aclosing(self.submit(submit)) as answers:
+            async for tokens in answers:
+                before = out.stopped
+                news = tokens.token_ids, tokens.logprobs, tokens.sources, tokens.prompt_logprobs
+                reason = out.add(*news, tokens.finish_reason or "")
+                if out.stopped and not before and not reason:
+                    self.stop(submit, out.used)
+                if reason or out.unsent:
+                    yield _piece(out, tokens, reason)
+
+    async def _model(self) -> tuple[PromptReader, ModelFacts]:
+        info = structs.replace(await self.model_info(), id=0)
+        if self._known is None or self._known[0] != info:
+            reader, facts = await self._on_thread(lambda: self._load(info))
+            self._known = info, reader, facts
+        return self._known[1:]
+
+    def _load(self, info: ModelInfo) -> tuple[PromptReader, ModelFacts]:
+        bundle = Path(info.bundle)
+        tokenizer = self._loading.result() if self._loading and bundle == self._bundle else None
+        reader = PromptReader(bundle, info.context, info.special_tokens_in_content, tokenizer)
+        size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
+        return reader, ModelFacts(**vars(reader.facts), context=info.context, sampling=info.sampling, size=size)
+
+    async def _on_thread(self, work: Callable[[], Result]) -> Result:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except UserError as mistake:
+            failure = Failure(kind="invalid", message=str(mistake), field=mistake.field)
+            if isinstance(mistake, TooLong):
+                failure.kind = "too_long"
+            raise EngineError(failure) from None
+
+
+def _piece(out: OutgoingText, tokens: Tokens, reason: str) -> TextPiece:
+    text, token_ids = out.take()
+    piece = TextPiece(text=text, token_ids=token_ids, in_thought=bool(out.in_thought), prompt_tokens=len(out.ids))
+    piece.logprobs = out.logprobs.clear() if out.logprobs else []
+    piece.sources = out.sources.clear() if out.sources else []
+    if reason:
+        piece.finish_reason, piece.stop_string = reason, out.stopped
+        piece.completion_tokens = out.used if out.stopped else tokens.completion_tokens
+        for name in ("cached_tokens", "drafted", "accepted", "queue_ms", "first_token_ms"):
+            setattr(piece, name, getattr(tokens, name))
+    return piece
