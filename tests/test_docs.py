@@ -79,6 +79,12 @@ def test_a_page_installs_the_torch_that_is_declared():
     assert "tensorrt-llm" not in declared["optional-dependencies"]
 
 
+def test_the_lab_is_this_version_s_and_brings_what_compiles():
+    lab = tomllib.loads((ROOT / "lab" / "pyproject.toml").read_text())["project"]
+    assert lab["version"] == __version__
+    assert f"echo-trt[build]=={__version__}" in lab["dependencies"]
+
+
 def test_the_citation_is_this_version_s_and_names_the_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == __version__

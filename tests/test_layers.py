@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -10,9 +11,16 @@ from pathlib import Path
 import grimp
 from layers import HEAVY, LAYERS
 
-from echo_trt.files.extras import ENGINES, registered
+from echo_trt.files.extras import BUILD, ENGINES, registered
 
 TESTS = Path(__file__).parent
+#: What a machine runs that has bundles.
+SERVING = (
+    "echo_trt.__main__", "echo_trt.cli.app", "echo_trt.cli.serve", "echo_trt.cli.generate", "echo_trt.engine.llm",
+    "echo_trt.engine.process.__main__", "echo_trt.server.__main__", "echo_trt.adapters.triton.model",
+    "echo_trt.adapters.triton.host", "echo_trt.adapters.dynamo.command", "echo_trt.adapters.dynamo.replicas",
+    "echo_trt.backends.parallel.ranked",
+)  # fmt: skip
 COLLECT = f"""
 import sys
 import pytest
@@ -70,3 +78,33 @@ def test_the_package_and_its_parts_stay_small():
     assert lines(graph.modules) <= 33_900
     assert lines(llm) <= 16_700
     assert lines(imported("echo_trt.engine.process.__main__", "echo_trt.server.__main__") - llm) <= 9_800
+
+
+def imports(path: Path, later: bool) -> set[str]:
+    """Return the names that a file imports, also those of functions, or those that it imports at once."""
+    found, nodes = set[str](), [ast.parse(path.read_text("utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif later or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            nodes += node.orelse if typing else ast.iter_child_nodes(node)
+    return found
+
+
+def test_serving_and_llm_do_without_what_compiles_and_without_the_lab():
+    """What they import at once, with every engine and door, and other packages that those modules import later."""
+    root, engines = TESTS.parent, [f"echo_trt.backends.{name}.engine" for name in registered(ENGINES)]
+    todo, seen, outside = [*SERVING, *engines], set[Path](), set[str]()
+    while todo:
+        parts = todo.pop().split(".")
+        for path in (root.joinpath(*parts).with_suffix(".py"), root.joinpath(*parts, "__init__.py")):
+            if path.exists() and path not in seen:
+                seen.add(path)
+                todo += imports(path, later=False)
+                outside |= {name.partition(".")[0] for name in imports(path, later=True)}
+    assert len(seen) > 200
+    assert not outside & {*BUILD, "echo_trt_lab", "httpx", "matplotlib", "scipy"}

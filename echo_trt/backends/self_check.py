@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
-from scipy.special import log_softmax
+import torch
 
 from echo_trt.backends.base import Engine
 from echo_trt.backends.kind import CompiledRole
@@ -183,6 +183,6 @@ def _perplexity(want: dict[str, np.ndarray], got: dict[str, np.ndarray]) -> tupl
 
     That is the exponential of the KL divergence, less 1.
     """
-    before, after = (log_softmax(outputs["logits"], axis=1) for outputs in (want, got))
+    before, after = (torch.from_numpy(outputs["logits"]).log_softmax(dim=1).numpy() for outputs in (want, got))
     divergence = (np.exp(before) * (before - after)).sum(1).mean()
     return float(np.expm1(divergence)), float((before.argmax(1) == after.argmax(1)).mean())

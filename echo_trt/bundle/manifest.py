@@ -131,6 +131,12 @@ class Manifest(_Facts):
     sampling: Sampling = Sampling()
     tokenizer: str = ""
 
+    @property
+    def sentence(self) -> str:
+        """Say what was built, and how far it is off."""
+        checks = "; ".join(f"the {name} has {check.sentence}" for name, check in self.checks.items())
+        return f"{self.name} for {self.engine} in {self.precision}; {checks or 'no self-check could be run here'}"
+
     @model_validator(mode="after")
     def _is_whole(self) -> Manifest:
         kind = self.recipe.draft.kind

@@ -13,7 +13,7 @@ from echo_trt.adapters.dynamo.options import WorkerOptions
 from echo_trt.cli.options import BuildOptions, GenerateOptions
 from echo_trt.cli.terminal import Screen, messages, run_app, screen_of
 from echo_trt.engine.options import DEFAULTS, command
-from echo_trt.files.extras import extra
+from echo_trt.files.extras import check_build, of_lab, registered
 from echo_trt.supervision.options import ServeOptions
 
 app = App(
@@ -52,12 +52,13 @@ def build(options: BuildOptions) -> None:
     """
     from echo_trt.backends.kind import built_as
     from echo_trt.cli.progress import BuildProgress
+
+    check_build()
     from echo_trt.cli.recipes import recipe_for, sized
 
     found, path = recipe_for(options.model, options.draft, options.engine)  # a mistyped name costs no import of torch
-    table = extra("build", "table")  # if it is missing, then before the hours of compiling
     if options.random_weights:
-        found = extra("build", "random_weights")(found)
+        found = of_lab("build", "random_weights")(found)
     settings = built_as(found, options.engine, options.precision)
     settings = sized(settings, path, options)
     folder = options.output or Path("bundles") / settings.name
@@ -65,7 +66,10 @@ def build(options: BuildOptions) -> None:
         from echo_trt.cli.build import build as run
 
         manifest = run(settings, path, folder, progress.stage, progress.detail)
-    Screen().print(table(manifest, folder))
+    with_table = "table" in registered("build")
+    Screen().print(
+        of_lab("build", "table")(manifest, folder) if with_table else f"bundle {folder}: {manifest.sentence}"
+    )
 
 
 @app.command(sort_key=1)

@@ -28,7 +28,7 @@ from echo_trt.cli.build_checks import check_fp8, check_settings, check_states
 from echo_trt.cli.stated import end_tokens, recommended_sampling
 from echo_trt.engine.drafters.kind import DraftSource, draft_kind
 from echo_trt.errors import UserError
-from echo_trt.files.extras import extra
+from echo_trt.files.extras import of_lab
 from echo_trt.models.checkpoint import Checkpoint, weights_sha256
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.fp8_linear import E4M3
@@ -261,7 +261,7 @@ def _facts(role: Role, files: list[str], recipe: Recipe) -> NetworkFacts:
 def _open(source: Source, recipe_folder: Path, draft: str = "") -> Checkpoint:
     """Open the checkpoint of a target or of a draft of the kind ``draft``, or one of its shape."""
     if source.random_weights:
-        checkpoint: Checkpoint = extra("build", "random_checkpoint")(source, recipe_folder, draft)
+        checkpoint: Checkpoint = of_lab("build", "random_checkpoint")(source, recipe_folder, draft)
         return checkpoint
     return open_checkpoint(locate(source, recipe_folder))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
+from rich.text import Text
 
 from echo_trt.bundle.calibration import own_files
 from echo_trt.bundle.manifest import read_manifest
@@ -20,7 +21,7 @@ from echo_trt.cli.terminal import wants_colour
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Completion, Delta, SamplingParams
 from echo_trt.errors import UserError, encodable, shown
-from echo_trt.files.extras import extra
+from echo_trt.files.extras import of_lab, registered
 from echo_trt.files.prompts import Prompt, read_prompts
 from echo_trt.speculation.policies import policy_named
 
@@ -36,9 +37,24 @@ class GenerateRun:
     watch: bool = False
 
 
+class PlainText:
+    """A text as it grows; with the lab it has colours."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def add(self, delta: Delta) -> Text:
+        """Take what was said next; return its text."""
+        self.text += delta.text
+        return Text(delta.text)
+
+    def styled(self) -> Text:
+        return Text(self.text)
+
+
 def run(options: GenerateOptions, out: Console, messages: Console) -> dict[str, Any]:
     """Run the command. Returns what ``--json`` writes."""
-    coloured = wants_colour(out, options.color)
+    coloured = wants_colour(out, options.color) and "text" in registered("generate")
     work = GenerateRun(_prompts(options), sampling_params(options), options.budget, coloured, options.watch)
     name = options.policy or read_manifest(options.bundle).recipe.decoding.policy
     _check(options, name, out)
@@ -61,7 +77,7 @@ def run(options: GenerateOptions, out: Console, messages: Console) -> dict[str, 
         first = llm.chat_ids(work.prompts[0].text)
         llm.generate([first], SamplingParams(max_tokens=8))  # the first calls are slow: not counted
         llm.loop.batch.forget_cached()
-        answer = extra("generate", "compare") if options.compare else _answer
+        answer = of_lab("generate", "compare") if options.compare else _answer
         result = answer(work, llm, policy, out, messages)
         write(json_bytes(result))
     return result
@@ -108,11 +124,11 @@ def _check(job: GenerateOptions, policy: str, out: Console) -> None:
 
 def _answer(job: GenerateRun, llm: LLM, policy: str, out: Console, messages: Console) -> dict[str, Any]:
     params = replace(job.params, token_sources=job.coloured or job.watch)
-    new_text, completions = extra("generate", "text"), dict[str, Completion]()
-    texts = [new_text() for _ in job.prompts]
+    new_text = of_lab("generate", "text") if "text" in registered("generate") else PlainText
+    texts, completions = [new_text() for _ in job.prompts], dict[str, Completion]()
     single, watch = len(job.prompts) == 1 and not job.watch, None
     if job.watch:
-        watch = extra("generate", "watch")(out, llm.loop, lambda token: llm.tokenizer.decode([token]))
+        watch = of_lab("generate", "watch")(out, llm.loop, lambda token: llm.tokenizer.decode([token]))
     progress = Progress(console=messages, transient=True, disable=not messages.is_terminal or single or job.watch)
     task = progress.add_task(policy, total=len(job.prompts))
 
@@ -138,7 +154,7 @@ def _answer(job: GenerateRun, llm: LLM, policy: str, out: Console, messages: Con
             _print_answer(prompt.id if len(texts) > 1 else "", text, out)
     if job.coloured:
         counts = sum((text.counts for text in texts), Counter[str]())
-        out.print(extra("generate", "legend")(counts), highlight=False, soft_wrap=True)
+        out.print(of_lab("generate", "legend")(counts), highlight=False, soft_wrap=True)
     verifications = llm.counters.verifications - before.verifications
     emitted = llm.counters.emitted_tokens - before.emitted_tokens
     facts = summary(policy, completions.values(), seconds, verifications, emitted)

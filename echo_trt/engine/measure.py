@@ -130,12 +130,22 @@ def _measured(networks: Networks, run: Callable, seconds: float) -> CurveTable:
     straight = float(np.interp(bushy * NODES, sizes, base)) + per_context * bushy * long
     per_node = max(tree - straight, 0.0) / (bushy * (NODES - 1) * long)
     often = np.isfinite(taken).sum(axis=0)[: len(sizes)]
-    from scipy.optimize import isotonic_regression  # which takes long to import
-
-    monotone = np.maximum(isotonic_regression(base, weights=often).x, 1e-6)
+    monotone = np.maximum(rising(np.array(base), often), 1e-6)
     return CurveTable(
         sizes=sizes, seconds=[round(t, 7) for t in monotone.tolist()], per_context=per_context, per_node=per_node
     )
+
+
+def rising(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the values float64 [m] that never fall and are nearest to ``values`` by weighted squares: float64 [m]."""
+    levels: list[tuple[float, float, int]] = []  # value, weight and length of a stretch
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        length = 1
+        while levels and levels[-1][0] >= value:  # a stretch that would fall becomes one with the stretch before it
+            before, heavy, long = levels.pop()
+            value, weight, length = (before * heavy + value * weight) / (heavy + weight), heavy + weight, long + length
+        levels.append((value, weight, length))
+    return np.repeat([value for value, _, _ in levels], [length for _, _, length in levels])
 
 
 def _change(networks: Networks) -> float:

@@ -1,10 +1,14 @@
-"""What packages add: the lab to commands, backends as engines. Found by entry points, so that nothing names them."""
+"""What packages add: the lab to commands, backends as engines. Found by entry points, so that nothing names them.
+
+And what the extra "build" adds: the modules that compile a checkpoint.
+"""
 
 from __future__ import annotations
 
 import tomllib
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from echo_trt.errors import UserError
 
 #: The groups of engines (``backends.kind``) and drafters (``engine.drafters.kind``).
 ENGINES, DRAFTS = "engines", "drafts"
+BUILD = ("gguf", "nncf", "onnx", "onnxscript", "yaml")  # modules of the extra "build"
 CHECKOUT = Path(__file__).parents[2] / "pyproject.toml"
 
 
@@ -36,3 +41,17 @@ def extra(command: str, name: str) -> Any:
     if entry := _entry_points(command).get(name):
         return entry.load()
     raise UserError(f"{command} has no {name}, since an older version is installed; install echo-trt again.")
+
+
+def of_lab(command: str, name: str) -> Any:
+    """Load what the lab adds to a command. Raises UserError where it is not installed."""
+    if name not in registered(command):
+        words = name.replace("_", " ")
+        raise UserError(f"{command} has no {words} without echo-trt-lab; run pip install ./lab in the repository.")
+    return extra(command, name)
+
+
+def check_build() -> None:
+    """Refuse to build where a module that compiling needs is missing."""
+    if missing := ", ".join(name for name in BUILD if find_spec(name) is None):
+        raise UserError(f"a build needs {missing}, not installed here; run pip install 'echo-trt[build]'.")

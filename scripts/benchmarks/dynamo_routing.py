@@ -5,7 +5,7 @@
 40 conversations of four turns, three at once, greedy; each begins with a text of its own. Prints for both routers, each
 on fresh workers: the share of prompt tokens that were cached, turns answered by the worker of the turn before, and the
 time to the first token. Time is comparable on a quiet machine only; the other figures are so anywhere. About 5 minutes
-on 2 cores. Needs pip install -e '.[test,dynamo]' and pip install --no-deps ai-dynamo==1.6.1.
+on 2 cores. Needs pip install -e '.[test,dynamo]' -e ./lab and pip install --no-deps ai-dynamo==1.6.1.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 The same prompts, greedy, so many at once, on two cores of this machine: in one process; as one worker with two cores
 behind Dynamo; as two workers with one core each. Prints tokens per second, CPU seconds and memory (proportional share,
 PSS) of every process. The client runs on the same cores. About 5 minutes on a quiet machine; on a busy one the CPU
-seconds still say something. Needs pip install -e '.[test,dynamo]' and pip install --no-deps ai-dynamo==1.6.1.
+seconds still say something. Needs pip install -e '.[test,dynamo]' -e ./lab and pip install --no-deps ai-dynamo==1.6.1.
 """
 
 from __future__ import annotations

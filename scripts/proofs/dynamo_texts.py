@@ -4,7 +4,7 @@
 
 24 chats, greedy and with a seed, 12 at once, on real servers that are started one after the other on free ports of this
 machine; about 5 minutes on 2 cores. Prints a table; exit code 1 if a text of a bundle in fp32 differs. Needs
-pip install -e '.[test,dynamo]' and pip install --no-deps ai-dynamo==1.6.1.
+pip install -e '.[test,dynamo]' -e ./lab and pip install --no-deps ai-dynamo==1.6.1.
 """
 
 from __future__ import annotations

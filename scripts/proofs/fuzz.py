@@ -12,8 +12,8 @@ promises  what docs/exactness.md says of a precision, on a family of models
 
 In each, no engine failure is counted that the engine did not make, no client's answer ends or changes by what another
 one does, and every text is plain decoding's. A difference is told with the seed of its round, which repeats it (exactly
-in loop and promises; elsewhere threads have a say, too). Needs pip install -e '.[test]'. Exit code 1 where something
-differed.
+in loop and promises; elsewhere threads have a say, too). Needs pip install -e '.[test]' -e ./lab. Exit code 1 where
+something differed.
 """
 
 # ruff: noqa: E402

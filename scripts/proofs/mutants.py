@@ -5,8 +5,8 @@
 Works on a copy of the checkout; the minutes begin once the unchanged tests have passed. A mutant is tried with the
 tests of its package that import its module, then with those of ``TESTS``, then, with --whole, with all tests of the
 package: a survivor of less may be killed by more. Only with --whole is ``adapters/triton`` changed, which servers'
-tests see. Needs pip install -e '.[test]' 'cosmic-ray>=8.4,<9', whose operators make the mutants. Exit code 1 where one
-survived.
+tests see. Needs pip install -e '.[test]' -e ./lab 'cosmic-ray>=8.4,<9', whose operators make the mutants. Exit
+code 1 where one survived.
 """
 
 from __future__ import annotations

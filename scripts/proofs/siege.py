@@ -6,7 +6,7 @@ Each attack is what a single client can do: kept connections, unread answers, up
 (``siege_parts/attacks.py``). A victim with a key of its own asks all the while, alone first and then beside the attack.
 None of its answers may be lost but one that was in flight at a kill; its tokens/s stay at least half, and its first
 token comes in at most three times the time. The server's limit of open files is small, so that seconds are enough.
-Everything stays on loopback. By hand and at a release. Needs pip install -e '.[test]'.
+Everything stays on loopback. By hand and at a release. Needs pip install -e '.[test]' -e ./lab.
 """
 
 from __future__ import annotations

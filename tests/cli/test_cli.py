@@ -249,6 +249,28 @@ def test_a_file_that_generate_reads_is_not_overwritten(echo_trt, bundle_of, prom
         assert file.read_bytes() == before
 
 
+@pytest.fixture
+def without_lab(monkeypatch):
+    for module in ("echo_trt.files.extras", "echo_trt.cli.generate", "echo_trt.cli.app"):
+        monkeypatch.setattr(f"{module}.registered", lambda group: ())
+
+
+def test_without_what_compiles_a_build_is_refused_at_once(echo_trt, monkeypatch):
+    monkeypatch.setattr("echo_trt.files.extras.BUILD", ("json", "onnx_a"))
+    outcome = echo_trt("build", "smollm2-135m")
+    assert outcome.code == 2
+    assert outcome.err == "error: a build needs onnx_a, not installed here; run pip install 'echo-trt[build]'.\n"
+
+
+def test_without_the_lab_a_text_has_no_colours(echo_trt, bundle_of, without_lab):
+    outcome = echo_trt("generate", bundle_of("close"), "hi", "--max-tokens", 8, "--color", "always")
+    assert outcome.code == 0, outcome.err
+    assert "\x1b" not in outcome.out
+    refused = echo_trt("generate", bundle_of("close"), "hi", "--compare")
+    assert refused.code == 2
+    assert "generate has no compare without echo-trt-lab; run pip install ./lab" in refused.err
+
+
 def echo_trt_of(*words: object, stdout: Any = subprocess.PIPE, **more: Any) -> subprocess.CompletedProcess:
     """Return a process of its own; ``more``: of its environment, where a name is in capitals, and of
     ``subprocess.run``.

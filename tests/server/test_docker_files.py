@@ -91,7 +91,11 @@ class TestDockerfiles:
         wanted = {re.match(r"[a-z0-9-]+", line)[0] for line in lines}
         if name.endswith("gpu"):
             wanted = wanted - {"tensorrt"} | {"tensorrt-cu13"}
-        assert wanted <= requirements(name[-3:]).keys()
+        have = requirements(name[-3:]).keys()
+        assert wanted <= have
+        assert not have & requirements("build").keys(), "a server compiles nothing"
+        built = {re.match(r"[a-z0-9-]+", line)[0] for line in project["optional-dependencies"]["build"]}
+        assert built <= have | requirements("build").keys()
 
     def test_the_linter_finds_nothing(self, name):
         linter = shutil.which("hadolint", path=Path(sys.executable).parent)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from engine.driving import assert_all_free
+from scipy.optimize import isotonic_regression
 
 from echo_trt.bundle.costs import CostTable
 from echo_trt.bundle.manifest import read_manifest
@@ -18,6 +19,7 @@ from echo_trt.engine.measure import (
     disturbance,
     machine,
     measure,
+    rising,
     without_speculation,
 )
 from echo_trt.engine.params import SamplingParams
@@ -201,3 +203,10 @@ def test_what_a_quiet_machine_may_take_is_not_called_disturbed(seconds, measured
     target = Clocked(Curve([1, 2, 3, 4, 6, 8], [0.01 * s for s in seconds]), clock, 8192)
     table = measured(target, 1, 2048, 64)
     assert disturbance(table) == ""
+
+
+def test_a_rising_curve_is_the_nearest_one():
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 9, 40):
+        values, weights = rng.normal(size=count).round(1) + np.linspace(0, 2, count), rng.integers(1, 5, count)
+        np.testing.assert_allclose(rising(values, weights), isotonic_regression(values, weights=weights).x, atol=1e-12)
