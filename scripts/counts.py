@@ -3,7 +3,7 @@
     python scripts/counts.py                           # lines and features
     python scripts/counts.py bundles/smollm2-135m      # and the files that a streamed chat runs
 
-tests/test_layers.py holds the limits (``LIMITS``); a feature that spreads has lost its seam.
+tests/test_layers.py holds the limits (``FEATURES``); a feature that spreads has lost its seam.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ ROOT = Path(__file__).resolve().parents[1]
 FEATURES: dict[str, tuple[str, int]] = {
     "latency targets": (
         r"\b(latency|tpot|ttft|[Pp]ace|prices?|seats?|sat_out|forecasts?|Forecaster|ExpectedLatency|targets)\b",
-        44,
+        43,
     ),
-    "block drafters": (r"Block(Drafter|Facts|Shape|Module|Config|Role)|\.block\b|\"block\"|[Mm]arkov", 27),
-    "hybrids": (r"Hybrid|state_slots|commit_states|state_values|RequestStates|MAX_ROWS|tree_context|divisible", 24),
-    "tensor parallelism": (r"tensor_parallel|\branks?\b|rank_files|Ranked|Collectives", 34),
-    "synthetic text": (r"synthetic|text_key", 17),
-    "prompt log-probabilities": (r"prompt_logprobs", 14),
-    "token sources": (r"token_sources|TokenSource|OutgoingSources|proposer", 20),
+    "block drafters": (r"Block(Drafter|Facts|Shape|Module|Config|Role)|\.block\b|\"block\"|[Mm]arkov", 23),
+    "hybrids": (r"Hybrid|state_slots|commit_states|state_values|RequestStates|MAX_ROWS|tree_context|divisible", 12),
+    "tensor parallelism": (r"tensor_parallel|\branks?\b|rank_files|Ranked|Collectives", 31),
+    "synthetic text": (r"synthetic|text_key", 0),
+    "prompt log-probabilities": (r"prompt_logprobs", 17),
+    "token sources": (r"token_sources|TokenSource|OutgoingSources|proposer", 19),
     "KV events": (r"kv_events|publish_kv", 6),
 }
 #: An engine's name, or a branch by it, outside the engines' own folders.
 ENGINE_NAMES = r"engine *(==|!=|in|not in) |\"(openvino|tensorrt|torch)\"|\.tensorrt\b|on_cpu\("
-ENGINE_LINES = 45
-CHAT_FILES = 70
+ENGINE_LINES = 1
+CHAT_FILES = 76
 
 
 def found(pattern: str, folder: str = "echo_trt", but: str = "-") -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from layers import HEAVY, LAYERS
 from echo_trt.files.extras import BUILD, ENGINES, registered
 
 TESTS = Path(__file__).parent
+COUNTS = runpy.run_path(str(TESTS.parent / "scripts" / "counts.py"))
 #: What a machine runs that has bundles.
 SERVING = (
     "echo_trt.__main__", "echo_trt.cli.app", "echo_trt.cli.serve", "echo_trt.cli.generate", "echo_trt.engine.llm",
@@ -108,3 +110,10 @@ def test_serving_and_llm_do_without_what_compiles_and_without_the_lab():
                 outside |= {name.partition(".")[0] for name in imports(path, later=True)}
     assert len(seen) > 200
     assert not outside & {*BUILD, "echo_trt_lab", "httpx", "matplotlib", "scipy"}
+
+
+@pytest.mark.parametrize("feature", COUNTS["FEATURES"])
+def test_a_feature_stays_behind_its_seam(feature):
+    """Limits sink with what there is; scripts/counts.py prints where a feature stands."""
+    pattern, maximum = COUNTS["FEATURES"][feature]
+    assert len(COUNTS["found"](pattern)) <= maximum
