@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import grimp
+import pytest
 from layers import HEAVY, LAYERS
 
 from echo_trt.files.extras import BUILD, ENGINES, registered
