@@ -94,8 +94,8 @@ class MtpConfig(HybridConfig):
         return self.hidden_size
 
 
-def mtp_config(target: DecoderConfig, where: str) -> MtpConfig:
-    """Return the sizes of the MTP head in a target's checkpoint. Raises UserError where none is known."""
+def mtp_config(target: DecoderConfig | None, where: str) -> MtpConfig:
+    """Return the sizes of the MTP head in a target's checkpoint; None: it has none. Raises UserError then."""
     if not isinstance(target, HybridConfig):
         raise UserError(
             f"draft.kind is mtp, but {where} has no MTP head that is known (mtp.fc.weight of Qwen3.5); use another "

@@ -113,7 +113,8 @@ def load_mtp(
 
     positions, dtype  as of ``load_decoder``
     """
-    names, config = set(checkpoint.names()), mtp_config(target.config, str(checkpoint.path))
+    names = set(checkpoint.names())
+    config = mtp_config(target.config if "mtp.fc.weight" in names else None, str(checkpoint.path))
     with torch.device("meta"):
         model = MtpHead(config, positions)
     _assign(model, checkpoint, mtp_sources(), dtype, read_apart=[name for name in names if not name.startswith("mtp.")])
