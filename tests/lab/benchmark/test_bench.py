@@ -50,7 +50,7 @@ def test_a_budget_bounds_the_policies_that_share_one(bundle_of, prompts):
     assert static["budget_used"] is None
     with refused("--budget is 0", "1 or more"):
         bench(job(bundle_of("close"), prompts, budget=0))
-    with refused("--budget is 8", "none of goodput shares one", "add echo, dense or fixed"):
+    with refused("--budget is 8", "none of goodput shares one", "add echo to --policies"):
         bench(job(bundle_of("close"), prompts, policies=["goodput"], budget=8))
 
 
