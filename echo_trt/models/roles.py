@@ -19,7 +19,6 @@ from echo_trt.models.eagle3 import Eagle3Head, top_candidates
 from echo_trt.models.hybrid_config import MtpConfig
 from echo_trt.models.layers import Attend
 from echo_trt.models.mtp import MtpHead
-from echo_trt.models.weights import decoder_class
 from echo_trt.speculation.paths import COMMIT_OUTPUTS, TREE_INPUTS
 
 
@@ -124,6 +123,8 @@ Role = TargetModule | DraftModule | HeadModule | BlockModule
 
 
 def _decoder(config: DecoderConfig, positions: int) -> Decoder:
+    from echo_trt.models.weights import decoder_class  # a bare machine with a card reads no checkpoints
+
     return decoder_class(config)(config, positions)
 
 
