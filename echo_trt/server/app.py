@@ -21,7 +21,7 @@ from starlette.routing import Route
 from echo_trt import __version__
 from echo_trt.engine.params import MAX_PROMPT_LOGPROBS, check_answer_logprobs, check_prompt_logprobs
 from echo_trt.engine.process.client import EngineError
-from echo_trt.engine.process.wire import AskForecast, Failure, Submit
+from echo_trt.engine.process.wire import AskForecast, Submit, failure_for
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.engine.text.prompts import PromptInput
 from echo_trt.errors import UserError
@@ -277,7 +277,7 @@ def _pieces(
     try:
         params = requested.sampling(info.sampling, structured=structured, latency=latency)
     except UserError as error:
-        raise from_engine(Failure(kind="invalid", message=str(error), field=error.field), names) from None
+        raise from_engine(failure_for(error), names) from None
     echoes = isinstance(requested, CompletionRequest) and requested.echo
 
     def question(prompt: PromptInput, seed: int) -> Question:

@@ -13,11 +13,11 @@ from typing import TypeVar
 from msgspec import structs
 
 from echo_trt.engine.process.client import Client, EngineError
-from echo_trt.engine.process.wire import Failure, ModelInfo, Submit, Tokens
+from echo_trt.engine.process.wire import ModelInfo, Submit, Tokens, failure_for
 from echo_trt.engine.text.entries import LogprobEntry, SourceEntry
 from echo_trt.engine.text.outgoing import OutgoingText
 from echo_trt.engine.text.prompts import ChatFacts, PromptInput, PromptReader
-from echo_trt.errors import TooLong, UserError
+from echo_trt.errors import UserError
 from echo_trt.models.tokenizer import load_tokenizer
 
 Result = TypeVar("Result")
@@ -77,6 +77,7 @@ class TextClient(Client):
         self._bundle = bundle.absolute() if bundle else None
         self._loading = self._thread.submit(load_tokenizer, bundle) if bundle else None
         self._known: tuple[ModelInfo, PromptReader, ModelFacts] | None = None
+        self._loaded: tuple[ModelInfo, PromptReader, ModelFacts] | None = None  # the thread's own
 
     async def close(self) -> None:
         await super().close()
@@ -115,25 +116,26 @@ class TextClient(Client):
     async def _model(self) -> tuple[PromptReader, ModelFacts]:
         info = structs.replace(await self.model_info(), id=0)
         if self._known is None or self._known[0] != info:
-            reader, facts = await self._on_thread(lambda: self._load(info))
-            self._known = info, reader, facts
+            self._known = await self._on_thread(lambda: self._load(info))
         return self._known[1:]
 
-    def _load(self, info: ModelInfo) -> tuple[PromptReader, ModelFacts]:
+    def _load(self, info: ModelInfo) -> tuple[ModelInfo, PromptReader, ModelFacts]:
+        """Load what a model's prompts take, once for all who wait for the thread."""
+        if self._loaded and self._loaded[0] == info:
+            return self._loaded
         bundle = Path(info.bundle)
         tokenizer = self._loading.result() if self._loading and bundle == self._bundle else None
         reader = PromptReader(bundle, info.context, info.special_tokens_in_content, tokenizer)
         size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
-        return reader, ModelFacts(**vars(reader.facts), context=info.context, sampling=info.sampling, size=size)
+        facts = ModelFacts(**vars(reader.facts), context=info.context, sampling=info.sampling, size=size)
+        self._loaded = info, reader, facts
+        return self._loaded
 
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except UserError as mistake:
-            failure = Failure(kind="invalid", message=str(mistake), field=mistake.field)
-            if isinstance(mistake, TooLong):
-                failure.kind = "too_long"
-            raise EngineError(failure) from None
+            raise EngineError(failure_for(mistake)) from None
 
 
 def _piece(out: OutgoingText, tokens: Tokens, reason: str) -> TextPiece:

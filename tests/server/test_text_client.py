@@ -15,6 +15,7 @@ from echo_trt import LLM, SamplingParams
 from echo_trt.engine.process.client import EngineError
 from echo_trt.engine.process.wire import Submit
 from echo_trt.engine.text.prompts import ChatPrompt
+from echo_trt.server import text_client
 from echo_trt.server.text_client import Question, TextClient, TextPiece
 
 
@@ -101,3 +102,17 @@ def test_tokens_and_texts_are_read_both_ways(path):
         await client.close()
 
     asyncio.run(both())
+
+
+def test_prompts_that_come_together_load_the_tokenizer_once(path, monkeypatch):
+    made = []
+    load = text_client.PromptReader
+    monkeypatch.setattr(text_client, "PromptReader", lambda *given: made.append(1) or load(*given))
+
+    async def crowd() -> None:
+        client = TextClient(path)
+        assert len(set(map(tuple, await asyncio.gather(*(client.token_ids("the theme") for _ in range(9)))))) == 1
+        await client.close()
+
+    asyncio.run(crowd())
+    assert made == [1]

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from echo_trt.engine.process.wire import Failure
+from echo_trt.engine.process.wire import Failure, failure_for
 from echo_trt.engine.request import Event
 from echo_trt.engine.service.job import Overloaded, ServiceRequest
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.protocol import FIRST
-from echo_trt.errors import TooLong, UserError
+from echo_trt.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +48,7 @@ def refusal(metrics: EngineMetrics, work: Callable[[], None], request_id: str = 
         work()
         return None
     except UserError as mistake:
-        outcome, failure = "invalid", Failure(kind="invalid", message=str(mistake), field=mistake.field)
-        if isinstance(mistake, TooLong):
-            failure.kind = "too_long"
+        outcome, failure = "invalid", failure_for(mistake)
     except Overloaded as full:
         field = "latency" if full.kind == "late" else None
         outcome, failure = "refused", Failure(kind=full.kind, message=str(full), field=field)

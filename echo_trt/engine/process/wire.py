@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from msgspec import MsgspecError, Struct, msgpack
 
 from echo_trt.engine.params import SamplingParams, TokenLogprobs, TokenSource
-from echo_trt.errors import UserError
+from echo_trt.errors import TooLong, UserError
 
 LARGEST = 2**26  # bytes of a message; larger: one message can take more memory
 _LENGTH = struct.Struct(">I")
@@ -174,6 +174,12 @@ class ModelInfo(Numbered, kw_only=True):
 
 class _Number(Struct):
     id: int
+
+
+def failure_for(mistake: UserError) -> Failure:
+    """Return the failure that tells a user's mistake."""
+    kind: FailureKind = "too_long" if isinstance(mistake, TooLong) else "invalid"
+    return Failure(kind=kind, message=str(mistake), field=mistake.field)
 
 
 ToEngine = Submit | Stop | Cancel | Describe | WatchSnapshots | AskForecast | Scrape

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from echo_trt.engine.params import SamplingParams, TokenLogprobs, TokenSource
+from echo_trt.engine.service.job import ERRORS
 from echo_trt.engine.text.entries import OutgoingLogprobs, OutgoingSources
 from echo_trt.engine.text.prompts import PromptInput, PromptReader
-
-FAILURES = ("failed", "cancelled", "invalid")  # ends of which no stop string makes another
 
 
 class OutgoingText:
@@ -66,7 +65,7 @@ class OutgoingText:
         if self.sources:
             self.sources.take(sources[:used], offsets)
         self._began = True
-        return "stop" if self.stopped and reason and reason not in FAILURES else reason
+        return "stop" if self.stopped and reason and reason not in ERRORS else reason
 
     def take(self) -> tuple[str, list[int]]:
         """Return unsent text and tokens, which are sent then."""
