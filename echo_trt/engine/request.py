@@ -10,6 +10,9 @@ import numpy as np
 from echo_trt.engine.params import SamplingParams, TokenLogprobs, TokenSource
 from echo_trt.grammar.state import State
 
+#: Reasons of an answer's end that are errors.
+ERRORS = ("failed", "cancelled", "invalid")
+
 
 @dataclass(kw_only=True)
 class Event:

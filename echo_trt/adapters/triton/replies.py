@@ -23,8 +23,7 @@ import triton_python_backend_utils as pb_utils
 from echo_trt.adapters.triton.request import TritonRequest
 from echo_trt.engine.process.pending import failure_of
 from echo_trt.engine.process.wire import Failure, FailureKind
-from echo_trt.engine.request import Event
-from echo_trt.engine.service.job import ERRORS
+from echo_trt.engine.request import ERRORS, Event
 from echo_trt.engine.service.metric_aliases import TENSORRT_LLM
 from echo_trt.engine.service.metrics import HISTOGRAMS, EngineMetrics
 from echo_trt.engine.service.service import Service

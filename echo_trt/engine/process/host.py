@@ -26,8 +26,8 @@ from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.params import TokenLogprobs, TokenSource
 from echo_trt.engine.process import wire
 from echo_trt.engine.process.pending import Pending, failure_of, refusal
-from echo_trt.engine.request import Event
-from echo_trt.engine.service.job import ERRORS, Overloaded
+from echo_trt.engine.request import ERRORS, Event
+from echo_trt.engine.service.job import Overloaded
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
 from echo_trt.engine.service.snapshots import SnapshotRecorder

@@ -13,9 +13,6 @@ from echo_trt.engine.request import Event, Request
 from echo_trt.engine.service.protocol import FIRST
 from echo_trt.speculation.pacer import Latency
 
-#: Ends that are errors.
-ERRORS = ("failed", "cancelled", "invalid")
-
 
 @dataclass(frozen=True)
 class ExpectedLatency:

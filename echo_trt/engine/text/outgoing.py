@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from echo_trt.engine.params import SamplingParams, TokenLogprobs, TokenSource
-from echo_trt.engine.service.job import ERRORS
+from echo_trt.engine.request import ERRORS
 from echo_trt.engine.text.entries import OutgoingLogprobs, OutgoingSources
 from echo_trt.engine.text.prompts import PromptInput, PromptReader
 
