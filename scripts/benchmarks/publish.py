@@ -49,7 +49,7 @@ NAMES = {
     EXACT: "default, chains alone (`goodput-exact`)",
     DEFAULT: "default (`goodput`)",
 }
-SHOWN = (PLAIN, "static", HEAD_ALONE, EXACT, DEFAULT)  # in README
+SHOWN = (PLAIN, "static", DEFAULT)  # in README
 #: Sources of accepted draft tokens (``speculation.sources``) -> their names for readers.
 SOURCES = {
     "lookup": "prompt lookup",
@@ -174,7 +174,7 @@ def with_block(text: str, inner: str) -> str:
 
 
 def block(run: Run) -> str:
-    """README's part: speed by concurrent requests, who proposed the tokens, and texts beside plain decoding's."""
+    """README's part: speed by concurrent requests."""
     batches = sorted({row["batch"] for row in run["results"]})
     rows = [[NAMES[p], *(_speed(_row(run, p, batch)) for batch in batches)] for p in SHOWN]
     made = run["published"]
@@ -188,10 +188,6 @@ def block(run: Run) -> str:
             ),
             "",
             _table(["", *map(str, batches)], rows),
-            "",
-            _prose(" ".join([_proposers(run), *([_second(run["second"])] if "second" in run else [])]), WIDTH),
-            "",
-            _table(["Texts beside plain decoding's", "promise", "equal in this run"], _equal_rows(run)),
         ]
     )
 
@@ -301,6 +297,7 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
         "## Where an iteration's time goes",
         "![Milliseconds of an iteration by phase and load](img/iteration.svg)",
         "## Texts equal to plain decoding's",
+        _table(["Texts compared with plain decoding's", "promise", "equal in this run"], _equal_rows(run)),
         f"The run above, in {run['precision']}, over all rounds:",
         by_batch(lambda row: row["same_texts"].replace(" of ", "/")),
         "`scripts/benchmarks/lossless.py` in fp32:",
