@@ -19,6 +19,8 @@ from echo_trt.models.read_config import decoder_config
 from echo_trt.models.sentencepiece import sentencepiece_tokenizer
 from echo_trt.models.weights import decoder_sources
 
+#: Tensor by which each inverse rotary frequency is divided; Llama 3.1 and later have one.
+ROPE_DIVISORS = "rope_freqs.weight"
 NORMAL_TOKEN, CONTROL_TOKEN, USER_TOKEN = 1, 3, 4
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -44,12 +46,13 @@ class GgufCheckpoint:
             ) from error
         self.config = self._config()
         names = self._hf_names()
-        if unknown := [tensor.name for tensor in self._reader.tensors if tensor.name not in names]:
+        weights = [tensor for tensor in self._reader.tensors if tensor.name != ROPE_DIVISORS]
+        if unknown := [tensor.name for tensor in weights if tensor.name not in names]:
             raise UserError(
                 f"{path}: tensor {unknown[0]} belongs to no part of a {self._family.gguf} network; use a file without "
                 "it."
             )
-        self._tensors = {names[tensor.name]: tensor for tensor in self._reader.tensors}
+        self._tensors = {names[tensor.name]: tensor for tensor in weights}
 
     def names(self) -> Sequence[str]:
         return list(self._tensors)
@@ -98,10 +101,8 @@ class GgufCheckpoint:
             "original_max_position_embeddings": self.field(f"{kind}.rope.scaling.original_context_length"),
         }
         names = {tensor.name for tensor in self._reader.tensors}
-        if "rope_freqs.weight" in names:
-            raise UserError(
-                f"{self.path}: scaled rotary frequencies (rope_freqs) are not supported; use the safetensors folder."
-            )
+        if divisors := [each.data.tolist() for each in self._reader.tensors if each.name == ROPE_DIVISORS]:
+            scaling = {"rope_type": "divisors", "divisors": divisors[0]}
         config = {
             "architectures": [self._family.architecture],
             "vocab_size": len(self._need("tokenizer.ggml.tokens")),

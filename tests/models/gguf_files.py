@@ -90,7 +90,7 @@ def write_gguf(
     is_gemma = kind == gguf.MODEL_ARCH.GEMMA3
     if is_gemma:
         writer.add_sliding_window(config.sliding_window)
-    _add_rope(writer, config.rope_parameters["full_attention"] if is_gemma else config.rope_parameters)
+    _add_rope(writer, config.rope_parameters["full_attention"] if is_gemma else config.rope_parameters, config.head_dim)
     _add_tokenizer(writer, pre_tokenizer)
     for key, value in (recommended or {}).items():
         getattr(writer, f"add_sampling_{key}")(value)
@@ -117,9 +117,15 @@ def write_gguf(
     return path
 
 
-def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
+def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head_dim: int) -> None:
+    """Write the rotary base and its scaling, which of Llama 3.1 and later is a divisor for each frequency."""
     writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] != "default":
+    if rope["rope_type"] == "llama3":
+        waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((rope["original_max_position_embeddings"] / waves - low) / (high - low)).clip(0, 1)
+        writer.add_tensor("rope_freqs.weight", (1 / ((1 - kept) / rope["factor"] + kept)).astype(np.float32))
+    elif rope["rope_type"] != "default":
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
     if "original_max_position_embeddings" in rope:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import BUILDERS, qwen3
+from checkpoints import BUILDERS, llama, qwen3
 from gguf import GGMLQuantizationType
 from gguf_files import CHAT_TEMPLATE, CONTROL, GGUF_SIZES, USER_DEFINED, vocabulary, write_gguf
 from paged import assert_same_network, run_in_calls
@@ -50,6 +50,17 @@ def test_rope_scaling_equals_transformers(scaling, tmp_path):
     theirs = qwen3(**GGUF_SIZES, rope_parameters={"rope_theta": 5000.0, **scaling})
     checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", theirs))
     assert_same_network(load_decoder(checkpoint, positions=64), theirs)
+
+
+def test_llama_3_s_scaled_frequencies_equal_transformers(tmp_path):
+    """Llama 3.1 and later: the file has a divisor for each frequency instead of the four numbers."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = scaling | {"rope_theta": 5000.0, "original_max_position_embeddings": 64}
+    theirs = llama(**GGUF_SIZES | {"head_dim": 32}, rope_parameters=rope)
+    path = write_gguf(tmp_path / "model.gguf", theirs)
+
+    assert {1.0, 8.0} < set(open_checkpoint(path).config["rope_scaling"]["divisors"])
+    assert_same_network(load_decoder(open_checkpoint(path), positions=64), theirs)
 
 
 @pytest.fixture(scope="module", params=["smollm", "qwen2"])
