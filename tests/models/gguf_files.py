@@ -22,6 +22,7 @@ ARCHITECTURES = {
     "SmolLM3ForCausalLM": (gguf.MODEL_ARCH.SMOLLM3, True),
     "Qwen2ForCausalLM": (gguf.MODEL_ARCH.QWEN2, False),
     "Qwen3ForCausalLM": (gguf.MODEL_ARCH.QWEN3, False),
+    "Qwen3MoeForCausalLM": (gguf.MODEL_ARCH.QWEN3MOE, False),
 }
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 USER_DEFINED = ("<think>", "</think>")
@@ -87,6 +88,10 @@ def write_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if kind == gguf.MODEL_ARCH.QWEN3MOE:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     is_gemma = kind == gguf.MODEL_ARCH.GEMMA3
     if is_gemma:
         writer.add_sliding_window(config.sliding_window)
@@ -106,9 +111,16 @@ def write_gguf(
             data = data.reshape(heads, 2, len(data) // heads // 2, -1).swapaxes(1, 2).reshape(data.shape)
         if is_gemma and data.ndim == 1:
             data = data + np.float32(1)
-        name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if name != without:
-            writer.add_tensor(name, data, raw_dtype=stored)
+        parts = {name: data}
+        if name.endswith("experts.gate_up_proj"):  # gate over up in each expert, which are two tensors of a file
+            gate, up = np.split(data, 2, axis=1)
+            parts = {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
+        for name, data in parts.items():
+            name = names.get_name(
+                name if name.endswith((".weight", ".bias")) else f"{name}.weight", (".weight", ".bias")
+            )
+            if name != without:
+                writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=stored)
     writer.kv_data[0].pop(without, None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -32,7 +32,10 @@ TEXTS = [
 @pytest.mark.parametrize(("storage", "tied"), [("F32", True), ("F16", False), ("Q8_0", True), ("Q4_1", False)])
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.gguf])
 def test_logits_equal_transformers(family, storage, tied, tmp_path):
-    changes = {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 12} if family == "gemma3" else {}
+    changes = {
+        "gemma3": {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 12},
+        "qwen3_moe": {"norm_topk_prob": True, "moe_intermediate_size": 32},
+    }.get(family, {})
     theirs = BUILDERS[family](**GGUF_SIZES | changes, tie_word_embeddings=tied)
     checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", theirs, GGMLQuantizationType[storage]))
     assert_same_network(load_decoder(checkpoint, positions=64), theirs)
