@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from echo_trt.errors import UserError
+from echo_trt.files.inputs import gguf_parts
 from echo_trt.models.checkpoint import Part
 from echo_trt.models.families import gguf_family
 from echo_trt.models.read_config import decoder_config
@@ -36,19 +37,20 @@ ELSEWHERE = "name a folder with the model's tokenizer.json in the recipe's token
 
 
 class GgufCheckpoint:
-    """A .gguf file of an architecture that a family names."""
+    """A .gguf file of an architecture that a family names, with the other parts of a model in several files."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._reader = gguf.GGUFReader(path)
+            self._reader, *others = map(gguf.GGUFReader, gguf_parts(path))
         except (ValueError, OSError, LookupError) as error:
             raise UserError(
                 f"checkpoint file {path} is not a complete GGUF file ({error}); download it again."
             ) from error
+        self._stored = list(chain(self._reader.tensors, *(each.tensors for each in others)))
         self.config = self._config()
         names = self._names()
-        weights = [tensor for tensor in self._reader.tensors if tensor.name != ROPE_DIVISORS]
+        weights = [tensor for tensor in self._stored if tensor.name != ROPE_DIVISORS]
         if unknown := [tensor.name for tensor in weights if tensor.name not in names]:
             raise UserError(
                 f"{path}: tensor {unknown[0]} belongs to no part of a {self._family.gguf} network; use a file without "
@@ -110,8 +112,8 @@ class GgufCheckpoint:
             "factor": self.field(f"{kind}.rope.scaling.factor"),
             "original_max_position_embeddings": self.field(f"{kind}.rope.scaling.original_context_length"),
         }
-        names = {tensor.name for tensor in self._reader.tensors}
-        if divisors := [each.data.tolist() for each in self._reader.tensors if each.name == ROPE_DIVISORS]:
+        names = {tensor.name for tensor in self._stored}
+        if divisors := [each.data.tolist() for each in self._stored if each.name == ROPE_DIVISORS]:
             scaling = {"rope_type": "divisors", "divisors": divisors[0]}
         config = {
             "architectures": [self._family.architecture],
