@@ -19,7 +19,7 @@ from echo_trt.files.inputs import is_gguf
 RECIPES = Path(__file__).parents[2] / "build"  # of the repository
 PACKAGED = Path(__file__).parents[1] / "recipes"  # of the wheel
 #: What the names of GGUF files end in: the type of the weights.
-GGUF = re.compile(r"([-.](UD-)?(I?Q\d\w*|B?F16|F32))?\.gguf$", re.IGNORECASE)
+GGUF = re.compile(r"([-.](UD-)?(I?Q\d\w*|B?F16|F32))?(-\d{5}-of-\d{5})?\.gguf$", re.IGNORECASE)
 CONTEXT = 8192  # of a derived recipe, at most; larger: more KV blocks per request
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from echo_trt.errors import UserError
+from echo_trt.files.inputs import gguf_parts
 
 Part = tuple[slice, ...]  # one slice an axis; () is the whole tensor
 # Bytes that are read of a file before it is mapped anew. Pages that were read stay in memory with their map; larger:
@@ -106,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def weights_sha256(path: Path) -> str:
     """Hash the checkpoint's weight files; the digest identifies a target."""
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    files = gguf_parts(path) if path.is_file() else sorted(path.glob("*.safetensors"))
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from echo_trt.errors import UserError
+from echo_trt.files.inputs import gguf_parts
 from echo_trt.models.checkpoint import Part
 from echo_trt.models.families import gguf_family
 from echo_trt.models.read_config import decoder_config
 from echo_trt.models.sentencepiece import sentencepiece_tokenizer
 from echo_trt.models.weights import decoder_sources
 
+#: Tensor by which each inverse rotary frequency is divided; Llama 3.1 and later have one.
+ROPE_DIVISORS = "rope_freqs.weight"
 NORMAL_TOKEN, CONTROL_TOKEN, USER_TOKEN = 1, 3, 4
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -32,38 +37,48 @@ ELSEWHERE = "name a folder with the model's tokenizer.json in the recipe's token
 
 
 class GgufCheckpoint:
-    """A .gguf file of an architecture that a family names."""
+    """A .gguf file of an architecture that a family names, with the other parts of a model in several files."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._reader = gguf.GGUFReader(path)
+            self._reader, *others = map(gguf.GGUFReader, gguf_parts(path))
         except (ValueError, OSError, LookupError) as error:
             raise UserError(
                 f"checkpoint file {path} is not a complete GGUF file ({error}); download it again."
             ) from error
+        self._stored = list(chain(self._reader.tensors, *(each.tensors for each in others)))
         self.config = self._config()
-        names = self._hf_names()
-        if unknown := [tensor.name for tensor in self._reader.tensors if tensor.name not in names]:
+        names = self._names()
+        weights = [tensor for tensor in self._stored if tensor.name != ROPE_DIVISORS]
+        if unknown := [tensor.name for tensor in weights if tensor.name not in names]:
             raise UserError(
                 f"{path}: tensor {unknown[0]} belongs to no part of a {self._family.gguf} network; use a file without "
                 "it."
             )
-        self._tensors = {names[tensor.name]: tensor for tensor in self._reader.tensors}
+        stored = {tensor.name: tensor for tensor in weights}
+        self._tensors = {
+            name: (stored[theirs], expert)
+            for theirs, parts in names.items()
+            if theirs in stored
+            for name, expert in parts
+        }
 
     def names(self) -> Sequence[str]:
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+        stored, expert = self._tensors[name]
+        return tuple(int(size) for size in reversed(stored.shape))[0 if expert is None else 1 :]
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
 
     def get(self, name: str, part: Part = ()) -> torch.Tensor:
-        stored = self._tensors[name]
+        stored, expert = self._tensors[name]
         try:
-            data = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
+            chosen = stored.data if expert is None else stored.data[expert]
+            data = torch.from_numpy(dequantize(chosen, stored.tensor_type).copy())
         except NotImplementedError:
             kind = stored.tensor_type.name
             raise UserError(f"{self.path}: tensor {stored.name} is {kind}, which cannot be read; use Q8_0.") from None
@@ -97,11 +112,9 @@ class GgufCheckpoint:
             "factor": self.field(f"{kind}.rope.scaling.factor"),
             "original_max_position_embeddings": self.field(f"{kind}.rope.scaling.original_context_length"),
         }
-        names = {tensor.name for tensor in self._reader.tensors}
-        if "rope_freqs.weight" in names:
-            raise UserError(
-                f"{self.path}: scaled rotary frequencies (rope_freqs) are not supported; use the safetensors folder."
-            )
+        names = {tensor.name for tensor in self._stored}
+        if divisors := [each.data.tolist() for each in self._stored if each.name == ROPE_DIVISORS]:
+            scaling = {"rope_type": "divisors", "divisors": divisors[0]}
         config = {
             "architectures": [self._family.architecture],
             "vocab_size": len(self._need("tokenizer.ggml.tokens")),
@@ -126,13 +139,23 @@ class GgufCheckpoint:
         known = {name: round(value, 6) for name, value in stated.items() if value is not None}  # of float32
         return known | ({"top_k": 0} if known.get("top_k", 0) < 0 else {})
 
-    def _hf_names(self) -> dict[str, str]:
-        """Return Hugging Face's name of each tensor that a network of this configuration has, by the file's."""
+    def _names(self) -> dict[str, list[tuple[str, int | None]]]:
+        """Return what each tensor holds of a network of this configuration, by the file's name.
+
+        That is one tensor by Hugging Face's name, or one for each expert, with its index along axis 0.
+        """
         network = decoder_config(self.config, str(self.path))
         kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self._family.gguf)
         known = gguf.get_tensor_name_map(kind, network.num_layers)
-        names = [name for parts in decoder_sources(network, set()).values() for name in parts]
-        return {known.get_name(name, (".weight", ".bias")): name for name in names}
+        parts = chain.from_iterable(decoder_sources(network, set()).values())
+        names = chain.from_iterable([part] if isinstance(part, str) else part for part in parts)
+        found = dict[str, list[tuple[str, int | None]]]()
+        for name in names:
+            expert = re.search(r"\.experts\.(\d+)\.", name)
+            merged = name if expert is None else name.replace(expert[0], ".experts.")
+            theirs = known.get_name(merged, (".weight", ".bias"))
+            found.setdefault(theirs, []).append((name, None if expert is None else int(expert[1])))
+        return found
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Build the file's tokenizer, byte-level BPE or SentencePiece's, with its chat template."""

@@ -104,8 +104,9 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
     """Return inverse frequencies, float32 [D/2], and the factor on cos and sin."""
     dim = getattr(config, "rotary_dim", config.head_dim)
     scaling = {"rope_theta": config.rope_theta, **config.rope_scaling}
-    if "rope_type" not in scaling:
-        return config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
+    if scaling.get("rope_type", "divisors") == "divisors":
+        divisors = torch.tensor(scaling.get("divisors", 1.0))
+        return config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim) / divisors, 1.0
     from transformers import LlamaConfig  # takes a second, and few networks need it
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -26,6 +26,7 @@ ROPE_REQUIRED = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
+    "divisors": ("divisors",),  # of GGUF files: one for each inverse frequency
 }
 #: Keys that a family reads, and that concern images alone: a text has one position in all their sections.
 ROPE_OTHERS = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")

@@ -22,6 +22,7 @@ ARCHITECTURES = {
     "SmolLM3ForCausalLM": (gguf.MODEL_ARCH.SMOLLM3, True),
     "Qwen2ForCausalLM": (gguf.MODEL_ARCH.QWEN2, False),
     "Qwen3ForCausalLM": (gguf.MODEL_ARCH.QWEN3, False),
+    "Qwen3MoeForCausalLM": (gguf.MODEL_ARCH.QWEN3MOE, False),
 }
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 USER_DEFINED = ("<think>", "</think>")
@@ -87,10 +88,14 @@ def write_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if kind == gguf.MODEL_ARCH.QWEN3MOE:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     is_gemma = kind == gguf.MODEL_ARCH.GEMMA3
     if is_gemma:
         writer.add_sliding_window(config.sliding_window)
-    _add_rope(writer, config.rope_parameters["full_attention"] if is_gemma else config.rope_parameters)
+    _add_rope(writer, config.rope_parameters["full_attention"] if is_gemma else config.rope_parameters, config.head_dim)
     _add_tokenizer(writer, pre_tokenizer)
     for key, value in (recommended or {}).items():
         getattr(writer, f"add_sampling_{key}")(value)
@@ -106,9 +111,16 @@ def write_gguf(
             data = data.reshape(heads, 2, len(data) // heads // 2, -1).swapaxes(1, 2).reshape(data.shape)
         if is_gemma and data.ndim == 1:
             data = data + np.float32(1)
-        name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if name != without:
-            writer.add_tensor(name, data, raw_dtype=stored)
+        parts = {name: data}
+        if name.endswith("experts.gate_up_proj"):  # gate over up in each expert, which are two tensors of a file
+            gate, up = np.split(data, 2, axis=1)
+            parts = {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
+        for name, data in parts.items():
+            name = names.get_name(
+                name if name.endswith((".weight", ".bias")) else f"{name}.weight", (".weight", ".bias")
+            )
+            if name != without:
+                writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=stored)
     writer.kv_data[0].pop(without, None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -117,9 +129,15 @@ def write_gguf(
     return path
 
 
-def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
+def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head_dim: int) -> None:
+    """Write the rotary base and its scaling, which of Llama 3.1 and later is a divisor for each frequency."""
     writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] != "default":
+    if rope["rope_type"] == "llama3":
+        waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((rope["original_max_position_embeddings"] / waves - low) / (high - low)).clip(0, 1)
+        writer.add_tensor("rope_freqs.weight", (1 / ((1 - kept) / rope["factor"] + kept)).astype(np.float32))
+    elif rope["rope_type"] != "default":
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
     if "original_max_position_embeddings" in rope:

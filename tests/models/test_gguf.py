@@ -1,11 +1,13 @@
 """GGUF files against transformers: tiny ones written here, and the default model."""
 
+import shutil
 import unicodedata
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
-from checkpoints import BUILDERS, qwen3
+from checkpoints import BUILDERS, llama, qwen3
 from gguf import GGMLQuantizationType
 from gguf_files import CHAT_TEMPLATE, CONTROL, GGUF_SIZES, USER_DEFINED, vocabulary, write_gguf
 from paged import assert_same_network, run_in_calls
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from echo_trt.bundle.read_recipe import load_recipe
 from echo_trt.bundle.sources import locate
 from echo_trt.errors import UserError
-from echo_trt.models.checkpoint import Checkpoint
+from echo_trt.models.checkpoint import Checkpoint, weights_sha256
 from echo_trt.models.families import FAMILIES
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.weights import load_decoder
@@ -32,7 +34,10 @@ TEXTS = [
 @pytest.mark.parametrize(("storage", "tied"), [("F32", True), ("F16", False), ("Q8_0", True), ("Q4_1", False)])
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.gguf])
 def test_logits_equal_transformers(family, storage, tied, tmp_path):
-    changes = {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 12} if family == "gemma3" else {}
+    changes = {
+        "gemma3": {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 12},
+        "qwen3_moe": {"norm_topk_prob": True, "moe_intermediate_size": 32},
+    }.get(family, {})
     theirs = BUILDERS[family](**GGUF_SIZES | changes, tie_word_embeddings=tied)
     checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", theirs, GGMLQuantizationType[storage]))
     assert_same_network(load_decoder(checkpoint, positions=64), theirs)
@@ -50,6 +55,43 @@ def test_rope_scaling_equals_transformers(scaling, tmp_path):
     theirs = qwen3(**GGUF_SIZES, rope_parameters={"rope_theta": 5000.0, **scaling})
     checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", theirs))
     assert_same_network(load_decoder(checkpoint, positions=64), theirs)
+
+
+def test_llama_3_s_scaled_frequencies_equal_transformers(tmp_path):
+    """Llama 3.1 and later: the file has a divisor for each frequency instead of the four numbers."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = scaling | {"rope_theta": 5000.0, "original_max_position_embeddings": 64}
+    theirs = llama(**GGUF_SIZES | {"head_dim": 32}, rope_parameters=rope)
+    path = write_gguf(tmp_path / "model.gguf", theirs)
+
+    assert {1.0, 8.0} < set(open_checkpoint(path).config["rope_scaling"]["divisors"])
+    assert_same_network(load_decoder(open_checkpoint(path), positions=64), theirs)
+
+
+def test_a_model_in_several_files_is_one(tmp_path):
+    whole = write_gguf(tmp_path / "whole.gguf", qwen3(**GGUF_SIZES))
+    reader, parts = gguf.GGUFReader(whole), [tmp_path / f"m-0000{part}-of-00002.gguf" for part in (1, 2)]
+    shutil.copy(whole, parts[0])
+    with pytest.raises(UserError, match=r"is one of 2 files, and m-00002-of-00002\.gguf is not beside it"):
+        open_checkpoint(parts[0])
+    for part, path in enumerate(parts):
+        writer = gguf.GGUFWriter(path, "qwen3")
+        for key, entry in reader.fields.items():
+            if part == 0 and not key.startswith("GGUF."):
+                kind, *inner = entry.types
+                writer.add_key_value(key, entry.contents(), kind, sub_type=inner[-1] if inner else None)
+        for tensor in reader.tensors[part::2]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    one, several = open_checkpoint(whole), open_checkpoint(parts[0])
+    assert sorted(one.names()) == sorted(several.names())
+    assert all(torch.equal(one.get(name), several.get(name)) for name in one.names())
+    assert weights_sha256(parts[0]) != weights_sha256(whole)
+    with pytest.raises(UserError, match=r"is not a model's first file; name m-00001-of-00002\.gguf"):
+        open_checkpoint(parts[1])
 
 
 @pytest.fixture(scope="module", params=["smollm", "qwen2"])

@@ -7,7 +7,7 @@ from echo_trt.models.families.family import Family
 FAMILY = Family(
     name="llama",
     architecture="LlamaForCausalLM",
-    models="Llama 2, SmolLM2 (135M to 1.7B); Llama 3.1, 3.2, DeepSeek-R1-Distill-Llama (not from GGUF)",
+    models="Llama 2, SmolLM2 (135M to 1.7B); Llama 3.1, 3.2, 3.3, DeepSeek-R1-Distill-Llama",
     gguf="llama",
     interleaved=True,
     drafts="EAGLE-3 heads (the default model's is shipped), a smaller model",

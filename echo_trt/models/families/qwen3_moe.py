@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from echo_trt.models.families.family import Family, count
@@ -21,9 +22,17 @@ def _options(raw: dict[str, Any], layers: int, where: str) -> dict[str, Any]:
     }
 
 
+def _gguf_options(field: Callable[..., Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Read the experts' sizes; llama.cpp divides the chosen experts' weights by their sum in every file."""
+    keys = {"num_experts": "count", "num_experts_per_tok": "used_count", "moe_intermediate_size": "feed_forward_length"}
+    return {"norm_topk_prob": True} | {name: field(f"qwen3moe.expert_{key}") for name, key in keys.items()}
+
+
 FAMILY = Family(
     name="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
+    gguf="qwen3moe",
+    gguf_options=_gguf_options,
     models="Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder-30B-A3B",
     options=_options,
     drafts="EAGLE-3 heads, a smaller model",
