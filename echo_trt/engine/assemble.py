@@ -13,7 +13,8 @@ from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.calibration import Calibration, read_calibration
-from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_manifest, verify_files
+from echo_trt.bundle.manifest import MANIFEST, NGRAMS, Manifest, NetworkFacts, read_manifest, verify_files
+from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.stored import CALIBRATION
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.core import EngineCore
@@ -25,6 +26,7 @@ from echo_trt.engine.drafters.lookup import LookupDrafter
 from echo_trt.engine.kv_pool import KVPool, kv_pool
 from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.errors import UserError
+from echo_trt.speculation.goodput.model.ngrams import NGrams
 from echo_trt.speculation.planner import Planner
 from echo_trt.speculation.policies import reserve_for
 
@@ -35,6 +37,7 @@ class Networks:
 
     pool        the size of the KV pool; of a part, the whole pool's
     confidence  float32 [V], by token, of a block drafter's confidence head; None: it has none
+    ngrams      table of the target's earlier answers; None: the recipe names none
     """
 
     manifest: Manifest
@@ -44,6 +47,7 @@ class Networks:
     draft: Engine | None
     calibration: Calibration | None
     confidence: np.ndarray | None = None
+    ngrams: NGrams | None = None
 
     @cached_property
     def _lookup(self) -> LookupDrafter:
@@ -108,7 +112,10 @@ def load_networks(
     known = None
     if path.exists():
         known = read_calibration(path, manifest.target_sha256, manifest.draft_sha256)
-    return Networks(manifest, pool, input_batch, target, draft, known, read_confidence(folder, manifest))
+    ngrams = None
+    if recipe.draft.ngrams is not None:
+        ngrams = read_ngrams(folder / NGRAMS, manifest.target_sha256, manifest.target.vocab_size)
+    return Networks(manifest, pool, input_batch, target, draft, known, read_confidence(folder, manifest), ngrams)
 
 
 def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputBatch, blocks: int) -> Engine:
