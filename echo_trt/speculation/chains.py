@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,14 +32,12 @@ class Chains:
     @classmethod
     def joined(cls, several: Sequence[Chains]) -> Chains:
         """Return the chains of ``several``, one or more, as long as the longest."""
-        length = max(chains.tokens.shape[1] for chains in several)
-
-        def stacked(parts: Iterable[np.ndarray], beyond: float) -> np.ndarray:
-            widened = [np.pad(p, ((0, 0), (0, length - p.shape[1])), constant_values=beyond) for p in parts]
-            return np.concatenate(widened)
-
         above, source = (np.concatenate([getattr(chains, name) for chains in several]) for name in ("above", "source"))
-        tokens, log_p = stacked((c.tokens for c in several), -1), stacked((c.log_p for c in several), 0.0)
+        shape = len(above), max(chains.tokens.shape[1] for chains in several)
+        tokens, log_p, begin = np.full(shape, -1), np.zeros(shape), 0
+        for chains in several:
+            part = slice(begin, begin + len(chains.above)), slice(chains.tokens.shape[1])
+            tokens[part], log_p[part], begin = chains.tokens, chains.log_p, part[0].stop
         return cls(above, tokens, log_p, source)
 
     def best_below_each(self) -> Chains:

@@ -97,8 +97,9 @@ def test_the_head_weighs_all_children_of_a_node():
 
 
 def test_of_one_path_the_chain_of_most_expected_tokens_is_left():
-    candidates = merged([chains_of((0, [5], 0.9, LOOKUP)), chains_of((0, [6] * 9, 0.8, NGRAM))], one_path=True)
-    assert candidates.tree.token[2:].tolist() == [6] * 9
+    rows = (0, [5], 0.9, LOOKUP), (0, [6] * 9, 0.8, NGRAM)
+    for proposed in ([chains_of(*rows)], [chains_of(row) for row in rows]):
+        assert merged(proposed, one_path=True).tree.token[2:].tolist() == [6] * 9
 
 
 @pytest.mark.parametrize("length", [16, 64])

@@ -66,7 +66,7 @@ def merge(
         none = np.zeros(0, np.int64)
         return Merged(*[none] * 6, none.astype(np.float64), none.astype(np.int8), none.astype(np.float64))
     chains = found[0] if len(found) == 1 else Chains.joined(found)
-    if len(found) > 1 and one_path:
+    if one_path and len(np.unique(chains.above)) < len(chains.above):
         chains = chains.best_below_each()
     above = np.ascontiguousarray(chains.above, np.int64)
     arrays = _merge(
