@@ -18,7 +18,7 @@ from echo_trt.speculation.arrays import next_size
 from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.goodput.settings import GoodputSettings
-from echo_trt.speculation.planner import Planner, Source
+from echo_trt.speculation.planner import ChainSource, Planner
 from echo_trt.speculation.policies import make_planner, policy_named
 from echo_trt.speculation.policy_names import EXACT
 from echo_trt.speculation.sources import DRAFT_SOURCES
@@ -132,14 +132,14 @@ class Tuning:
         )
 
 
-def sources(networks: Networks, settings: GoodputSettings, acceptance: Acceptance) -> list[Source]:
+def sources(networks: Networks, settings: GoodputSettings, acceptance: Acceptance) -> list[ChainSource]:
     """Make what proposes tokens at no cost. Makers return None where a bundle leaves theirs out.
 
     acceptance  which a learner corrects in place
     """
-    found: list[Source] = []
+    found: list[ChainSource] = []
     for row in (row for row in DRAFT_SOURCES if row.maker):
-        source: Source | None = resolve_name(row.maker)(networks, settings, acceptance)
+        source: ChainSource | None = resolve_name(row.maker)(networks, settings, acceptance)
         if source:
             found.append(source if row.forced else GuidedSource(source, networks.batch))
     return found

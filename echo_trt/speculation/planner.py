@@ -148,7 +148,7 @@ class Iteration:
     host: float
 
 
-class Source:
+class ChainSource:
     """Proposes draft tokens that take no pass of a network; what makes it is named in ``speculation.sources``.
 
     Any number of chains may hang below one node, of any length; ``merge`` makes a tree of all sources' chains.

@@ -15,7 +15,7 @@ class Proposer:
     colour  in pictures and terminals: a contrast of 3 to 1 or more on white and on dark pages
     texts   of its tokens on the light and on the dark live page, 4.5 to 1
     line    style of the line below them there, and its thickness in px, 0: as usual; nothing is told by colour alone
-    maker   "module:name" of what makes its ``speculation.planner.Source`` (``engine.sources``); "": a network
+    maker   "module:name" of what makes its ``speculation.planner.ChainSource`` (``engine.sources``); "": a network
             proposes its tokens, or several do
     forced  whether its tokens are the only ones that can follow: what else is proposed changes no chance of theirs
     """

@@ -14,7 +14,7 @@ from echo_trt.grammar.state import GrammarFailed, State
 from echo_trt.speculation.chains import NO_CHAINS, Chains
 from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt.speculation.goodput.settings import GoodputSettings
-from echo_trt.speculation.planner import Source, StepContext
+from echo_trt.speculation.planner import ChainSource, StepContext
 from echo_trt.speculation.sources import GRAMMAR
 from echo_trt.speculation.super_tree import SuperTree
 
@@ -23,10 +23,10 @@ LONGEST = 16  # tokens of a chain; larger: more time to look for them, rarely a 
 WORTH = 0.1  # P(accept) of a leaf that is continued; larger: fewer are looked at
 
 
-class GuidedSource(Source):
+class GuidedSource(ChainSource):
     """A source whose chains end where the requests' grammars forbid them; below leaves nothing is looked for."""
 
-    def __init__(self, source: Source, batch: InputBatch):
+    def __init__(self, source: ChainSource, batch: InputBatch):
         self._source, self._batch = source, batch
 
     def forces(self, load: StepContext) -> bool:
@@ -51,7 +51,7 @@ class GuidedSource(Source):
         self._source.observe(load)
 
 
-class GrammarSource(Source):
+class GrammarSource(ChainSource):
     """Proposes, at no cost, what running requests' grammars force."""
 
     def __init__(self, networks: Networks, settings: GoodputSettings, acceptance: Acceptance):

@@ -9,12 +9,12 @@ from echo_trt.speculation.chains import Chains
 from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt.speculation.goodput.model.ngrams import NGrams
 from echo_trt.speculation.goodput.settings import GoodputSettings
-from echo_trt.speculation.planner import Source, StepContext
+from echo_trt.speculation.planner import ChainSource, StepContext
 from echo_trt.speculation.sources import NGRAM
 from echo_trt.speculation.super_tree import SuperTree
 
 
-class NGramSource(Source):
+class NGramSource(ChainSource):
     """Goes on below leaves; what was accepted lately shifts the table's probabilities (``Acceptance.bias``)."""
 
     def __init__(self, table: NGrams, settings: GoodputSettings, acceptance: Acceptance):
@@ -26,6 +26,6 @@ class NGramSource(Source):
         return self._table.chains(tree, probability, load.recent, deepest, shift, minimum)
 
 
-def continuations(networks: Networks, settings: GoodputSettings, acceptance: Acceptance) -> Source | None:
+def continuations(networks: Networks, settings: GoodputSettings, acceptance: Acceptance) -> ChainSource | None:
     """Make the source of a bundle; None: it has no table."""
     return NGramSource(networks.ngrams, settings, acceptance) if networks.ngrams else None

@@ -36,7 +36,7 @@ from echo_trt.speculation.goodput.optimiser.nodes import paying_nodes, select
 from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt.speculation.pacer import Seats
 from echo_trt.speculation.pack import LevelShape
-from echo_trt.speculation.planner import Explanation, Iteration, Plan, Source, StepContext
+from echo_trt.speculation.planner import ChainSource, Explanation, Iteration, Plan, StepContext
 from echo_trt.speculation.super_tree import SuperTree
 
 ABOVE_PLAIN = 1e-12  # log gain that always begins above plain decoding, since the search may choose no draft
@@ -53,7 +53,7 @@ class GoodputPlanner:
         costs: Costs,
         acceptance: Acceptance,
         slots: int,
-        sources: Sequence[Source] = (),
+        sources: Sequence[ChainSource] = (),
         head: bool = True,
         budget: int = 0,
         block: int = 0,

@@ -22,7 +22,7 @@ from echo_trt.speculation.echo.settings import EchoSettings
 from echo_trt.speculation.goodput.model.ngrams import NGrams
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.goodput.settings import GoodputSettings
-from echo_trt.speculation.planner import Planner, Source
+from echo_trt.speculation.planner import ChainSource, Planner
 from echo_trt.speculation.policies import POLICIES, goodput_settings, make_planner, policy_named
 from echo_trt.speculation.policy_names import DEFAULT, PLAIN
 from echo_trt_lab.calibration.trees import Trees
@@ -125,7 +125,7 @@ def planner_for(
 
     def goodput(name: str, numbers: GoodputSettings) -> GoodputPlanner:
         acceptance = calibration.model()
-        sources: list[Source] = [RecordedCopies(walk, calibration.lookup, numbers.max_depth)]
+        sources: list[ChainSource] = [RecordedCopies(walk, calibration.lookup, numbers.max_depth)]
         if ngrams:
             sources.append(NGramSource(ngrams, numbers, acceptance))
         return GoodputPlanner(name, numbers, machine.costs(), acceptance, walk.batch, sources, block=block)

@@ -15,7 +15,7 @@ from echo_trt.speculation.goodput.model.costs import Costs
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.pacer import Pace
 from echo_trt.speculation.pack import LevelShape
-from echo_trt.speculation.planner import RECENT, Iteration, Plan, Planner, Source, StepContext
+from echo_trt.speculation.planner import RECENT, ChainSource, Iteration, Plan, Planner, StepContext
 from echo_trt.speculation.super_tree import SuperTree
 from echo_trt_lab.calibration.observe import recorded_chains
 from echo_trt_lab.calibration.trees import RecordedDraft
@@ -163,7 +163,7 @@ class DeviceDraft(ClockedDraft):
         self._ahead, self._depth = None, depth
 
 
-class RecordedCopies(Source):
+class RecordedCopies(ChainSource):
     """A source that proposes the text that was copied at a walk's positions."""
 
     def __init__(self, walk: Walk, lookup: list[float], length: int):

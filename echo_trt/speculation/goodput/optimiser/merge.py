@@ -84,16 +84,16 @@ def merge(
 def _in_order(order: np.ndarray, above: np.ndarray, tokens: np.ndarray) -> None:
     """Sort ``order`` int64 [m], chains by the node above them, within such a node by their tokens."""
     for end in range(1, len(order)):
-        chain, place = order[end], end
-        while place > 0 and above[order[place - 1]] == above[chain]:
-            before, column = order[place - 1], 0
+        chain, position = order[end], end
+        while position > 0 and above[order[position - 1]] == above[chain]:
+            before, column = order[position - 1], 0
             while column < tokens.shape[1] - 1 and tokens[before, column] == tokens[chain, column]:
                 column += 1
             if tokens[before, column] <= tokens[chain, column]:
                 break
-            order[place] = before
-            place -= 1
-        order[place] = chain
+            order[position] = before
+            position -= 1
+        order[position] = chain
 
 
 @compiled()
