@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FEATURES: dict[str, tuple[str, int]] = {
     "latency targets": (  # not what forecasts acceptance, nor the price of time or the targets of passes
         r"tpot|ttft|\b(latency|Latency\w*|ExpectedLatency|Forecaster|[Pp]acer?|Prices|usual_price|sat_out)\b",
-        37,
+        36,
     ),
     "block drafters": (  # not blocks of the KV pool, nor of a checkpoint's scales
         r"Block(Drafter|Facts|Shape|Module|Config|Network)|block_(config|facts|shape)"

@@ -16,7 +16,8 @@ NAMES = {source.name: source.label for source in (TARGET, *DRAFT_SOURCES)}
 #: Line of the live page -> what stands for it here: nothing is told by colour alone.
 LINES = {"dashed": Style(underline=True), "double": Style(underline=True, bold=True), "dotted": Style(italic=True)}
 STYLES = {TARGET.name: Style()} | {
-    each.name: LINES.get(each.line, Style(bold=each.thickness > 0)) + Style(color=each.colour) for each in DRAFT_SOURCES
+    each.name: LINES.get(each.line, Style(bold=each.thickness > 0 or None)) + Style(color=each.colour)
+    for each in DRAFT_SOURCES
 }
 
 #: Characters that would move a terminal's cursor, change its state or hide -> their pictures; lines stay lines.

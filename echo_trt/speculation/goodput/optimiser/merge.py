@@ -39,11 +39,16 @@ class Merged:
     @property
     def probability(self) -> np.ndarray:
         """P(accept) of the nodes: float64 [m]."""
-        return np.exp(self.score)
+        probability: np.ndarray = np.exp(self.score)
+        return probability
 
     def join(self, tree: SuperTree) -> None:
         """Add the nodes to ``tree``, which has not grown since."""
         tree.add_chains(self.parent, self.token, self.request, self.depth, self.score, self.source)
+
+
+_NONE = np.zeros(0, np.int64)
+NOTHING = Merged(_NONE, _NONE, _NONE, _NONE, _NONE, _NONE, np.zeros(0), np.zeros(0, np.int8), np.zeros(0))
 
 
 def merge(
@@ -63,8 +68,7 @@ def merge(
     """
     found = [chains for chains in proposals if chains.tokens.size]
     if not found:
-        none = np.zeros(0, np.int64)
-        return Merged(*[none] * 6, none.astype(np.float64), none.astype(np.int8), none.astype(np.float64))
+        return NOTHING
     chains = found[0] if len(found) == 1 else Chains.joined(found)
     if one_path and len(np.unique(chains.above)) < len(chains.above):
         chains = chains.best_below_each()
