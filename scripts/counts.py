@@ -19,13 +19,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 #: Feature -> how its lines in the package are known, and in how many files it may stand.
 FEATURES: dict[str, tuple[str, int]] = {
-    "latency targets": (
-        r"\b(latency|tpot|ttft|[Pp]ace|prices?|seats?|sat_out|forecasts?|Forecaster|ExpectedLatency|targets)\b",
-        43,
+    "latency targets": (  # not what forecasts acceptance, nor the price of time or the targets of passes
+        r"tpot|ttft|\b(latency|Latency\w*|ExpectedLatency|Forecaster|[Pp]acer?|Prices|usual_price|sat_out)\b",
+        36,
     ),
-    "block drafters": (r"Block(Drafter|Facts|Shape|Module|Config|Role)|\.block\b|\"block\"|[Mm]arkov", 23),
+    "block drafters": (  # not blocks of the KV pool, nor of a checkpoint's scales
+        r"Block(Drafter|Facts|Shape|Module|Config|Network)|block_(config|facts|shape)"
+        r"|\b(model|search\.model|drafter|draft|kind|self|facts)\.block\b|[Mm]arkov",
+        17,
+    ),
     "hybrids": (r"Hybrid|state_slots|commit_states|state_values|RequestStates|MAX_ROWS|tree_context|divisible", 12),
-    "tensor parallelism": (r"tensor_parallel|\branks?\b|rank_files|Ranked|Collectives", 31),
+    "tensor parallelism": (  # not what ranks before what
+        r"tensor_parallel|rank_files|Ranked|Collectives|rank_(group|processes)|all_gather|sum_ranks|\.ranks?\b"
+        r"|\b(of|every|all|other|own) ranks?\b|\branks?[=:)]",
+        25,
+    ),
     "synthetic text": (r"synthetic|text_key", 0),
     "prompt log-probabilities": (r"prompt_logprobs", 17),
     "token sources": (r"token_sources|TokenSource|OutgoingSources|proposer", 19),

@@ -161,8 +161,7 @@ def open_llm(bundle_of, networks) -> Callable[..., LLM]:
             engines = reference_engines(pair, networks, blocks, batch, engine == "resident")
             llm.loop.target = engines["target"]
             if "draft" in engines:
-                confidence = getattr(llm.loop.drafter, "confidence", None)
-                llm.loop.drafter = drafter_with(llm.manifest, llm.loop.batch, engines["draft"], confidence)
+                llm.loop.drafter = drafter_with(llm.manifest, llm.loop.batch, engines["draft"], bundle_of(pair))
         return llm
 
     return get

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from echo_trt.backends.base import COLLECTIVES, DOMAIN, METADATA, OPERATOR
 from echo_trt.models.layers import Attend
-from echo_trt.models.roles import BlockModule, HeadModule, Role, TargetModule
+from echo_trt.models.roles import Role, TargetModule
 from echo_trt.models.weights import TYPES
 from echo_trt.speculation.pack import BLOCK
 
@@ -134,11 +134,11 @@ def _example(role: Role) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]
     if isinstance(role, TargetModule) and role.states:
         inputs |= _tree_inputs(role)
         inputs = {name: inputs[name] for name in role.inputs}
-    if isinstance(role, HeadModule):
+    if "features" in role.inputs:
         inputs["features"] = torch.zeros(2, config.feature_size, dtype=dtype)
+    if "hidden" in role.inputs:
         inputs["hidden"] = torch.zeros(3, config.hidden_size, dtype=dtype)
-    if isinstance(role, BlockModule):
-        inputs["features"] = torch.zeros(3, config.feature_size, dtype=dtype)
+    if "state_rows" in role.inputs:
         inputs["state_rows"] = torch.zeros(5, dtype=torch.long)
     lengths = (2, 3, 4, 3, 13, 3)
     metadata = [

@@ -7,17 +7,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
-
 from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.calibration import Calibration, read_calibration
-from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_manifest, verify_files
+from echo_trt.bundle.manifest import MANIFEST, NGRAMS, Manifest, NetworkFacts, read_manifest, verify_files
+from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.stored import CALIBRATION
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.core import EngineCore
-from echo_trt.engine.drafters.block import read_confidence
 from echo_trt.engine.drafters.eagle3 import Drafter
 from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.engine.drafters.levels import LevelsDrafter
@@ -25,6 +23,7 @@ from echo_trt.engine.drafters.lookup import LookupDrafter
 from echo_trt.engine.kv_pool import KVPool, kv_pool
 from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.errors import UserError
+from echo_trt.speculation.goodput.model.ngrams import NGrams
 from echo_trt.speculation.planner import Planner
 from echo_trt.speculation.policies import reserve_for
 
@@ -34,7 +33,8 @@ class Networks:
     """A bundle's engines over one KV pool.
 
     pool        the size of the KV pool; of a part, the whole pool's
-    confidence  float32 [V], by token, of a block drafter's confidence head; None: it has none
+    folder      of the bundle, where a drafter may have more than its network
+    ngrams      table of the target's earlier answers; None: the recipe names none
     """
 
     manifest: Manifest
@@ -43,7 +43,8 @@ class Networks:
     target: Engine
     draft: Engine | None
     calibration: Calibration | None
-    confidence: np.ndarray | None = None
+    folder: Path = Path()
+    ngrams: NGrams | None = None
 
     @cached_property
     def _lookup(self) -> LookupDrafter:
@@ -55,7 +56,7 @@ class Networks:
         """The draft; None: there is none."""
         if draft_kind(self.manifest.recipe.draft.kind).copies:
             return self._lookup
-        return drafter_with(self.manifest, self.batch, self.draft, self.confidence)
+        return drafter_with(self.manifest, self.batch, self.draft, self.folder)
 
     @property
     def copier(self) -> LookupDrafter | None:
@@ -108,7 +109,10 @@ def load_networks(
     known = None
     if path.exists():
         known = read_calibration(path, manifest.target_sha256, manifest.draft_sha256)
-    return Networks(manifest, pool, input_batch, target, draft, known, read_confidence(folder, manifest))
+    ngrams = None
+    if recipe.draft.ngrams is not None:
+        ngrams = read_ngrams(folder / NGRAMS, manifest.target_sha256, manifest.target.vocab_size)
+    return Networks(manifest, pool, input_batch, target, draft, known, folder, ngrams)
 
 
 def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputBatch, blocks: int) -> Engine:
@@ -154,10 +158,8 @@ def _check_network(widths: Mapping[str, int], path: Path, manifest: Manifest, ne
             )
 
 
-def drafter_with(
-    manifest: Manifest, batch: InputBatch, engine: Engine | None, confidence: np.ndarray | None = None
-) -> Drafter | None:
-    """Return the drafter of a bundle whose draft network ``engine`` runs."""
+def drafter_with(manifest: Manifest, batch: InputBatch, engine: Engine | None, folder: Path) -> Drafter | None:
+    """Return the drafter of the bundle in ``folder`` whose draft network ``engine`` runs."""
     if engine is None or manifest.draft is None:
         return None
-    return draft_kind(manifest.recipe.draft.kind).drafter(manifest, batch, engine, confidence)
+    return draft_kind(manifest.recipe.draft.kind).drafter(manifest, batch, engine, folder)

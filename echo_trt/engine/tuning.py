@@ -6,23 +6,22 @@ import contextlib
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from pkgutil import resolve_name
 
 from echo_trt.bundle.costs import COSTS, CostTable, read_costs
-from echo_trt.bundle.manifest import NGRAMS
-from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.engine.assemble import Networks
-from echo_trt.engine.drafters.grammars import GrammarProposer
 from echo_trt.engine.measure import disturbance, machine, measure, times_as_long, without_speculation
+from echo_trt.engine.sources.grammars import GuidedSource
 from echo_trt.errors import UserError
 from echo_trt.speculation.arrays import next_size
 from echo_trt.speculation.goodput.model.acceptance import Acceptance
-from echo_trt.speculation.goodput.model.ngrams import NGrams
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.goodput.settings import GoodputSettings
-from echo_trt.speculation.planner import Planner
+from echo_trt.speculation.planner import ChainSource, Planner
 from echo_trt.speculation.policies import make_planner, policy_named
 from echo_trt.speculation.policy_names import EXACT
+from echo_trt.speculation.sources import DRAFT_SOURCES
 
 DOUBTED = 1.5  # times what a pass takes now: a table that says so was measured beside other work
 MEASUREMENTS = 2  # of costs at a start, at most: more make a start on a busy machine longer, and a table likelier
@@ -44,12 +43,6 @@ class Tuning:
         if sentence not in self._reported:
             self._reported.add(sentence)
             self._report(sentence)
-
-    @cached_property
-    def ngrams(self) -> NGrams | None:
-        if self._manifest.recipe.draft.ngrams is None:
-            return None
-        return read_ngrams(self._folder / NGRAMS, self._manifest.target_sha256, self._manifest.target.vocab_size)
 
     @cached_property
     def costs(self) -> CostTable:
@@ -124,17 +117,29 @@ class Tuning:
                 "echo-trt calibrate measures it beforehand."
             )
         depths = self._manifest.recipe.decoding.max_depth
+        acceptance = calibration.model() if calibration else Acceptance.uncalibrated(depths)
         return GoodputPlanner(
             name,
             settings,
             self.costs.costs(),
-            calibration.model() if calibration else Acceptance.uncalibrated(depths),
+            acceptance,
             networks.batch.count,
-            self.ngrams,
-            networks.copier,
-            GrammarProposer(networks.batch, networks.copier),
+            sources(networks, settings, acceptance),
             head=networks.drafter is not networks.copier,
             budget=self.costs.hinge.k_max,
             block=networks.drafter.block if networks.drafter else 0,
             chain_alone=networks.target.rounds_trees,
         )
+
+
+def sources(networks: Networks, settings: GoodputSettings, acceptance: Acceptance) -> list[ChainSource]:
+    """Make what proposes tokens at no cost. Makers return None where a bundle leaves theirs out.
+
+    acceptance  which a learner corrects in place
+    """
+    found: list[ChainSource] = []
+    for row in (row for row in DRAFT_SOURCES if row.maker):
+        source: ChainSource | None = resolve_name(row.maker)(networks, settings, acceptance)
+        if source:
+            found.append(source if row.forced else GuidedSource(source, networks.batch))
+    return found

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from echo_trt.models.config import BlockConfig, DecoderConfig
+from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.layers import MLP, Attend, Attention, Experts, Linear, RMSNorm, Rotary, widened
 from echo_trt.models.ranks import all_gather
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig | BlockConfig, layer: int):
+    def __init__(self, config: DecoderConfig | Eagle3Config, layer: int):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config, layer, config.hidden_size, config.qk_norm)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -29,28 +29,23 @@ class Chains:
         exists: np.ndarray = np.logical_and.accumulate(self.tokens >= 0, axis=1)
         return exists
 
-    def followed_by(self, others: Chains) -> Chains:
-        """Return these chains and then ``others``."""
-        length = max(self.tokens.shape[1], others.tokens.shape[1])
+    @classmethod
+    def joined(cls, several: Sequence[Chains]) -> Chains:
+        """Return the chains of ``several``, one or more, as long as the longest."""
+        above, source = (np.concatenate([getattr(chains, name) for chains in several]) for name in ("above", "source"))
+        shape = len(above), max(chains.tokens.shape[1] for chains in several)
+        tokens, log_p, begin = np.full(shape, -1), np.zeros(shape), 0
+        for chains in several:
+            part = slice(begin, begin + len(chains.above)), slice(chains.tokens.shape[1])
+            tokens[part], log_p[part], begin = chains.tokens, chains.log_p, part[0].stop
+        return cls(above, tokens, log_p, source)
 
-        def joined(name: str, beyond: float) -> np.ndarray:
-            parts = (getattr(self, name), getattr(others, name))
-            widened = (np.pad(p, ((0, 0), (0, length - p.shape[1])), constant_values=beyond) for p in parts)
-            return np.concatenate(list(widened))
-
-        above, source = (np.concatenate((a, b)) for a, b in ((self.above, others.above), (self.source, others.source)))
-        return Chains(above, joined("tokens", -1), joined("log_p", 0.0), source)
-
-
-_NONE = np.zeros(0, np.int64)
-NO_CHAINS = Chains(_NONE, np.zeros((0, 0), np.int64), np.zeros((0, 0)), _NONE)
+    def best_below_each(self) -> Chains:
+        """Return of the chains below a node the one of which most tokens are expected."""
+        expected = np.where(self.exists, np.exp(self.log_p.cumsum(axis=1)), 0.0).sum(axis=1)
+        order = np.lexsort((-expected, self.above))
+        kept = order[np.diff(self.above[order], prepend=-1) > 0]
+        return Chains(self.above[kept], self.tokens[kept], self.log_p[kept], self.source[kept])
 
 
-class PromptLookup(Protocol):
-    """A source of chains that follow the roots, such as text copied from the request itself."""
-
-    def chains(self, slots: np.ndarray, length: int) -> Chains:
-        """Return a chain below each root of ``slots`` int64 [B], in that order, of ``length`` tokens at most.
-
-        All tokens of a chain have the same P(accept).
-        """
+NO_CHAINS = Chains(np.zeros(0, np.int64), np.zeros((0, 0), np.int64), np.zeros((0, 0)), np.zeros(0, np.int8))

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from echo_trt.errors import UserError
+from echo_trt.speculation.chains import NO_CHAINS, Chains
 from echo_trt.speculation.drafts import Draft, Pass
 from echo_trt.speculation.pacer import Pace, Seats
 from echo_trt.speculation.pack import LevelShape
@@ -145,6 +146,28 @@ class Iteration:
     planning: float
     seconds: float
     host: float
+
+
+class ChainSource:
+    """Proposes draft tokens that take no pass of a network; what makes it is named in ``speculation.sources``.
+
+    Any number of chains may hang below one node, of any length; ``merge`` makes a tree of all sources' chains.
+    """
+
+    def forces(self, load: StepContext) -> bool:
+        """Say whether its tokens are worth a verification even where the batch decodes plainly."""
+        return False
+
+    def propose(self, load: StepContext) -> Chains:
+        """Return chains below the roots; ``Chains.above`` is the index of a request in ``load``."""
+        return NO_CHAINS
+
+    def extend(self, tree: SuperTree, probability: np.ndarray, load: StepContext) -> Chains:
+        """Return chains below leaves of ``tree``, whose nodes have P(accept) ``probability`` float64 [n]."""
+        return NO_CHAINS
+
+    def observe(self, load: StepContext) -> None:
+        """Learn from the texts of ``load``, to which an iteration has added its tokens."""
 
 
 class Planner(Protocol):

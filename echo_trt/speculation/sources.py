@@ -15,6 +15,9 @@ class Proposer:
     colour  in pictures and terminals: a contrast of 3 to 1 or more on white and on dark pages
     texts   of its tokens on the light and on the dark live page, 4.5 to 1
     line    style of the line below them there, and its thickness in px, 0: as usual; nothing is told by colour alone
+    maker   "module:name" of what makes its ``speculation.planner.ChainSource`` (``engine.sources``); "": a network
+            proposes its tokens, or several do
+    forced  whether its tokens are the only ones that can follow: what else is proposed changes no chance of theirs
     """
 
     name: str
@@ -24,6 +27,8 @@ class Proposer:
     texts: tuple[str, str] = ("", "")
     line: str = "solid"
     thickness: int = 0
+    maker: str = ""
+    forced: bool = False
 
 
 TARGET = Proposer("target", "target itself", "none: the target's own next token, one per verification")
@@ -32,14 +37,14 @@ DRAFT_SOURCES = (
     Proposer("head", "draft", "the draft network: a head, block drafter or small model",
            "#2f7de1", ("#0b66c3", "#6cb6ff"), "solid"),
     Proposer("lookup", "copied text", "prompt lookup: text copied from the prompt or the answer so far",
-           "#1a9a6c", ("#0a7d4f", "#57c98d"), "dashed"),
+           "#1a9a6c", ("#0a7d4f", "#57c98d"), "dashed", maker="echo_trt.engine.sources.lookup:copies"),
     Proposer("both", "draft and copy", "the draft network and prompt lookup, which agree",
            "#8b6fd6", ("#7a4cc2", "#b99cff"), "double", 3),
     Proposer("ngram", "n-gram", "the table of the target's earlier answers",
-           "#c2760c", ("#a85400", "#f0a04b"), "dotted"),
+           "#c2760c", ("#a85400", "#f0a04b"), "dotted", maker="echo_trt.engine.sources.ngrams:continuations"),
     Proposer("grammar", "grammar", "the grammar, where it allows a single token",
-           "#d1568f", ("#b3245f", "#ff8ab5"), "solid", 3),
+           "#d1568f", ("#b3245f", "#ff8ab5"), "solid", 3, "echo_trt.engine.sources.grammars:GrammarSource", True),
 )
 # fmt: on
-DRAFT, LOOKUP, BOTH, NGRAM, GRAMMAR = range(len(DRAFT_SOURCES))
 SOURCES = tuple(source.name for source in DRAFT_SOURCES)
+DRAFT, LOOKUP, BOTH, NGRAM, GRAMMAR = map(SOURCES.index, ("head", "lookup", "both", "ngram", "grammar"))

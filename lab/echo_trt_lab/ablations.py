@@ -35,5 +35,5 @@ def fixed(name, settings, make_goodput):
 @policy("goodput-head", "the default without prompt lookup and n-grams", policy_named("goodput").shape)
 def head(name, settings, make_goodput):
     planner = make_goodput(name, goodput_settings("goodput", settings))
-    planner.copier = planner.grammars = planner.ngrams = None
+    planner.sources = ()
     return planner

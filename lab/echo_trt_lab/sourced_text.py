@@ -13,17 +13,12 @@ from echo_trt.speculation.sources import DRAFT_SOURCES, TARGET
 
 #: Source -> its name for readers, in the order of the legend.
 NAMES = {source.name: source.label for source in (TARGET, *DRAFT_SOURCES)}
-#: Source -> colour, in ``pictures.palette`` too. The target's own have none.
-COLOURS = {source.name: source.colour for source in DRAFT_SOURCES}
-#: Nothing is told by colour alone.
-MARKS = {
-    "head": Style(),
-    "lookup": Style(underline=True),
-    "both": Style(underline=True, bold=True),
-    "ngram": Style(italic=True),
-    "grammar": Style(bold=True),
+#: Line of the live page -> what stands for it here: nothing is told by colour alone.
+LINES = {"dashed": Style(underline=True), "double": Style(underline=True, bold=True), "dotted": Style(italic=True)}
+STYLES = {TARGET.name: Style()} | {
+    each.name: LINES.get(each.line, Style(bold=each.thickness > 0 or None)) + Style(color=each.colour)
+    for each in DRAFT_SOURCES
 }
-STYLES = {"target": Style()} | {name: MARKS.get(name, Style()) + Style(color=c) for name, c in COLOURS.items()}
 
 #: Characters that would move a terminal's cursor, change its state or hide -> their pictures; lines stay lines.
 HARMLESS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}

@@ -28,6 +28,7 @@ from cyclopts import Parameter
 from echo_trt.engine.options import run_alone
 from echo_trt.errors import UserError
 from echo_trt.speculation.policies import BUILT_IN
+from echo_trt.speculation.sources import DRAFT_SOURCES
 from echo_trt_lab.pictures.by_load import drafted, iteration, speedup
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,7 @@ SOURCES = {
     "head": "the draft head",
     "both": "head and prompt lookup alike",
 }
+SOURCES |= {source.name: source.label for source in DRAFT_SOURCES if source.name not in SOURCES}
 LOSSLESS = {"greedy": [], "sampled": ["--temperature", "0.8", "--top-p", "0.95"]}
 LOSSLESS_BATCHES, LOSSLESS_PROMPTS, LOSSLESS_TOKENS = "1,8", 4, 48  # prompts of each file
 #: Family and model of a processor -> its name, which virtual machines shorten.

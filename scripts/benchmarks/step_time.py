@@ -15,6 +15,7 @@ from rich.table import Table
 
 from echo_trt.bundle.recipe import Decoding
 from echo_trt.engine.options import run_alone
+from echo_trt.engine.sources.ngrams import NGramSource
 from echo_trt.speculation.accept import accept
 from echo_trt.speculation.drafts import Draft
 from echo_trt.speculation.echo.planner import EchoPlanner
@@ -70,7 +71,8 @@ def planner_for(name: str, requests: int, budget: int) -> GoodputPlanner | EchoP
     ngrams = known_ngrams()
 
     def goodput(name: str, numbers: GoodputSettings) -> GoodputPlanner:
-        return GoodputPlanner(name, numbers, costs, Acceptance.uncalibrated(numbers.max_depth), requests, ngrams)
+        acceptance = Acceptance.uncalibrated(numbers.max_depth)
+        return GoodputPlanner(name, numbers, costs, acceptance, requests, [NGramSource(ngrams, numbers, acceptance)])
 
     return make_planner(name, settings, goodput)
 

@@ -22,10 +22,11 @@ from cyclopts import Parameter
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.options import run_alone
 from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.sources.grammars import GrammarSource
 from echo_trt.speculation.planner import Planner
 
 PROMPTS = Path(__file__).with_name("structured_prompts.jsonl")
-PRUNE = "echo_trt.engine.drafters.eagle3.prune"
+PRUNE = "echo_trt.engine.drafters.grammars.prune"
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Variant:
 def variants(llm: LLM) -> list[Variant]:
     """Fresh planners, so that none has learnt from another batch."""
     unforced = llm.tuning.planner("goodput")
-    unforced.grammars = None
+    unforced.sources = [source for source in unforced.sources if not isinstance(source, GrammarSource)]
     return [
         Variant("plain decoding", llm.tuning.planner("autoregressive")),
         Variant("goodput", llm.tuning.planner("goodput")),

@@ -12,10 +12,10 @@ from echo_trt.backends.base import Engine
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.core import EngineCore
 from echo_trt.engine.drafters.eagle3 import Drafter
-from echo_trt.engine.drafters.grammars import GrammarProposer
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Request
+from echo_trt.engine.tuning import sources
 from echo_trt.speculation.drafts import TimedDraft
 from echo_trt.speculation.echo.planner import EchoPlanner
 from echo_trt.speculation.echo.settings import EchoSettings
@@ -81,16 +81,17 @@ def goodput_planner(
 
     Without a ``clock`` it learns what passes take here.
     """
-    networks = llm.networks
+    networks = replace(llm.networks, ngrams=ngrams)
     settings = goodput_settings(policy, llm.manifest.recipe.decoding.model_dump())
-    acceptance, head = Acceptance.uncalibrated(settings.max_depth), networks.drafter is not networks.copier
+    acceptance = Acceptance.uncalibrated(settings.max_depth)
+    head = llm.networks.drafter is not llm.networks.copier
     kind, slots = _OnMachine if clock else GoodputPlanner, networks.batch.count
-    grammars = GrammarProposer(networks.batch, networks.copier)
     extra = {
-        "block": getattr(networks.drafter, "block", 0),
+        "block": getattr(llm.networks.drafter, "block", 0),
         "chain_alone": networks.target.rounds_trees,
     }
-    return kind(policy, settings, costs, acceptance, slots, ngrams, networks.copier, grammars, head, **extra)
+    found = sources(networks, settings, acceptance)
+    return kind(policy, settings, costs, acceptance, slots, found, head, **extra)
 
 
 def assert_all_free(loop: EngineCore) -> None:

@@ -23,9 +23,9 @@ from echo_trt.engine.drafters.kind import ModelKind
 class Other(ModelKind):
     name, made = "other", []
 
-    def drafter(self, manifest, batch, engine, confidence):
+    def drafter(self, manifest, batch, engine, folder):
         self.made.append(manifest.draft.file)
-        return super().drafter(manifest, batch, engine, confidence)
+        return super().drafter(manifest, batch, engine, folder)
 
 
 KIND = Other()

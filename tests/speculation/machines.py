@@ -13,7 +13,7 @@ from echo_trt.speculation.goodput.model.acceptance import CALIBRATED, KNOTS, Acc
 from echo_trt.speculation.goodput.model.costs import Costs, Curve
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.goodput.settings import GoodputSettings, GoodputTuning
-from echo_trt.speculation.planner import RECENT, Iteration, Plan, Planner, StepContext
+from echo_trt.speculation.planner import RECENT, ChainSource, Iteration, Plan, Planner, StepContext
 from echo_trt.speculation.sources import LOOKUP
 from echo_trt.speculation.super_tree import SuperTree
 
@@ -41,13 +41,13 @@ def load_of(count: int, **changes) -> StepContext:
     return StepContext(**{**usual, "recent": np.full((count, RECENT), -1), "epoch": np.full(count, -1), **changes})
 
 
-class Copied:
-    """A copier that has found its chains already, whoever asks."""
+class Copied(ChainSource):
+    """A source that has found its chains already, whoever asks."""
 
     def __init__(self, found: Chains):
         self._found = found
 
-    def chains(self, slots: np.ndarray, length: int) -> Chains:
+    def propose(self, load: StepContext) -> Chains:
         return self._found
 
 

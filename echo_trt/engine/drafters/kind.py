@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from echo_trt.models.layers import Config
     from echo_trt.models.roles import Role
 
-#: float32 [V], by token, of a block drafter's confidence head (``engine.drafters.block``).
-Confidence = np.ndarray | None
 HEAD_VOCABULARY = 32000  # of published EAGLE-3 heads for vocabularies of 150,000
 
 
@@ -93,8 +91,8 @@ class DraftKind:
         """State how a pass looks, for a runtime without PyTorch."""
         return None
 
-    def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, confidence: Confidence) -> Drafter:
-        """Make the drafter whose network ``engine`` runs; ``confidence``: of its confidence head, if it has one."""
+    def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, folder: Path) -> Drafter:
+        """Make the drafter whose network ``engine`` runs, of the bundle in ``folder``."""
         raise NotImplementedError
 
 
@@ -108,7 +106,7 @@ class HeadKind(DraftKind):
 
     network = hidden = True
 
-    def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, confidence: Confidence) -> Drafter:
+    def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, folder: Path) -> Drafter:
         from echo_trt.engine.drafters.eagle3 import Eagle3Drafter
         from echo_trt.engine.drafters.levels import LevelsDrafter
 
@@ -204,7 +202,7 @@ class ModelKind(DraftKind):
             )
         return DraftModule(decoder, source.recipe.draft.top_k), ()
 
-    def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, confidence: Confidence) -> Drafter:
+    def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, folder: Path) -> Drafter:
         from echo_trt.engine.drafters.eagle3 import EngineDrafter
 
         return EngineDrafter(engine, batch, manifest.recipe.limits.prefill_chunk)
@@ -264,11 +262,11 @@ class BlockKind(DraftKind):
             confidence=config.confidence,
         )
 
-    def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, confidence: Confidence) -> Drafter:
-        from echo_trt.engine.drafters.block import BlockDrafter
+    def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, folder: Path) -> Drafter:
+        from echo_trt.engine.drafters.block import BlockDrafter, read_confidence
 
         facts: Any = manifest.draft
-        chunk = manifest.recipe.limits.prefill_chunk
+        chunk, confidence = manifest.recipe.limits.prefill_chunk, read_confidence(folder, manifest)
         return BlockDrafter(engine, batch, chunk, facts.feature_size, facts.block, confidence)
 
 

@@ -49,6 +49,7 @@ class LookupDrafter(Drafter):
         return np.where(inside, tokens, -1).astype(np.int64), matched
 
     def chains(self, slots: np.ndarray, length: int) -> Chains:
+        """Return a chain below each root of ``slots`` int64 [B], in that order, of ``length`` tokens at most."""
         return copied_chains(*self.matches(slots, length), self.log_acceptance)
 
     def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:

@@ -43,8 +43,8 @@ class Ladder:
     def size(self, requests: int, forecast: ForecastGains, priced: bool = False) -> int:
         """Return the tokens of this iteration's verification for ``requests`` requests, or UNDRAFTED.
 
-        ``forecast`` is called where the load is new. ``priced``: latency targets weigh tokens, so that other sizes are
-        best.
+        ``forecast`` is called where the load is new. ``priced``: requests' tokens weigh differently, so that other
+        sizes are best.
         """
         key, before = (priced, load_of(requests)), self._latest.get(priced)
         if key not in self._bandits:

@@ -19,41 +19,28 @@ worth its expected tokens less the price of its passes; plain decoding is the pl
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 
-from echo_trt.speculation.chains import NO_CHAINS, Chains, PromptLookup
 from echo_trt.speculation.drafts import Draft
 from echo_trt.speculation.goodput.ladder import UNDRAFTED, Ladder
 from echo_trt.speculation.goodput.learner.learner import Learner
 from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt.speculation.goodput.model.costs import Costs
 from echo_trt.speculation.goodput.model.iteration import TOKENS_PER_REQUEST, IterationModel
-from echo_trt.speculation.goodput.model.ngrams import NGrams
 from echo_trt.speculation.goodput.model.prices import Admission
-from echo_trt.speculation.goodput.optimiser.candidates import Candidates, ContinueLeaves
+from echo_trt.speculation.goodput.optimiser.candidates import Candidates
 from echo_trt.speculation.goodput.optimiser.levels import LevelSearch
 from echo_trt.speculation.goodput.optimiser.nodes import paying_nodes, select
 from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt.speculation.pacer import Seats
 from echo_trt.speculation.pack import LevelShape
-from echo_trt.speculation.planner import Explanation, Iteration, Plan, StepContext
-from echo_trt.speculation.sources import NGRAM
+from echo_trt.speculation.planner import ChainSource, Explanation, Iteration, Plan, StepContext
 from echo_trt.speculation.super_tree import SuperTree
 
 ABOVE_PLAIN = 1e-12  # log gain that always begins above plain decoding, since the search may choose no draft
 LOW_PRICE = 0.1  # mean price of latency targets up to which the ordinary ladder is used; larger: fewer changes of size
-
-
-class GrammarSource(PromptLookup, Protocol):
-    """The grammars of running requests, as a source of chains; its chains below roots may be copied, too."""
-
-    def constrained(self, slots: np.ndarray) -> np.ndarray:
-        """Say which of ``slots`` [B] have a grammar: bool [B]."""
-
-    def leaf_chains(self, tree: SuperTree, probability: np.ndarray, slots: np.ndarray) -> Chains:
-        """Return what grammars of ``slots`` [B] force behind leaves of ``tree``; ``probability`` [n]: P(accept)."""
 
 
 class GoodputPlanner:
@@ -66,9 +53,7 @@ class GoodputPlanner:
         costs: Costs,
         acceptance: Acceptance,
         slots: int,
-        ngrams: NGrams | None = None,
-        copier: PromptLookup | None = None,
-        grammars: GrammarSource | None = None,
+        sources: Sequence[ChainSource] = (),
         head: bool = True,
         budget: int = 0,
         block: int = 0,
@@ -76,9 +61,7 @@ class GoodputPlanner:
     ):
         """Begin with measured ``costs`` and a calibrated ``acceptance``, for at most ``slots`` requests at a time.
 
-        ngrams       the table whose entries continue drafts, at no cost; None: none
-        copier       what copies drafts from the request's text, at no cost; None: nothing
-        grammars     what forces tokens of requests with a grammar; while one runs it is asked instead of ``copier``
+        sources      what proposes chains at no cost, beside the draft
         head         whether the draft is a network, whose passes cost time; else it is not asked
         budget       knee of the measured costs, which is only reported
         block        rows that a block drafter's only pass computes for a request; 0: the draft takes one pass per level
@@ -86,7 +69,7 @@ class GoodputPlanner:
         """
         self.name, self.settings, self.budget = name, settings, budget
         self._alone = settings.as_chain() if chain_alone else settings
-        self.ngrams, self.copier, self.grammars, self._head = ngrams, copier, grammars, head
+        self.sources, self._head = sources, head
         self.costs, self.acceptance = costs, acceptance  # which the learner corrects in place
         self.learner = Learner(costs, acceptance, slots, settings.tuning, block)
         self.ladder = Ladder(settings.tuning, acceptance.calibrated)
@@ -95,21 +78,19 @@ class GoodputPlanner:
         self.learner.forget_departed(load)
         model = self.learner.model(load, self._alone if len(roots) == 1 else self.settings)
         settings, count = model.settings, len(roots)
-        constrained = self.grammars is not None and bool(self.grammars.constrained(load.slots).any())
-        size, may_draft = self._size(model, constrained)
+        size, may_draft = self._size(model)
         if size == UNDRAFTED:
             return Plan.undrafted(roots)
         fills = may_draft and self._fills_size
-        copier = self.grammars if constrained else self.copier
         weights, time_price = self._weights(model)
         candidates = Candidates(
             SuperTree.from_roots(roots),
             self.acceptance,
             weights=weights,
             max_draft_len=load.max_draft_len,
-            copied=copier.chains(load.slots, settings.max_depth) if copier else None,
+            proposals=[source.propose(load) for source in self.sources],
             one_path=settings.one_path,
-            continue_leaves=self._continuations(model, constrained),
+            continue_leaves=lambda tree, chances: [source.extend(tree, chances, load) for source in self.sources],
         )
         search = LevelSearch(model, candidates, model.verifying(size - count, fills), time_price)
         if may_draft and self._head and load.max_draft_len.any():
@@ -121,11 +102,8 @@ class GoodputPlanner:
         chances = candidates.probability
         return Plan(tree, chances[nodes], Explanation(candidates.tree, chances, nodes, size), padded_to)
 
-    def _size(self, model: IterationModel, constrained: bool) -> tuple[int, bool]:
-        """Return the tokens to verify at most, or UNDRAFTED, and whether the draft may be asked for candidates.
-
-        constrained  whether a request has a grammar
-        """
+    def _size(self, model: IterationModel) -> tuple[int, bool]:
+        """Return the tokens to verify at most, or UNDRAFTED, and whether the draft may be asked for candidates."""
         costs, count = model.costs, model.requests
         if model.for_prompts:  # what is free may pay even so; the ladder's sizes are those of other passes
             return costs.padded(TOKENS_PER_REQUEST * count), False
@@ -133,8 +111,8 @@ class GoodputPlanner:
         size = self.ladder.size(count, lambda: self._forecast(model), priced)
         if size != UNDRAFTED:
             return max(size, costs.padded(count + 1)), True
-        # What a grammar forces is worth a verification by itself.
-        return costs.padded(TOKENS_PER_REQUEST * count) if constrained else UNDRAFTED, False
+        forced = any(source.forces(model.load) for source in self.sources)
+        return costs.padded(TOKENS_PER_REQUEST * count) if forced else UNDRAFTED, False
 
     def _weights(self, model: IterationModel) -> tuple[np.ndarray, float]:
         """Return what a request's token is worth, float64 [B], and the price of time in the same unit."""
@@ -144,24 +122,6 @@ class GoodputPlanner:
         weights = weights * model.prices.weights
         scale = weights.max()  # the search expects no token to be worth more than 1
         return weights / scale, time_price / scale
-
-    def _continuations(self, model: IterationModel, constrained: bool) -> ContinueLeaves:
-        """Return what continues leaves: n-grams, or where a request has a grammar, what that forces."""
-        load, settings, grammars, ngrams = model.load, model.settings, self.grammars, self.ngrams
-        deepest = np.minimum(load.max_draft_len, settings.max_depth)
-        if constrained and grammars:
-            deepest = np.where(grammars.constrained(load.slots), 0, deepest)
-        shift, minimum = float(self.acceptance.bias[NGRAM, 0]), settings.tuning.min_continuation
-
-        def chains(tree: SuperTree, probability: np.ndarray) -> Chains:
-            found = NO_CHAINS
-            if ngrams:
-                found = ngrams.chains(tree, probability, load.recent, deepest, shift, minimum)
-            if constrained and grammars:
-                found = found.followed_by(grammars.leaf_chains(tree, probability, load.slots))
-            return found
-
-        return chains
 
     def admit(self, seats: Seats) -> Seats:
         history = self.learner.history
@@ -177,6 +137,8 @@ class GoodputPlanner:
         tokens = self.learner.observe(iteration, self.settings)
         if tokens is not None:
             self.ladder.observe(tokens, iteration.seconds)
+        for source in self.sources:
+            source.observe(iteration.load)
 
     def totals(self) -> dict[str, dict[str, float]]:
         return self.learner.sources.totals()

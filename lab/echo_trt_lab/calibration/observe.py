@@ -70,7 +70,7 @@ def grow_recorded(
 ) -> SuperTree:
     count = len(positions)
     max_draft_len = np.full(count, max_depth)
-    copied = None if lookup is None else recorded_chains(trees, positions, lookup, max_depth)
+    copied = [] if lookup is None else [recorded_chains(trees, positions, lookup, max_depth)]
     candidates = Candidates(SuperTree.from_roots(np.zeros(count)), acceptance, np.ones(count), max_draft_len, copied)
     draft = RecordedDraft(trees, positions, width)
     roots = np.arange(count)

@@ -16,12 +16,13 @@ from echo_trt.bundle.recipe import Decoding
 from echo_trt.bundle.stored import read_stored
 from echo_trt.cli.outputs import files_first, json_bytes, output_file
 from echo_trt.engine.params import MAX_AT_ONCE
+from echo_trt.engine.sources.ngrams import NGramSource
 from echo_trt.errors import UserError
 from echo_trt.speculation.echo.settings import EchoSettings
 from echo_trt.speculation.goodput.model.ngrams import NGrams
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.goodput.settings import GoodputSettings
-from echo_trt.speculation.planner import Planner
+from echo_trt.speculation.planner import ChainSource, Planner
 from echo_trt.speculation.policies import POLICIES, goodput_settings, make_planner, policy_named
 from echo_trt.speculation.policy_names import DEFAULT, PLAIN
 from echo_trt_lab.calibration.trees import Trees
@@ -30,7 +31,7 @@ from echo_trt_lab.simulation.loads import run_loads
 from echo_trt_lab.simulation.machines import Machine, machine_named
 from echo_trt_lab.simulation.options import SimulateOptions
 from echo_trt_lab.simulation.oracle import Oracle
-from echo_trt_lab.simulation.replay import RecordedCopier, Replay, Tally
+from echo_trt_lab.simulation.replay import RecordedCopies, Replay, Tally
 from echo_trt_lab.simulation.report import html_report, table
 from echo_trt_lab.simulation.walk import Recording, Walk
 
@@ -123,10 +124,11 @@ def planner_for(
     """Make the planner that the runtime would have on this machine (runtime/tuning.py)."""
 
     def goodput(name: str, numbers: GoodputSettings) -> GoodputPlanner:
-        copier = RecordedCopier(walk, calibration.lookup)
-        return GoodputPlanner(
-            name, numbers, machine.costs(), calibration.model(), walk.batch, ngrams, copier, block=block
-        )
+        acceptance = calibration.model()
+        sources: list[ChainSource] = [RecordedCopies(walk, calibration.lookup, numbers.max_depth)]
+        if ngrams:
+            sources.append(NGramSource(ngrams, numbers, acceptance))
+        return GoodputPlanner(name, numbers, machine.costs(), acceptance, walk.batch, sources, block=block)
 
     return make_planner(name, settings, goodput)
 

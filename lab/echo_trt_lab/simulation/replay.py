@@ -15,7 +15,7 @@ from echo_trt.speculation.goodput.model.costs import Costs
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.pacer import Pace
 from echo_trt.speculation.pack import LevelShape
-from echo_trt.speculation.planner import RECENT, Iteration, Plan, Planner, StepContext
+from echo_trt.speculation.planner import RECENT, ChainSource, Iteration, Plan, Planner, StepContext
 from echo_trt.speculation.super_tree import SuperTree
 from echo_trt_lab.calibration.observe import recorded_chains
 from echo_trt_lab.calibration.trees import RecordedDraft
@@ -163,16 +163,16 @@ class DeviceDraft(ClockedDraft):
         self._ahead, self._depth = None, depth
 
 
-class RecordedCopier:
-    """A copier that returns the text that was copied at a walk's positions."""
+class RecordedCopies(ChainSource):
+    """A source that proposes the text that was copied at a walk's positions."""
 
-    def __init__(self, walk: Walk, lookup: list[float]):
-        """Copy along ``walk``; ``lookup``: P(a copied token is accepted) after matches of 1, 2, ... tokens."""
-        self._walk, self._lookup = walk, lookup
+    def __init__(self, walk: Walk, lookup: list[float], length: int):
+        """Copy along ``walk``, ``length`` tokens; ``lookup``: P(accept) of one after a match of 1, 2, ... tokens."""
+        self._walk, self._lookup, self._length = walk, lookup, length
 
-    def chains(self, slots: np.ndarray, length: int) -> Chains:
+    def propose(self, load: StepContext) -> Chains:
         walk = self._walk
-        return recorded_chains(walk.recording.trees, walk.positions_of(slots), self._lookup, length)
+        return recorded_chains(walk.recording.trees, walk.positions_of(load.slots), self._lookup, self._length)
 
 
 class Replay:

@@ -164,7 +164,7 @@ def test_candidates_are_what_they_promise(case, beams, width, copying, random):
         acceptance,
         weights,
         np.array(max_draft_len),
-        chains_of(copied, log_a) if copying else None,
+        [chains_of(copied, log_a)] if copying else [],
     )
     assert_same(candidates, retold)
     for depth in range(5):
@@ -193,7 +193,7 @@ def test_one_path_keeps_the_likelier_of_two_children_and_nothing_below_the_other
     for one_path in (False, True):
         copies = chains_of(copied, log_a)
         tree = SuperTree.from_roots(np.arange(count))
-        both.append(Candidates(tree, acceptance, np.ones(count), np.array(max_draft_len), copies, one_path))
+        both.append(Candidates(tree, acceptance, np.ones(count), np.array(max_draft_len), [copies], one_path))
     free, kept = both
     chosen = np.array(sorted(random.sample(range(count), random.randint(1, count))))
     for depth in range(6):
@@ -219,14 +219,15 @@ def one_chain(max_draft_len: int = 9, chain: tuple[int, ...] = (7, 8, 9), a: flo
     """One request, taken at its word, whose text suggests ``chain``."""
     copied = chains_of([list(chain)], [float(np.log(a))])
     tree = SuperTree.from_roots(np.array([1]))
-    return Candidates(tree, Acceptance.uncalibrated(4, CALIBRATED_START), np.ones(1), np.array([max_draft_len]), copied)
+    acceptance = Acceptance.uncalibrated(4, CALIBRATED_START)
+    return Candidates(tree, acceptance, np.ones(1), np.array([max_draft_len]), [copied])
 
 
 def test_chains_end_with_the_room_and_where_the_text_ends():
     assert [len(one_chain(max_draft_len).tree) for max_draft_len in (0, 1, 2, 9)] == [1, 2, 3, 4]
     copied = copied_chains(np.array([[5, -1, 6], [-1, 5, 6]]), np.log([0.5, 0.5]))
     tree = SuperTree.from_roots(np.array([1, 2]))
-    candidates = Candidates(tree, Acceptance.uncalibrated(4, CALIBRATED_START), np.ones(2), np.array([9, 9]), copied)
+    candidates = Candidates(tree, Acceptance.uncalibrated(4, CALIBRATED_START), np.ones(2), np.array([9, 9]), [copied])
     assert candidates.tree.token.tolist() == [1, 2, 5]
     candidates.add(np.array([0, 1]), np.log([[0.6], [0.5]]), np.array([[5], [5]]), 1)
     assert candidates.tree.source.tolist() == [DRAFT, DRAFT, BOTH, DRAFT]

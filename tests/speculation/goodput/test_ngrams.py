@@ -11,6 +11,7 @@ from machines import SHAPE, TUNING, Recorded, linear, load_of
 from ngram_tables import Known, table
 from seeded_draft import NoDraft, SteadyDraft
 
+from echo_trt.engine.sources.ngrams import NGramSource
 from echo_trt.speculation.goodput.learner.sources import SourceLearner
 from echo_trt.speculation.goodput.model.acceptance import CALIBRATED_START, Acceptance
 from echo_trt.speculation.goodput.model.costs import Costs, Curve
@@ -94,7 +95,8 @@ def test_the_policy_verifies_what_costs_little(policy):
     costs = Costs(linear(1.0, 0.01), linear(9.0, 0.0))  # a draft would cost more than it can bring
     ngrams = table({(5,): (6, 0.9), (5, 6): (7, 0.8), (4,): (9, 0.002)}, LONGEST)
     settings = goodput_settings(policy, {"per_request": 9, "max_depth": 4, "beams": 2, "width": 2})
-    planner = GoodputPlanner(policy, settings, costs, Acceptance.uncalibrated(SHAPE.max_depth), 2, ngrams)
+    acceptance = Acceptance.uncalibrated(SHAPE.max_depth)
+    planner = GoodputPlanner(policy, settings, costs, acceptance, 2, [NGramSource(ngrams, settings, acceptance)])
     plan = planner.plan(np.array([5, 4]), NoDraft(), load_of(2))
     drafted = np.flatnonzero(plan.tree.parent >= 0)
     got = zip(plan.tree.request[drafted], plan.tree.token[drafted], plan.probability[drafted], strict=True)
@@ -106,7 +108,7 @@ def test_candidates_keep_what_they_are_worth():
     tree = SuperTree.from_roots(np.array([5]))
     ngrams = table({(5, 1): (8, 0.5), (2,): (9, 0.5)}, LONGEST)
     acceptance, deepest, recent = Acceptance.uncalibrated(4, CALIBRATED_START), np.array([4]), np.full((1, LONGEST), -1)
-    continued = lambda tree, p: ngrams.chains(tree, p, recent, deepest, 0.0, FLOOR)  # noqa: E731
+    continued = lambda tree, p: [ngrams.chains(tree, p, recent, deepest, 0.0, FLOOR)]  # noqa: E731
     candidates = Candidates(tree, acceptance, np.ones(1), np.array([9]), continue_leaves=continued)
     candidates.add(np.zeros(1, np.int64), np.log([[0.6, 0.3]]), np.array([[1, 2]]), 2)
     candidates.append_continuations()
@@ -132,7 +134,7 @@ def test_a_shift_follows_what_is_accepted():
 
 def chain_planner(max_depth: int, costs: Costs, acceptance: Acceptance, ngrams: NGrams) -> GoodputPlanner:
     settings = GoodputSettings(max_depth=max_depth, beams=1, width=1, per_request=9)
-    return GoodputPlanner("goodput", settings, costs, acceptance, 1, ngrams)
+    return GoodputPlanner("goodput", settings, costs, acceptance, 1, [NGramSource(ngrams, settings, acceptance)])
 
 
 @pytest.mark.parametrize(("chance", "levels"), [(0.01, 2), (0.97, 0)])

@@ -43,8 +43,8 @@ def planner_of(
     head: bool = True,
 ) -> GoodputPlanner:
     acceptance = acceptance or Acceptance.uncalibrated(settings.max_depth)
-    copier = Copied(copied) if copied else None
-    planner = GoodputPlanner("goodput", settings, Costs(target, draft), acceptance, count, copier=copier, head=head)
+    sources = [Copied(copied)] if copied else []
+    planner = GoodputPlanner("goodput", settings, Costs(target, draft), acceptance, count, sources, head=head)
     planner.ladder = Highest()
     return planner
 
@@ -234,7 +234,7 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
     steps = rng.choice([0, each, 4 * each], 7)
     target, settings = Curve(SIZES, 0.01 + np.cumsum([0, *steps])), replace(SHAPE, width=2)
     planner = planner_of(target, linear(draft_each, draft_each), count, acceptance, settings)
-    candidates = Candidates(SuperTree.from_roots(np.zeros(count)), acceptance, np.ones(count), np.full(count, 9), None)
+    candidates = Candidates(SuperTree.from_roots(np.zeros(count)), acceptance, np.ones(count), np.full(count, 9))
     tokens = np.tile(np.arange(3), (count, 1))
     candidates.add(np.arange(count), np.log(np.sort(rng.uniform(0, 0.6, (count, 3)))[:, ::-1]), tokens, 3)
     load, depth = load_of(count), int(rng.integers(0, 3))

@@ -1,46 +1,32 @@
-"""The candidates of one iteration: what the head drafts, the text itself suggests, and n-grams, in one super-tree."""
+"""The candidates of one iteration: what the draft's network and all other sources propose, in one super-tree."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from echo_trt.speculation.arrays import compiled
-from echo_trt.speculation.chains import NO_CHAINS, Chains
+from echo_trt.speculation.chains import Chains
 from echo_trt.speculation.goodput.model.acceptance import Acceptance
-from echo_trt.speculation.sources import BOTH, DRAFT, GRAMMAR
+from echo_trt.speculation.goodput.optimiser.merge import Merged, merge
+from echo_trt.speculation.sources import BOTH, DRAFT, DRAFT_SOURCES
 from echo_trt.speculation.super_tree import SuperTree
 
-#: Returns the chains that continue a tree's leaves, from the tree and its nodes' P(accept) float64 [n].
-ContinueLeaves = Callable[[SuperTree, np.ndarray], Chains]
-
-
-@dataclass(frozen=True)
-class Continuations:
-    """The tokens of ``chains`` for which there is room: their ``chain`` and ``index`` int64 [m], and P(accept)."""
-
-    chains: Chains
-    chain: np.ndarray
-    index: np.ndarray
-    probability: np.ndarray
-
-    @property
-    def leaf(self) -> np.ndarray:
-        """The tree's leaf above each: int64 [m]."""
-        leaf: np.ndarray = self.chains.above[self.chain]
-        return leaf
+#: Returns sources' chains that continue a tree's leaves, from the tree and its nodes' P(accept) float64 [n].
+ContinueLeaves = Callable[[SuperTree, np.ndarray], Sequence[Chains]]
+LEAST_LEFT = 0.02  # probability that a head leaves to other tokens, however sure it is
+_FORCED = np.array([source.forced for source in DRAFT_SOURCES])
 
 
 class Candidates:
     """A super-tree with probability float64 [n], P(accept), and value float64 [n], tokens weighted by request.
 
-    Copied chains are attached to the roots first. If the head proposes the copied token too, one node stays, and its
-    probability rises to 1 - (1 - q)(1 - a), as of two independent proposals. If the head proposes other tokens, of
-    probability q together, the copied token's probability falls by Bayes' rule: if the copied token is right, the head
-    misses it with probability 1 - q.
+    The chains that sources propose below roots are merged first, and stand right behind the roots. If the head proposes
+    a token of theirs too, one node stays, and its probability rises to 1 - (1 - q)(1 - a), as of two independent
+    proposals. If the head proposes other tokens, of probability q together, the chain's token loses by Bayes' rule: if
+    it is right, the head misses it with probability 1 - q.
     """
 
     def __init__(
@@ -49,11 +35,11 @@ class Candidates:
         acceptance: Acceptance,
         weights: np.ndarray,
         max_draft_len: np.ndarray,
-        copied: Chains | None = None,
+        proposals: Sequence[Chains] = (),
         one_path: bool = False,
-        continue_leaves: ContinueLeaves = lambda tree, probability: NO_CHAINS,
+        continue_leaves: ContinueLeaves = lambda tree, probability: (),
     ):
-        """Begin with the roots of ``tree`` and the chains of ``copied``, one per root.
+        """Begin with the roots of ``tree`` and the chains of ``proposals`` below them.
 
         one_path  keep only the likelier child of a node; the other child and its descendants get probability 0
         """
@@ -61,11 +47,13 @@ class Candidates:
         self._one_path, self._continue_leaves = one_path, continue_leaves
         self.probability = np.ones(len(tree))
         self._expandable = np.ones(len(tree), bool)  # its parent was expanded, so a head can expand it
-        self._copy_under = np.full(len(tree), -1)  # node -> its copied child
-        self._chain = np.zeros((0, 0), np.int64)  # [B, L]: nodes of the copied chains, -1 beyond a chain's end
-        self._continuations: Continuations | None = None  # of the leaves of the present tree
-        if copied is not None:
-            self._attach(copied)
+        self._continuations: Merged | None = None  # of the leaves of the present tree
+        self._proposed = merge(tree, self.probability, proposals, max_draft_len, one_path)
+        if len(self._proposed.parent):
+            nodes = len(tree) + np.arange(len(self._proposed.parent))
+            self._proposed.join(tree)
+            self._extend(np.zeros(len(nodes)), expandable=False)
+            self._rescore(nodes)
 
     @property
     def value(self) -> np.ndarray:
@@ -77,30 +65,29 @@ class Candidates:
         """Add the head's children of ``parents`` int64 [F]: log q and tokens [F, k], best first, ``width`` at most."""
         tree, token = self.tree, np.ascontiguousarray(tokens[:, :width], np.int64)
         log_q = np.array(log_q[:, :width], np.float64)
-        fits = self._max_draft_len[tree.request[parents]] > tree.depth[parents]
-        copy = self._copy_under[parents]
-        parent, new, score, same = _children(parents, fits, copy, token, log_q, tree.token, tree.score)
-        if self._chain.size:
-            self._reweight_copies(copy, same, log_q)
+        fits, proposed = self._max_draft_len[tree.request[parents]] > tree.depth[parents], self._proposed
+        known = tree.num_requests, proposed.parent, proposed.end, proposed.log_p
+        parent, new, score, same, change, agrees = _children(parents, fits, known, token, log_q, tree.token, tree.score)
+        if len(same):
+            self._reweight(same, change, agrees)
         nodes = tree.add(parent, new, score, DRAFT)
         # Tables are fitted depth by depth; a path cannot be likelier than its beginning.
         self._extend(np.minimum(self._calibrated(nodes), self.probability[parent]), expandable=True)
-        if self._one_path and self._chain.size:
+        if self._one_path and len(proposed.parent):
             self._drop_challengers(nodes)
 
-    def continuations(self) -> Continuations:
+    def continuations(self) -> Merged:
         """Return what hangs under the current leaves at no cost, cached until the tree grows."""
         if self._continuations is None:
             chains = self._continue_leaves(self.tree, self.probability)
-            chain, index = self._within_draft_len(chains)
-            probability = self.probability[chains.above, None] * np.exp(chains.log_p.cumsum(axis=1))
-            self._continuations = Continuations(chains, chain, index, probability[chain, index])
+            found = merge(self.tree, self.probability, chains, self._max_draft_len, self._one_path)
+            self._continuations = found
         return self._continuations
 
     def append_continuations(self) -> None:
         """Add these continuations to the tree. Nothing is drafted below them."""
         found = self.continuations()
-        self._add_chains(found.chains, found.chain, found.index, np.log(found.probability))
+        found.join(self.tree)
         self._extend(found.probability, expandable=False)
 
     def frontier(self, depth: int, beams: int) -> np.ndarray:
@@ -121,90 +108,69 @@ class Candidates:
         worth = self._expandable & (self.probability > 0) & (value >= minimum)
         return _of_depth(self.tree.depth, self.tree.request, worth, self._max_draft_len, depth)
 
-    def _attach(self, copied: Chains) -> None:
-        """Hang the copied chains under the roots, request by request, as far as texts and room go."""
-        request, index = self._within_draft_len(copied)
-        if len(request) == 0:
-            return
-        nodes, parent = self._add_chains(copied, request, index, copied.log_p.cumsum(axis=1)[request, index])
-        self._extend(np.zeros(len(nodes)), expandable=False)
-        self._chain = np.full(copied.tokens.shape, -1)
-        self._chain[request, index] = nodes
-        self._copied_log_q = copied.log_p[:, 0]
-        self._copy_under[parent] = nodes
-        self._rescore_chains(self._chain)
-
-    def _within_draft_len(self, chains: Chains) -> tuple[np.ndarray, np.ndarray]:
-        """Return chain and depth of the tokens that their requests can still use: int64 [m] both."""
-        above = chains.above
-        left = self._max_draft_len[self.tree.request[above]] - self.tree.depth[above]
-        chain, index = np.nonzero(chains.exists & (np.arange(chains.tokens.shape[1]) < left[:, None]))
-        return chain, index
-
-    def _add_chains(
-        self, chains: Chains, chain: np.ndarray, index: np.ndarray, score: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Add the tokens at ``index`` of ``chain`` int64 [m] to the tree. Returns nodes and their parents."""
-        tree, above = self.tree, chains.above[chain]
-        nodes = len(tree) + np.arange(len(chain))
-        parent = np.where(index == 0, above, nodes - 1)
-        depth = tree.depth[above] + index + 1
-        tree.add_chains(parent, chains.tokens[chain, index], tree.request[above], depth, score, chains.source[chain])
-        return nodes, parent
-
     def _extend(self, probability: np.ndarray, expandable: bool) -> None:
         """Note the ``probability`` float64 [m] of nodes that the tree has got."""
         self._continuations = None
         self.probability = np.concatenate((self.probability, probability))
         self._expandable = np.concatenate((self._expandable, np.full(len(probability), expandable)))
-        self._copy_under = np.concatenate((self._copy_under, np.full(len(probability), -1)))
 
-    def _reweight_copies(self, copy: np.ndarray, same: np.ndarray, log_q: np.ndarray) -> None:
-        """Raise the copied children that the head proposed, lower the others, and their chains.
+    def _reweight(self, nodes: np.ndarray, change: np.ndarray, agrees: np.ndarray) -> None:
+        """Raise the proposed ``nodes`` int64 [m] that the head proposed too, lower the others, and all below them.
 
-        copy int64 [F]: copied child of an expanded node, -1 none. same int64 [F]: index of the equal head token, -1
-        none. log_q float64 [F, k].
+        change float64 [m], of log P(accept). agrees bool [m]: whether the head proposed a node's token.
         """
-        self._expandable[copy[copy >= 0]] = True
-        expanded = np.flatnonzero(
-            (copy >= 0) & (self.tree.source[copy] != GRAMMAR)
-        )  # a head does not reweight forced tokens
-        if len(expanded) == 0:
-            return
-        tree, nodes, same, q = self.tree, copy[expanded], same[expanded], np.exp(log_q[expanded])
-        tree.source[nodes[same >= 0]] = BOTH
-        request, depth = tree.request[nodes], tree.depth[nodes]
-        log_a = self._copied_log_q[request]
-        a, proposed = np.exp(log_a), q[np.arange(len(nodes)), same]
-        left = np.maximum(1 - q.sum(axis=1), 0.02)  # however sure the head is
-        rise, fall = np.log1p(-(1 - proposed) * (1 - a)) - log_a, np.log(left / (a * left + 1 - a))
-        change = np.where(same >= 0, rise, fall).astype(np.float32)
-        below = np.where(np.arange(self._chain.shape[1]) >= depth[:, None] - 1, self._chain[request], -1)
-        row, _ = np.nonzero(below >= 0)
-        tree.score[below[below >= 0]] += change[row]
-        self._rescore_chains(self._chain[request])
+        self._expandable[nodes] = True
+        tree = self.tree
+        free = ~_FORCED[tree.source[nodes]]
+        nodes = nodes[free]
+        tree.source[nodes[agrees[free]]] = BOTH
+        self._rescore(_shift(tree.score, nodes, change[free], tree.num_requests, self._proposed.end))
 
     def _drop_challengers(self, nodes: np.ndarray) -> None:
-        """Keep the likelier of the head's new ``nodes`` int64 [m] and the copied nodes under the same parents."""
-        tree = self.tree
-        challenger = self._copy_under[tree.parent[nodes]]
+        """Keep the likelier of the head's new ``nodes`` int64 [m] and the proposed nodes under the same parents."""
+        tree, roots, proposed = self.tree, self.tree.num_requests, self._proposed
+        below = np.full(roots + len(proposed.parent), -1)
+        below[proposed.parent] = roots + np.arange(len(proposed.parent))  # one child at most
+        parent = tree.parent[nodes]
+        challenger = np.where(parent < len(below), below[np.minimum(parent, len(below) - 1)], -1)
         nodes, challenger = nodes[challenger >= 0], challenger[challenger >= 0]
         copied = self.probability[challenger] > self.probability[nodes]
         self.probability[nodes[copied]] = 0
         for node in challenger[~copied].tolist():
-            chain = self._chain[tree.request[node], tree.depth[node] - 1 :]
-            self.probability[chain[chain >= 0]] = 0
+            self.probability[node : proposed.end[node - roots]] = 0
 
     def _calibrated(self, nodes: np.ndarray) -> np.ndarray:
         tree = self.tree
         return self._acceptance.probability(tree.source[nodes], tree.depth[nodes], tree.score[nodes])
 
-    def _rescore_chains(self, chains: np.ndarray) -> None:
-        """Set the probabilities of ``chains`` int64 [m, L]: nodes from a root's child downwards, -1 beyond the end."""
-        exists = chains >= 0
-        probability = np.ones(chains.shape)
-        probability[exists] = self._calibrated(chains[exists])
-        self.probability[chains[exists]] = np.minimum.accumulate(probability, axis=1)[exists]
+    def _rescore(self, nodes: np.ndarray) -> None:
+        """Set the probabilities of proposed ``nodes`` int64 [m], each behind its parent, by their scores."""
+        _fall(self.probability, self.tree.parent, nodes, self._calibrated(nodes))
+
+
+@compiled("void(f8[::1], i8[::1], i8[::1], f8[::1])")
+def _fall(probability: np.ndarray, parent: np.ndarray, nodes: np.ndarray, found: np.ndarray) -> None:
+    """Set the ``probability`` of ``nodes`` to what was ``found``, at most their parents'."""
+    for i in range(len(nodes)):
+        probability[nodes[i]] = min(found[i], probability[parent[nodes[i]]])
+
+
+@compiled("i8[::1](f4[::1], i8[::1], f8[::1], i8, i8[::1])")
+def _shift(score: np.ndarray, nodes: np.ndarray, change: np.ndarray, first: int, end: np.ndarray) -> np.ndarray:
+    """Add ``change`` to the scores of ``nodes`` and of those below them; return all of these.
+
+    end  int64, by proposed node from ``first`` on, as of ``Merged``
+    """
+    count = 0
+    for node in nodes:
+        count += end[node - first] - node
+    changed, count = np.empty(count, np.int64), 0
+    for i in range(len(nodes)):
+        for node in range(nodes[i], end[nodes[i] - first]):
+            score[node] += np.float32(change[i])
+            changed[count] = node
+            count += 1
+    return changed
 
 
 @compiled("i8[::1](i8[::1], i8[::1], b1[::1], i8[::1], i8)")
@@ -220,35 +186,75 @@ def _of_depth(
     return nodes[:number]
 
 
+@compiled()
+def _sibling(node: int, above: np.ndarray, end: np.ndarray, first: int) -> int:
+    """Return the next proposed child of a proposed node's parent, -1 none."""
+    after: int = end[node - first]
+    return after if after < first + len(above) and above[after - first] == above[node - first] else -1
+
+
+@compiled()
+def _with_token(node: int, token: int, known_token: np.ndarray, above: np.ndarray, end: np.ndarray, first: int) -> int:
+    """Return ``node`` or the sibling behind it that has ``token``, -1 none."""
+    while node >= 0 and known_token[node] != token:
+        node = _sibling(node, above, end, first)
+    return node
+
+
 @compiled(
-    "Tuple((i8[::1], i8[::1], f8[::1], i8[::1]))(i8[::1], b1[::1], i8[::1], i8[:, ::1], f8[:, ::1], i8[::1], f4[::1])"
+    "Tuple((i8[::1], i8[::1], f8[::1], i8[::1], f8[::1], b1[::1]))"
+    "(i8[::1], b1[::1], Tuple((i8, i8[::1], i8[::1], f8[::1])), i8[:, ::1], f8[:, ::1], i8[::1], f4[::1])"
 )
 def _children(
     parents: np.ndarray,
     fits: np.ndarray,
-    copy: np.ndarray,
+    proposed: tuple,
     token: np.ndarray,
     log_q: np.ndarray,
     known_token: np.ndarray,
     known_score: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return the new ones of the head's children [F, k] of ``parents`` [F]: their parents, tokens and scores [m].
 
-    Also returns the index of the child that a parent's ``copy`` [F] is, int64 [F], -1 none. In ``log_q`` low precision
-    may have rounded log 1 to above 0, which is 0 again, or overflowed to nan, which is -inf: no child.
+    Also returns the proposed children of ``parents``, int64 [c], the changes of their log P(accept) float64 [c], and
+    whether the head proposes them, bool [c]. In ``log_q`` low precision may have rounded log 1 to above 0, which is 0
+    again, or overflowed to nan, which is -inf: no child.
+
+    proposed  number of roots, and parent, end and log P(accept) of the proposed nodes behind them, as of ``Merged``
     """
-    size, number = token.size, 0
+    first, above, end, chance = proposed
+    size, number, count = token.size, 0, 0
     parent, new, score = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size)
-    same = np.full(len(parents), -1)
+    nodes, change, agrees = np.empty(len(above), np.int64), np.empty(len(above)), np.zeros(len(above), np.bool_)
+    begin = np.full(first, -1)  # of roots, their first proposed child
+    for node in range(len(above) - 1, -1, -1):
+        if above[node] < first:
+            begin[above[node]] = first + node
     for i in range(len(parents)):
+        up, left = parents[i], 1.0
+        child = begin[up] if up < first else up + 1
+        if child < first or child >= first + len(above) or above[child - first] != up:
+            child = -1
         for k in range(token.shape[1] if fits[i] else 0):
             log_q[i, k] = -np.inf if math.isnan(log_q[i, k]) else min(log_q[i, k], 0.0)
             if log_q[i, k] == -np.inf:
                 continue
-            if copy[i] >= 0 and known_token[copy[i]] == token[i, k]:
-                same[i] = k
-                continue
-            parent[number], new[number] = parents[i], token[i, k]
-            score[number] = known_score[parents[i]] + log_q[i, k]
-            number += 1
-    return parent[:number], new[:number], score[:number], same
+            q = math.exp(log_q[i, k]) if child >= 0 else 0.0
+            left -= q
+            node = _with_token(child, token[i, k], known_token, above, end, first)
+            if node >= 0:
+                log_a = chance[node - first]
+                nodes[count], change[count] = node, math.log1p(-(1 - q) * (1 - math.exp(log_a))) - log_a
+                agrees[count] = True
+                count += 1
+            else:
+                parent[number], new[number], score[number] = up, token[i, k], known_score[up] + log_q[i, k]
+                number += 1
+        left, same = max(left, LEAST_LEFT), nodes[:count][agrees[:count]]
+        while child >= 0:
+            if not (same == child).any():
+                a = math.exp(chance[child - first])
+                nodes[count], change[count] = child, math.log(left / (a * left + 1 - a))
+                count += 1
+            child = _sibling(child, above, end, first)
+    return parent[:number], new[:number], score[:number], nodes[:count], change[:count], agrees[:count]

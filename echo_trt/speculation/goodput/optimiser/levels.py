@@ -104,8 +104,8 @@ class LevelSearch:
             time_price * self.model.costs.cold if depth == 0 else 0.0,
             *levels,
             candidates.value[candidates.tree.num_requests :],
-            continued.probability * candidates.weights[candidates.tree.request[continued.leaf]],
-            candidates.tree.depth[continued.leaf] == depth,
+            continued.probability * candidates.weights[continued.request],
+            candidates.tree.depth[continued.above] == depth,
             time_price * self.verification,
             one_pass,
         )

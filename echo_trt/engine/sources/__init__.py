@@ -1,0 +1,1 @@
+"""Sources of draft tokens that take no pass of a network: a file here, and a row of ``speculation.sources``."""
