@@ -93,10 +93,10 @@ class Scheduler:
             text = np.concatenate((request.prompt, np.asarray(request.generated, np.int64)))
             slot = int(np.flatnonzero(~batch.active)[0])
             finds = request.params.prompt_logprobs is None
-            if not batch.open(slot, text, request.keys, finds, request.salt):
+            if not batch.open(slot, text, request.keys, finds, request.sender.salt):
                 return
             self.waiting.remove(request)
-            self._counters.asked_tokens += len(text) * request.counted
+            self._counters.asked_tokens += len(text) * (not request.probe)
             self._counters.cached_tokens += int(batch.committed[slot])
             self._enter(request, slot)
 
@@ -137,9 +137,9 @@ class Scheduler:
             request.prompt_logprobs.clear()  # they are computed again, with the prompt
         batch.stop_tokens[slot] = -1
         batch.stop_tokens[slot, : len(stops)] = stops
-        batch.verifications[slot], batch.counted[slot] = request.verifications, request.counted
+        batch.verifications[slot], batch.counted[slot] = request.verifications, not request.probe
         latency, behind_first = Latency.of(params.latency), max(len(request.generated) - 1, 0)
-        self._pacer.begin(slot, latency, request.submitted, request.started, behind_first, request.tenant)
+        self._pacer.begin(slot, latency, request.submitted, request.started, behind_first, request.sender.tenant)
         batch.admitted[slot], self.admissions = self.admissions, self.admissions + 1
         batch.active[slot] = True
         self._request_in[slot], request.slot = request, slot

@@ -19,7 +19,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from echo_trt.adapters.triton.inputs import INPUTS
-from echo_trt.adapters.triton.replies import FINAL, Replies, Reply, failed
+from echo_trt.adapters.triton.replies import FINAL, Replies, failed
 from echo_trt.adapters.triton.request import Reader
 from echo_trt.engine.host_memory import bytes_in
 from echo_trt.engine.latency import LatencyClasses
@@ -95,19 +95,20 @@ class TritonPythonModel:
         self._replies.close()
 
     def _take(self, request: pb_utils.InferenceRequest) -> None:
-        reply = Reply(arrived=time.monotonic(), sender=request.get_response_sender(), coded=_wants_codes(request))
+        arrived, sender, coded = time.monotonic(), request.get_response_sender(), _wants_codes(request)
 
         def queue() -> None:
-            reply.request_id = _checked_id(request)
+            request_id = _checked_id(request)
             found = {name: pb_utils.get_input_tensor_by_name(request, name) for name in self._inputs}
             given = {name: _plain(name, tensor.as_numpy()) for name, tensor in found.items() if tensor is not None}
-            self._reader.read(given, reply)
-            reply.on_event = lambda event: self._replies.put(reply, event)
-            self._service.submit(reply)
+            reply = self._reader.read(given)
+            reply.arrived, reply.sender, reply.coded, reply.job.request_id = arrived, sender, coded, request_id
+            reply.job.on_event = lambda event: self._replies.put(reply, event)
+            self._service.submit(reply.job)
             self._replies.put(reply, None)
 
         if failure := refusal(self._metrics, queue):
-            reply.sender.send(failed(failure, reply.coded), flags=FINAL)
+            sender.send(failed(failure, coded), flags=FINAL)
 
 
 def _checked_id(request: pb_utils.InferenceRequest) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from echo_trt.engine.params import SamplingParams, TokenLogprobs, TokenSource
-from echo_trt.engine.request import ERRORS
+from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.request import ERRORS, Event
 from echo_trt.engine.text.entries import OutgoingLogprobs, OutgoingSources
 from echo_trt.engine.text.prompts import PromptInput, PromptReader
 
@@ -41,31 +39,27 @@ class OutgoingText:
         """Tokens of the answer, up to a stop string."""
         return self._text.used
 
-    def add(
-        self,
-        token_ids: Sequence[int],
-        logprobs: Sequence[TokenLogprobs],
-        sources: Sequence[TokenSource],
-        prompt_logprobs: Sequence[TokenLogprobs],
-        reason: str,
-    ) -> str:
-        """Take new tokens; ``reason``: why the answer ends with them, if it does.
+    def add(self, event: Event) -> bool:
+        """Take news; say whether they complete a stop string while the engine goes on, which must be told to stop.
 
-        Returns the reason as the text has it: an answer of which a stop string was the end has stopped, though the
-        engine may have gone on.
+        ``event`` says then how the text has it: an answer of which a stop string was the end has stopped.
         """
-        piece, used, offsets = self._text.take(token_ids, bool(reason) and reason != "failed")
+        before = self.stopped
+        piece, used, offsets = self._text.take(event.token_ids, bool(event.reason) and event.reason != "failed")
         self.unsent += piece
-        self.tokens += token_ids[:used]
+        self.tokens += event.token_ids[:used]
         if self.logprobs:
             if not self._began and self._params.prompt_logprobs is not None:
-                self.logprobs.begin(self.ids, prompt_logprobs)
+                self.logprobs.begin(self.ids, event.prompt_logprobs)
             if self._params.logprobs is not None:
-                self.logprobs.take(logprobs[:used], offsets)
+                self.logprobs.take(event.logprobs[:used], offsets)
         if self.sources:
-            self.sources.take(sources[:used], offsets)
+            self.sources.take(event.sources[:used], offsets)
         self._began = True
-        return "stop" if self.stopped and reason and reason not in ERRORS else reason
+        if self.stopped:
+            event.completion_tokens = self.used
+            event.reason = "stop" if event.reason and event.reason not in ERRORS else event.reason
+        return bool(self.stopped) and not before and not event.reason
 
     def take(self) -> tuple[str, list[int]]:
         """Return unsent text and tokens, which are sent then."""
