@@ -59,15 +59,13 @@ async def _ask(bundle: Path, begin: object) -> None:
 
     from echo_trt.engine.llm import LLM
     from echo_trt.engine.process.host import Host
-    from echo_trt.engine.process.wire import ModelInfo
     from echo_trt.engine.service.metrics import EngineMetrics
     from echo_trt.engine.service.service import Service
     from echo_trt.server.app import create_app
 
     llm, stop = LLM(bundle, batch=4), asyncio.Event()
     service, path = Service(llm), Path(tempfile.mkdtemp()) / "engine"
-    info = ModelInfo(bundle=str(bundle), context=llm.loop.batch.context, sampling={})
-    host = Host(service, info, EngineMetrics("echo"))
+    host = Host(service, bundle, EngineMetrics("echo"))
     serving = asyncio.create_task(host.serve(path, stop))
     while not path.exists():
         await asyncio.sleep(0.01)

@@ -26,7 +26,6 @@ from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.process.host import Host
 from echo_trt.engine.process.pending import refusal
-from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.engine.service.kv_events import publish_kv_events
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
@@ -66,7 +65,8 @@ class TritonPythonModel:
         )
         (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
         classes = LatencyClasses(_setting(config, "latency_classes"))
-        prompts = PromptReader(bundle, llm.loop.batch.context, _truth(config, "special_tokens_in_content"))
+        special = _truth(config, "special_tokens_in_content")
+        prompts = PromptReader(bundle, llm.loop.batch.context, special)
         self._reader = Reader(prompts, llm.manifest.sampling.given(), classes)
         publish_kv_events(llm.loop.batch.cache, _setting(config, "kv_events_config"))
         self._service = Service(llm, queue or QUEUE, _truth(config, "latency_admission"))
@@ -74,13 +74,7 @@ class TritonPythonModel:
         name, self._metrics = args["model_name"], EngineMetrics(args["model_name"])
         self._replies = Replies(self._service, self._metrics, name, Path(signals) if signals else None)
         if socket := os.environ.get("ECHO_TRT_SOCKET"):
-            info = ModelInfo(
-                bundle=str(bundle.absolute()),
-                context=prompts.context,
-                sampling=llm.manifest.sampling.given(),
-                special_tokens_in_content=_truth(config, "special_tokens_in_content"),
-            )
-            host = Host(self._service, info, self._metrics, classes)
+            host = Host(self._service, bundle, self._metrics, classes, special)
             serve = host.serve(Path(socket), asyncio.Event())  # it ends with the service
             threading.Thread(target=asyncio.run, args=(serve,), name="host", daemon=True).start()
 

@@ -93,10 +93,21 @@ class Host:
     """Answers questions about ``service``, whose ``metrics`` it keeps up to date."""
 
     def __init__(
-        self, service: Service, info: wire.ModelInfo, metrics: EngineMetrics, classes: LatencyClasses | None = None
+        self,
+        service: Service,
+        bundle: Path,
+        metrics: EngineMetrics,
+        classes: LatencyClasses | None = None,
+        special_tokens_in_content: bool = False,
     ):
-        """``info``: what clients are told of the model. ``classes``: of latency targets."""
-        self._service, self._info, self._classes = service, info, classes or LatencyClasses()
+        """``bundle``: the model's folder. ``classes``: of latency targets. The last: see ``wire.ModelInfo``."""
+        self._service, self._classes = service, classes or LatencyClasses()
+        self._info = wire.ModelInfo(
+            bundle=str(bundle.absolute()),
+            context=service.loop.batch.context,
+            sampling=service.llm.manifest.sampling.given(),
+            special_tokens_in_content=special_tokens_in_content,
+        )
         self._metrics, self._recorder = metrics, SnapshotRecorder(service)
         self._connections: set[ClientConnection] = set()
         self._reading = ThreadPoolExecutor(1, "requests")

@@ -33,11 +33,11 @@ def service(bundle_of) -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def path(service, bundle_of, tmp_path_factory) -> Iterator[str]:
     path, stop, loop = tmp_path_factory.mktemp("host") / "engine", asyncio.Event(), asyncio.new_event_loop()
-    info = wire.ModelInfo(bundle=str(bundle_of("close")), context=service.loop.batch.context, sampling={})
+    serve = Host(service, bundle_of("close"), EngineMetrics("echo")).serve
     served: list[bool] = []
 
     def run() -> None:
-        served.append(loop.run_until_complete(Host(service, info, EngineMetrics("echo")).serve(path, stop)))
+        served.append(loop.run_until_complete(serve(path, stop)))
 
     thread = threading.Thread(target=run)
     thread.start()
