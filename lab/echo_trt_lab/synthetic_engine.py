@@ -130,7 +130,7 @@ def propose(drafter: Any, text: Any) -> Any:
     def begin_text(slots: np.ndarray) -> SyntheticDraft:
         keys = text_keys(batch, slots)
         if known is not None:
-            known[batch.block_table[slots, batch.committed[slots] // BLOCK]] = keys
+            known[batch.blocks.table[slots, batch.committed[slots] // BLOCK]] = keys
         return SyntheticDraft(begin(slots), text, keys, batch, slots)
 
     drafter.begin = begin_text

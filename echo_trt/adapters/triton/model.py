@@ -68,7 +68,7 @@ class TritonPythonModel:
         special = _truth(config, "special_tokens_in_content")
         prompts = PromptReader(bundle, llm.loop.batch.context, special)
         self._reader = Reader(prompts, llm.manifest.sampling.given(), classes)
-        publish_kv_events(llm.loop.batch.cache, _setting(config, "kv_events_config"))
+        publish_kv_events(llm.loop.batch.blocks.cache, _setting(config, "kv_events_config"))
         self._service = Service(llm, queue or QUEUE, _truth(config, "latency_admission"))
         signals = os.environ.get("ECHO_TRT_SIGNALS")
         name, self._metrics = args["model_name"], EngineMetrics(args["model_name"])

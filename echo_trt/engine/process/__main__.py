@@ -55,7 +55,7 @@ def run(options: HostOptions) -> int:
     )
     (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
     classes = LatencyClasses(options.latency_classes)
-    publish_kv_events(llm.loop.batch.cache, options.kv_events_config)
+    publish_kv_events(llm.loop.batch.blocks.cache, options.kv_events_config)
     service = Service(llm, options.queue, options.latency_admission)
     gc.freeze()  # what was loaded lives as long as the process
 

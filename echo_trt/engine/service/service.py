@@ -188,9 +188,9 @@ class Service:
             queued=len(self._grammars) + len(self._pending) + len(loop.scheduler.waiting),
             running=loop.scheduler.running,
             slots=batch.count,
-            blocks=batch.num_blocks,
-            blocks_used=batch.used_blocks,
-            blocks_cached=batch.cached_blocks,
+            blocks=batch.blocks.count,
+            blocks_used=batch.blocks.used,
+            blocks_cached=batch.blocks.cached,
             policy=planner.name,
             budget=planner.budget,
             counters=loop.counters.copy(),
@@ -390,7 +390,7 @@ class Service:
             known = {*self._pending, *self._isolation.waiting}
             inside = [job for job in self._open.values() if job not in known and job not in self._grammars]
         self.loop.scheduler.preempt_all()
-        self.loop.batch.forget_cached()  # nobody knows what the engine has left in its pool
+        self.loop.batch.blocks.forget_cached()  # nobody knows what the engine has left in its pool
         self._due.clear()  # those tokens are among the untold ones
         for job in inside:
             unreported = job.request.generated[job.reported :]  # the iteration may have failed after it had its tokens

@@ -417,7 +417,7 @@ def test_a_thread_that_dies_fails_every_request_and_is_known_to_be_dead(start, m
 
         submit(service, prompt_ids(6, seed), LONG, tell)
     engine.open.let(4)
-    monkeypatch.setattr(service.loop.batch, "forget_cached", lambda: 1 / 0)
+    monkeypatch.setattr(service.loop.batch.blocks, "forget_cached", lambda: 1 / 0)
     engine.fail = lambda call: True
     engine.open.set()
     assert {listener.end.reason for listener in reported} == {"failed"}
