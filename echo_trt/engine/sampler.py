@@ -15,7 +15,7 @@ from echo_trt.engine.params import TOKEN_SOURCES, TokenLogprobs, TokenSource
 from echo_trt.grammar.state import GrammarFailed, State
 from echo_trt.speculation.arrays import ragged_arange
 from echo_trt.speculation.pack import ForwardBatch
-from echo_trt.speculation.sampling.choice import SamplingBatch, choose
+from echo_trt.speculation.sampling.draw import SamplingBatch, choose
 from echo_trt.speculation.sampling.logprobs import best_tokens, log_normalisers
 from echo_trt.speculation.sampling.penalties import tokens_above
 from echo_trt.speculation.sources import DRAFT

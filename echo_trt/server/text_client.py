@@ -16,8 +16,8 @@ from echo_trt.engine.process.client import Client, EngineError
 from echo_trt.engine.process.wire import ModelInfo, Submit, failure_for
 from echo_trt.engine.request import Event
 from echo_trt.engine.text.entries import LogprobEntry, SourceEntry
-from echo_trt.engine.text.outgoing import OutgoingText
 from echo_trt.engine.text.prompts import ChatFacts, PromptInput, PromptReader
+from echo_trt.engine.text.stream import OutgoingText
 from echo_trt.errors import UserError
 from echo_trt.models.tokenizer import load_tokenizer
 

@@ -135,7 +135,8 @@ class Pacer:
         self._requests[tenant := self._tenant[slot]] -= 1
         if not self._requests[tenant]:
             del self._requests[tenant]
-            self._shares.forget(tenant)
+            if self._requests:
+                self._shares.forget(tenant)
         started = float(self._started[slot])
         return None if np.isnan(started) else started
 

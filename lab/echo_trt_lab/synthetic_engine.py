@@ -23,7 +23,7 @@ from echo_trt.engine.tuning import USUAL_GATES
 from echo_trt.speculation.drafts import Draft, Proposals
 from echo_trt.speculation.goodput.model.acceptance import CALIBRATED_START, Acceptance
 from echo_trt.speculation.pack import BLOCK, ForwardBatch
-from echo_trt.speculation.sampling.choice import SamplingBatch, choose
+from echo_trt.speculation.sampling.draw import SamplingBatch, choose
 from echo_trt.speculation.super_tree import SuperTree
 from echo_trt_lab.synthetic_text import VARIABLE, Rates, synthetic_text
 

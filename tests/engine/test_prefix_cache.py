@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from echo_trt.engine.batch import InputBatch
-from echo_trt.engine.kv_blocks import blocks_for
-from echo_trt.engine.prefix_cache import PrefixCache
+from echo_trt.engine.kv_blocks import PrefixCache, blocks_for
 from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.planner import PlainPlanner
 

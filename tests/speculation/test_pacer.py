@@ -14,7 +14,7 @@ from seeded_draft import SteadyDraft
 from echo_trt.speculation.drafts import Pass
 from echo_trt.speculation.goodput.ladder import Ladder
 from echo_trt.speculation.goodput.model.costs import Curve
-from echo_trt.speculation.goodput.model.prices import prices
+from echo_trt.speculation.goodput.model.iteration import prices
 from echo_trt.speculation.pacer import HASTE, PATIENCE, Latency, Pace, Pacer, Seats
 from echo_trt.speculation.planner import Iteration, Plan
 from echo_trt.speculation.shares import TenantShares

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from echo_trt.engine.prefix_cache import rows
+from echo_trt.engine.kv_blocks import rows
 from echo_trt.speculation.pack import BLOCK
 
 log = logging.getLogger(__name__)

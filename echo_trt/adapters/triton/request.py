@@ -15,8 +15,8 @@ from echo_trt.engine.params import MAX_LOGPROBS, SINGLE, SamplingParams
 from echo_trt.engine.process.pending import Pending
 from echo_trt.engine.request import Request
 from echo_trt.engine.service.job import Job
-from echo_trt.engine.text.outgoing import OutgoingText
 from echo_trt.engine.text.prompts import RULE, ChatPrompt, PromptInput, PromptReader
+from echo_trt.engine.text.stream import OutgoingText
 from echo_trt.errors import UserError
 from echo_trt.models.messages import checked_messages, checked_tools
 

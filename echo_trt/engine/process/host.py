@@ -130,7 +130,7 @@ class Host:
                 if now - flushed >= FLUSH:
                     flushed = now
                     self._metrics.flush(self._service.statistics())
-                if now - reported >= (SNAPSHOT if self._recorder.news else IDLE_SNAPSHOT):
+                if now - reported >= (SNAPSHOT if self._recorder.seen else IDLE_SNAPSHOT):
                     reported = now
                     self._send_snapshots()
             return self._service.alive
@@ -237,7 +237,7 @@ class Host:
             raise Overloaded("away", "the request was cancelled.")
         job = answer.job
         job.request.prompt = np.asarray(message.prompt, np.int64)
-        if latency := self._classes.read(message.latency_class):
+        if message.latency_class and (latency := self._classes.read(message.latency_class)):
             job.request.params = replace(message.params, latency=latency)
         job.seconds = message.deadline_ms / 1000 if message.deadline_ms else None
 

@@ -24,9 +24,8 @@ from echo_trt.engine.request import FIRST, Event, Request
 from echo_trt.engine.service.fault_isolation import FaultIsolation
 from echo_trt.engine.service.forecast import Forecaster
 from echo_trt.engine.service.grammars import GrammarQueue
-from echo_trt.engine.service.job import ExpectedLatency, Job, Overloaded
+from echo_trt.engine.service.job import ExpectedLatency, FairQueue, Job, Overloaded
 from echo_trt.engine.service.metrics import KEPT, Statistics
-from echo_trt.engine.service.queue import FairQueue
 from echo_trt.errors import described
 
 log = logging.getLogger(__name__)
@@ -262,7 +261,7 @@ class Service:
         loop = self.loop
         if self._isolation.on_trial:
             return
-        if suspect := self._isolation.next_trial():
+        if self._isolation.waiting and (suspect := self._isolation.next_trial()):
             loop.scheduler.add(suspect.request)
             return
         while len(loop.scheduler.waiting) + loop.scheduler.running < loop.batch.count:
@@ -298,7 +297,7 @@ class Service:
         if counters.iterations > before:
             for job in probes:
                 self._end(job, "busy")  # no effect on a probe that has had its token
-        if emitted and (cleared := self._isolation.cleared()):
+        if emitted and self._isolation.on_trial and (cleared := self._isolation.cleared()):
             self.loop.scheduler.preempt_all()
             self._requeue([cleared])
 

@@ -10,7 +10,7 @@ from driving import add, echo_planner, prompt_ids, run
 
 from echo_trt.adapters.dynamo.events import BlockEvents, block_hash
 from echo_trt.engine.batch import InputBatch
-from echo_trt.engine.prefix_cache import rows
+from echo_trt.engine.kv_blocks import rows
 from echo_trt.speculation.pack import BLOCK
 
 
@@ -56,7 +56,7 @@ def test_the_router_knows_what_the_cache_holds_through_evictions_and_conversatio
     run(loop)
     assert router.removed > 20
     assert router.stored - router.removed == len(router.blocks)
-    slots.forget_cached()
+    slots.blocks.forget_cached()
     assert not router.blocks
 
 
@@ -76,7 +76,7 @@ def test_a_router_that_cannot_be_told_costs_no_answer_and_is_logged_once(caplog)
     request = add(loop, prompt_ids(5 * BLOCK, 1), max_tokens=2 * BLOCK)
     run(loop)
     assert len(request.generated) == 2 * BLOCK
-    slots.forget_cached()
+    slots.blocks.forget_cached()
     assert [record.exc_info[0] for record in caplog.records] == [RuntimeError]
 
 
