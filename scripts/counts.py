@@ -9,6 +9,7 @@ tests/test_layers.py holds the limits (``FEATURES``); a feature that spreads has
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import re
 import sys
@@ -35,14 +36,20 @@ FEATURES: dict[str, tuple[str, int]] = {
         25,
     ),
     "synthetic text": (r"synthetic|text_key", 0),
-    "prompt log-probabilities": (r"prompt_logprobs", 17),
-    "token sources": (r"token_sources|TokenSource|OutgoingSources|proposer", 19),
+    "prompt log-probabilities": (r"prompt_logprobs", 12),
+    "token sources": (r"token_sources|TokenSource|OutgoingSources|proposer", 16),
     "KV events": (r"kv_events|publish_kv", 6),
 }
 #: An engine's name, or a branch by it, outside the engines' own folders.
 ENGINE_NAMES = r"engine *(==|!=|in|not in) |\"(openvino|tensorrt|torch)\"|\.tensorrt\b|on_cpu\("
 ENGINE_LINES = 1
-CHAT_FILES = 76
+CHAT_FILES = 64
+MOST_FIELDS = 20
+#: Classes of more fields, which are their interface: options, bodies of APIs, a checkpoint's and a policy's settings.
+WIDE = {
+    *("ServeOptions", "SamplingParams", "ChatRequest", "ResponseObject", "GoodputTuning"),
+    *("DecoderConfig", "HybridConfig", "MtpConfig", "BlockConfig", "Eagle3Config"),
+}
 
 
 def found(pattern: str, folder: str = "echo_trt", but: str = "-") -> dict[str, int]:
@@ -61,21 +68,39 @@ def engine_names() -> dict[str, int]:
     return found(ENGINE_NAMES, but="echo_trt/backends")
 
 
-async def _ask(bundle: Path, begin: object) -> None:
-    """Answer a streamed chat twice, door and engine in this process; ``begin`` before the second."""
+def wide_classes() -> dict[str, int]:
+    """Return classes of the package that have more than MOST_FIELDS public fields, inherited ones included."""
+    own, bases = dict[str, set[str]](), dict[str, list[str]]()
+    for file in (ROOT / "echo_trt").rglob("*.py"):
+        for kind in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(kind, ast.ClassDef):
+                declared = [each.target.id for each in kind.body if isinstance(each, ast.AnnAssign)]
+                stored = [
+                    each for each in ast.walk(kind) if isinstance(each, ast.Attribute) and type(each.ctx) is ast.Store
+                ]
+                declared += [each.attr for each in stored if getattr(each.value, "id", "") == "self"]
+                own[kind.name] = {name for name in declared if not name.startswith("_")}
+                bases[kind.name] = [base.id for base in kind.bases if isinstance(base, ast.Name)]
+
+    def fields(name: str) -> set[str]:
+        return own.get(name, set[str]()).union(*map(fields, bases.get(name, [])))
+
+    return {name: number for name in own if (number := len(fields(name))) > MOST_FIELDS}
+
+
+async def _ask(bundle: Path, second: threading.Event) -> None:
+    """Answer a streamed chat twice, door and engine in this process; ``second`` is set during the latter."""
     import httpx
 
     from echo_trt.engine.llm import LLM
     from echo_trt.engine.process.host import Host
-    from echo_trt.engine.process.wire import ModelInfo
     from echo_trt.engine.service.metrics import EngineMetrics
     from echo_trt.engine.service.service import Service
     from echo_trt.server.app import create_app
 
     llm, stop = LLM(bundle, batch=4), asyncio.Event()
     service, path = Service(llm), Path(tempfile.mkdtemp()) / "engine"
-    info = ModelInfo(bundle=str(bundle), context=llm.loop.batch.context, sampling={})
-    host = Host(service, info, EngineMetrics("echo"))
+    host = Host(service, bundle, EngineMetrics("echo"))
     serving = asyncio.create_task(host.serve(path, stop))
     while not path.exists():
         await asyncio.sleep(0.01)
@@ -85,10 +110,11 @@ async def _ask(bundle: Path, begin: object) -> None:
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=300) as client:
-            for measured in (False, True):
-                if measured and callable(begin):
-                    begin()
+            for number in range(2):
+                if number:
+                    second.set()
                 assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+            second.clear()
     stop.set()
     await serving
     service.close(0)
@@ -108,7 +134,7 @@ def chat_files(bundle: Path) -> list[str]:
     threading.setprofile(note)
     sys.setprofile(note)
     try:
-        asyncio.run(_ask(bundle, on.set))
+        asyncio.run(_ask(bundle, on))
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
@@ -125,6 +151,7 @@ def main() -> None:
         lines = found(pattern)
         print(f"{name:26} {len(lines):6} files of {most}, {sum(lines.values())} lines")
     print(f"{'engine names':26} {sum(engine_names().values()):6} lines of {ENGINE_LINES}")
+    print(f"{'wide classes':26} {len(wide_classes()):6} of {len(WIDE)}", *sorted(wide_classes()))
     if requested.bundle:
         files = chat_files(requested.bundle)
         print(f"{'a streamed chat':26} {len(files):6} files of {CHAT_FILES}", *files, sep="\n  ")

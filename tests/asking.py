@@ -7,6 +7,7 @@ import asyncio
 from waiting import PATIENCE
 
 from echo_trt.engine.process import wire
+from echo_trt.engine.request import Event
 
 
 def ask(path: str, question: wire.ToEngine, seconds: float = PATIENCE) -> wire.FromEngine | None:
@@ -23,7 +24,7 @@ async def _asked(path: str, question: wire.ToEngine, seconds: float) -> wire.Fro
         try:
             writer.write(wire.framed(question))
             answer = await wire.read_answer(reader)
-            while isinstance(answer, wire.Tokens) and not answer.finish_reason:
+            while isinstance(answer, Event) and not answer.reason:
                 answer = await wire.read_answer(reader)
             return answer
         finally:

@@ -118,3 +118,8 @@ def test_a_feature_stays_behind_its_seam(feature):
     """Limits sink with what there is; scripts/counts.py prints where a feature stands."""
     pattern, maximum = COUNTS["FEATURES"][feature]
     assert len(COUNTS["found"](pattern)) <= maximum
+
+
+def test_objects_have_few_fields():
+    """What more than one room knows of a request is an object of each, one inside another."""
+    assert COUNTS["wide_classes"]().keys() <= COUNTS["WIDE"]

@@ -76,7 +76,7 @@ def run(options: GenerateOptions, out: Console, messages: Console) -> dict[str, 
         check_lengths(llm, work.prompts)
         first = llm.chat_ids(work.prompts[0].text)
         llm.generate([first], SamplingParams(max_tokens=8))  # the first calls are slow: not counted
-        llm.loop.batch.forget_cached()
+        llm.loop.batch.blocks.forget_cached()
         answer = of_lab("generate", "compare") if options.compare else _answer
         result = answer(work, llm, policy, out, messages)
         write(json_bytes(result))

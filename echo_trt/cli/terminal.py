@@ -12,6 +12,7 @@ from cyclopts import App, CycloptsError
 from rich.console import Console
 
 from echo_trt.errors import StartFailed, UserError, no_memory
+from echo_trt.files.extras import check_lab
 
 NARROWEST = 20  # columns of a terminal; larger: more values of COLUMNS are ignored
 
@@ -58,6 +59,7 @@ def run_app(app: App) -> None:
 def _run(app: App) -> None:
     if sys.stdout is None:
         raise UserError("standard output is closed; redirect it to a file or to /dev/null.")
+    check_lab("".join(sys.argv[1:2]))
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except SystemExit:

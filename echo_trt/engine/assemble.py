@@ -103,7 +103,7 @@ def load_networks(
     cached = limits.prefix_cache if prefix_cache is None else prefix_cache
     input_batch = InputBatch(count, limits.context, reserve, pool.blocks, cached)
     target = _engine(folder, manifest, manifest.target, input_batch, pool.blocks)
-    input_batch.cache.enabled = cached and target.paged
+    input_batch.blocks.cache.enabled = cached and target.paged
     draft = _engine(folder, manifest, manifest.draft, input_batch, pool.blocks) if manifest.draft else None
     path = folder / CALIBRATION
     known = None
@@ -118,7 +118,7 @@ def load_networks(
 def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputBatch, blocks: int) -> Engine:
     """Open the network of ``facts``: the manifest's target, or its draft."""
     network = "target" if facts is manifest.target else "draft"
-    slots, slot_blocks = batch.block_table.shape
+    slots, slot_blocks = batch.blocks.table.shape
     open_file = partial(
         engine_kind(manifest.engine).open,
         precision=manifest.recipe.draft_precision if network == "draft" else manifest.precision,

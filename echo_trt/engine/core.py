@@ -179,8 +179,8 @@ class EngineCore:
         """Return decoding slots, which hold KV blocks for their drafts and verifications; the least urgent give way."""
         while True:
             slots = self.batch.decoding()
-            if self.batch.hold(slots, self.batch.committed[slots] + self.batch.reserve):
-                self.counters.evicted_blocks = self.batch.cache.evicted
+            if self.batch.blocks.hold(slots, self.batch.committed[slots] + self.batch.reserve):
+                self.counters.evicted_blocks = self.batch.blocks.cache.evicted
                 return slots
             self.scheduler.preempt_least_urgent()
 
@@ -291,7 +291,7 @@ class EngineCore:
             positions=np.concatenate((past[tree.request] + tree.depth, chunks.position)),
             past=past,
             counts=np.concatenate((tree.sizes, chunks.counts)),
-            block_table=batch.block_table[call_slots],
+            block_table=batch.blocks.table[call_slots],
             logit_rows=np.concatenate((np.arange(len(tree)), last, requested)),
             mask=ancestor_mask(tree) if len(tree) > len(slots) else None,
             padded_to=0 if len(chunks.slots) else plan.padded_to,
@@ -322,7 +322,7 @@ class EngineCore:
         lengths = np.concatenate((counts[:decoding], chunks.counts))
         self.target.commit(np.concatenate((nodes, chunk_rows)), lengths)
         if self.drafter:
-            rows = batch.rows(np.concatenate((owner, chunks.owner)), np.concatenate((position, chunks.position)))
+            rows = batch.blocks.rows(np.concatenate((owner, chunks.owner)), np.concatenate((position, chunks.position)))
             self.drafter.observe(rows, verified.outputs, np.concatenate((nodes, chunk_rows)))
         batch.committed[slots[:decoding]] += counts[:decoding]
         batch.committed[chunks.slots] += chunks.counts
@@ -342,8 +342,8 @@ class EngineCore:
         written = self.batch.committed[owner] + nodes - begins(tree.sizes)[tree.request[nodes]]
         moved = written != position
         if moved.any():
-            from_rows = self.batch.rows(owner[moved], written[moved])
-            self.target.compact_kv(from_rows, self.batch.rows(owner[moved], position[moved]))
+            from_rows = self.batch.blocks.rows(owner[moved], written[moved])
+            self.target.compact_kv(from_rows, self.batch.blocks.rows(owner[moved], position[moved]))
 
     def _emit(self, verified: TargetOutput, path: np.ndarray, counts: np.ndarray, emitted: np.ndarray) -> Emitted:
         """Append the emitted tokens to their texts, up to stop tokens and limits, and let finished requests go.
@@ -375,11 +375,11 @@ class EngineCore:
                 request.drafted.append(nodes)
                 request.accepted.append(length)
                 self.counters.accepted[length] += 1
-        verified.follow(kept, emitted)
-        stopped[[*verified.failures]] = True  # a text whose grammar failed ends here, too
+        verified.walk.follow(kept, emitted)
+        stopped[[*verified.walk.failures]] = True  # a text whose grammar failed ends here, too
         for i in (stopped | full).nonzero()[0]:
             request = requests[i]
-            request.failure = verified.failures.get(i, "")
+            request.failure = verified.walk.failures.get(i, "")
             request.finish_reason = "stop" if stopped[i] else "length"
             if request.failure:  # what the request asks for cannot be had
                 request.finish_reason = "invalid"

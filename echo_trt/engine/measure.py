@@ -15,7 +15,7 @@ from echo_trt.backends.kind import computes_in, engine_kind
 from echo_trt.bundle.costs import CostTable, CurveTable, HingeTable
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.engine.assemble import Networks
-from echo_trt.engine.batch import blocks_for
+from echo_trt.engine.kv_blocks import blocks_for
 from echo_trt.engine.rounds import ROUNDS, seconds_again, seconds_of, timed_rounds, typical
 from echo_trt.speculation.arrays import begins, ragged_arange
 from echo_trt.speculation.echo.budget import fit_hinge
@@ -42,7 +42,7 @@ def measure(networks: Networks, seconds: float = 4.0) -> CostTable:
 
     ``seconds`` bounds what the rounds take; each size is timed once at least. Nothing may be running.
     """
-    networks.batch.forget_cached()  # these passes write over the pool
+    networks.batch.blocks.forget_cached()  # these passes write over the pool
     target = _measured(networks, lambda call: networks.target.run(call), 0.75 * seconds)
     draft, cold = CurveTable(sizes=[1], seconds=[0.0]), 0.0
     if networks.drafter and networks.drafter.has_network:
@@ -67,7 +67,7 @@ def times_as_long(table: CostTable, networks: Networks) -> float:
 
     Nothing may be running. Other work makes passes longer, then or now, but never shorter.
     """
-    networks.batch.forget_cached()
+    networks.batch.blocks.forget_cached()
     maximum, curve = 1.0, table.target
     for tokens, seconds in zip(curve.sizes, curve.seconds, strict=True):
         if tokens in CHECKED:

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+from msgspec import Struct
 
 from echo_trt.engine.params import SamplingParams, TokenLogprobs, TokenSource
 from echo_trt.grammar.state import State
 
 #: Reasons of an answer's end that are errors.
 ERRORS = ("failed", "cancelled", "invalid")
+#: The priority of a probe, a request of one token, by which it is known: before everyone else in the queue.
+FIRST = -(2**31)
 
 
-@dataclass(kw_only=True)
-class Event:
-    """News of an answer: new tokens, and with the last news its end.
+class Sender(NamedTuple):
+    """Whose request it is.
 
+    tenant  who has to share slots and passes with others; empty: with an engine without keys everyone is one
+    salt    of the prefix cache: requests of one salt find each other's text; empty: that of all without one
+    """
+
+    tenant: bytes = b""
+    salt: bytes = b""
+
+
+ANYONE = Sender()
+
+
+class Event(Struct, tag=True, omit_defaults=True, kw_only=True):
+    """News of an answer: new tokens, and with the last news its end. On the socket it is a message (``process.wire``).
+
+    id                   the number of the client's question, where the event is sent on the socket
     logprobs, sources    where asked for, an entry per token
+    prompt_logprobs      of the first event, where asked for: of the prompt but its first token
     time                 time.monotonic() at which the engine had the tokens
 
     Of the last event alone:
@@ -33,9 +51,11 @@ class Event:
     first_token_seconds  from submission until the first token; None: it never came
     """
 
-    token_ids: Sequence[int] = ()
-    logprobs: Sequence[TokenLogprobs] = ()
-    sources: Sequence[TokenSource] = ()
+    id: int = 0
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    sources: list[TokenSource] = []
+    prompt_logprobs: list[TokenLogprobs] = []
     time: float = 0.0
     reason: str = ""
     message: str = ""
@@ -43,10 +63,17 @@ class Event:
     cached_tokens: int = 0
     completion_tokens: int = 0
     verifications: int = 0
-    drafted: Sequence[int] = ()
-    accepted: Sequence[int] = ()
+    drafted: list[int] = []
+    accepted: list[int] = []
     queue_seconds: float | None = None
     first_token_seconds: float | None = None
+
+    def behind(self, earlier: Event) -> Event:
+        """Put ``earlier`` news of the answer before these; returns these."""
+        self.token_ids, self.logprobs = earlier.token_ids + self.token_ids, earlier.logprobs + self.logprobs
+        self.sources = earlier.sources + self.sources
+        self.prompt_logprobs = earlier.prompt_logprobs or self.prompt_logprobs
+        return self
 
 
 @dataclass(eq=False)
@@ -76,11 +103,14 @@ class Request:
     finish_reason: str = ""
     slot: int = -1
     priority: int = 0
-    counted: bool = True  # whether counters have its tokens
     submitted: float = 0.0
     started: float | None = None
     grammar: State | None = None  # what may follow its text so far, None: anything; while it runs its slot has it
     failure: str = ""  # why, where the finish_reason is "invalid"
     keys: list[bytes] = field(default_factory=list)  # of its text's blocks in the prefix cache
-    salt: bytes = b""  # of these keys: requests of another salt do not find its text
-    tenant: bytes = b""  # whose it is: slots and passes are shared by tenants
+    sender: Sender = ANYONE
+
+    @property
+    def probe(self) -> bool:
+        """Whether it only asks if the engine works: no counter has its tokens."""
+        return self.priority == FIRST and self.params.max_tokens == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,9 +13,9 @@ import numpy as np
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.params import TOKEN_SOURCES, TokenLogprobs, TokenSource
 from echo_trt.grammar.state import GrammarFailed, State
-from echo_trt.speculation.arrays import begins, ragged_arange
+from echo_trt.speculation.arrays import ragged_arange
 from echo_trt.speculation.pack import ForwardBatch
-from echo_trt.speculation.sampling.choice import SamplingBatch, choose
+from echo_trt.speculation.sampling.draw import SamplingBatch, choose
 from echo_trt.speculation.sampling.logprobs import best_tokens, log_normalisers
 from echo_trt.speculation.sampling.penalties import tokens_above
 from echo_trt.speculation.sources import DRAFT
@@ -23,6 +23,76 @@ from echo_trt.speculation.super_tree import SuperTree
 
 NO_ROWS = np.zeros(0, np.int64)
 Entry = TypeVar("Entry", TokenLogprobs, TokenSource)
+
+
+class GrammarWalk:
+    """The grammars of requests along the nodes of a tree that are visited.
+
+    constrained  bool [B], which requests have a grammar
+    failures     request -> why its grammar cannot go on
+    """
+
+    def __init__(self, tree: SuperTree, slots: np.ndarray, batch: InputBatch):
+        """``slots`` int64 [B]: those of the tree's requests, whose ``grammar`` is the state at the root."""
+        self._tree, self._slots, self._batch = tree, slots, batch
+        self.constrained: np.ndarray = batch.grammar[slots].astype(bool)  # not None
+        self.failures: dict[int, str] = {}
+        self._states: dict[int, State] = {}  # node -> what may follow its path
+
+    def allowed(
+        self, nodes: np.ndarray, tokens: np.ndarray, choose: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """Correct the next ``tokens`` int64 [m] at ``nodes``, which are the choices without grammars.
+
+        An allowed token is also the choice among the allowed tokens, unless top-k, top-p or min-p apply: these depend
+        on all tokens. ``choose`` chooses at nodes among those of masks.
+        """
+        tokens, again = tokens.copy(), []
+        for i in np.flatnonzero(self.constrained[self._tree.request[nodes]]):
+            request = int(self._tree.request[nodes[i]])
+            if request in self.failures:  # a draft goes on behind the end of the text
+                continue
+            with self._failing(request, tokens, i):
+                grammar = self._state_at(int(nodes[i]))
+                limited = self._batch.sampling["limited"][self._slots[request]] and grammar.mask is not None
+                if limited or grammar.after(int(tokens[i])) is None:
+                    again.append((i, grammar.mask))
+        if again:
+            chosen, masks = map(np.array, zip(*again, strict=True))
+            tokens[chosen] = choose(nodes[chosen], masks)
+        for i, _ in again:
+            with self._failing(int(self._tree.request[nodes[i]]), tokens, i):
+                if self._state_at(int(nodes[i])).after(int(tokens[i])) is None:
+                    raise GrammarFailed("it allows no token here")
+        return tokens
+
+    def _state_at(self, node: int) -> State:
+        """Return the grammar state at a visited node."""
+        if node not in self._states:
+            above, state = int(self._tree.parent[node]), self._batch.grammar[self._slots[self._tree.request[node]]]
+            if above >= 0:
+                state = self._states[above].after(int(self._tree.token[node]))
+            assert state  # or the node would not have been visited
+            self._states[node] = state
+        return self._states[node]
+
+    @contextmanager
+    def _failing(self, request: int, tokens: np.ndarray, i: int) -> Iterator[None]:
+        """Note a grammar that cannot go on: its request ends at token ``i``, by a stop token where it has one."""
+        try:
+            yield
+        except GrammarFailed as failure:
+            self.failures[request] = f"structured cannot go on here ({failure}); simplify it."
+            stop = int(self._batch.stop_tokens[self._slots[request], 0])
+            tokens[i] = stop if stop >= 0 else tokens[i]
+
+    def follow(self, counts: np.ndarray, tokens: np.ndarray) -> None:
+        """Advance grammars by the emitted tokens: end to end, ``counts`` [B] per request."""
+        grammars = self._batch.grammar
+        for i in np.flatnonzero(self.constrained):
+            begin = counts[:i].sum()
+            for token in tokens[begin : begin + counts[i]].tolist() if i not in self.failures else ():
+                grammars[self._slots[i]] = grammars[self._slots[i]].after(token)
 
 
 @dataclass
@@ -43,17 +113,16 @@ class TargetOutput:
     batch: InputBatch
     probability: np.ndarray = field(default_factory=lambda: np.zeros(0))
     proposer: int = DRAFT
-    failures: dict[int, str] = field(default_factory=dict)  # request -> why its grammar cannot go on
-    _grammars: dict[int, State] = field(default_factory=dict)  # node -> what may follow its path
 
     @cached_property
-    def _constrained(self) -> bool:
-        return bool(self.batch.grammar[self.slots].any())
+    def walk(self) -> GrammarWalk:
+        return GrammarWalk(self.tree, self.slots, self.batch)
 
     @cached_property
     def _greedy(self) -> bool:
         """Whether the next token is the best one everywhere, as the logits are."""
-        return not (self.batch.adjusted[self.slots].any() or self.batch.sampling["temperature"][self.slots].any())
+        sampling, slots = self.batch.sampling, self.slots
+        return not (sampling["adjusted"][slots].any() or sampling["temperature"][slots].any())
 
     @cached_property
     def _all_tokens(self) -> np.ndarray:
@@ -66,7 +135,7 @@ class TargetOutput:
         tokens: np.ndarray = logits.argmax(axis=1)[: len(tree)]
         if not self._greedy:
             slots = self._slots_of(np.arange(len(tree)))
-            sampled = self.batch.adjusted[slots] | (self.batch.sampling["temperature"][slots] > 0)
+            sampled = self.batch.sampling["adjusted"][slots] | (self.batch.sampling["temperature"][slots] > 0)
             nodes = np.argsort(np.where(sampled, tree.depth, len(tree)), kind="stable")[: sampled.sum()]
             order = np.full(len(tree) + 1, -1)  # parent -1 is the last one
             order[nodes] = np.arange(len(nodes))
@@ -85,62 +154,7 @@ class TargetOutput:
             tokens = self._all_tokens[nodes]
         else:
             tokens = self._best(nodes) if self._greedy else self._chosen(nodes)
-        return self._allowed(nodes, tokens) if self._constrained else tokens
-
-    def _allowed(self, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Correct next tokens by grammars. A request's ``grammar`` is the state at its root.
-
-        ``tokens`` are the choices without grammars. An allowed token is also the choice among the allowed tokens,
-        unless top-k, top-p or min-p apply: these depend on all tokens.
-        """
-        tokens, again = tokens.copy(), []
-        for i in np.flatnonzero(self.batch.grammar[self._slots_of(nodes)]):  # not None
-            if int(self.tree.request[nodes[i]]) in self.failures:  # a draft goes on behind the end of the text
-                continue
-            with self._failing(nodes[i], tokens, i):
-                grammar = self._grammar_at(int(nodes[i]))
-                limited = self.batch.limited[self.slots[self.tree.request[nodes[i]]]] and grammar.mask is not None
-                if limited or grammar.after(int(tokens[i])) is None:
-                    again.append((i, grammar.mask))
-        if again:
-            chosen, masks = map(np.array, zip(*again, strict=True))
-            tokens[chosen] = self._chosen(nodes[chosen], masks)
-        for i, _ in again:
-            with self._failing(nodes[i], tokens, i):
-                if self._grammar_at(int(nodes[i])).after(int(tokens[i])) is None:
-                    raise GrammarFailed("it allows no token here")
-        return tokens
-
-    def _grammar_at(self, node: int) -> State:
-        """Return the grammar state at a visited node."""
-        if node not in self._grammars:
-            above = int(self.tree.parent[node])
-            root = self.batch.grammar[self.slots[self.tree.request[node]]]
-            grammar = self._grammars[above].after(int(self.tree.token[node])) if above >= 0 else root
-            assert grammar  # or the node would not have been visited
-            self._grammars[node] = grammar
-        return self._grammars[node]
-
-    @contextmanager
-    def _failing(self, node: int, tokens: np.ndarray, i: int) -> Iterator[None]:
-        """Note a grammar that cannot go on at ``node``; its request ends there, by a stop token where it has one."""
-        try:
-            yield
-        except GrammarFailed as failure:
-            request = int(self.tree.request[node])
-            self.failures[request] = f"structured cannot go on here ({failure}); simplify it."
-            stop = int(self.batch.stop_tokens[self.slots[request], 0])
-            tokens[i] = stop if stop >= 0 else tokens[i]
-
-    def follow(self, counts: np.ndarray, tokens: np.ndarray) -> None:
-        """Advance grammars by the emitted tokens: end to end, ``counts`` [B] per request."""
-        if not self._constrained:
-            return
-        begin = begins(counts)
-        for i in np.flatnonzero(self.batch.grammar[self.slots]):
-            for token in tokens[begin[i] : begin[i + 1]].tolist() if i not in self.failures else ():
-                grammar = self.batch.grammar[self.slots[i]].after(token)
-                self.batch.grammar[self.slots[i]] = grammar
+        return self.walk.allowed(nodes, tokens, self._chosen) if self.walk.constrained.any() else tokens
 
     def logprobs(self, path: np.ndarray, emitted: np.ndarray) -> list[tuple[int, list[TokenLogprobs]]]:
         """Return (request, one entry per emitted token), in order, of the requests that ask for log-probabilities.
@@ -224,7 +238,7 @@ class TargetOutput:
         Only a repetition penalty reads the prompt.
         """
         batch, slots = self.batch, self._slots_of(nodes)
-        penalised = np.flatnonzero(batch.penalised[slots])
+        penalised = np.flatnonzero(batch.sampling["penalised"][slots])
         if len(penalised) == 0:
             return {"history_row": NO_ROWS, "history_token": NO_ROWS, "history_generated": NO_ROWS.astype(bool)}
         first = np.where(batch.sampling["repetition_penalty"][slots] == 1, batch.prompt_length[slots], 0)[penalised]

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from echo_trt.engine.batch import InputBatch, blocks_for
+from echo_trt.engine.batch import InputBatch
+from echo_trt.engine.kv_blocks import blocks_for
 from echo_trt.engine.params import MAX_STOP_TOKENS, Counters, SamplingParams
 from echo_trt.engine.request import Request
 from echo_trt.errors import TooLong, UserError
@@ -59,9 +60,9 @@ class Scheduler:
             )
         batch = self._batch
         needed = blocks_for(min(len(request.prompt) + request.params.max_tokens, batch.context) + batch.reserve)
-        if needed > batch.num_blocks:  # a part of a pool: it would wait for ever
+        if needed > batch.blocks.count:  # a part of a pool: it would wait for ever
             raise UserError(
-                f"the request may need {needed} KV blocks, but there are {batch.num_blocks}; lower its "
+                f"the request may need {needed} KV blocks, but there are {batch.blocks.count}; lower its "
                 "max_tokens, or raise limits.kv_blocks in the recipe and build again."
             )
         requested = len(request.params.stop_token_ids)
@@ -93,10 +94,10 @@ class Scheduler:
             text = np.concatenate((request.prompt, np.asarray(request.generated, np.int64)))
             slot = int(np.flatnonzero(~batch.active)[0])
             finds = request.params.prompt_logprobs is None
-            if not batch.open(slot, text, request.keys, finds, request.salt):
+            if not batch.open(slot, text, request.keys, finds, request.sender.salt):
                 return
             self.waiting.remove(request)
-            self._counters.asked_tokens += len(text) * request.counted
+            self._counters.asked_tokens += len(text) * (not request.probe)
             self._counters.cached_tokens += int(batch.committed[slot])
             self._enter(request, slot)
 
@@ -105,7 +106,7 @@ class Scheduler:
         batch, slot = self._batch, request.slot
         request.verifications = int(batch.verifications[slot])
         if request.cached_tokens is None:  # text that it finds after a preemption is its own
-            request.cached_tokens = int(batch.found[slot])
+            request.cached_tokens = int(batch.blocks.found[slot])
         request.generated = batch.tokens[slot, batch.prompt_length[slot] : batch.length[slot]].tolist()
         request.grammar = batch.grammar[slot]
         request.started = self._pacer.end(slot)
@@ -137,9 +138,9 @@ class Scheduler:
             request.prompt_logprobs.clear()  # they are computed again, with the prompt
         batch.stop_tokens[slot] = -1
         batch.stop_tokens[slot, : len(stops)] = stops
-        batch.verifications[slot], batch.counted[slot] = request.verifications, request.counted
+        batch.verifications[slot], batch.counted[slot] = request.verifications, not request.probe
         latency, behind_first = Latency.of(params.latency), max(len(request.generated) - 1, 0)
-        self._pacer.begin(slot, latency, request.submitted, request.started, behind_first, request.tenant)
+        self._pacer.begin(slot, latency, request.submitted, request.started, behind_first, request.sender.tenant)
         batch.admitted[slot], self.admissions = self.admissions, self.admissions + 1
         batch.active[slot] = True
         self._request_in[slot], request.slot = request, slot

@@ -16,6 +16,7 @@ from echo_trt.errors import UserError
 
 #: The groups of engines (``backends.kind``) and drafters (``engine.drafters.kind``).
 ENGINES, DRAFTS = "engines", "drafts"
+LAB = ("bench", "calibrate", "inspect", "simulate")  # commands of echo-trt-lab
 BUILD = ("gguf", "nncf", "onnx", "onnxscript", "yaml")  # modules of the extra "build"
 CHECKOUT = Path(__file__).parents[2] / "pyproject.toml"
 
@@ -41,6 +42,12 @@ def extra(command: str, name: str) -> Any:
     if entry := _entry_points(command).get(name):
         return entry.load()
     raise UserError(f"{command} has no {name}, since an older version is installed; install echo-trt again.")
+
+
+def check_lab(command: str) -> None:
+    """Refuse a command of the lab where it is not installed."""
+    if command in LAB and command not in registered("commands"):
+        raise UserError(f"{command} is a command of echo-trt-lab; run pip install ./lab in the repository.")
 
 
 def of_lab(command: str, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from starlette.responses import Response
 
 from echo_trt.server.errors import ApiError, from_validation, no_object, shown
 from echo_trt.server.fields import LONGEST, READING, Reading, Strict
-from echo_trt.server.served import model_of
+from echo_trt.server.options import LONGEST as LONGEST_NAME
 
 #: Most opening brackets in a body, those in texts included. Each may become a list or a dict, which take the most time:
 #: parsing a megabyte of empty lists holds the loop for 100 ms, as many lists as this for 30 ms.
@@ -37,6 +38,18 @@ def reads(kind: type[Body]) -> Callable[[Callable[[Request, Body], Awaitable[Res
         return endpoint
 
     return endpoint_of
+
+
+def model_of(request: Request, name: str | None) -> str:
+    """Return the name that an answer has, the first one's where a request has none. Raises ApiError for another."""
+    names = request.app.state.names
+    if name and name not in names and not (request.app.state.any_name and len(name) <= LONGEST_NAME):
+        known = " or ".join(f"'{each}'" for each in names[:4])
+        near = difflib.get_close_matches(name[:80], names, 1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        message = f"The model {name[:80]!a} does not exist here{hint}; ask for {known}."
+        raise ApiError(404, message, param="model", code="model_not_found")
+    return name or names[0]
 
 
 def with_ignored(response: Response, request: Request) -> Response:

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo_trt.engine.process.wire import Sender
+from echo_trt.engine.request import Sender
 from echo_trt.errors import UserError
 
 log = logging.getLogger(__name__)

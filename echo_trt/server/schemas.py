@@ -180,7 +180,8 @@ class Params(Sampled):
     @cached_property
     def structured(self) -> Structured | None:
         """What the answer must fit. Raises ApiError."""
-        return structured_of({name: getattr(self, name) for name in STRUCTURED})
+        given = {name: value for name in STRUCTURED if (value := getattr(self, name)) is not None}
+        return structured_of(given) if given else None
 
     @property
     def limit(self) -> int:
@@ -247,7 +248,8 @@ class ChatRequest(Params):
 
     @model_validator(mode="after")
     def _chat_agrees(self) -> ChatRequest:
-        check(self.tools, self.tool_choice)
+        if self.tools or self.tool_choice is not None:
+            check(self.tools, self.tool_choice)
         if self.must_call and self.structured and not self.structured.field.startswith("response_format"):
             field = self.structured.field
             message = f"{field} cannot stand beside a tool_choice that asks for a call; leave one of them out."

@@ -13,10 +13,11 @@ from typing import TypeVar
 from msgspec import structs
 
 from echo_trt.engine.process.client import Client, EngineError
-from echo_trt.engine.process.wire import ModelInfo, Submit, Tokens, failure_for
+from echo_trt.engine.process.wire import ModelInfo, Submit, failure_for
+from echo_trt.engine.request import Event
 from echo_trt.engine.text.entries import LogprobEntry, SourceEntry
-from echo_trt.engine.text.outgoing import OutgoingText
 from echo_trt.engine.text.prompts import ChatFacts, PromptInput, PromptReader
+from echo_trt.engine.text.stream import OutgoingText
 from echo_trt.errors import UserError
 from echo_trt.models.tokenizer import load_tokenizer
 
@@ -30,7 +31,7 @@ class TextPiece:
     logprobs, sources  where asked for, entries of tokens whose text is in ``text``
     in_thought         whether the prompt has opened a thought
     stop_string        of the last piece: the stop string that ended the text, if one did
-    others             as of ``Tokens``
+    others             as of ``Event``
     """
 
     text: str = ""
@@ -104,14 +105,11 @@ class TextClient(Client):
         submit.prompt = await self._on_thread(lambda: reader.ids(prompt))
         out = OutgoingText(reader, prompt, submit.prompt, submit.params, question.echoes)
         async with aclosing(self.submit(submit)) as answers:
-            async for tokens in answers:
-                before = out.stopped
-                news = tokens.token_ids, tokens.logprobs, tokens.sources, tokens.prompt_logprobs
-                reason = out.add(*news, tokens.finish_reason or "")
-                if out.stopped and not before and not reason:
+            async for event in answers:
+                if out.add(event):
                     self.stop(submit, out.used)
-                if reason or out.unsent:
-                    yield _piece(out, tokens, reason)
+                if event.reason or out.unsent:
+                    yield _piece(out, event)
 
     async def _model(self) -> tuple[PromptReader, ModelFacts]:
         info = structs.replace(await self.model_info(), id=0)
@@ -138,14 +136,18 @@ class TextClient(Client):
             raise EngineError(failure_for(mistake)) from None
 
 
-def _piece(out: OutgoingText, tokens: Tokens, reason: str) -> TextPiece:
+def _piece(out: OutgoingText, event: Event) -> TextPiece:
     text, token_ids = out.take()
     piece = TextPiece(text=text, token_ids=token_ids, in_thought=bool(out.in_thought), prompt_tokens=len(out.ids))
     piece.logprobs = out.logprobs.clear() if out.logprobs else []
     piece.sources = out.sources.clear() if out.sources else []
-    if reason:
-        piece.finish_reason, piece.stop_string = reason, out.stopped
-        piece.completion_tokens = out.used if out.stopped else tokens.completion_tokens
-        for name in ("cached_tokens", "drafted", "accepted", "queue_ms", "first_token_ms"):
-            setattr(piece, name, getattr(tokens, name))
+    if event.reason:
+        piece.finish_reason, piece.stop_string = event.reason, out.stopped
+        piece.completion_tokens, piece.cached_tokens = event.completion_tokens, event.cached_tokens
+        piece.drafted, piece.accepted = event.drafted, event.accepted
+        piece.queue_ms, piece.first_token_ms = _ms(event.queue_seconds), _ms(event.first_token_seconds)
     return piece
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1000 * seconds, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -107,6 +108,7 @@ class Pacer:
         self._hurry = np.full(slots, np.inf)  # from when on a prompt must not wait for others
         self._waited, self._given = np.zeros(slots, np.int64), np.zeros(slots, bool)
         self._tenant, self._shares = np.full(slots, b"", object), TenantShares()
+        self._requests = Counter[bytes]()  # by tenant
         self._absent = np.zeros(0, np.int64)  # slots that sit out the pass that was admitted last
 
     def begin(
@@ -125,10 +127,16 @@ class Pacer:
         self._started[slot], self._tokens[slot] = (np.nan, 0) if started is None else (started, tokens)
         self._waited[slot], self._given[slot] = 0, latency.ttft is not None or latency.tpot is not None
         self._tenant[slot] = tenant
+        self._requests[tenant] += 1
 
     def end(self, slot: int) -> float | None:
         """Forget a request; return when its first token came, None: it has not."""
         self._given[slot] = False
+        self._requests[tenant := self._tenant[slot]] -= 1
+        if not self._requests[tenant]:
+            del self._requests[tenant]
+            if self._requests:
+                self._shares.forget(tenant)
         started = float(self._started[slot])
         return None if np.isnan(started) else started
 
@@ -140,6 +148,8 @@ class Pacer:
         """
         decoding, prompts, self._absent = seats.decoding, seats.prompts, self._absent[:0]
         if not self._given.any():
+            if len(self._requests) < 2:
+                return seats
             owed = self._shares.seats(self._tenant[np.concatenate((decoding, prompts))])
             return (
                 seats
@@ -174,4 +184,5 @@ class Pacer:
     def ran(self, slots: np.ndarray, rows: np.ndarray, seconds: float) -> None:
         """Note the admitted pass: ``rows`` int64 [C] of requests in ``slots`` int64 [C], and its ``seconds``."""
         self._waited[self._absent] += 1
-        self._shares.observe(self._tenant[slots], rows, seconds)
+        if len(self._requests) > 1:
+            self._shares.observe(self._tenant[slots], rows, seconds)

@@ -52,10 +52,15 @@ class TenantShares:
         if self._owed.keys() != present:
             self._owed = {tenant: self._owed.get(tenant, 0.0) for tenant in present}
             self._alone = {tenant: time for tenant, time in self._alone.items() if tenant in present}
-        if len(present) < 2:
-            return None
         late = {tenant for tenant, owed in self._owed.items() if owed > self._alone.get(tenant, -1.0)}
         return np.array([tenant in late for tenant in tenants.tolist()]) if late and late != present else None
+
+    def forget(self, tenant: Any) -> None:
+        """Forget a tenant that has left; one that is alone then owes nobody."""
+        self._alone.pop(tenant, None)
+        self._owed.pop(tenant, None)
+        if len(self._owed) < 2:
+            self._owed = {}
 
     def observe(self, tenants: np.ndarray, rows: np.ndarray, seconds: float) -> None:
         """Note a pass: ``rows`` int64 [C] of requests of ``tenants`` [C]."""

@@ -22,9 +22,10 @@ from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, Capacity
 from echo_trt.backends.cuda.transfers import TRANSFERS
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.read_recipe import load_recipe
-from echo_trt.engine.batch import InputBatch, blocks_for
+from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.core import Emitted, EngineCore
 from echo_trt.engine.drafters.levels import LevelsDraft, LevelsDrafter
+from echo_trt.engine.kv_blocks import blocks_for
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Request
 from echo_trt.models.config import DecoderConfig, Eagle3Config

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from echo_trt.backends.kind import computes_in
 from echo_trt.cli.generate import GenerateRun, results
-from echo_trt.engine.batch import blocks_for
+from echo_trt.engine.kv_blocks import blocks_for
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Delta, SamplingParams
 from echo_trt.speculation.policy_names import DEFAULT, PLAIN
@@ -44,7 +44,7 @@ def sides_of(
     batch = llm.loop.batch
     longest = sorted(map(len, prompts))[-batch.count :]
     needed = sum(blocks_for(min(length + limit, batch.context) + batch.reserve) for length in longest)
-    if not llm.networks.target.paged or needed > batch.num_blocks // len(policies):
+    if not llm.networks.target.paged or needed > batch.blocks.count // len(policies):
         return [Side(policy) for policy in policies]
     loops = side_by_side(llm, policies, budget)
     return [Side(policy, loop) for policy, loop in zip(policies, loops, strict=True)]

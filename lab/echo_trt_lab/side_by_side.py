@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from echo_trt.engine.batch import InputBatch, blocks_for
+from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.core import EngineCore
+from echo_trt.engine.kv_blocks import blocks_for
 from echo_trt.engine.llm import LLM
 from echo_trt.speculation.pack import pack
 
@@ -19,9 +20,10 @@ def side_by_side(llm: LLM, policies: Sequence[str], budget: int | None = None) -
     An engine that keeps states for each slot cannot be divided (``Engine.paged``).
     """
     batch, loops = llm.loop.batch, []
-    blocks = batch.num_blocks // len(policies)
+    blocks = batch.blocks.count // len(policies)
     for number, name in enumerate(policies):
-        slots = InputBatch(batch.count, batch.context, batch.reserve, blocks, batch.cache.enabled, number * blocks)
+        cached = batch.blocks.cache.enabled
+        slots = InputBatch(batch.count, batch.context, batch.reserve, blocks, cached, number * blocks)
         part = llm.networks.over(slots)
         loops.append(part.loop(llm.tuning.planner(name, budget, part)))
     return loops
@@ -37,7 +39,7 @@ def gap(llm: LLM, prompt: Sequence[int], first: Sequence[int], second: Sequence[
     if shared is None:
         return math.inf
     ids = llm.checked([*prompt, *first[:shared]])
-    llm.loop.batch.forget_cached()  # the pass below writes over the pool
+    llm.loop.batch.blocks.forget_cached()  # the pass below writes over the pool
     count = np.array([len(ids)])
     table = np.arange(blocks_for(len(ids)))[None]
     call = pack(ids, np.arange(len(ids)), np.zeros(1, np.int64), count, table, count - 1)

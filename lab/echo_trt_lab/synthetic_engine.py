@@ -23,7 +23,7 @@ from echo_trt.engine.tuning import USUAL_GATES
 from echo_trt.speculation.drafts import Draft, Proposals
 from echo_trt.speculation.goodput.model.acceptance import CALIBRATED_START, Acceptance
 from echo_trt.speculation.pack import BLOCK, ForwardBatch
-from echo_trt.speculation.sampling.choice import SamplingBatch, choose
+from echo_trt.speculation.sampling.draw import SamplingBatch, choose
 from echo_trt.speculation.super_tree import SuperTree
 from echo_trt_lab.synthetic_text import VARIABLE, Rates, synthetic_text
 
@@ -130,7 +130,7 @@ def propose(drafter: Any, text: Any) -> Any:
     def begin_text(slots: np.ndarray) -> SyntheticDraft:
         keys = text_keys(batch, slots)
         if known is not None:
-            known[batch.block_table[slots, batch.committed[slots] // BLOCK]] = keys
+            known[batch.blocks.table[slots, batch.committed[slots] // BLOCK]] = keys
         return SyntheticDraft(begin(slots), text, keys, batch, slots)
 
     drafter.begin = begin_text

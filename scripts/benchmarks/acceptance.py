@@ -20,8 +20,7 @@ from echo_trt.engine.options import run_alone
 from echo_trt.engine.params import SamplingParams
 from echo_trt.files.prompts import read_prompts
 from echo_trt.speculation.goodput import planner as goodput
-from echo_trt.speculation.goodput.learner.fit import AcceptanceFit
-from echo_trt.speculation.goodput.learner.sources import SourceLearner
+from echo_trt.speculation.goodput.learner.sources import AcceptanceFit, SourceLearner
 from echo_trt.speculation.goodput.model.acceptance import CALIBRATED, Acceptance
 from echo_trt.speculation.goodput.settings import GoodputTuning
 from echo_trt.speculation.planner import Iteration

@@ -79,8 +79,8 @@ def alone(bundle: Path, load: Load) -> None:
 
     from echo_trt.engine.llm import LLM
     from echo_trt.engine.params import SamplingParams
-    from echo_trt.engine.request import Event
-    from echo_trt.engine.service.job import ServiceRequest
+    from echo_trt.engine.request import Event, Request
+    from echo_trt.engine.service.job import Job
     from echo_trt.engine.service.service import Service
 
     llm = LLM(bundle)
@@ -97,7 +97,7 @@ def alone(bundle: Path, load: Load) -> None:
             if event.reason:
                 done.set()
 
-        service.submit(ServiceRequest(prompt=np.asarray(prompts[i]), params=params, on_event=tell))
+        service.submit(Job(Request(i, np.asarray(prompts[i]), params), tell))
         done.wait()
         return tokens
 

@@ -42,7 +42,7 @@ def main(
     taken: dict[bool, list[list[Figures]]] = {True: [], False: []}
     for number, turns in enumerate(rows):
         for cached in (True, False) if number % 2 else (False, True):
-            llm.loop.batch.forget_cached()
+            llm.loop.batch.blocks.forget_cached()
             taken[cached].append(hold(llm, turns, cached, max_tokens))
     table = Table("turn", "prompt", "computed", "without", "first token, ms", "without")
     for turn in range(min(map(len, rows))):
@@ -59,7 +59,7 @@ def hold(llm: LLM, turns: Sequence[str], cached: bool, max_tokens: int) -> list[
     messages, figures = [], []
     for output in turns:
         if not cached:
-            llm.loop.batch.forget_cached()
+            llm.loop.batch.blocks.forget_cached()
         messages.append({"role": "user", "content": output})
         prompt = llm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         computed = llm.counters.prompt_tokens

@@ -8,7 +8,7 @@ from plugins.test_sampling_kernels import choice_of, rows_of
 
 from echo_trt.backends.cuda import device_rows
 from echo_trt.backends.cuda.device_rows import DeviceLogits
-from echo_trt.speculation.sampling.choice import choose
+from echo_trt.speculation.sampling.draw import choose
 
 
 def test_few_rows_best_tokens_are_searched_for_at_once(monkeypatch):

@@ -8,7 +8,7 @@ from models.checkpoints import head_config, head_tensors, qwen3, write_head
 from pairs import FOLDERS, PAIRS, SIZES, VOCAB, recipe_of, write_tokenizer
 from refusal import refused
 
-from echo_trt.adapters.triton.request import Reader, TritonRequest
+from echo_trt.adapters.triton.request import Reader
 from echo_trt.bundle.manifest import read_manifest, sha256, verify_files
 from echo_trt.bundle.recipe import Sampling
 from echo_trt.cli.build import build
@@ -234,10 +234,9 @@ def test_what_the_checkpoint_recommends_is_the_default_of_requests(networks, tmp
     assert llm.default_params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95, min_p=0.1)
     reader = Reader(PromptReader(tmp_path / "bundle", 100), llm.manifest.sampling.given())
     ids, greedy = {"input_ids": [5]}, {"temperature": 0.0}
-    reader.read(ids, answer := TritonRequest())
-    assert answer.params == llm.default_params
-    reader.read(ids | greedy, answer)
-    assert answer.params == SamplingParams(temperature=0.0, top_k=20, top_p=0.95, min_p=0.1)
+    assert reader.read(ids).job.request.params == llm.default_params
+    params = reader.read(ids | greedy).job.request.params
+    assert params == SamplingParams(temperature=0.0, top_k=20, top_p=0.95, min_p=0.1)
     preferred = {"sampling": Sampling(temperature=0.2, repetition_penalty=1.1)}
     recipe = recipe_of("lookup", folder).model_copy(update=preferred)
     recommended = build(recipe, folder, tmp_path / "bundle").sampling

@@ -269,6 +269,9 @@ def test_without_the_lab_a_text_has_no_colours(echo_trt, bundle_of, without_lab)
     refused = echo_trt("generate", bundle_of("close"), "hi", "--compare")
     assert refused.code == 2
     assert "generate has no compare without echo-trt-lab; run pip install ./lab" in refused.err
+    refused = echo_trt("bench", bundle_of("close"))
+    sentence = "error: bench is a command of echo-trt-lab; run pip install ./lab in the repository.\n"
+    assert (refused.code, refused.err) == (2, sentence)
 
 
 def echo_trt_of(*words: object, stdout: Any = subprocess.PIPE, **more: Any) -> subprocess.CompletedProcess:

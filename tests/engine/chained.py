@@ -104,5 +104,5 @@ class Chained(Engine):
 
 
 def chained_loop(batch: InputBatch, planner: Planner, chunk: int) -> EngineCore:
-    target, head = (Chained(batch.num_blocks, head) for head in (False, True))
+    target, head = (Chained(batch.blocks.count, head) for head in (False, True))
     return EngineCore(target, Eagle3Drafter(head, batch, chunk, 3, 3), batch, planner, (), chunk)

@@ -98,9 +98,9 @@ def assert_all_free(loop: EngineCore) -> None:
     batch = loop.batch
     assert not loop.scheduler.busy
     assert not batch.active.any()
-    assert batch.used_blocks == 0
-    assert batch.free_blocks + batch.cached_blocks == loop.target.num_blocks
-    assert not batch.blocks_held.any()
+    assert batch.blocks.used == 0
+    assert batch.blocks.free + batch.blocks.cached == loop.target.num_blocks
+    assert not batch.blocks.held.any()
 
 
 class Counted(Engine):

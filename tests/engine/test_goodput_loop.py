@@ -54,7 +54,7 @@ def test_block_drafters_of_other_families_write_the_same_tokens(family, batch, o
 @pytest.mark.parametrize("pair", PAIRS)
 def test_latency_targets_change_no_token(pair, open_llm, plain_ids, monkeypatch):
     """Every fourth request wants more than the machine has, so that others sit out passes, and chunks are small."""
-    monkeypatch.setattr("echo_trt.speculation.goodput.model.prices.MIN_CHUNK", 3)
+    monkeypatch.setattr("echo_trt.speculation.goodput.model.iteration.MIN_CHUNK", 3)
     llm = open_llm(pair, "autoregressive", 8)
     llm.loop.planner = planner = goodput_planner(llm, machine(each=0.1))
     admit, sat_out, waited, computed = planner.admit, [], [], []

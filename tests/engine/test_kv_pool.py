@@ -26,7 +26,7 @@ def pool_of(folder: Path, **given: int) -> KVPool:
 def test_a_batch_beyond_the_memory_opens_and_answers(with_limits):
     """64 contexts of a million tokens would take 88 GB."""
     llm = LLM(with_limits("lookup", context=2**20, batch=64), "autoregressive")
-    assert llm.pool.request_blocks <= llm.pool.blocks == llm.loop.batch.num_blocks < 64 * llm.pool.request_blocks
+    assert llm.pool.request_blocks <= llm.pool.blocks == llm.loop.batch.blocks.count < 64 * llm.pool.request_blocks
     assert llm.pool.bytes <= max(SHARE * psutil.virtual_memory().total, llm.pool.request_blocks * llm.pool.block_bytes)
     assert len(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4))[0].token_ids) == 4
 
@@ -34,7 +34,7 @@ def test_a_batch_beyond_the_memory_opens_and_answers(with_limits):
 def test_a_small_batch_takes_no_more_than_its_contexts(bundle_of):
     for batch in (1, 5):
         llm = LLM(bundle_of("lookup"), "autoregressive", batch)
-        assert llm.loop.batch.num_blocks == batch * llm.pool.request_blocks
+        assert llm.loop.batch.blocks.count == batch * llm.pool.request_blocks
         assert f"{batch} request" in llm.pool.sentence
 
 
@@ -79,7 +79,7 @@ def test_a_pool_that_is_chosen_overrides_the_recipe(with_limits):
     fixed = pool_of(folder)
     assert fixed.blocks == 40
     memory = 100 * fixed.block_bytes + 5
-    assert LLM(folder, "autoregressive", kv_cache_memory=memory).loop.batch.num_blocks == 100
+    assert LLM(folder, "autoregressive", kv_cache_memory=memory).loop.batch.blocks.count == 100
     with refused("--kv-cache-memory is 0.0 MB", "limits.context 160", "raise it"):
         pool_of(folder, memory=1)
 

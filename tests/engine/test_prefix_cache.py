@@ -12,8 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from echo_trt.engine.batch import InputBatch, blocks_for
-from echo_trt.engine.prefix_cache import PrefixCache
+from echo_trt.engine.batch import InputBatch
+from echo_trt.engine.kv_blocks import PrefixCache, blocks_for
 from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.planner import PlainPlanner
 
@@ -81,8 +81,8 @@ class Traffic(RuleBasedStateMachine):
     def start_again(self, forget):
         requests = self.loop.scheduler.preempt_all()
         if forget:
-            self.loop.batch.forget_cached()
-            assert self.loop.batch.free_blocks == self.loop.batch.num_blocks
+            self.loop.batch.blocks.forget_cached()
+            assert self.loop.batch.blocks.free == self.loop.batch.blocks.count
         for request in requests:
             self.loop.scheduler.add(request)
 
@@ -94,7 +94,7 @@ class Traffic(RuleBasedStateMachine):
             needed = blocks_for(
                 len(loop.scheduler.waiting[0].prompt) + len(loop.scheduler.waiting[0].generated) + RESERVE
             )
-            assert needed > batch.num_blocks - batch.blocks_held.sum()
+            assert needed > batch.blocks.count - batch.blocks.held.sum()
 
     @invariant()
     def texts_are_the_targets(self):
@@ -108,20 +108,20 @@ class Traffic(RuleBasedStateMachine):
 
     @invariant()
     def every_block_has_one_place(self):
-        batch, cache = self.loop.batch, self.loop.batch.cache
+        batch, cache = self.loop.batch, self.loop.batch.blocks.cache
         held = Counter()
         for slot in range(COUNT):
-            held.update(batch.block_table[slot, : batch.blocks_held[slot]].tolist())
-        free, idle = batch._free[: batch.free_blocks].tolist(), list(cache._idle)
-        assert sorted([*held, *free, *idle]) == list(range(batch.num_blocks))
-        assert batch.used_blocks == len(held) <= batch.blocks_held.sum()
+            held.update(batch.blocks.table[slot, : batch.blocks.held[slot]].tolist())
+        free, idle = batch.blocks._free[: batch.blocks.free].tolist(), list(cache._idle)
+        assert sorted([*held, *free, *idle]) == list(range(batch.blocks.count))
+        assert batch.blocks.used == len(held) <= batch.blocks.held.sum()
         assert cache._holders == {block: held[block] for block in cache._key}
         assert all(count == 1 for block, count in held.items() if block not in cache._key)
         assert {key: block for block, key in cache._key.items()} == cache._block
 
     @invariant()
     def ends_go_before_beginnings(self):
-        cache = self.loop.batch.cache
+        cache = self.loop.batch.blocks.cache
         position = {cache._key[block]: i for i, block in enumerate(cache._idle)}
         for request in self.requested:
             chain = [position[key] for key in request.keys if key in position]

@@ -43,7 +43,7 @@ def test_a_conversation_is_the_same_under_every_policy(pair, open_llm, without):
             llm.loop.planner = goodput_planner(llm, machine(), policy)
         else:
             llm.set_policy(policy)
-        llm.loop.batch.forget_cached()
+        llm.loop.batch.blocks.forget_cached()
         found = llm.counters.cached_tokens
         assert conversation(llm, **sampling) == expected
         assert llm.counters.cached_tokens - found == 2 * BLOCK + 3 * BLOCK
@@ -62,7 +62,7 @@ def test_eight_at_once_share_a_system_prompt(pair, policy, open_llm, without):
     for part in range(2):  # at once, and again when all is there
         computed, held = llm.counters.prompt_tokens, 0
         for delta in llm.stream(prompts, params):
-            held = max(held, int(llm.loop.batch.blocks_held.sum()) - llm.loop.batch.used_blocks)
+            held = max(held, int(llm.loop.batch.blocks.held.sum()) - llm.loop.batch.blocks.used)
             if delta.completion:
                 assert delta.completion.token_ids == expected[delta.index]
         new = sum(map(len, prompts)) - 7 * 2 * BLOCK if part == 0 else sum(len(p) % BLOCK for p in prompts)
@@ -91,4 +91,4 @@ def test_the_recipe_turns_it_off(with_limits):
     for _ in range(2):
         llm.generate([prompt_ids(90, 0)], SamplingParams(max_tokens=3))
     assert llm.counters.prompt_tokens == llm.counters.asked_tokens == 180
-    assert llm.loop.batch.free_blocks == llm.loop.batch.num_blocks
+    assert llm.loop.batch.blocks.free == llm.loop.batch.blocks.count

@@ -13,7 +13,7 @@ from plugins.interpreted import interpreted
 from plugins.test_sampling_kernels import choice_of, chosen, rows_of
 
 from echo_trt.models import layers
-from echo_trt.speculation.sampling import choice as host
+from echo_trt.speculation.sampling import draw as host
 
 pytestmark = pytest.mark.gpu
 

@@ -49,7 +49,7 @@ def test_a_pool_too_small_for_both_lets_them_run_one_after_another(open_llm):
     long = [[5] * 150] * 3
     batch = llm.loop.batch
     needed = 3 * -(-(batch.context + batch.reserve) // 32)
-    expected = needed > batch.num_blocks // 2
+    expected = needed > batch.blocks.count // 2
     sides = sides_of(llm, POLICIES, long, 1000)
     assert all(side.loop is None for side in sides) == expected
     one_by_one = [Side(policy) for policy in POLICIES]

@@ -27,13 +27,13 @@ def test_figures_of_other_rows_do_not_outlive_a_measurement(open_llm):
     prompt, params = prompt_ids(90, 0), SamplingParams(max_tokens=30, ignore_eos=True)
     first = llm.generate([prompt], params)[0].token_ids
     gap(llm, prompt_ids(90, 1), [5], [6])
-    assert llm.loop.batch.cached_blocks == 0
+    assert llm.loop.batch.blocks.cached == 0
     assert llm.generate([prompt], params)[0].token_ids == first
 
 
 def test_a_part_of_a_pool_too_small_for_a_request_refuses_it(open_llm):
     """It would wait for blocks that never come."""
     llm = open_llm("lookup")
-    part = side_by_side(llm, ["autoregressive"] * llm.loop.batch.num_blocks)[0]
+    part = side_by_side(llm, ["autoregressive"] * llm.loop.batch.blocks.count)[0]
     with refused("the request may need", "there are 1", "lower its max_tokens"):
         part.scheduler.check(llm.request(0, [5, 6], SamplingParams(max_tokens=64)))

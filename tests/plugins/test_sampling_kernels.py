@@ -17,8 +17,8 @@ from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.sampler import TargetOutput
 from echo_trt.speculation.accept import accept
-from echo_trt.speculation.sampling import choice as host
-from echo_trt.speculation.sampling.choice import SamplingBatch
+from echo_trt.speculation.sampling import draw as host
+from echo_trt.speculation.sampling.draw import SamplingBatch
 from echo_trt.speculation.super_tree import SuperTree
 
 NAME = "super_tree_attention.sampling_kernels"

@@ -95,16 +95,13 @@ def engine_of(
     """Return the socket of an engine in this process; ``options`` are of ``LLM``."""
     from echo_trt.engine.latency import LatencyClasses
     from echo_trt.engine.llm import LLM
-    from echo_trt.engine.process import wire
     from echo_trt.engine.process.host import Host
     from echo_trt.engine.service.metrics import EngineMetrics
     from echo_trt.engine.service.service import Service
 
     llm = LLM(bundle, **options)
     service = Service(llm, queue, keeps_latency)
-    context, sampling = llm.loop.batch.context, llm.manifest.sampling.given()
-    info = wire.ModelInfo(bundle=str(bundle), context=context, sampling=sampling)
-    host = Host(service, info, EngineMetrics("echo"), LatencyClasses(classes))
+    host = Host(service, bundle, EngineMetrics("echo"), LatencyClasses(classes))
     folder = Path(tempfile.mkdtemp())  # pytest's own are too long for a socket
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
     thread = threading.Thread(target=loop.run_until_complete, args=(host.serve(folder / "engine", stop),), daemon=True)

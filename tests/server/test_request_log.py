@@ -235,7 +235,7 @@ def test_an_unexpected_failure_has_the_id_of_its_answer(said, monkeypatch, bundl
         assert answer.status_code == 500
         assert answer.json()["error"]["message"] == "The API server failed at this request; its log says why."
         monkeypatch.undo()
-        monkeypatch.setattr(host.OpenRequest, "tokens", fail)
+        monkeypatch.setattr(host.OpenAnswer, "take", fail)
         later = client.post("/v1/chat/completions", json=CHAT)
         assert later.status_code == 500
         monkeypatch.undo()

@@ -14,9 +14,10 @@ from seeded_draft import SteadyDraft
 from echo_trt.speculation.drafts import Pass
 from echo_trt.speculation.goodput.ladder import Ladder
 from echo_trt.speculation.goodput.model.costs import Curve
-from echo_trt.speculation.goodput.model.prices import prices
+from echo_trt.speculation.goodput.model.iteration import prices
 from echo_trt.speculation.pacer import HASTE, PATIENCE, Latency, Pace, Pacer, Seats
 from echo_trt.speculation.planner import Iteration, Plan
+from echo_trt.speculation.shares import TenantShares
 
 KNEE = Curve([1, 8, 16, 32, 64, 256], [10e-3, 10e-3, 12e-3, 20e-3, 38e-3, 150e-3])
 DRAFT, CHILDREN = linear(1e-4, 1e-6), [0.7, 0.1, 0.05]
@@ -37,6 +38,19 @@ def seats_of(pace: Pace, context: int = 0, waiting: int = 0, chunk: int = 256) -
 def seated(planner, pace: Pace, context: int = 0) -> np.ndarray:
     """Return which requests are in the pass, bool [B]."""
     return np.isin(np.arange(len(pace.wanted)), planner.admit(seats_of(pace, context)).decoding)
+
+
+def test_passes_are_shared_only_while_several_tenants_run(monkeypatch):
+    """Where no keys are used, a pass costs nothing more."""
+    pacer, slots, observed = Pacer(2), np.arange(2), []
+    monkeypatch.setattr(TenantShares, "observe", lambda *noted: observed.append(noted))
+    pacer.begin(0, Latency(), 0.0)
+    for tenant, passes in ((b"", 0), (b"one", 1), (b"", 1), (b"two", 2)):
+        pacer.begin(1, Latency(), 0.0, tenant=tenant)
+        pacer.admit(Seats(slots, slots, slots[:0], 256), lambda seats: None, 0.0)
+        pacer.ran(slots, slots, 0.1)
+        pacer.end(1)
+        assert len(observed) == passes
 
 
 def test_a_request_is_behind_by_the_tokens_that_its_target_asks_for_since_the_first():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from echo_trt.adapters.dynamo.migration import Boundary
@@ -21,7 +21,7 @@ REASONS = {"stop": "stop", "length": "length", "deadline": "length", "busy": "st
 
 @dataclass(eq=False, kw_only=True)
 class DynamoAnswer(Pending):
-    """A request of Dynamo's frontend; ``generated`` are tokens of the answer that another worker has emitted.
+    """An answer to Dynamo's frontend; ``generated`` of its request are tokens that another worker has emitted.
 
     boundary  for the worker that may have to go on with this answer
     text      finds stop strings; None: there are none
@@ -39,13 +39,13 @@ class DynamoAnswer(Pending):
         def tell(event: Event) -> None:
             loop.call_soon_threadsafe(self.events.put_nowait, event)
 
-        self.on_event = tell
-        service.submit(self)
+        self.job.on_event = tell
+        service.submit(self.job)
 
     def cancel(self) -> None:
         """End the request, if it was queued and has not ended."""
         if self.service:
-            self.service.cancel(self)
+            self.service.cancel(self.job)
 
     async def chunks(self, texts: TokenTexts) -> AsyncIterator[tuple[dict[str, Any], Event]]:
         """Yield Dynamo's chunks as they come, each with its event; events that came meanwhile are one.
@@ -56,12 +56,10 @@ class DynamoAnswer(Pending):
         while not event.reason:
             event = await self.events.get()
             while not self.events.empty():
-                later = self.events.get_nowait()
-                tokens, logprobs = [*event.token_ids, *later.token_ids], [*event.logprobs, *later.logprobs]
-                event = replace(later, token_ids=tokens, logprobs=logprobs)
+                event = self.events.get_nowait().behind(event)
             if self.text:
                 self._stop_at(self.text, event)
-            chunk: dict[str, Any] = {"token_ids": list(event.token_ids), "index": 0}
+            chunk: dict[str, Any] = {"token_ids": event.token_ids, "index": 0}
             if event.logprobs:
                 chunk |= _logprobs(event.logprobs, texts)
             if first and event.token_ids:
@@ -81,7 +79,7 @@ class DynamoAnswer(Pending):
             if event.reason in ("length", "deadline"):
                 event.reason = "stop"
             elif self.service and not before and not event.reason:
-                self.service.stop(self, text.used)
+                self.service.stop(self.job, text.used)
 
     def _last(self, end: Event, texts: TokenTexts) -> dict[str, Any]:
         chunk: dict[str, Any] = {
@@ -93,8 +91,8 @@ class DynamoAnswer(Pending):
                 "prompt_tokens_details": {"cached_tokens": end.cached_tokens},
             },
         }
-        if self.params.prompt_logprobs is not None:
-            entries = [_prompt_entry(entry, texts) for entry in self.prompt_logprobs]
+        if self.job.request.params.prompt_logprobs is not None:
+            entries = [_prompt_entry(entry, texts) for entry in self.job.request.prompt_logprobs]
             chunk["engine_data"] = {"prompt_logprobs": [None, *entries]}
         return chunk
 

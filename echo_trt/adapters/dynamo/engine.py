@@ -87,7 +87,7 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
             llm=LlmRegistration(
                 context_length=state.context,
                 kv_cache_block_size=BLOCK,
-                total_kv_blocks=state.num_blocks,
+                total_kv_blocks=state.blocks.count,
                 max_num_seqs=state.count,
                 max_num_batched_tokens=loop.chunk,
                 enable_eagle=True,
@@ -108,12 +108,12 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
 
     async def kv_event_sources(self) -> list[PushSource]:
         assert self._service
-        cache = self._service.loop.batch.cache
+        cache = self._service.loop.batch.blocks.cache
         return [PushSource(on_ready=self._publish_to)] if cache.enabled else []
 
     def _publish_to(self, publisher: Any) -> None:
         assert self._service
-        self._service.loop.batch.cache.listener = BlockEvents(publisher)
+        self._service.loop.batch.blocks.cache.listener = BlockEvents(publisher)
 
     def component_metrics_dp_ranks(self) -> list[int]:
         return [0]
@@ -140,7 +140,7 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
             await asyncio.to_thread(self._beats.join)
         if service:
             await asyncio.to_thread(service.close, self._job.drain_seconds)
-            service.loop.batch.cache.listener = None
+            service.loop.batch.blocks.cache.listener = None
         if self._passes:
             self._passes.shutdown()
             self._passes = None
@@ -154,8 +154,9 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
         with self._refusals():
             eos, metadata = service.loop.scheduler.eos, dict(context.metadata.items())
             answer = read(request, metadata, self._recommended, eos, self._classes)
-            if answer.params.stop:
-                answer.text = AnswerText(self._tokenizer.backend_tokenizer, answer.params, answer.generated)
+            asked = answer.job.request
+            if asked.params.stop:
+                answer.text = AnswerText(self._tokenizer.backend_tokenizer, asked.params, asked.generated)
         self._open[answer] = context
         answer.arrived = arrived
         try:

@@ -1,6 +1,6 @@
 """KV events: which blocks a worker's prefix cache keeps, so that Dynamo's router knows where a prompt's beginning is.
 
-A block's key covers its 32 tokens and the next one (``engine.prefix_cache``), as Dynamo's keys for EAGLE heads do:
+A block's key covers its 32 tokens and the next one (``engine.kv_blocks``), as Dynamo's keys for EAGLE heads do:
 Dynamo hashes windows of 33 tokens, which overlap by one.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from echo_trt.engine.prefix_cache import rows
+from echo_trt.engine.kv_blocks import rows
 from echo_trt.speculation.pack import BLOCK
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from echo_trt.adapters.dynamo.answers import DynamoAnswer
 from echo_trt.adapters.dynamo.migration import Boundary, boundary_of, migrated
 from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.params import SINGLE, SamplingParams
-from echo_trt.engine.service.protocol import FIRST
+from echo_trt.engine.request import FIRST, Request
+from echo_trt.engine.service.job import Job
 from echo_trt.errors import UserError, shown
 
 #: Key of a request's metadata, which a client sends as the header x-dynamo-meta-deadline-ms.
@@ -96,14 +97,10 @@ def read(
         **given,
     )
     urgency = int((request.get("routing") or {}).get("priority") or 0)  # higher where Dynamo serves it first
-    return DynamoAnswer(
-        prompt=np.asarray(prompt, np.int64),
-        params=params,
-        generated=prior_tokens,
-        boundary=Boundary(length, first),
-        priority=FIRST if request.get(HEALTH_CHECK) else -max(min(urgency, INT32), -INT32),
-        seconds=_seconds(metadata.get(DEADLINE)),
-    )
+    priority = FIRST if request.get(HEALTH_CHECK) else -max(min(urgency, INT32), -INT32)
+    asked = Request(-1, np.asarray(prompt, np.int64), params, prior_tokens, priority=priority)
+    job = Job(asked, seconds=_seconds(metadata.get(DEADLINE)))
+    return DynamoAnswer(job=job, boundary=Boundary(length, first))
 
 
 def _refuse_unknown(request: Mapping[str, Any]) -> None:

@@ -19,14 +19,13 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from echo_trt.adapters.triton.inputs import INPUTS
-from echo_trt.adapters.triton.replies import FINAL, Replies, Reply, failed
+from echo_trt.adapters.triton.replies import FINAL, Replies, failed
 from echo_trt.adapters.triton.request import Reader
 from echo_trt.engine.host_memory import bytes_in
 from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.process.host import Host
 from echo_trt.engine.process.pending import refusal
-from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.engine.service.kv_events import publish_kv_events
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
@@ -66,21 +65,16 @@ class TritonPythonModel:
         )
         (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
         classes = LatencyClasses(_setting(config, "latency_classes"))
-        prompts = PromptReader(bundle, llm.loop.batch.context, _truth(config, "special_tokens_in_content"))
+        special = _truth(config, "special_tokens_in_content")
+        prompts = PromptReader(bundle, llm.loop.batch.context, special)
         self._reader = Reader(prompts, llm.manifest.sampling.given(), classes)
-        publish_kv_events(llm.loop.batch.cache, _setting(config, "kv_events_config"))
+        publish_kv_events(llm.loop.batch.blocks.cache, _setting(config, "kv_events_config"))
         self._service = Service(llm, queue or QUEUE, _truth(config, "latency_admission"))
         signals = os.environ.get("ECHO_TRT_SIGNALS")
         name, self._metrics = args["model_name"], EngineMetrics(args["model_name"])
         self._replies = Replies(self._service, self._metrics, name, Path(signals) if signals else None)
         if socket := os.environ.get("ECHO_TRT_SOCKET"):
-            info = ModelInfo(
-                bundle=str(bundle.absolute()),
-                context=prompts.context,
-                sampling=llm.manifest.sampling.given(),
-                special_tokens_in_content=_truth(config, "special_tokens_in_content"),
-            )
-            host = Host(self._service, info, self._metrics, classes)
+            host = Host(self._service, bundle, self._metrics, classes, special)
             serve = host.serve(Path(socket), asyncio.Event())  # it ends with the service
             threading.Thread(target=asyncio.run, args=(serve,), name="host", daemon=True).start()
 
@@ -95,19 +89,20 @@ class TritonPythonModel:
         self._replies.close()
 
     def _take(self, request: pb_utils.InferenceRequest) -> None:
-        reply = Reply(arrived=time.monotonic(), sender=request.get_response_sender(), coded=_wants_codes(request))
+        arrived, sender, coded = time.monotonic(), request.get_response_sender(), _wants_codes(request)
 
         def queue() -> None:
-            reply.request_id = _checked_id(request)
+            request_id = _checked_id(request)
             found = {name: pb_utils.get_input_tensor_by_name(request, name) for name in self._inputs}
             given = {name: _plain(name, tensor.as_numpy()) for name, tensor in found.items() if tensor is not None}
-            self._reader.read(given, reply)
-            reply.on_event = lambda event: self._replies.put(reply, event)
-            self._service.submit(reply)
+            reply = self._reader.read(given)
+            reply.arrived, reply.sender, reply.coded, reply.job.request_id = arrived, sender, coded, request_id
+            reply.job.on_event = lambda event: self._replies.put(reply, event)
+            self._service.submit(reply.job)
             self._replies.put(reply, None)
 
         if failure := refusal(self._metrics, queue):
-            reply.sender.send(failed(failure, reply.coded), flags=FINAL)
+            sender.send(failed(failure, coded), flags=FINAL)
 
 
 def _checked_id(request: pb_utils.InferenceRequest) -> str:

@@ -12,7 +12,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from echo_trt.adapters.triton.request import TritonRequest
+from echo_trt.adapters.triton.request import Reply
 from echo_trt.engine.process.pending import failure_of
 from echo_trt.engine.process.wire import Failure, FailureKind
 from echo_trt.engine.request import ERRORS, Event
@@ -28,7 +27,6 @@ from echo_trt.engine.service.metric_aliases import TENSORRT_LLM
 from echo_trt.engine.service.metrics import HISTOGRAMS, EngineMetrics
 from echo_trt.engine.service.service import Service
 from echo_trt.engine.text.entries import logprob_object, source_object
-from echo_trt.engine.text.outgoing import OutgoingText
 
 log = logging.getLogger(__name__)
 
@@ -46,20 +44,6 @@ CODES: dict[FailureKind, str] = {
 LOOK, FLUSH, STUCK = 0.05, 0.25, 15.0
 LOOKED_AT = 16  # clients checked at once, in turn; larger: one that leaves is noticed sooner, at the engine's cost
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-
-
-@dataclass(eq=False, kw_only=True)
-class Reply(TritonRequest):
-    """An open answer to a client of Triton's.
-
-    coded  whether an error's message begins with its code
-    index  how many responses were sent
-    """
-
-    sender: Any
-    coded: bool = False
-    index: int = 0
-    ended: bool = False
 
 
 #: An event of a reply, None with it where the reply begins; None: close.
@@ -112,7 +96,7 @@ class Replies:
                     elif not reply.ended:
                         self._open[reply] = None
             for reply, event in changed.items():
-                if event.reason or (reply.streamed and reply.out and reply.out.unsent and not reply.broken):
+                if event.reason or (reply.streamed and reply.out.unsent and not reply.broken):
                     self._send(reply, event)
             now = time.monotonic()
             if now - looked >= LOOK:
@@ -146,20 +130,11 @@ class Replies:
 
     def _merge(self, reply: Reply, event: Event) -> None:
         try:
-            if not reply.broken and reply.out:
-                self._take_text(reply, reply.out, event)
+            if not reply.broken and reply.out.add(event):
+                self._service.stop(reply.job, reply.out.used)
         except Exception:  # this thread answers all the others, too
             self._break(reply)
         reply.observe(event, self._metrics)
-
-    def _take_text(self, reply: Reply, out: OutgoingText, event: Event) -> None:
-        before = out.stopped
-        news = event.token_ids, event.logprobs, event.sources, reply.prompt_logprobs
-        event.reason = out.add(*news, event.reason)
-        if out.stopped:
-            event.completion_tokens = out.used
-            if not before and not event.reason:
-                self._service.stop(reply, out.used)
 
     def _send(self, reply: Reply, event: Event) -> None:
         try:
@@ -178,9 +153,9 @@ class Replies:
 
     def _break(self, reply: Reply) -> None:
         """Let a reply end with an error, since a part of it is lost."""
-        log.exception("a reply could not be sent; its request is cancelled", extra=reply.named)
+        log.exception("a reply could not be sent; its request is cancelled", extra=reply.job.named)
         reply.broken = True
-        self._service.cancel(reply)
+        self._service.cancel(reply.job)
 
     def _drain_if_asked(self) -> None:
         if not self._signals or not (self._signals / "drain").exists():
@@ -192,7 +167,7 @@ class Replies:
         for reply in list(islice(self._open, LOOKED_AT)):
             self._open[reply] = self._open.pop(reply)  # the last, next time
             if reply.sender.is_cancelled():
-                self._service.cancel(reply)
+                self._service.cancel(reply.job)
 
 
 class Bridge:
@@ -254,13 +229,12 @@ def _response(reply: Reply, event: Event) -> pb_utils.InferenceResponse:
     if event.reason in ERRORS:
         return failed(failure_of(event), reply.coded)
     out = reply.out
-    assert out
     text, token_ids = out.take()
     tensors = [
         _strings("text_output", text),
         pb_utils.Tensor("output_ids", np.array([token_ids], np.int32).reshape(1, -1)),
         _numbers("sequence_index", reply.index, np.int32),
-        _numbers("prompt_tokens", len(reply.prompt), np.int32),
+        _numbers("prompt_tokens", len(out.ids), np.int32),
     ]
     if out.in_thought is not None and reply.index == 0:
         tensors.append(_numbers("in_thought", out.in_thought, bool))

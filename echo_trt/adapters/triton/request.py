@@ -1,4 +1,4 @@
-"""What a request to Triton says: its tensors become a prompt, sampling parameters and what is wanted back."""
+"""What a request to Triton says: its tensors become a job, and what is wanted back."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from echo_trt.adapters.triton.inputs import ALIASES, DEFAULTS, MAX_STOP_WORDS
 from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.params import MAX_LOGPROBS, SINGLE, SamplingParams
 from echo_trt.engine.process.pending import Pending
-from echo_trt.engine.text.outgoing import OutgoingText
+from echo_trt.engine.request import Request
+from echo_trt.engine.service.job import Job
 from echo_trt.engine.text.prompts import RULE, ChatPrompt, PromptInput, PromptReader
+from echo_trt.engine.text.stream import OutgoingText
 from echo_trt.errors import UserError
 from echo_trt.models.messages import checked_messages, checked_tools
 
@@ -23,11 +25,21 @@ IN_CHATS = ("tools", "chat_template_kwargs")  # inputs that mean nothing without
 
 
 @dataclass(eq=False, kw_only=True)
-class TritonRequest(Pending):
-    """A request that was read. ``statistics``: whether its client wants them; ``out``: the answer's text."""
+class Reply(Pending):
+    """An open answer to a client of Triton's.
 
+    out         the answer's text
+    statistics  whether its client wants them
+    sender      takes responses, of which ``index`` were sent
+    coded       whether an error's message begins with its code
+    """
+
+    out: OutgoingText
     statistics: bool = False
-    out: OutgoingText | None = None
+    sender: Any = None
+    coded: bool = False
+    index: int = 0
+    ended: bool = False
 
 
 class Reader:
@@ -43,8 +55,8 @@ class Reader:
         """
         self._prompts, self._sampling, self._classes = prompts, dict(sampling or {}), classes or LatencyClasses()
 
-    def read(self, inputs: Mapping[str, Any], answer: TritonRequest) -> None:
-        """Put what ``inputs`` ask for into ``answer``. Raises UserError.
+    def read(self, inputs: Mapping[str, Any]) -> Reply:
+        """Return what ``inputs`` ask for. Raises UserError.
 
         inputs  plain values by their names in ``INPUTS``; what is absent has its default
         """
@@ -59,7 +71,7 @@ class Reader:
             raise UserError(
                 f"min_length is {min_tokens}; give a whole number from 0 (off) to max_tokens, {max_tokens}."
             )
-        answer.params = SamplingParams(
+        params = SamplingParams(
             **{name: _value(inputs, known.tensor or name) for name, known in SINGLE.items()}
             | {
                 "top_p": _value(inputs, "top_p") or 1.0,  # clients of TensorRT-LLM send 0 for "off"
@@ -71,11 +83,14 @@ class Reader:
                 "latency": self._classes.read(inputs.get("latency", "")),
             }
         )
-        answer.prompt = np.asarray(ids, np.int64)
-        answer.streamed, answer.statistics = _value(inputs, "stream"), _value(inputs, "return_perf_metrics")
-        answer.priority, answer.seconds = _value(inputs, "priority"), deadline / 1000 if deadline else None
+        request = Request(-1, np.asarray(ids, np.int64), params, priority=_value(inputs, "priority"))
         echoes = not _value(inputs, "exclude_input_in_output")
-        answer.out = OutgoingText(self._prompts, prompt, ids, answer.params, echoes)
+        return Reply(
+            job=Job(request, seconds=deadline / 1000 if deadline else None),
+            streamed=_value(inputs, "stream"),
+            statistics=_value(inputs, "return_perf_metrics"),
+            out=OutgoingText(self._prompts, prompt, ids, params, echoes),
+        )
 
 
 def _prompt(inputs: Mapping[str, Any]) -> PromptInput:

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from echo_trt.backends.cuda.calls import Staging
 from echo_trt.backends.cuda.transfers import fetch
-from echo_trt.speculation.sampling import choice as host
-from echo_trt.speculation.sampling.choice import SamplingBatch, part_of
-from echo_trt.speculation.sampling.draw import GREEDY
+from echo_trt.speculation.sampling import draw as host
+from echo_trt.speculation.sampling.draw import GREEDY, SamplingBatch, part_of
 
 _LOW = 0xFFFFFFFF
 #: Bytes of logits in float32, and of counts beside them, that penalties and biases change at once. Larger: fewer

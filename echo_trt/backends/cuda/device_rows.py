@@ -14,7 +14,7 @@ from echo_trt.backends.cuda import choose
 from echo_trt.backends.cuda.calls import Staging
 from echo_trt.backends.cuda.device import check_room
 from echo_trt.backends.cuda.transfers import fetch, send
-from echo_trt.speculation.sampling.choice import SamplingBatch
+from echo_trt.speculation.sampling.draw import SamplingBatch
 
 #: Bytes of float32 logits whose best tokens are searched for at once; that takes several times as much memory. Larger:
 #: fewer launches, and more memory that the KV pool must leave free.

@@ -60,7 +60,7 @@ class BlockDrafter(Eagle3Drafter):
         owner, index = np.repeat(slots, counts), np.repeat(start, counts) + ragged_arange(counts)
         tokens, inputs = self.entries(owner, index)
         roots = batch.tokens[slots, batch.committed[slots]]
-        call, states = pack_blocks(self.shape, tokens, start, counts, roots, batch.block_table[slots])
+        call, states = pack_blocks(self.shape, tokens, start, counts, roots, batch.blocks.table[slots])
         return self.engine.run(call, features=inputs["features"], state_rows=states)
 
 

@@ -103,8 +103,8 @@ class EngineDrafter(Drafter):
         """Skip the draft prefill of blocks that another request with the same text has drafted."""
         batch = self.batch
         if len(slots):
-            committed = np.arange(batch.block_table.shape[1]) < (batch.committed[slots] // BLOCK)[:, None]
-            drafted = committed & batch.block_drafted[batch.block_table[slots]]
+            committed = np.arange(batch.blocks.table.shape[1]) < (batch.committed[slots] // BLOCK)[:, None]
+            drafted = committed & batch.blocks.drafted[batch.blocks.table[slots]]
             self.cached[slots] = BLOCK * np.logical_and.accumulate(drafted, axis=1).sum(axis=1)
 
     def prefill_draft(self, slots: np.ndarray, run: RunNewest | None = None) -> tuple[dict[str, Any], np.ndarray]:
@@ -126,7 +126,7 @@ class EngineDrafter(Drafter):
         outputs = (run or self._run_newest)(slots, start, goal - start)
         if full.any():
             index = np.repeat(first, full) + ragged_arange(full)
-            batch.block_drafted[batch.block_table[np.repeat(slots, full), index]] = True
+            batch.blocks.drafted[batch.blocks.table[np.repeat(slots, full), index]] = True
         self.cached[slots] = goal
         return outputs, newest
 
@@ -153,7 +153,7 @@ class EngineDrafter(Drafter):
         owner = np.repeat(slots, counts)
         index = np.repeat(start, counts) + ragged_arange(counts)
         tokens, inputs = self.entries(owner, index)
-        return pack(tokens, index, start, counts, self.batch.block_table[slots], requested), inputs
+        return pack(tokens, index, start, counts, self.batch.blocks.table[slots], requested), inputs
 
 
 class Eagle3Drafter(EngineDrafter):
@@ -173,7 +173,7 @@ class Eagle3Drafter(EngineDrafter):
         return {"features": self._features.read(np.zeros(entries, np.int64)), "hidden": self._states.read(NONE)}
 
     def entries(self, slots: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-        features = self._features.read(self.batch.rows(slots, index))
+        features = self._features.read(self.batch.blocks.rows(slots, index))
         return self.batch.tokens[slots, index + 1], {"features": features, "hidden": self._states.read(NONE)}
 
     def keep_states(self, handles: np.ndarray, outputs: dict[str, Any], rows: np.ndarray) -> None:
@@ -219,7 +219,7 @@ class EngineDraft(TimedDraft):
             self._past[part.request] + part.depth - 1,
             self._past[requests],
             part.sizes[requests],
-            drafter.batch.block_table[self._slots[requests]],
+            drafter.batch.blocks.table[self._slots[requests]],
             row_of[nodes],
             (mask, np.append(mask_begins[requests], mask_begins[-1])),
         )

@@ -116,7 +116,7 @@ class LevelsDraft(EngineDraft):
         past, engine = self._past[requests], drafter.engine
         for tokens in device_work(len(requests), shape, engine.padded_requests, lag, engine.sizes).tokens:
             self.ran(tokens, int(past.sum()))
-        return pack_levels(past, drafter.batch.block_table[self._slots[requests]], shape), shape, maximum
+        return pack_levels(past, drafter.batch.blocks.table[self._slots[requests]], shape), shape, maximum
 
 
 class DraftedTrees(KnownTrees):

@@ -19,7 +19,6 @@ from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.options import HostedOptions, LogFormat, command, run_alone
 from echo_trt.engine.process.host import Host
-from echo_trt.engine.process.wire import ModelInfo
 from echo_trt.engine.service.kv_events import publish_kv_events
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.protocol import MODEL
@@ -56,13 +55,7 @@ def run(options: HostOptions) -> int:
     )
     (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
     classes = LatencyClasses(options.latency_classes)
-    info = ModelInfo(
-        bundle=str(bundle.absolute()),
-        context=llm.loop.batch.context,
-        sampling=llm.manifest.sampling.given(),
-        special_tokens_in_content=options.special_tokens_in_content,
-    )
-    publish_kv_events(llm.loop.batch.cache, options.kv_events_config)
+    publish_kv_events(llm.loop.batch.blocks.cache, options.kv_events_config)
     service = Service(llm, options.queue, options.latency_admission)
     gc.freeze()  # what was loaded lives as long as the process
 
@@ -70,7 +63,8 @@ def run(options: HostOptions) -> int:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        return await Host(service, info, EngineMetrics(MODEL), classes).serve(options.socket, stop)
+        host = Host(service, bundle, EngineMetrics(MODEL), classes, options.special_tokens_in_content)
+        return await host.serve(options.socket, stop)
 
     sound = asyncio.run(serve())
     service.close(0)

@@ -12,7 +12,7 @@ from typing import Any
 
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.process import wire
-from echo_trt.engine.service.protocol import FIRST
+from echo_trt.engine.request import FIRST, Event
 from echo_trt.files.log import REQUEST_ID
 
 WAIT_S = 10.0  # seconds that a probe, or a question which no iteration answers, may take; larger: a hang shows later
@@ -86,14 +86,14 @@ class Client:
                 assert isinstance(answer, wire.Snapshot)
                 yield answer.content
 
-    async def submit(self, question: wire.Submit) -> AsyncGenerator[wire.Tokens]:
-        """Yield tokens as they come. Close it early and the engine drops the request. Raises EngineError."""
+    async def submit(self, question: wire.Submit) -> AsyncGenerator[Event]:
+        """Yield events as they come. Close it early and the engine drops the request. Raises EngineError."""
         question.request_id = REQUEST_ID.get()
         async with aclosing(self._ask(question)) as answers:
-            async for piece in answers:
-                assert isinstance(piece, wire.Tokens)
+            async for event in answers:
+                assert isinstance(event, Event)
                 self._last_piece = time.monotonic()
-                yield piece
+                yield event
 
     def stop(self, question: wire.Submit, tokens: int) -> None:
         """End a request, whose first ``tokens`` have completed a stop string; its last message comes still."""
@@ -135,7 +135,7 @@ class Client:
         try:
             while not done:
                 message = await answers.get()
-                done = not isinstance(message, wire.Tokens) or message.finish_reason is not None
+                done = not isinstance(message, Event) or bool(message.reason)
                 if message is None:
                     raise EngineError
                 if isinstance(message, wire.Failure):

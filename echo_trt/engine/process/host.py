@@ -23,11 +23,10 @@ from msgspec import structs
 from prometheus_client import generate_latest
 
 from echo_trt.engine.latency import LatencyClasses
-from echo_trt.engine.params import TokenLogprobs, TokenSource
 from echo_trt.engine.process import wire
 from echo_trt.engine.process.pending import Pending, failure_of, refusal
-from echo_trt.engine.request import ERRORS, Event
-from echo_trt.engine.service.job import Overloaded
+from echo_trt.engine.request import ERRORS, Event, Request
+from echo_trt.engine.service.job import Job, Overloaded
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
 from echo_trt.engine.service.snapshots import SnapshotRecorder
@@ -47,9 +46,9 @@ class ClientConnection:
     """A client. ``answers``: its open questions by their numbers. ``held``: latest events of answers that wait."""
 
     writer: asyncio.StreamWriter
-    answers: dict[int, OpenRequest] = field(default_factory=dict)
+    answers: dict[int, OpenAnswer] = field(default_factory=dict)
     watches: set[int] = field(default_factory=set)
-    held: dict[OpenRequest, Event] = field(default_factory=dict)
+    held: dict[OpenAnswer, Event] = field(default_factory=dict)
 
     def send(self, message: wire.FromEngine) -> None:
         if not self.writer.is_closing():
@@ -62,42 +61,31 @@ class ClientConnection:
 
 
 @dataclass(eq=False, kw_only=True)
-class OpenRequest(Pending):
-    """An open answer to a client on the socket, and what of it has not been sent.
+class OpenAnswer(Pending):
+    """An open answer to a client on the socket.
 
     question  the number of the client's question
     gone      whether nobody wants the answer any longer
+    unsent    what of it has not been sent
     """
 
     connection: ClientConnection
     question: int
     gone: bool = False
-    token_ids: list[int] = field(default_factory=list)
-    token_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    token_sources: list[TokenSource] = field(default_factory=list)
-    reported_prompt: bool = False  # the prompt's log-probabilities
+    unsent: Event = field(default_factory=Event)
 
     def add(self, event: Event) -> None:
-        self.token_ids += event.token_ids
-        self.token_logprobs += event.logprobs
-        self.token_sources += event.sources
+        self.unsent = event.behind(self.unsent)
 
     @property
     def due(self) -> bool:
         """Whether tokens go out before the answer's end: as they come where the client may stop it."""
-        return len(self.token_ids) >= (1 if self.streamed or self.params.stop else TOGETHER)
+        return len(self.unsent.token_ids) >= (1 if self.streamed or self.job.request.params.stop else TOGETHER)
 
-    def tokens(self, event: Event) -> wire.Tokens:
-        """Take out what has not been sent; ``event`` is the latest."""
-        news = wire.Tokens(self.question, self.token_ids, self.token_logprobs, self.token_sources)
-        if self.params.prompt_logprobs is not None and not self.reported_prompt:
-            news.prompt_logprobs, self.reported_prompt = self.prompt_logprobs, True
-        if event.reason:
-            news.finish_reason, news.cached_tokens = event.reason, event.cached_tokens
-            news.drafted, news.accepted = list(event.drafted), list(event.accepted)
-            news.completion_tokens = event.completion_tokens
-            news.queue_ms, news.first_token_ms = _ms(event.queue_seconds), _ms(event.first_token_seconds)
-        self.token_ids, self.token_logprobs, self.token_sources = [], [], []
+    def take(self) -> Event:
+        """Return what has not been sent, which is sent then."""
+        news, self.unsent = self.unsent, Event()
+        news.id = self.question
         return news
 
 
@@ -105,14 +93,25 @@ class Host:
     """Answers questions about ``service``, whose ``metrics`` it keeps up to date."""
 
     def __init__(
-        self, service: Service, info: wire.ModelInfo, metrics: EngineMetrics, classes: LatencyClasses | None = None
+        self,
+        service: Service,
+        bundle: Path,
+        metrics: EngineMetrics,
+        classes: LatencyClasses | None = None,
+        special_tokens_in_content: bool = False,
     ):
-        """``info``: what clients are told of the model. ``classes``: of latency targets."""
-        self._service, self._info, self._classes = service, info, classes or LatencyClasses()
+        """``bundle``: the model's folder. ``classes``: of latency targets. The last: see ``wire.ModelInfo``."""
+        self._service, self._classes = service, classes or LatencyClasses()
+        self._info = wire.ModelInfo(
+            bundle=str(bundle.absolute()),
+            context=service.loop.batch.context,
+            sampling=service.llm.manifest.sampling.given(),
+            special_tokens_in_content=special_tokens_in_content,
+        )
         self._metrics, self._recorder = metrics, SnapshotRecorder(service)
         self._connections: set[ClientConnection] = set()
         self._reading = ThreadPoolExecutor(1, "requests")
-        self._events: deque[tuple[OpenRequest, Event]] = deque()
+        self._events: deque[tuple[OpenAnswer, Event]] = deque()
         self._woken = False
         self._text, self._scraped_at = "", float("-inf")  # of a scrape
         self._tasks: set[asyncio.Task[None]] = set()
@@ -131,7 +130,7 @@ class Host:
                 if now - flushed >= FLUSH:
                     flushed = now
                     self._metrics.flush(self._service.statistics())
-                if now - reported >= (SNAPSHOT if self._recorder.news else IDLE_SNAPSHOT):
+                if now - reported >= (SNAPSHOT if self._recorder.seen else IDLE_SNAPSHOT):
                     reported = now
                     self._send_snapshots()
             return self._service.alive
@@ -178,7 +177,7 @@ class Host:
                 connection.send(structs.replace(self._info, id=message.id))
             case wire.Stop():
                 if answer := connection.answers.get(message.id):
-                    self._service.stop(answer, message.tokens)
+                    self._service.stop(answer.job, message.tokens)
             case wire.AskForecast():
                 self._start(self._forecast(connection, message))
             case wire.WatchSnapshots():
@@ -204,10 +203,10 @@ class Host:
         task.add_done_callback(self._tasks.discard)
 
     async def _submit(self, connection: ClientConnection, message: wire.Submit) -> None:
-        answer = OpenRequest(
-            connection=connection, question=message.id, arrived=time.monotonic(), request_id=message.request_id
-        )
-        answer.tenant, answer.salt = message.sender
+        prompt = np.empty(0, np.int64)  # it is read where a mistake in it is answered
+        request = Request(-1, prompt, message.params, priority=message.priority, sender=message.sender)
+        job = Job(request, request_id=message.request_id)
+        answer = OpenAnswer(job=job, streamed=message.streamed, connection=connection, question=message.id)
         connection.answers[message.id] = answer
         failure = await self._refusal(partial(self._queue, answer, message), message.request_id)
         if failure:
@@ -233,14 +232,14 @@ class Host:
     async def _refusal(self, work: Callable[[], None], request_id: str = "") -> wire.Failure | None:
         return await self._loop.run_in_executor(self._reading, refusal, self._metrics, work, request_id)
 
-    def _queue(self, answer: OpenRequest, message: wire.Submit) -> None:
+    def _queue(self, answer: OpenAnswer, message: wire.Submit) -> None:
         if answer.gone:
             raise Overloaded("away", "the request was cancelled.")
-        answer.prompt, answer.params = np.asarray(message.prompt, np.int64), message.params
-        if latency := self._classes.read(message.latency_class):
-            answer.params = replace(answer.params, latency=latency)
-        answer.streamed, answer.priority = message.streamed, message.priority
-        answer.seconds = message.deadline_ms / 1000 if message.deadline_ms else None
+        job = answer.job
+        job.request.prompt = np.asarray(message.prompt, np.int64)
+        if message.latency_class and (latency := self._classes.read(message.latency_class)):
+            job.request.params = replace(message.params, latency=latency)
+        job.seconds = message.deadline_ms / 1000 if message.deadline_ms else None
 
         def tell(event: Event) -> None:
             self._events.append((answer, event))
@@ -248,28 +247,28 @@ class Host:
                 self._woken = True
                 self._loop.call_soon_threadsafe(self._send_events)
 
-        answer.on_event = tell
-        self._service.submit(answer)
+        job.on_event = tell
+        self._service.submit(job)
 
-    def _cancel(self, answer: OpenRequest) -> None:
+    def _cancel(self, answer: OpenAnswer) -> None:
         answer.gone = True
-        self._service.cancel(answer)
+        self._service.cancel(answer.job)
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def _send_events(self) -> None:
         """Send what the engine has told since the last call, a piece per answer."""
         self._woken = False
-        latest: dict[OpenRequest, Event] = {}
+        latest: dict[OpenAnswer, Event] = {}
         while self._events:
             answer, event = self._events.popleft()
             latest[answer] = event
-            self._try(answer, answer.add, event)
             answer.observe(event, self._metrics)
+            self._try(answer, answer.add, event)
         for answer, event in latest.items():
             self._tell(answer, event)
 
-    def _tell(self, answer: OpenRequest, event: Event) -> None:
+    def _tell(self, answer: OpenAnswer, event: Event) -> None:
         """Send what is due of an answer, or let it wait until its client has read."""
         connection = answer.connection
         if connection.full and not connection.writer.is_closing():
@@ -288,24 +287,24 @@ class Host:
         for answer, event in held.items():
             self._tell(answer, event)
 
-    def _try(self, answer: OpenRequest, work: Any, *inputs: Any) -> None:
+    def _try(self, answer: OpenAnswer, work: Any, *inputs: Any) -> None:
         """Do the work; where it fails, its answer alone ends with an error."""
         if answer.broken:
             return
         try:
             work(*inputs)
         except Exception:
-            log.exception("an answer could not be sent; its request is cancelled", extra=answer.named)
+            log.exception("an answer could not be sent; its request is cancelled", extra=answer.job.named)
             answer.broken = True
             self._cancel(answer)
             sentence = "the answer could not be sent; the server's log says why."
             answer.connection.send(wire.Failure(answer.question, kind="failed", message=sentence))
 
-    def _send(self, answer: OpenRequest, event: Event) -> None:
+    def _send(self, answer: OpenAnswer, event: Event) -> None:
         if event.reason in ERRORS:
             answer.connection.send(failure_of(event, answer.question))
         elif event.reason or answer.due:
-            answer.connection.send(answer.tokens(event))
+            answer.connection.send(answer.take())
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
 
@@ -318,7 +317,3 @@ class Host:
             for connection, id in watched:
                 if not connection.full:
                     connection.send(wire.Snapshot(id, content=snapshot))
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else round(1000 * seconds, 1)

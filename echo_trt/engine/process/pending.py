@@ -1,24 +1,24 @@
-"""A request with what of its answer has not been sent yet, whoever sends it."""
+"""What a host knows of an answer that it sends, whoever reads it."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from echo_trt.engine.process.wire import Failure, failure_for
-from echo_trt.engine.request import Event
-from echo_trt.engine.service.job import Overloaded, ServiceRequest
+from echo_trt.engine.request import FIRST, Event
+from echo_trt.engine.service.job import Job, Overloaded
 from echo_trt.engine.service.metrics import EngineMetrics
-from echo_trt.engine.service.protocol import FIRST
 from echo_trt.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, kw_only=True)
-class Pending(ServiceRequest):
-    """An open answer.
+class Pending:
+    """An open answer to a job.
 
     arrived   time.monotonic() at which its request came
     broken    whether a part of it was lost, so that it ends with an error
@@ -26,14 +26,15 @@ class Pending(ServiceRequest):
     last      time of the last event with tokens; None: none has come
     """
 
-    arrived: float = 0.0
+    job: Job
+    arrived: float = field(default_factory=time.monotonic)
     broken: bool = False
     streamed: bool = False
     last: float | None = None
 
     def observe(self, event: Event, metrics: EngineMetrics) -> None:
         """Tell the times of an event that was taken; a probe's would hide the clients' on a quiet server."""
-        client = self.priority != FIRST
+        client = self.job.request.priority != FIRST
         if client and self.last is not None and event.token_ids:
             metrics.observe("inter_token_seconds", (event.time - self.last) / len(event.token_ids))
         if event.token_ids:

@@ -1,18 +1,19 @@
 """The protocol between an engine process and its clients: msgpack messages with a length prefix on a Unix socket.
 
-A client numbers its requests; every reply has the request's number. The engine answers ``Submit`` by tokens, the last
-one with a finish reason, or by a failure, and ``WatchSnapshots`` by snapshots until the client cancels it.
+A client numbers its requests; every reply has the request's number. The engine answers ``Submit`` by events, the last
+one with a reason, or by a failure, and ``WatchSnapshots`` by snapshots until the client cancels it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import struct
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from msgspec import MsgspecError, Struct, msgpack
 
-from echo_trt.engine.params import SamplingParams, TokenLogprobs, TokenSource
+from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.request import ANYONE, Event, Sender
 from echo_trt.errors import TooLong, UserError
 
 LARGEST = 2**26  # bytes of a message; larger: one message can take more memory
@@ -27,20 +28,6 @@ class Numbered(Struct, tag=True):
     """A message, with the number of the request that it asks or answers."""
 
     id: int = 0
-
-
-class Sender(NamedTuple):
-    """Whose request it is.
-
-    tenant  who has to share slots with others; empty: with an engine without keys everyone is one
-    salt    of the prefix cache: requests of one salt find each other's text; empty: that of all without one
-    """
-
-    tenant: bytes = b""
-    salt: bytes = b""
-
-
-ANYONE = Sender()
 
 
 class Submit(Numbered, kw_only=True, omit_defaults=True):
@@ -91,30 +78,6 @@ class AskForecast(Numbered, kw_only=True):
 
 class Scrape(Numbered):
     """A question for the engine's metrics in Prometheus' text format."""
-
-
-class Tokens(Numbered, omit_defaults=True):
-    """New tokens of an answer.
-
-    logprobs, sources  where asked for, an entry per token
-    prompt_logprobs    of the first such message, where asked for: of the prompt but its first token
-    finish_reason      of the last one
-    drafted, accepted  of the last one: draft tokens of each verification that had any, and the accepted ones
-    queue_ms           of the last one: until the engine took the request; None: it never did
-    first_token_ms     of the last one: until the first token, the queue included; None: it never came
-    """
-
-    token_ids: list[int] = []
-    logprobs: list[TokenLogprobs] = []
-    sources: list[TokenSource] = []
-    prompt_logprobs: list[TokenLogprobs] = []
-    finish_reason: str | None = None
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    drafted: list[int] = []
-    accepted: list[int] = []
-    queue_ms: float | None = None
-    first_token_ms: float | None = None
 
 
 class Failure(Numbered, kw_only=True, omit_defaults=True):
@@ -183,7 +146,7 @@ def failure_for(mistake: UserError) -> Failure:
 
 
 ToEngine = Submit | Stop | Cancel | Describe | WatchSnapshots | AskForecast | Scrape
-FromEngine = Tokens | Failure | MetricsText | ForecastReply | Snapshot | ModelInfo
+FromEngine = Event | Failure | MetricsText | ForecastReply | Snapshot | ModelInfo
 _decode_request = msgpack.Decoder(ToEngine).decode
 _decode_answer = msgpack.Decoder(FromEngine).decode
 _decode_number = msgpack.Decoder(_Number).decode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from echo_trt.engine.service.job import ServiceRequest
+from echo_trt.engine.service.job import Job
 
 MAX_FAILURES = 2  # consecutive failures of a request that ran alone, after which it fails; larger: more retries
 MAX_TOGETHER = 3  # failures of a request beside others without progress, after which it fails; larger: more retries
@@ -26,16 +26,16 @@ class FaultIsolation:
     """
 
     def __init__(self) -> None:
-        self.on_trial: ServiceRequest | None = None
-        self.waiting: list[ServiceRequest] = []
+        self.on_trial: Job | None = None
+        self.waiting: list[Job] = []
         self.given_up = 0
 
-    def next_trial(self) -> ServiceRequest | None:
+    def next_trial(self) -> Job | None:
         """Return the next suspect, which is on trial from now on; None: there is no suspect."""
         self.on_trial = self.waiting.pop(0) if self.waiting else None
         return self.on_trial
 
-    def cleared(self) -> ServiceRequest | None:
+    def cleared(self) -> Job | None:
         """End the trial: the engine has run this request alone.
 
         Returns the request if it must be preempted for further suspects.
@@ -46,7 +46,7 @@ class FaultIsolation:
         job.failures = 0
         return job if self.waiting else None
 
-    def engine_failed(self, jobs: Sequence[ServiceRequest], alone: bool) -> ServiceRequest | None:
+    def engine_failed(self, jobs: Sequence[Job], alone: bool) -> Job | None:
         """End the trial, and suspect the requests that the engine failed on. Returns the faulty one, to be ended.
 
         jobs   running requests that have not ended
@@ -60,18 +60,18 @@ class FaultIsolation:
         self.waiting += jobs
         return None if alone else self._faulty_beside_others(jobs)
 
-    def _faulty_beside_others(self, jobs: Sequence[ServiceRequest]) -> ServiceRequest | None:
+    def _faulty_beside_others(self, jobs: Sequence[Job]) -> Job | None:
         for job in jobs:
-            progress = len(job.generated) - job.failed_at > PROGRESS
+            progress = len(job.request.generated) - job.failed_at > PROGRESS
             job.failed_together = 1 if progress else job.failed_together + 1
-            job.failed_at = len(job.generated)
-        worst = max(jobs, key=lambda job: (job.failed_together, job.id), default=None)
+            job.failed_at = len(job.request.generated)
+        worst = max(jobs, key=lambda job: (job.failed_together, job.request.id), default=None)
         if worst is None or worst.failed_together <= MAX_TOGETHER:
             return None
         self.given_up += 1
         return worst
 
-    def dismiss(self, job: ServiceRequest) -> None:
+    def dismiss(self, job: Job) -> None:
         if job in self.waiting:
             self.waiting.remove(job)
         if job is self.on_trial:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from echo_trt.engine.llm import LLM
-from echo_trt.engine.service.job import Overloaded, ServiceRequest
+from echo_trt.engine.service.job import Job, Overloaded
 from echo_trt.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -24,13 +24,13 @@ class GrammarQueue:
     Grammars that were compiled meanwhile come first; grammars for which no job waits are dropped.
     """
 
-    def __init__(self, llm: LLM, changed: threading.Condition, done: Callable[[ServiceRequest, str], None]):
+    def __init__(self, llm: LLM, changed: threading.Condition, done: Callable[[Job, str], None]):
         """``done`` is called for every job once it has its grammar, with "", or the reason why it has none.
 
         ``changed`` is the service's lock. It must be held for ``add`` and ``remove``, and is while ``done`` is told.
         """
         self._llm, self._changed, self._done = llm, changed, done
-        self._waiting: dict[str, list[ServiceRequest]] = {}  # by grammar
+        self._waiting: dict[str, list[Job]] = {}  # by grammar
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="grammars", daemon=True)
         self._thread.start()
@@ -38,10 +38,10 @@ class GrammarQueue:
     def __len__(self) -> int:
         return sum(map(len, [*self._waiting.values()]))  # of a copy: statistics do not hold the lock
 
-    def __contains__(self, job: ServiceRequest) -> bool:
+    def __contains__(self, job: Job) -> bool:
         return any(job in jobs for jobs in self._waiting.values())
 
-    def add(self, grammar: str, job: ServiceRequest) -> None:
+    def add(self, grammar: str, job: Job) -> None:
         """Let a job wait for its grammar. Raises Overloaded."""
         held = Counter(jobs[0].tenant for jobs in self._waiting.values())
         has_share = held[job.tenant] * len(held.keys() | {job.tenant}) >= MAX_GRAMMARS
@@ -51,7 +51,7 @@ class GrammarQueue:
         self._waiting.setdefault(grammar, []).append(job)
         self._changed.notify_all()
 
-    def remove(self, job: ServiceRequest) -> bool:
+    def remove(self, job: Job) -> bool:
         """Forget a job; False: it does not wait here."""
         for grammar, jobs in self._waiting.items():
             if job in jobs:
@@ -76,7 +76,7 @@ class GrammarQueue:
                     if self.remove(job):
                         self._done(job, message)
 
-    def _next(self) -> list[ServiceRequest]:
+    def _next(self) -> list[Job]:
         """Wait for the jobs of the next grammar; none: closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
@@ -85,10 +85,10 @@ class GrammarQueue:
             compiled = [jobs for grammar, jobs in self._waiting.items() if self._llm.grammars.keeps(grammar)]
             return list(min(compiled or self._waiting.values(), key=min))
 
-    def _compile(self, job: ServiceRequest) -> str:
+    def _compile(self, job: Job) -> str:
         """Set a job's grammar; returns why that cannot be."""
         try:
-            self._llm.set_grammar(job)
+            self._llm.set_grammar(job.request)
         except UserError as mistake:
             return str(mistake)
         except Exception as error:  # one request's grammar is no other's trouble

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-from echo_trt.engine.prefix_cache import PrefixCache, rows
+from echo_trt.engine.kv_blocks import PrefixCache, rows
 from echo_trt.errors import UserError, described, shown
 from echo_trt.speculation.pack import BLOCK
 

@@ -20,14 +20,12 @@ import numpy as np
 from echo_trt.engine.core import Emitted
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams, check_answer_logprobs, check_prompt_logprobs
-from echo_trt.engine.request import Event, Request
+from echo_trt.engine.request import FIRST, Event, Request
 from echo_trt.engine.service.fault_isolation import FaultIsolation
 from echo_trt.engine.service.forecast import Forecaster
 from echo_trt.engine.service.grammars import GrammarQueue
-from echo_trt.engine.service.job import ExpectedLatency, Overloaded, ServiceRequest
+from echo_trt.engine.service.job import ExpectedLatency, FairQueue, Job, Overloaded
 from echo_trt.engine.service.metrics import KEPT, Statistics
-from echo_trt.engine.service.protocol import FIRST
-from echo_trt.engine.service.queue import FairQueue
 from echo_trt.errors import described
 
 log = logging.getLogger(__name__)
@@ -45,13 +43,13 @@ class Service:
         # Guards the attributes up to the blank line, but for reads of ``_open`` by the engine's thread, which alone
         # removes from it.
         self._changed = threading.Condition()
-        self._open: dict[Request, ServiceRequest] = {}
-        self._probes: dict[Request, ServiceRequest] = {}  # open jobs that only ask if the engine works
+        self._open: dict[Request, Job] = {}
+        self._probes: dict[Request, Job] = {}  # open jobs that only ask if the engine works
         self._pending = FairQueue(self.loop.batch.count)
         # Jobs that end before the next iteration, with reasons and messages, and what is left of each that a stop
         # string has ended.
-        self._ending: list[tuple[ServiceRequest, str, str]] = []
-        self._stopped: dict[ServiceRequest, int] = {}
+        self._ending: list[tuple[Job, str, str]] = []
+        self._stopped: dict[Job, int] = {}
         self._draining = self._closed = self._dead = False
 
         # The engine thread's own.
@@ -61,7 +59,7 @@ class Service:
         self._kept: Counter[tuple[str, str]] = Counter()  # those that were kept, by class and target
         self._engine_failures = 0
         # Tokens to tell, and when the engine had them
-        self._due: deque[tuple[ServiceRequest, Sequence[int], float]] = deque()
+        self._due: deque[tuple[Job, list[int], float]] = deque()
         self._overlaps = self.loop.target.overlap(self._report_due)
 
         self._epoch = count()
@@ -71,12 +69,12 @@ class Service:
 
     # -- for any thread --------------------------------------------------------------------------------------------
 
-    def submit(self, job: ServiceRequest) -> None:
+    def submit(self, job: Job) -> None:
         """Queue a job; its events begin at once. After ``job.seconds`` the answer ends with the reason deadline.
 
-        ``job.generated``: the answer's first tokens, which another engine has emitted. The answer goes on behind them
-        as if this engine had emitted them: they count in ``max_tokens``, ``min_tokens``, penalties and
-        ``completion_tokens``. No event brings them again.
+        What its request has ``generated`` are the answer's first tokens, which another engine has emitted. The answer
+        goes on behind them as if this engine had emitted them: they count in ``max_tokens``, ``min_tokens``, penalties
+        and ``completion_tokens``. No event brings them again.
 
         A grammar is compiled while the job waits; one that cannot be used ends it with the reason invalid.
 
@@ -84,17 +82,17 @@ class Service:
         that began after it came, and is counted nowhere. Raises UserError for a wrong prompt, Overloaded while no
         request is taken.
         """
-        job.id, job.submitted, params = next(self._epoch), time.monotonic(), job.params
-        job.counted = not job.probe
+        request, params = job.request, job.request.params
+        request.id, request.submitted = next(self._epoch), time.monotonic()
         if params.prompt_logprobs is not None:
-            check_prompt_logprobs("prompt_logprobs", len(job.prompt), 1, params.prompt_logprobs)
-        tokens = min(params.max_tokens, self.loop.batch.context - len(job.prompt))
+            check_prompt_logprobs("prompt_logprobs", len(request.prompt), 1, params.prompt_logprobs)
+        tokens = min(params.max_tokens, self.loop.batch.context - len(request.prompt))
         check_answer_logprobs("max_tokens", params.max_tokens, tokens, 1, params.entries)
         grammar = self.llm.grammars.to_compile(params.structured) if params.structured is not None else None
-        self.llm.prepare(job, compiled=grammar is None)
-        self.loop.scheduler.check(job)
-        job.reported = len(job.generated)
-        job.deadline = None if job.seconds is None else job.submitted + job.seconds
+        self.llm.prepare(request, compiled=grammar is None)
+        self.loop.scheduler.check(request)
+        job.reported = len(request.generated)
+        job.deadline = None if job.seconds is None else request.submitted + job.seconds
         with self._changed:
             if self._draining:
                 raise Overloaded("away", "the server is shutting down; send the request to another one.")
@@ -106,40 +104,40 @@ class Service:
                 sentence = f"the queue is full, {self._max_waiting} requests wait; try again in a second."
                 raise Overloaded("queue_full", sentence, 1)
             job.expected = self._forecast(job)
-            if self._keeps_latency and not job.probe:
+            if self._keeps_latency and not request.probe:
                 others = [other.latency.tpot for other in self._open.values() if other.latency.tpot is not None]
                 self._forecaster.refuse_late(job.expected, job.latency, others, self.loop.scheduler.running)
             if grammar:
                 self._grammars.add(grammar, job)
             else:
                 self._pending.add(job)
-            self._open[job] = job
-            if job.probe:
-                self._probes[job] = job
+            self._open[request] = job
+            if request.probe:
+                self._probes[request] = job
             self._changed.notify_all()
 
-    def _is_full(self, job: ServiceRequest, ahead: int) -> bool:
+    def _is_full(self, job: Job, ahead: int) -> bool:
         """Say whether a job finds no place behind those ``ahead``; a tenant with less than its share does."""
         maximum = self.loop.batch.count + self._max_waiting
-        if ahead < maximum or job.probe:
+        if ahead < maximum or job.request.probe:
             return False
         held = Counter(other.tenant for other in self._open.values())
         return held[job.tenant] * len(held.keys() | {job.tenant}) >= maximum
 
-    def _forecast(self, job: ServiceRequest) -> ExpectedLatency:
+    def _forecast(self, job: Job) -> ExpectedLatency:
         """Forecast a job as things stand; the lock is held."""
         batch, before = self.loop.batch, self._pending.before(job)
         prefilling = batch.prefilling()
         tokens = int((batch.length[prefilling] - batch.committed[prefilling]).sum())
-        tokens += sum(len(other.prompt) for other in before)
-        targeted, running = job.latency.tpot is not None, self.loop.scheduler.running
-        return self._forecaster.forecast(len(job.prompt), targeted, running, batch.count, len(before), tokens)
+        tokens += sum(len(other.request.prompt) for other in before)
+        targeted, running, prompt = job.latency.tpot is not None, self.loop.scheduler.running, len(job.request.prompt)
+        return self._forecaster.forecast(prompt, targeted, running, batch.count, len(before), tokens)
 
     def forecasts(self, prompt_tokens: int, max_tokens: int, latency: dict[str, Any] | None) -> dict[str, Any]:
         """Return what a request of this shape has to expect in milliseconds, and the error of forecasts so far."""
         params = SamplingParams(max_tokens=max_tokens, latency=latency)
         prompt = np.zeros(prompt_tokens, np.int8)
-        job = ServiceRequest(id=sys.maxsize, prompt=prompt, params=params, submitted=time.monotonic())
+        job = Job(Request(sys.maxsize, prompt, params, submitted=time.monotonic()))
         with self._changed:
             found = self._forecast(job)
         total = None
@@ -156,25 +154,25 @@ class Service:
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._dead
 
-    def cancel(self, job: ServiceRequest) -> None:
+    def cancel(self, job: Job) -> None:
         """End a job before the next iteration; nothing happens if it has ended."""
         with self._changed:
-            if job in self._open:
+            if job.request in self._open:
                 self._ending.append((job, "cancelled", ""))
                 self._changed.notify_all()
 
-    def stop(self, job: ServiceRequest, tokens: int) -> None:
+    def stop(self, job: Job, tokens: int) -> None:
         """End a job before the next iteration, since its first ``tokens`` have completed a stop string.
 
         Whoever makes its text sees that. What was emitted behind them was never said.
         """
         with self._changed:
-            if job in self._open:
+            if job.request in self._open:
                 self._stopped[job] = tokens
                 self._ending.append((job, "stop", ""))
                 self._changed.notify_all()
 
-    def _have_grammar(self, job: ServiceRequest, failure: str) -> None:
+    def _have_grammar(self, job: Job, failure: str) -> None:
         """Queue a job that has its grammar, or end it with the ``failure``; the lock is held."""
         if failure:
             self._ending.append((job, "invalid", failure))
@@ -189,9 +187,9 @@ class Service:
             queued=len(self._grammars) + len(self._pending) + len(loop.scheduler.waiting),
             running=loop.scheduler.running,
             slots=batch.count,
-            blocks=batch.num_blocks,
-            blocks_used=batch.used_blocks,
-            blocks_cached=batch.cached_blocks,
+            blocks=batch.blocks.count,
+            blocks_used=batch.blocks.used,
+            blocks_cached=batch.blocks.cached,
             policy=planner.name,
             budget=planner.budget,
             counters=loop.counters.copy(),
@@ -199,7 +197,7 @@ class Service:
             ended=dict(self._ended),
             engine_failures=self._engine_failures,
             given_up=self._isolation.given_up,
-            queued_tokens=sum(len(job.prompt) for job in self._pending),
+            queued_tokens=sum(len(job.request.prompt) for job in self._pending),
             gain=planner.gain(),
             latency={name: (count, {what: self._kept[name, what] for what in KEPT}) for name, count in of_class},
             forecast_error=self._forecaster.errors(),
@@ -263,17 +261,17 @@ class Service:
         loop = self.loop
         if self._isolation.on_trial:
             return
-        if suspect := self._isolation.next_trial():
-            loop.scheduler.add(suspect)
+        if self._isolation.waiting and (suspect := self._isolation.next_trial()):
+            loop.scheduler.add(suspect.request)
             return
         while len(loop.scheduler.waiting) + loop.scheduler.running < loop.batch.count:
             with self._changed:
-                taken = [job for job in self._open.values() if job.slot >= 0] + [*loop.scheduler.waiting]
-                job = self._pending.pop(Counter(job.tenant for job in taken))
+                taken = [request for request in self._open if request.slot >= 0] + [*loop.scheduler.waiting]
+                job = self._pending.pop(Counter(request.sender.tenant for request in taken))
             if job is None:
                 return
             job.taken = job.taken or time.monotonic()
-            loop.scheduler.add(job)
+            loop.scheduler.add(job.request)
 
     def _iterate(self) -> None:
         counters = self.loop.counters
@@ -290,7 +288,8 @@ class Service:
         now = time.monotonic()
         jobs = [(job, len(tokens)) for request, tokens in emitted if (job := self._open.get(request))]
         paces = [(bool(job.latency.tpot), now - job.emitted, n) if job.emitted else (False, 0.0, 0) for job, n in jobs]
-        ended, prompt_tokens = sum(bool(job.finish_reason) for job, _ in jobs), counters.prompt_tokens - prompt_tokens
+        ended = sum(bool(request.finish_reason) for request, _ in emitted if request in self._open)
+        prompt_tokens = counters.prompt_tokens - prompt_tokens
         self._forecaster.observe(paces, self.loop.scheduler.running + ended, ended, now - begin, prompt_tokens)
         for job, _ in jobs:
             job.emitted = now
@@ -298,7 +297,7 @@ class Service:
         if counters.iterations > before:
             for job in probes:
                 self._end(job, "busy")  # no effect on a probe that has had its token
-        if emitted and (cleared := self._isolation.cleared()):
+        if emitted and self._isolation.on_trial and (cleared := self._isolation.cleared()):
             self.loop.scheduler.preempt_all()
             self._requeue([cleared])
 
@@ -317,57 +316,61 @@ class Service:
         while self._due:
             self._report(*self._due.popleft())
 
-    def _report(self, job: ServiceRequest, tokens: Sequence[int], when: float) -> None:
+    def _report(self, job: Job, tokens: list[int], when: float) -> None:
         """Tell a request's new tokens, and its end where they bring it."""
-        job.first_token, event = job.first_token or when, job.take(tokens)
+        job.first_token, event, request = job.first_token or when, job.take(tokens), job.request
         event.time = when
-        if job.finish_reason:
-            self._close_job(job, event, job.finish_reason, job.failure)
+        if request.finish_reason:
+            self._close_job(job, event, request.finish_reason, request.failure)
         elif event.token_ids:
             self._send(job, event)
 
-    def _end(self, job: ServiceRequest, reason: str, message: str = "") -> None:
+    def _end(self, job: Job, reason: str, message: str = "") -> None:
         """End a job between two iterations, wherever it is; its KV blocks are free at once."""
         self._report_due()
-        if job not in self._open:
+        if job.request not in self._open:
             return
-        self.loop.scheduler.cancel(job)
+        self.loop.scheduler.cancel(job.request)
         with self._changed:
             self._pending.remove(job)
             self._grammars.remove(job)
         self._isolation.dismiss(job)
-        job.finish_reason = reason
+        job.request.finish_reason = reason
         self._close_job(job, Event(time=time.monotonic()), reason, message)
 
-    def _close_job(self, job: ServiceRequest, event: Event, reason: str, message: str = "") -> None:
-        event.reason, event.message, event.prompt_tokens = reason, message, len(job.prompt)
+    def _close_job(self, job: Job, event: Event, reason: str, message: str = "") -> None:
+        request = job.request
+        event.reason, event.message, event.prompt_tokens = reason, message, len(request.prompt)
         job.reported = min(job.reported, self._stopped.pop(job, job.reported))
-        event.cached_tokens, event.completion_tokens = job.cached_tokens or 0, job.reported
-        event.verifications, event.drafted, event.accepted = job.verifications, job.drafted, job.accepted
-        event.queue_seconds = job.taken and job.taken - job.submitted
-        event.first_token_seconds = job.first_token and job.first_token - job.submitted
-        if job.counted:
+        event.cached_tokens, event.completion_tokens = request.cached_tokens or 0, job.reported
+        event.verifications, event.drafted, event.accepted = request.verifications, request.drafted, request.accepted
+        event.queue_seconds = job.taken and job.taken - request.submitted
+        event.first_token_seconds = job.first_token and job.first_token - request.submitted
+        if not request.probe:
             self._ended[reason] += 1
         if reason in ("stop", "length", "deadline"):
             self._compare(job)
         self._send(job, event)
         with self._changed:
-            del self._open[job]
-            self._probes.pop(job, None)
+            del self._open[request]
+            self._probes.pop(request, None)
             self._changed.notify_all()
 
-    def _compare(self, job: ServiceRequest) -> None:
+    def _compare(self, job: Job) -> None:
         """Compare a finished job's times with its targets, and with what was forecast."""
-        if job.first_token is None or job.emitted is None or job.priority == FIRST:
+        if job.first_token is None or job.emitted is None or job.request.priority == FIRST:
             return
-        ttft, tpot = job.first_token - job.submitted, (job.emitted - job.first_token) / max(job.reported - 1, 1)
+        ttft = job.first_token - job.request.submitted
+        tpot = (job.emitted - job.first_token) / max(job.reported - 1, 1)
         self._forecaster.ended(job.expected, ttft, tpot if job.reported > 1 else 0.0)
         if name := job.latency.name:
             self._of_class[name] += 1
             kept = (job.latency.kept(ttft, 0.0), job.latency.kept(0.0, tpot), job.latency.kept(ttft, tpot))
             self._kept.update((name, what) for what, each in zip(KEPT, kept, strict=True) if each)
 
-    def _send(self, job: ServiceRequest, event: Event) -> None:
+    def _send(self, job: Job, event: Event) -> None:
+        if not job.begun:
+            event.prompt_logprobs, job.begun = job.request.prompt_logprobs, True
         try:
             job.on_event(event)
         except Exception:  # a listener's trouble is its own request's alone
@@ -382,17 +385,17 @@ class Service:
         log.exception("the engine failed; requests that were running are tried one by one")
         self._engine_failures += 1
         with self._changed:  # others submit meanwhile
-            running = [job for job in self._open.values() if job.slot >= 0]
+            running = [job for job in self._open.values() if job.request.slot >= 0]
             known = {*self._pending, *self._isolation.waiting}
             inside = [job for job in self._open.values() if job not in known and job not in self._grammars]
         self.loop.scheduler.preempt_all()
-        self.loop.batch.forget_cached()  # nobody knows what the engine has left in its pool
+        self.loop.batch.blocks.forget_cached()  # nobody knows what the engine has left in its pool
         self._due.clear()  # those tokens are among the untold ones
         for job in inside:
-            unreported = job.generated[job.reported :]  # the iteration may have failed after it had its tokens
-            if unreported or job.finish_reason:
+            unreported = job.request.generated[job.reported :]  # the iteration may have failed after it had its tokens
+            if unreported or job.request.finish_reason:
                 self._report(job, unreported, time.monotonic())
-        unended = [job for job in running if job in self._open]
+        unended = [job for job in running if job.request in self._open]
         alone = len(running) == 1
         if faulty := self._isolation.engine_failed(unended, alone):
             how = "that ran alone" if alone else "beside others, again and again"
@@ -400,10 +403,10 @@ class Service:
             self._end(faulty, "failed", f"the engine fails on this request ({described(error)}).")
         self._requeue([job for job in inside if job not in running])
 
-    def _requeue(self, jobs: Sequence[ServiceRequest]) -> None:
+    def _requeue(self, jobs: Sequence[Job]) -> None:
         with self._changed:
             for job in jobs:
-                if job in self._open:
+                if job.request in self._open:
                     self._pending.add(job)
 
     def _fail_all(self, message: str) -> None:

@@ -34,7 +34,7 @@ class SnapshotRecorder:
 
     def __init__(self, service: Service):
         self._service = service
-        self._seen: deque[StepTrace] = deque(maxlen=ITERATIONS)
+        self.seen: deque[StepTrace] = deque(maxlen=ITERATIONS)  # since the last snapshot
         self._last: StepTrace | None = None  # the latest that verified anything
         self._seconds = 0.0  # of CPU time, that all snapshots took
         self.on = False
@@ -42,19 +42,15 @@ class SnapshotRecorder:
     def switch(self, on: bool) -> None:
         """Begin to collect, or stop and forget the iterations so far."""
         self.on = on
-        self._service.loop.step_callback = self._seen.append if on else None
+        self._service.loop.step_callback = self.seen.append if on else None
         if not on:
-            self._seen.clear()
+            self.seen.clear()
             self._last = None
-
-    @property
-    def news(self) -> bool:
-        return bool(self._seen)
 
     def snapshot(self) -> dict[str, Any]:
         """Return the iterations since the last snapshot, and the service now, as JSON has them."""
         begin = time.thread_time()
-        seen = [self._seen.popleft() for _ in range(len(self._seen))]
+        seen = [self.seen.popleft() for _ in range(len(self.seen))]
         self._last = next((each for each in reversed(seen) if each.requests), self._last)
         now = figures(self._service.statistics(), self._service.loop.batch.count)
         now["recent"] = recent(seen)

@@ -9,8 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from echo_trt.engine.params import SamplingParams
-from echo_trt.engine.text.stream import AnswerText
 from echo_trt.errors import TooLong, UserError
 from echo_trt.grammar.state import AT_END
 from echo_trt.models.chat import ChatEncoder
@@ -71,11 +69,11 @@ class PromptReader:
         tokenizer: PreTrainedTokenizerFast | None = None,
     ):
         """``context``: tokens of a prompt and its answer. ``tokenizer``: the bundle's, where it is loaded already."""
-        self.context, self._tokenizer = context, tokenizer or load_tokenizer(bundle)
-        self._chat = ChatEncoder(self._tokenizer, special_tokens_in_content)
-        self.texts = TokenTexts(self._tokenizer)
-        self._marks = think_tokens(self._tokenizer)
-        longest = max(map(len, self._tokenizer.get_vocab()))
+        self.context, self.tokenizer = context, tokenizer or load_tokenizer(bundle)
+        self._chat = ChatEncoder(self.tokenizer, special_tokens_in_content)
+        self.texts = TokenTexts(self.tokenizer)
+        self._marks = think_tokens(self.tokenizer)
+        longest = max(map(len, self.tokenizer.get_vocab()))
         self._max_characters = context * longest  # a longer text cannot have as few tokens as fit
 
     def ids(self, prompt: PromptInput, special_tokens: bool = True) -> list[int]:
@@ -85,14 +83,14 @@ class PromptReader:
         if isinstance(prompt, ChatPrompt):
             return self._chat_ids(prompt)
         self._check_length(len(prompt))
-        ids: list[int] = self._tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]
+        ids: list[int] = self.tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]
         return ids
 
     def echoed(self, prompt: PromptInput) -> str:
         """Return the text of a prompt as its client may want to see it; a chat has none."""
         if isinstance(prompt, list):
-            known = all(0 <= token < len(self._tokenizer) for token in prompt)
-            return str(self._tokenizer.decode(prompt, skip_special_tokens=True)) if known else ""
+            known = all(0 <= token < len(self.tokenizer) for token in prompt)
+            return str(self.tokenizer.decode(prompt, skip_special_tokens=True)) if known else ""
         return prompt if isinstance(prompt, str) else ""
 
     def in_thought(self, ids: Sequence[int]) -> bool | None:
@@ -100,10 +98,6 @@ class PromptReader:
         if not self._marks:
             return None
         return next((token for token in reversed(ids[-AT_END:]) if token in self._marks), None) == self._marks[0]
-
-    def answer_text(self, params: SamplingParams) -> AnswerText:
-        """Begin an answer's text."""
-        return AnswerText(self._tokenizer.backend_tokenizer, params)
 
     def text(self, tokens: list[int]) -> str:
         """Return the text of tokens. Raises UserError."""
@@ -113,11 +107,11 @@ class PromptReader:
                 "send them in parts.",
                 "tokens",
             )
-        largest = len(self._tokenizer) - 1
+        largest = len(self.tokenizer) - 1
         unknown = next((token for token in tokens if not 0 <= token <= largest), None)
         if unknown is not None:
             raise UserError(f"tokens holds token id {unknown}; give ids from 0 to {largest}.", "tokens")
-        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
     @property
     def facts(self) -> ChatFacts:

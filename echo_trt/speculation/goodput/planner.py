@@ -28,8 +28,7 @@ from echo_trt.speculation.goodput.ladder import UNDRAFTED, Ladder
 from echo_trt.speculation.goodput.learner.learner import Learner
 from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt.speculation.goodput.model.costs import Costs
-from echo_trt.speculation.goodput.model.iteration import TOKENS_PER_REQUEST, IterationModel
-from echo_trt.speculation.goodput.model.prices import Admission
+from echo_trt.speculation.goodput.model.iteration import TOKENS_PER_REQUEST, Admission, IterationModel
 from echo_trt.speculation.goodput.optimiser.candidates import Candidates
 from echo_trt.speculation.goodput.optimiser.levels import LevelSearch
 from echo_trt.speculation.goodput.optimiser.nodes import paying_nodes, select

@@ -40,7 +40,7 @@ class GoodputTuning:
                          network for drafts, which would hold the prompts up; larger: drafts beside longer chunks
     min_continuation     least P(accept) of an n-gram continuation; larger: shorter continuations
 
-    Latency targets (``model.prices``):
+    Latency targets (``model.iteration``):
     lag_price            price of a token for each token that its request is behind; larger: targets are kept closer
     lead                 tokens by which requests are to be ahead of their targets; larger: fewer are missed
     carried_price        share of the usual price that a request begins with; larger: fewer misses, slower to forget

@@ -15,8 +15,8 @@ from echo_trt.backends.kind import computes_in
 from echo_trt.bundle.calibration import own_files
 from echo_trt.cli.generate import check_lengths
 from echo_trt.cli.outputs import files_first, json_bytes, output_file
-from echo_trt.engine.batch import blocks_for
 from echo_trt.engine.core import EngineCore
+from echo_trt.engine.kv_blocks import blocks_for
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.measure import machine
 from echo_trt.engine.params import MAX_AT_ONCE
@@ -116,7 +116,7 @@ def _have_room(loops: dict[str, EngineCore], prompts: list[list[int]], batch: in
     """Return whether the KV blocks of every loop hold the ``batch`` longest requests."""
     longest = sorted(map(len, prompts))[-batch:]
     return all(
-        sum(blocks_for(length + max_tokens + loop.batch.reserve) for length in longest) <= loop.batch.num_blocks
+        sum(blocks_for(length + max_tokens + loop.batch.reserve) for length in longest) <= loop.batch.blocks.count
         for loop in loops.values()
     )
 

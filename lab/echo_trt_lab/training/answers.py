@@ -55,7 +55,7 @@ class Recorder(Drafter):
         batch = self.batch
         length, cached = int(batch.length[slot]), int(batch.committed[slot])
         known = np.zeros((length, self._known.shape[1]), np.uint16)
-        known[:cached] = self._known[batch.rows(np.full(cached, slot), np.arange(cached))]
+        known[:cached] = self._known[batch.blocks.rows(np.full(cached, slot), np.arange(cached))]
         self.finished.append((batch.tokens[slot, :length].copy(), int(batch.prompt_length[slot]), known))
 
 

@@ -49,7 +49,7 @@ class Pair:
         """Return the crowd's LLM as it was opened: a round depends on its seed alone."""
         loop, networks = self.crowd.loop, self.crowd.networks
         loop.drafter, loop.target = networks.drafter, networks.target
-        loop.batch.forget_cached()
+        loop.batch.blocks.forget_cached()
         return self.crowd
 
     def wanted(self, prompt: list[int], params: SamplingParams) -> Completion | UserError:

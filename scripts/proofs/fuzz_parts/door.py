@@ -58,8 +58,7 @@ def scale_limits() -> None:
 def served(llm: LLM, bundle: Path, queue: int) -> Iterator[tuple[Service, Door]]:
     """Serve an LLM on a socket, and a door before it."""
     service = Service(llm, queue)
-    info = wire.ModelInfo(bundle=str(bundle), context=llm.loop.batch.context, sampling={})
-    host = Host(service, info, EngineMetrics("echo"))
+    host = Host(service, bundle, EngineMetrics("echo"))
     folder, loop, stop = Path(tempfile.mkdtemp()), asyncio.new_event_loop(), asyncio.Event()
     thread = threading.Thread(target=loop.run_until_complete, args=(host.serve(folder / "engine", stop),), daemon=True)
     thread.start()

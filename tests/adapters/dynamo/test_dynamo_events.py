@@ -10,7 +10,7 @@ from driving import add, echo_planner, prompt_ids, run
 
 from echo_trt.adapters.dynamo.events import BlockEvents, block_hash
 from echo_trt.engine.batch import InputBatch
-from echo_trt.engine.prefix_cache import rows
+from echo_trt.engine.kv_blocks import rows
 from echo_trt.speculation.pack import BLOCK
 
 
@@ -43,7 +43,7 @@ def test_the_router_knows_what_the_cache_holds_through_evictions_and_conversatio
     planner = echo_planner(max_depth=3, beams=2, width=3, budget=14, per_request=9)
     slots = InputBatch(3, context, planner.settings.rows_per_request, 30, prefix_cache=True)
     loop, router = chained_loop(slots, planner, 64), Router()
-    slots.cache.listener = BlockEvents(router)
+    slots.blocks.cache.listener = BlockEvents(router)
     rng, texts = np.random.default_rng(0), []
     for number in range(40):
         begin = texts[rng.integers(len(texts))] if texts and number % 3 else prompt_ids(5 * BLOCK, number)
@@ -52,11 +52,11 @@ def test_the_router_knows_what_the_cache_holds_through_evictions_and_conversatio
         if number % 2:
             run(loop)
             texts.append([*request.prompt.tolist(), *request.generated])
-        assert router.blocks.keys() == {block_hash(key) for key in slots.cache._key.values()}
+        assert router.blocks.keys() == {block_hash(key) for key in slots.blocks.cache._key.values()}
     run(loop)
     assert router.removed > 20
     assert router.stored - router.removed == len(router.blocks)
-    slots.forget_cached()
+    slots.blocks.forget_cached()
     assert not router.blocks
 
 
@@ -72,11 +72,11 @@ class Deaf:
 def test_a_router_that_cannot_be_told_costs_no_answer_and_is_logged_once(caplog):
     slots = InputBatch(1, 9 * BLOCK, 24, 30, prefix_cache=True)
     loop = chained_loop(slots, echo_planner(max_depth=3, beams=2, width=3, budget=14, per_request=9), 64)
-    slots.cache.listener = BlockEvents(Deaf())
+    slots.blocks.cache.listener = BlockEvents(Deaf())
     request = add(loop, prompt_ids(5 * BLOCK, 1), max_tokens=2 * BLOCK)
     run(loop)
     assert len(request.generated) == 2 * BLOCK
-    slots.forget_cached()
+    slots.blocks.forget_cached()
     assert [record.exc_info[0] for record in caplog.records] == [RuntimeError]
 
 

@@ -11,7 +11,7 @@ from echo_trt.adapters.dynamo.answers import DynamoAnswer
 from echo_trt.adapters.dynamo.migration import Boundary, boundary_of, migrated
 from echo_trt.adapters.dynamo.request import read
 from echo_trt.engine.params import SamplingParams
-from echo_trt.engine.service.protocol import FIRST
+from echo_trt.engine.request import FIRST, Request
 
 EOS = [2]
 
@@ -20,6 +20,10 @@ def ask(
     metadata: dict[str, str] | None = None, recommended: dict[str, float] | None = None, **request: Any
 ) -> DynamoAnswer:
     return read({"token_ids": [5, 6, 7], **request}, metadata or {}, recommended or {}, EOS)
+
+
+def request_of(*given: Any, **request: Any) -> Request:
+    return ask(*given, **request).job.request
 
 
 def test_every_parameter_arrives():
@@ -35,7 +39,8 @@ def test_every_parameter_arrives():
         routing={"priority": 5},
         metadata={"deadline-ms": "1500", "latency": '{"tpot_ms": 20}'},
     )
-    assert requested.params == SamplingParams(
+    asked = requested.job.request
+    assert asked.params == SamplingParams(
         max_tokens=9,
         temperature=0.7,
         top_p=0.9,
@@ -54,7 +59,7 @@ def test_every_parameter_arrives():
         thinking_token_budget=4,
         latency={"tpot_ms": 20},
     )
-    assert (requested.prompt.tolist(), requested.generated, requested.priority, requested.seconds) == (
+    assert (asked.prompt.tolist(), asked.generated, asked.priority, requested.job.seconds) == (
         [5, 6, 7],
         [],
         -5,
@@ -63,17 +68,18 @@ def test_every_parameter_arrives():
 
 
 def test_a_request_that_says_nothing_has_openai_s_defaults_or_the_model_s():
-    plain = ask(sampling_options={"temperature": None}, stop_conditions={}, output_options={}, routing=None)
+    plain = request_of(sampling_options={"temperature": None}, stop_conditions={}, output_options={}, routing=None)
     assert plain.params == SamplingParams(2**31 - 1, temperature=1.0, seed=plain.params.seed)
-    assert plain.params.seed != ask().params.seed
-    assert (plain.priority, plain.seconds) == (0, None)
-    assert ask(recommended={"temperature": 0.6, "top_k": 20}).params.top_k == 20
-    assert ask(sampling_options={"top_k": 3}, recommended={"top_k": 20}).params.top_k == 3
+    assert plain.params.seed != request_of().params.seed
+    assert plain.priority == 0
+    assert ask().job.seconds is None
+    assert request_of(recommended={"temperature": 0.6, "top_k": 20}).params.top_k == 20
+    assert request_of(sampling_options={"top_k": 3}, recommended={"top_k": 20}).params.top_k == 3
 
 
 def test_a_probe_comes_before_all_others():
-    assert ask(_HEALTH_CHECK=True, stop_conditions={"max_tokens": 1}).priority == FIRST
-    assert ask(routing={"priority": 2**40}).priority > FIRST
+    assert request_of(_HEALTH_CHECK=True, stop_conditions={"max_tokens": 1}).priority == FIRST
+    assert request_of(routing={"priority": 2**40}).priority > FIRST
 
 
 def test_an_answer_that_moved_counts_from_its_own_beginning():
@@ -81,10 +87,11 @@ def test_an_answer_that_moved_counts_from_its_own_beginning():
     link = first.boundary.link()["worker_trace_link"]
     moved = {"token_ids": [5, 6, 7, 11, 12], "migration_link": link, "sampling_options": {"presence_penalty": 1.0}}
     second = read(moved | {"stop_conditions": {"max_tokens": 38, "min_tokens": 28}}, {}, {}, EOS)
-    assert (second.prompt.tolist(), second.generated) == ([5, 6, 7], [11, 12])
-    assert second.params == first.params  # the seed that was drawn, too
-    assert second.boundary == first.boundary == Boundary(3, first.params.seed)
-    nothing_left = read(moved | {"stop_conditions": {"max_tokens": 0}}, {}, {}, EOS)
+    params, asked = first.job.request.params, second.job.request
+    assert (asked.prompt.tolist(), asked.generated) == ([5, 6, 7], [11, 12])
+    assert asked.params == params  # the seed that was drawn, too
+    assert second.boundary == first.boundary == Boundary(3, params.seed)
+    nothing_left = read(moved | {"stop_conditions": {"max_tokens": 0}}, {}, {}, EOS).job.request
     assert nothing_left.params.max_tokens == len(nothing_left.generated)
 
 
@@ -93,14 +100,14 @@ def test_a_trace_that_took_the_boundary_s_place_is_known_by_its_link():
     assert migrated(moved)
     assert not migrated({})
     assert boundary_of(moved) is boundary_of({}) is None
-    assert ask(**moved).generated == []
+    assert request_of(**moved).generated == []
     for penalty in ("presence_penalty", "frequency_penalty"):
         with refused(penalty, "traces requests"):
             ask(**moved, sampling_options={penalty: 0.1})
     for budget in (0, 9):
         with refused("thinking_token_budget", "traces requests"):
             ask(**moved, stop_conditions={"max_thinking_tokens": budget})
-    assert ask(**moved, sampling_options={"repetition_penalty": 1.1}).params.repetition_penalty == 1.1  # is the text's
+    assert request_of(**moved, sampling_options={"repetition_penalty": 1.1}).params.repetition_penalty == 1.1  # of all
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from echo_trt.adapters.triton.request import Reader, TritonRequest
+from echo_trt.adapters.triton.request import Reader
 from echo_trt.engine.text.prompts import PromptReader
 from echo_trt.errors import TooLong, UserError
 
@@ -48,27 +48,27 @@ def request(**more: object) -> dict[str, object]:
 )
 def test_what_cannot_be_taken_is_refused_by_name(reader, inputs, word):
     with pytest.raises(UserError) as refused:
-        reader.read(inputs, TritonRequest())
+        reader.read(inputs)
     assert word in str(refused.value)
 
 
 @pytest.mark.parametrize("inputs", [request(text_input="word " * 2000), request(text_input="word " * 2000, chat=True)])
 def test_a_prompt_that_cannot_fit_is_no_mistake_of_form(reader, inputs):
     with pytest.raises(TooLong, match="shorten it"):
-        reader.read(inputs, TritonRequest())
+        reader.read(inputs)
 
 
 def test_tensors_are_parameters(reader):
     words = {"stop_words": ["a", ""], "logit_bias_ids": [5], "logit_bias": [1.5], "top_p": 0.0, "deadline_ms": 1500}
     more = {"structured": json.dumps({"regex": "a+"}), "return_log_probs": True, "top_logprobs": 3, "priority": 2}
-    reader.read(request(stream=True, **words, **more), answer := TritonRequest())
-    params = answer.params
+    answer = reader.read(request(stream=True, **words, **more))
+    job, params = answer.job, answer.job.request.params
     assert (params.stop, params.logit_bias, params.top_p, params.logprobs) == (("a",), {5: 1.5}, 1.0, 3)
     assert (params.structured, params.max_tokens, params.ignore_eos) == ({"regex": "a+"}, 8, True)
-    assert (answer.streamed, answer.priority, answer.seconds, answer.out.unsent) == (True, 2, 1.5, "")
+    assert (answer.streamed, job.request.priority, job.seconds, answer.out.unsent) == (True, 2, 1.5, "")
 
 
 @pytest.mark.parametrize("prompt", [{"text_input": "the theme"}, {"input_ids": [70, 71]}])
 def test_a_prompt_comes_back_where_it_is_wanted(reader, prompt):
-    reader.read({**prompt, "exclude_input_in_output": False}, answer := TritonRequest())
+    answer = reader.read({**prompt, "exclude_input_in_output": False})
     assert answer.out.unsent == prompt.get("text_input", "bc") or answer.out.unsent

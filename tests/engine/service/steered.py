@@ -10,8 +10,8 @@ import numpy as np
 
 from echo_trt.backends.base import Engine
 from echo_trt.engine.params import SamplingParams
-from echo_trt.engine.request import Event
-from echo_trt.engine.service.job import ServiceRequest
+from echo_trt.engine.request import Event, Request
+from echo_trt.engine.service.job import Job
 from echo_trt.engine.service.service import Service
 from echo_trt.engine.text.stream import AnswerText
 from echo_trt.speculation.pack import ForwardBatch
@@ -127,11 +127,16 @@ class Steered(Engine):
 
 
 def submit(
-    service: Service, prompt: list[int], params: SamplingParams = LONG, tell: Callable | None = None, **more
-) -> tuple[ServiceRequest, Listener]:
+    service: Service,
+    prompt: list[int],
+    params: SamplingParams = LONG,
+    tell: Callable | None = None,
+    seconds: float | None = None,
+    **more,
+) -> tuple[Job, Listener]:
     """Ask as a client does that makes the text."""
-    listener, job = Listener(), ServiceRequest(prompt=np.array(prompt, np.int64), params=params, **more)
-    text = AnswerText(service.llm.tokenizer.backend_tokenizer, params, job.generated)
+    job = Job(Request(-1, np.array(prompt, np.int64), params, **more), seconds=seconds)
+    listener, text = Listener(), AnswerText(service.llm.tokenizer.backend_tokenizer, params, job.request.generated)
 
     def told(event: Event) -> None:
         before = text.stopped

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.request import Request
 from echo_trt.engine.service.forecast import Forecaster
-from echo_trt.engine.service.job import ExpectedLatency, Late, ServiceRequest
+from echo_trt.engine.service.job import ExpectedLatency, Job, Late
 from echo_trt.speculation.pacer import Latency
 
 
@@ -38,9 +40,9 @@ def test_admission_keeps_the_targets_of_those_who_run(wanted):
 
 
 def test_whose_first_token_is_due_first_is_served_first_within_a_priority():
-    def job(id: int, ttft_ms: float | None = None, priority: int = 0) -> ServiceRequest:
+    def job(id: int, ttft_ms: float | None = None, priority: int = 0) -> Job:
         params = SamplingParams(latency=ttft_ms and {"ttft_ms": ttft_ms})
-        return ServiceRequest(id=id, params=params, priority=priority, submitted=id / 100)
+        return Job(Request(id, np.ones(9, int), params, priority=priority, submitted=id / 100))
 
     first, second, soon, urgent = job(1), job(2), job(3, 300.0), job(4, priority=-1)
     assert sorted([second, soon, first, urgent]) == [urgent, soon, first, second]

@@ -18,6 +18,7 @@ from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.process import host, wire
 from echo_trt.engine.process.client import Client, EngineError
 from echo_trt.engine.process.host import Host
+from echo_trt.engine.request import Event
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
 
@@ -32,11 +33,11 @@ def service(bundle_of) -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def path(service, bundle_of, tmp_path_factory) -> Iterator[str]:
     path, stop, loop = tmp_path_factory.mktemp("host") / "engine", asyncio.Event(), asyncio.new_event_loop()
-    info = wire.ModelInfo(bundle=str(bundle_of("close")), context=service.loop.batch.context, sampling={})
+    serve = Host(service, bundle_of("close"), EngineMetrics("echo")).serve
     served: list[bool] = []
 
     def run() -> None:
-        served.append(loop.run_until_complete(Host(service, info, EngineMetrics("echo")).serve(path, stop)))
+        served.append(loop.run_until_complete(serve(path, stop)))
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -50,7 +51,7 @@ def path(service, bundle_of, tmp_path_factory) -> Iterator[str]:
 def test_an_engine_whose_connection_has_ended_is_not_well_though_text_has_just_come(tmp_path):
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         question = await wire.read_request(reader)
-        writer.write(wire.framed(wire.Tokens(question.id, [5], finish_reason="stop")))
+        writer.write(wire.framed(Event(id=question.id, token_ids=[5], reason="stop")))
         await asyncio.sleep(0.1)
         writer.close()
 
@@ -87,8 +88,8 @@ def request(id: int = 1, prompt: Sequence[int] = THEME, **params: object) -> wir
 
 def test_questions_are_answered(path):
     answer = ask(path, request(3))
-    assert isinstance(answer, wire.Tokens)
-    assert (answer.id, len(answer.token_ids), answer.finish_reason) == (3, 8, "length")
+    assert isinstance(answer, Event)
+    assert (answer.id, len(answer.token_ids), answer.reason) == (3, 8, "length")
     assert answer.completion_tokens == 8
     assert ask(path, wire.Describe(1)).context > 0
     assert ask(path, wire.AskForecast(1, prompt_tokens=9, max_tokens=9)).forecast.error.keys() == {"ttft", "tpot"}
@@ -129,16 +130,16 @@ def test_parameters_are_checked_by_whoever_decodes_them(written, field, word, pa
     assert (failure.id, failure.kind, failure.field, word in failure.message) == (7, "invalid", field, True), failure
 
 
-@pytest.mark.parametrize("part", ["add", "tokens"])
+@pytest.mark.parametrize("part", ["add", "take"])
 def test_an_answer_that_cannot_be_made_or_sent_fails_alone(part, path, monkeypatch):
-    real = getattr(host.OpenRequest, part)
+    real = getattr(host.OpenAnswer, part)
 
-    def faulty(self, event):
+    def faulty(self, *event):
         if self.question == 13:
             raise RuntimeError("a faulty part")
-        return real(self, event)
+        return real(self, *event)
 
-    monkeypatch.setattr(host.OpenRequest, part, faulty)
+    monkeypatch.setattr(host.OpenAnswer, part, faulty)
     found: dict[int, wire.FromEngine | None] = {}
 
     def send(id: int) -> None:
@@ -166,7 +167,7 @@ def test_a_client_that_has_seen_a_stop_string_ends_the_answer(path, service):
             if len(news) == 1:
                 client.sendall(wire.framed(wire.Stop(5, tokens=1)))
     assert len(news) > 1  # they come as they are made
-    assert (news[-1].finish_reason, news[-1].completion_tokens) == ("stop", 1)
+    assert (news[-1].reason, news[-1].completion_tokens) == ("stop", 1)
     assert service.statistics().ended.get("stop", 0) == before + 1
 
 
@@ -226,13 +227,13 @@ def test_many_long_answers_that_end_together_all_come(path, monkeypatch):
         assert sum(len(piece.logprobs) for piece in own) == sum(len(piece.sources) for piece in own) == tokens
 
 
-def received(client: socket.socket, answers: int) -> Iterator[wire.Tokens]:
+def received(client: socket.socket, answers: int) -> Iterator[Event]:
     """Yield the pieces of so many answers."""
     decode = msgpack.Decoder(wire.FromEngine).decode
     file = client.makefile("rb")
     while answers:
         piece = decode(file.read(int.from_bytes(file.read(4))))
-        answers -= piece.finish_reason is not None
+        answers -= bool(piece.reason)
         yield piece
 
 
@@ -244,7 +245,7 @@ def test_a_client_that_reads_nothing_fills_no_memory_and_holds_up_nobody(path, m
         questions = wire.framed(wire.Scrape(1)) * 100_000
         with pytest.raises(TimeoutError):
             client.sendall(questions)
-        assert isinstance(ask(path, request()), wire.Tokens)
+        assert isinstance(ask(path, request()), Event)
 
 
 def test_what_is_no_message_ends_its_connection_alone(path):
@@ -254,4 +255,4 @@ def test_what_is_no_message_ends_its_connection_alone(path):
             client.sendall(sent)
             client.shutdown(socket.SHUT_WR)
             assert client.recv(1) == b""
-    assert isinstance(ask(path, request()), wire.Tokens)
+    assert isinstance(ask(path, request()), Event)

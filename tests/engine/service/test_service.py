@@ -15,9 +15,8 @@ from waiting import wait_until
 
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Completion, SamplingParams
-from echo_trt.engine.request import Event
-from echo_trt.engine.service.job import Late, Overloaded, ServiceRequest
-from echo_trt.engine.service.protocol import FIRST
+from echo_trt.engine.request import FIRST, Event, Sender
+from echo_trt.engine.service.job import Job, Late, Overloaded
 from echo_trt.engine.service.service import Service
 from echo_trt.speculation.pack import ForwardBatch
 
@@ -184,9 +183,9 @@ def test_slots_are_shared_by_tenants(start):
     service, engine = start(batch=2)
     engine.open.clear()
     one = SamplingParams(3, ignore_eos=True)
-    asked = [submit(service, prompt_ids(6, i), one, tenant=b"alice") for i in range(5)]
-    asked += [submit(service, prompt_ids(6, i), one, tenant=b"bob") for i in range(2)]
-    urgent = submit(service, prompt_ids(6, 9), one, tenant=b"alice", priority=-1)
+    asked = [submit(service, prompt_ids(6, i), one, sender=Sender(b"alice")) for i in range(5)]
+    asked += [submit(service, prompt_ids(6, i), one, sender=Sender(b"bob")) for i in range(2)]
+    urgent = submit(service, prompt_ids(6, 9), one, sender=Sender(b"alice"), priority=-1)
     engine.open.set()
     assert {listener.end.reason for _, listener in (*asked, urgent)} == {"length"}
     order = sorted([*asked, urgent], key=lambda each: each[0].taken)
@@ -195,16 +194,16 @@ def test_slots_are_shared_by_tenants(start):
     assert names[:6].count(b"bob") == 2
     alice = [job for job, _ in order if job.tenant == b"alice"]
     assert alice.index(urgent[0]) <= 2
-    assert [job.id for job in alice if job is not urgent[0]] == [0, 1, 2, 3, 4]
+    assert [job.request.id for job in alice if job is not urgent[0]] == [0, 1, 2, 3, 4]
 
 
 def test_one_tenant_leaves_a_slot_to_those_that_have_come_lately(start):
     service, engine = start(batch=8)
-    assert submit(service, prompt_ids(6, 0), SamplingParams(3), tenant=b"bob")[1].end
+    assert submit(service, prompt_ids(6, 0), SamplingParams(3), sender=Sender(b"bob"))[1].end
     engine.open.clear()
-    asked = [submit(service, prompt_ids(6, i), tenant=b"alice") for i in range(9)]
+    asked = [submit(service, prompt_ids(6, i), sender=Sender(b"alice")) for i in range(9)]
     engine.open.let(2)
-    _, late = submit(service, prompt_ids(6, 9), SamplingParams(3), tenant=b"bob")
+    _, late = submit(service, prompt_ids(6, 9), SamplingParams(3), sender=Sender(b"bob"))
     engine.open.let(30)
     assert late.end.reason == "length"
     assert sum(bool(job.taken) for job, _ in asked) == 7
@@ -214,20 +213,20 @@ def test_one_tenant_leaves_a_slot_to_those_that_have_come_lately(start):
 
 def test_texts_of_tenants_that_sit_out_are_those_of_plain_decoding(start, truths):
     service, _ = start()
-    asked = [submit(service, *case, tenant=bytes([65 + i % 3]))[1] for i, case in enumerate(CASES)]
+    asked = [submit(service, *case, sender=Sender(bytes([65 + i % 3])))[1] for i, case in enumerate(CASES)]
     assert [listener.text for listener in asked] == [expected.text for expected in truths]
 
 
 def test_a_full_queue_has_a_place_for_a_tenant_with_less_than_its_share(start):
     service, engine = start(batch=1, queue=3)
     engine.open.clear()
-    asked = [submit(service, prompt_ids(6, i), tenant=b"alice") for i in range(4)]
+    asked = [submit(service, prompt_ids(6, i), sender=Sender(b"alice")) for i in range(4)]
     with pytest.raises(Overloaded):
-        submit(service, prompt_ids(6, 4), tenant=b"alice")
-    asked += [submit(service, prompt_ids(6, i), tenant=b"bob") for i in range(2)]
+        submit(service, prompt_ids(6, 4), sender=Sender(b"alice"))
+    asked += [submit(service, prompt_ids(6, i), sender=Sender(b"bob")) for i in range(2)]
     for tenant in (b"alice", b"bob"):
         with pytest.raises(Overloaded):
-            submit(service, prompt_ids(6, 4), tenant=tenant)
+            submit(service, prompt_ids(6, 4), sender=Sender(tenant))
     engine.open.set()
     assert {listener.end.reason for _, listener in asked} == {"length"}
 
@@ -286,7 +285,7 @@ def test_deadlines_end_what_runs_and_what_waits(start):
     _, waiting = submit(service, prompt_ids(6, 1), seconds=0.05)
     _, patient = submit(service, prompt_ids(6, 2), seconds=600.0)
     threading.Event().wait(0.1)
-    job.deadline = job.submitted  # it passes during the iteration that waits
+    job.deadline = job.request.submitted  # it passes during the iteration that waits
     engine.open.set()
     assert running.end.reason == waiting.end.reason == "deadline"
     assert running.end.completion_tokens == len(running.token_ids) > 0
@@ -352,8 +351,8 @@ def test_a_request_that_has_gone_on_since_is_not_guilty(start, offline):
 def test_a_request_that_fails_beside_others_alone_is_given_up(start, truths):
     """The youngest that was there each time; those who ran beside it lose nothing."""
     service, engine = start()
-    bad: list[ServiceRequest] = []
-    engine.fail = lambda call: len(call.past_lens) > 1 and any(job.slot >= 0 for job in bad)
+    bad: list[Job] = []
+    engine.fail = lambda call: len(call.past_lens) > 1 and any(job.request.slot >= 0 for job in bad)
     reported = [submit(service, *case)[1] for case in CASES]
     job, listener = submit(service, prompt_ids(9, 9), priority=-1)
     bad.append(job)
@@ -418,7 +417,7 @@ def test_a_thread_that_dies_fails_every_request_and_is_known_to_be_dead(start, m
 
         submit(service, prompt_ids(6, seed), LONG, tell)
     engine.open.let(4)
-    monkeypatch.setattr(service.loop.batch, "forget_cached", lambda: 1 / 0)
+    monkeypatch.setattr(service.loop.batch.blocks, "forget_cached", lambda: 1 / 0)
     engine.fail = lambda call: True
     engine.open.set()
     assert {listener.end.reason for listener in reported} == {"failed"}

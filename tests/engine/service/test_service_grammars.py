@@ -11,7 +11,7 @@ from steered import LONG, Listener, submit
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.service import grammars
-from echo_trt.engine.service.job import Overloaded, ServiceRequest
+from echo_trt.engine.service.job import Job, Overloaded
 from echo_trt.engine.service.service import Service
 
 ANY_OBJECT = {"json_object": True}
@@ -22,7 +22,7 @@ def slow(number: int) -> dict[str, Any]:
     return {"json": {"type": "array", "items": {"type": "number", "multipleOf": 29989 - 2 * number}}}
 
 
-def ask(service: Service, structured: dict[str, Any], **more: Any) -> tuple[ServiceRequest, Listener]:
+def ask(service: Service, structured: dict[str, Any], **more: Any) -> tuple[Job, Listener]:
     return submit(service, prompt_ids(6, 1), SamplingParams(4, structured=structured), **more)
 
 

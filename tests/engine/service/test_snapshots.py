@@ -62,7 +62,7 @@ def test_a_loop_at_which_nobody_looks_does_nothing_for_it(service):
     recorder.switch(False)
     answer(service)
     assert service.loop.step_callback is None
-    assert not recorder.news
+    assert not recorder.seen
     assert recorder.snapshot()["last"] is None
 
 
@@ -73,12 +73,12 @@ def test_a_snapshot_tells_what_the_loop_did_and_no_text(service):
         before = recorder.snapshot()
         assert (before["format"], before["last"], before["recent"]["time"]) == (SNAPSHOT_FORMAT, None, [])
         answer(service)
-        assert recorder.news
+        assert recorder.seen
         now, again = recorder.snapshot(), recorder.snapshot()
         text = json.dumps(now)
     finally:
         recorder.switch(False)
-    assert not recorder.news
+    assert not recorder.seen
     columns = now["recent"]
     assert {len(column) for column in columns.values()} == {min(ITERATIONS, len(columns["time"]))}
     assert again["recent"]["time"] == []

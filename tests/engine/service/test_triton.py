@@ -23,6 +23,7 @@ from echo_trt.engine.host_memory import gigabytes
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.process import wire
+from echo_trt.engine.request import Event
 
 pytestmark = needs_triton
 TRITON = True
@@ -108,7 +109,7 @@ def test_the_model_answers_on_the_engine_s_socket_too(server, offline):
         wire.Submit(prompt=ids, params=SamplingParams(GREEDY["max_tokens"], ignore_eos=True)),
         60,
     )
-    assert isinstance(answer, wire.Tokens)
+    assert isinstance(answer, Event)
     assert answer.token_ids == server.generate(**GREEDY)["output_ids"]
     assert server.rest()["echo_request_seconds_count"] == before + 2  # of both ways
 

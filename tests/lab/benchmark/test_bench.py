@@ -149,7 +149,7 @@ def test_side_by_side_each_emits_what_it_does_alone_in_blocks_of_its_own(open_ll
             run.run(0.0)
         batch = run.loop.batch
         held.append(
-            {b for slot in np.flatnonzero(batch.active) for b in batch.block_table[slot, : batch.blocks_held[slot]]}
+            {b for slot in np.flatnonzero(batch.active) for b in batch.blocks.table[slot, : batch.blocks.held[slot]]}
         )
     assert all(run.busy and run.emitted for run in runs)
     assert all(held)

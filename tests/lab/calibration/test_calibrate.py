@@ -110,7 +110,7 @@ def test_costs_that_were_measured_beside_other_work_are_measured_again(times, ag
     assert any("other work ran" in note for note in notes) == any("measuring" in note for note in notes) == again
     kept = json.loads((bundle / COSTS).read_text("utf-8"))["target"]["seconds"]
     assert (kept == slow["seconds"]) == (not again)
-    assert llm.loop.batch.free_blocks == llm.loop.batch.num_blocks
+    assert llm.loop.batch.blocks.free == llm.loop.batch.blocks.count
 
 
 @pytest.fixture

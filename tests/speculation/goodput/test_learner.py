@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machines import TUNING
 
-from echo_trt.speculation.goodput.learner.requests import History
+from echo_trt.speculation.goodput.learner.learner import History
 
 ALL, SECONDS = np.arange(4), 0.01
 
