@@ -128,7 +128,6 @@ def test_targets_are_kept_more_often_and_nobody_starves(job, tmp_path):
     assert after["attained"] > 1.1 * before["attained"]
     assert after["tokens_per_s"] > 0.9 * before["tokens_per_s"]
     assert after["longest_wait_ms"] < 200
-    assert 0 <= rows["adaserve"]["attained"] <= 1
 
 
 def test_a_trace_is_replayed(job, tmp_path, monkeypatch):
