@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,12 +59,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_quiet_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run with one thread and without progress bars, which slow tiny networks, here and in processes of tests."""
+    """Run with one thread and without progress bars, which slow tiny networks, here and in processes of tests.
+
+    What passes cost is measured for a fraction of the usual seconds.
+    """
     if request.config.option.markexpr == "pure":
         yield
         return
     import torch
     from transformers.utils import logging
+
+    from echo_trt.engine.measure import measure
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -71,6 +77,7 @@ def _one_quiet_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     gc.set_threshold(50_000, 20, 20)  # as it is by default, a tenth of a trace's time is the collector's
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr("echo_trt.engine.tuning.measure", partial(measure, seconds=0.4))
         yield
     torch.set_num_threads(threads)
 

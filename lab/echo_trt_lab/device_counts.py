@@ -6,7 +6,6 @@ at once by a table, so that some requests are sure, some middling and some unsur
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,7 +22,7 @@ from echo_trt.backends.cuda.transfers import TRANSFERS
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.read_recipe import load_recipe
 from echo_trt.engine.batch import InputBatch
-from echo_trt.engine.core import Emitted, EngineCore
+from echo_trt.engine.core import EngineCore
 from echo_trt.engine.drafters.levels import LevelsDraft, LevelsDrafter
 from echo_trt.engine.kv_blocks import blocks_for
 from echo_trt.engine.params import SamplingParams
@@ -96,18 +95,17 @@ class Counts:
 
 
 class Device:
-    """What stands for a device: its counts, the seconds that it spent, and graphs, which are replayed at once."""
+    """What stands for a device: its counts, and graphs, which are replayed at once."""
 
     def __init__(self) -> None:
-        self.counts, self.seconds, self._inside = Counts(), 0.0, False
+        self.counts, self._inside = Counts(), False
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        start, self._inside = time.perf_counter(), True
+        self._inside = True
         self.counts.launches += 1
         yield
         self._inside = False
-        self.seconds += time.perf_counter() - start
 
     def launched(self) -> None:
         self.counts.launches += not self._inside
@@ -254,9 +252,3 @@ class Run:
         counts.launches += counts.waits
         counts.up, counts.down = TRANSFERS.up - before.up, TRANSFERS.down - before.down
         return counts.per(iterations)
-
-    def timed(self, iterations: int) -> tuple[float, list[Emitted]]:
-        """Return the host's milliseconds per iteration, and what the iterations wrote."""
-        start, free = time.perf_counter(), self.device.seconds
-        emissions = [self.loop.step() for _ in range(iterations)]
-        return 1e3 * (time.perf_counter() - start - (self.device.seconds - free)) / iterations, emissions

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -14,16 +12,6 @@ import torch
 
 from echo_trt.backends.cuda.calls import Graphs
 from echo_trt.backends.torch.engine import TorchEngine
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Turn Python's collector off: an object is gone only if no circle holds it."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 class StandInGraph:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
-from contextlib import contextmanager, nullcontext
-from itertools import count
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from cuda.bindings import runtime
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import roles_of
-from stand_in_graphs import StandInGraph, StandInGraphs, as_on_a_gpu, in_banks, with_graphs
+from stand_in_graphs import StandInGraph, in_banks, with_graphs
 from test_torch_engine import BLOCKS, NETWORKS, arrays_of, assert_same, calls, inputs_for
 
 from echo_trt.backends.base import Engine
-from echo_trt.backends.cuda import levels as cuda_levels
 from echo_trt.backends.cuda import sizes as cuda_sizes
-from echo_trt.backends.cuda.calls import MAX_GRAPHS, Graphs, Staging
-from echo_trt.backends.cuda.device import own_stream
+from echo_trt.backends.cuda.calls import MAX_GRAPHS, Staging
 from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, bucket
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.engine.batch import InputBatch
@@ -30,8 +23,7 @@ from echo_trt.engine.core import EngineCore
 from echo_trt.engine.drafters.eagle3 import EngineDrafter
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Request
-from echo_trt.errors import UserError
-from echo_trt.speculation.pack import LevelShape, pack
+from echo_trt.speculation.pack import pack
 from echo_trt.speculation.policies import make_planner
 
 BOUNDS = CallBounds(4, 4, 16)
@@ -114,22 +106,6 @@ def test_a_server_under_load_has_a_graph_for_every_pass():
         assert len(set(engine.used)) <= len(listed) < 64
 
 
-def test_a_prompt_takes_fewer_calls_where_no_request_decodes():
-    """In calls that still have a graph; beside a request that decodes, whose next token would wait, in chunks."""
-    batch = InputBatch(2, 2700, 64, 2 * 90)
-    target = Sized(180, {"logits": lambda rows: np.ones((rows, 50), np.float32)}, cuda_sizes.graph_sizes(2, 64))
-    loop = EngineCore(target, None, batch, make_planner("autoregressive", {}, None), (), 512)
-    add = lambda i, length: loop.scheduler.add(Request(i, np.ones(length, int), SamplingParams(9, ignore_eos=True)))  # noqa: E731
-    add(0, 2500)
-    for _ in range(4):
-        loop.step()
-    assert target.prompt_tokens == [1024, 1024, 452, 1]  # and the first token after the prompt's
-    add(1, 1200)
-    loop.step()
-    assert len(target.used) == 5
-    assert target.used[-1].tokens == cuda_sizes.bucket(513)
-
-
 # -- graphs --------------------------------------------------------------------------------------------------------
 
 
@@ -169,73 +145,7 @@ def test_a_size_that_cannot_be_captured_runs_by_launches(networks, monkeypatch, 
     assert graphs.captures == 2  # no second try of the size that failed
 
 
-class Streams:
-    """PyTorch's current stream, and its captures: one that fails leaves its stream as the current one."""
-
-    def __init__(self, monkeypatch):
-        self.current, self.captures, capture = SimpleNamespace(wait_stream=lambda other: None), [], torch.cuda.graph
-
-        @contextmanager
-        def on(stream):
-            before, self.current = self.current, stream
-            try:
-                yield
-            finally:
-                self.current = before
-
-        @contextmanager
-        def graph(made, pool, stream, capture_error_mode):
-            self.captures.append((pool, id(stream), gc.isenabled()))
-            before, self.current = self.current, stream
-            with capture(made):
-                yield
-            self.current = before
-
-        pools, handles = count(), count(2000)
-        for name, value in {
-            "current_stream": lambda device: self.current,
-            "graph_pool_handle": lambda: next(pools),
-            "stream": on,
-            "graph": graph,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, value)
-
-        def own(*_):
-            return SimpleNamespace(wait_stream=lambda other: None, cuda_stream=next(handles))
-
-        monkeypatch.setattr("echo_trt.backends.cuda.calls.own_stream", own)
-
-
-def test_engines_capture_on_streams_of_their_own_and_nothing_is_collected_meanwhile(networks, monkeypatch):
-    """PyTorch frees the workspace of a capture's stream when one of its graphs ends, whoever else has captured there.
-
-    A graph that could not be captured is kept for that reason, and the next one gets another pool of memory, since
-    PyTorch may go on in the belief that the old one is being captured into.
-    """
-    engines = [TorchEngine(roles_of("eagle3", networks)["target"], BLOCKS) for _ in range(2)]
-    for engine in engines:
-        with_graphs(engine, monkeypatch)
-    streams = Streams(monkeypatch)
-    for engine in engines:
-        engine._graphs = StandInGraphs(engine._forward, refused=(8,))
-    start = streams.current
-    for engine in engines:
-        for past, tokens in ((0, 4), (4, 8), (12, 2)):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                engine.run(prompt(tokens, past, 1))
-            assert streams.current is start
-        assert len(engine._graphs._failed) == 1
-    pools, used, enabled = zip(*streams.captures, strict=True)
-    assert len(set(pools[:2])) == len(set(pools[3:5])) == 1  # up to the capture that fails
-    assert len(set(pools)) == 4
-    assert len(set(used[:3])) == len(set(used[3:])) == 1
-    assert len(set(used)) == 2
-    assert not any(enabled)
-    assert gc.isenabled()
-
-
-@pytest.mark.parametrize("pair", ["eagle3", "close", "model", "dflash", "dspark", "peagle"])
+@pytest.mark.parametrize("pair", ["close", "model", "dspark"])
 def test_decoding_by_graphs_writes_the_same_text(pair, open_llm, monkeypatch, small_sizes):
     """Trees, catch-ups and chunks, all of them padded into graphs that were captured before."""
     prompts = [np.arange(i, i + n) % 90 for i, n in enumerate((5, 37, 1, 16))]
@@ -264,43 +174,6 @@ def test_decoding_by_graphs_writes_the_same_text(pair, open_llm, monkeypatch, sm
     assert not levels or levels.replays > 6
 
 
-def test_the_smallest_drafts_keep_their_graphs_where_there_are_too_many(open_llm, monkeypatch):
-    """Up to eight requests have four sizes of batches; of two drafts each, seven graphs hold those of three sizes."""
-    engine = open_llm("eagle3", "echo", 8, "resident").loop.drafter.engine
-    with_graphs(engine, monkeypatch)
-    levels, graphs = engine._levels, engine._levels._graphs
-    monkeypatch.setattr(cuda_levels, "MAX_GRAPHS", 7)
-    shapes = [LevelShape(1, 1, 3, 4), LevelShape(2, 1, 3, 4)]
-    with pytest.warns(UserWarning, match=r"drafts of 8 requests and more run without a CUDA graph: .* 1 more; lower"):
-        engine.capture_levels(lambda requests: shapes)
-    assert graphs.captures == 7
-    sizes = [len(captured.staging.tensors["past_lens"]) for captured in graphs._captured.values()]
-    assert sorted(sizes) == [1, 1, 2, 2, 4, 4, 8]
-    assert levels._sizes == [1, 2, 4, 8]
-
-
-def test_graphs_are_captured_on_a_stream_of_their_own_that_ends_with_them(monkeypatch):
-    """PyTorch hands out 32 streams in turn, so an engine that is opened later would get one that is in use."""
-    numbers, ended = count(1000), []
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
-    monkeypatch.setattr(runtime, "cudaStreamCreateWithFlags", lambda flags: (0, next(numbers)))
-    monkeypatch.setattr(runtime, "cudaStreamDestroy", ended.append)
-    kept = [Graphs(lambda inputs: (), torch.device("cpu")) for _ in range(40)]
-    assert len({graphs._stream for graphs in kept}) == 40
-    del kept[:3]
-    gc.collect()
-    assert sorted(ended) == [1000, 1001, 1002]
-
-
-def test_a_stream_that_cuda_refuses_is_told(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    monkeypatch.setattr(runtime, "cudaStreamCreateWithFlags", lambda flags: (runtime.cudaError_t(2), None))
-    with pytest.raises(UserError, match=r"^CUDA makes no stream \(cudaErrorMemoryAllocation\); restart the process"):
-        own_stream(torch.device("cpu"), monkeypatch)
-
-
 # -- buffers -------------------------------------------------------------------------------------------------------
 
 
@@ -320,18 +193,3 @@ def test_arrays_of_varying_length_send_their_own_part_alone(monkeypatch):
         assert len(sent) <= 2
         assert sum(sent) <= 256 + mask + 4 * blocks
         sent.clear()
-
-
-# -- results -------------------------------------------------------------------------------------------------------
-
-
-def test_states_that_were_picked_outlive_the_next_pass(networks):
-    """A drafter keeps the states of all levels, and the engine's next pass writes over its outputs."""
-    engine = as_on_a_gpu(TorchEngine(roles_of("eagle3", networks)["draft"], BLOCKS))
-    call = calls(0)[1]
-    states = engine.run(call, **inputs_for(call, 192, 1))["state"]
-    kept = states[np.array([2, 0])]
-    wanted = np.array(kept)
-    with torch.inference_mode():
-        states._rows.zero_()
-    assert (np.asarray(kept) == wanted).all()

@@ -1,6 +1,5 @@
 """Gated MLPs as OpenVINO knows them: gates activated within their products, and with AMX one kernel for each."""
 
-import os
 from collections import Counter
 
 import numpy as np
@@ -10,8 +9,7 @@ import pytest
 from echo_trt.backends.openvino import cpu as cpu_facts
 from echo_trt.backends.openvino import graph as graph_parts
 from echo_trt.backends.openvino.cpu import has_amx, has_bf16
-from echo_trt.backends.openvino.engine import _from_bf16
-from echo_trt.backends.openvino.graph import FEATURES, compile_graph, join_mlps, read_graph
+from echo_trt.backends.openvino.graph import compile_graph, join_mlps, read_graph
 
 NETWORKS = pytest.mark.parametrize(("pair", "network", "layers"), [("self", "target", 3), ("close", "draft", 1)])
 WITHIN = {"FullyConnected", "LLMMLP"}  # kernels that can activate a gate: a matrix product, and a whole MLP
@@ -82,12 +80,6 @@ def test_one_thread_has_no_kernel_for_a_whole_mlp(threads, cores, joined, bundle
     assert bool(found) == joined
 
 
-def test_threads_of_one_core_are_one(monkeypatch):
-    assert 1 <= cpu_facts.cores() <= len(os.sched_getaffinity(0))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    assert cpu_facts.cores() == 1
-
-
 def _gate_kinds(compiled: ov.CompiledModel) -> Counter[str]:
     """Kinds of the compiled nodes that a gate's activation is in, alone or with others.
 
@@ -116,30 +108,3 @@ def _first_mlp(model: ov.Model) -> ov.CompiledModel:
     for user in users:
         user.replace_source_output(read.output(0))
     return ov.Core().compile_model(ov.Model([below], [read]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-
-
-# -- features in bf16 ------------------------------------------------------------------------------------------------
-
-
-@needs_bf16
-def test_layers_are_not_kept_in_fp32(bundle_of):
-    compiled = compile_graph(read_graph(bundle_of("close") / "target.onnx"), "bf16")
-    assert compiled.output(FEATURES).element_type == ov.Type.bf16
-    nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
-    kinds = [(info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in nodes]
-    assert kinds.count(("Eltwise", "bf16")) >= 3
-    assert ("Eltwise", "f32") not in kinds
-
-
-def test_in_fp32_features_are_exact(bundle_of):
-    compiled = compile_graph(read_graph(bundle_of("close") / "target.onnx"), "fp32")
-    assert compiled.output(FEATURES).element_type == ov.Type.f32
-
-
-def test_bf16_is_the_first_half_of_float32():
-    values = np.array([[1.5, -2.0, 0.0], [3.140625, 1e-30, -65536.0]], np.float32)
-    short = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.float16)
-    read = _from_bf16(short)
-    assert read.dtype == np.float32
-    assert read == pytest.approx(values, rel=2**-7)
-    assert read[0].tolist() == [1.5, -2.0, 0.0]

@@ -1,25 +1,19 @@
 """The OpenVINO engine is the reference engine, call by call, whatever is packed into a call."""
 
-import io
-
 import numpy as np
 import pytest
 from pairs import SIZES, VOCAB, recipe_of, reference_engines
 from random_calls import Script, inputs_for
-from rich.console import Console
 
 from echo_trt.backends.base import Engine
-from echo_trt.backends.kind import computes_in
 from echo_trt.backends.openvino import cpu
 from echo_trt.backends.openvino import engine as openvino
 from echo_trt.backends.openvino import graph as compiler
 from echo_trt.backends.openvino.engine import OpenVINOEngine
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
-from echo_trt.engine.measure import machine
 from echo_trt.engine.params import SamplingParams
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
-from echo_trt_lab.sizing.tables import manifest_table
 
 BLOCKS, PER_REQUEST = 24, 4
 #: Numbers of bf16 differ by this much relatively; these networks round some 32 times from token to output.
@@ -90,8 +84,8 @@ def engines(networks, bundle_of):
 @pytest.mark.parametrize("network", NETWORKS)
 def test_calls_of_any_shape_equal_the_reference(network, precision, tolerance, engines):
     reference, compiled = engines(network, precision)
-    for seed in range(8):
-        calls = Calls(seed, requests=1 + seed % 6)
+    for seed in range(6):
+        calls = Calls(seed, requests=1 + seed)
         packed = [calls.prompts(), calls.trees_and_chunks(), calls.trees_and_chunks()]
         for call in packed:
             inputs = inputs_for(reference._role, call, calls.rng)
@@ -118,7 +112,7 @@ def test_moved_rows_are_those_that_later_calls_see(precision, tolerance, engines
         assert_same(*outputs, tolerance)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["target", "head"])
 def test_kernels_of_usual_sizes_are_prepared_without_a_trace(network, bundle_of, monkeypatch):
     pair, name = NETWORKS[network]
     graph, sizes, run = bundle_of(pair) / f"{name}.onnx", [], OpenVINOEngine.run
@@ -162,24 +156,6 @@ def test_without_bf16_the_same_bundle_computes_in_fp32(bundle_of, monkeypatch):
     for call in (calls.prompts(), calls.trees_and_chunks()):
         exact, rounded = (engine.run(call)["logits"].copy() for engine in engines)
         assert 0 < np.abs(exact - rounded).max() < 1e-2 * np.abs(exact).max()
-
-
-@pytest.mark.parametrize(("requested", "threads"), [("1", 1), ("2", 2)])
-def test_threads_are_as_many_as_omp_num_threads_says(requested, threads, bundle_of, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", requested)
-    compiled = compiler.compile_graph(compiler.read_graph(bundle_of("lookup") / "target.onnx"), "fp32")
-    assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
-
-
-def test_a_bundle_says_what_it_computes_in_here(networks, tmp_path, monkeypatch):
-    manifest = build(recipe_of("lookup", networks, precision="bf16"), networks, tmp_path / "bf16")
-    for has, precision in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(cpu, "has_bf16", lambda has=has: has)
-        assert computes_in(manifest) == precision
-        assert precision in machine(manifest)
-        console = Console(width=200, record=True, file=io.StringIO())
-        console.print(manifest_table(manifest, tmp_path / "bf16"))
-        assert ("computed in fp32: this CPU has no AVX-512" in console.export_text()) == (not has)
 
 
 @pytest.mark.parametrize(

@@ -6,23 +6,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from driving import SPECULATION_PAYS, goodput_planner
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from onnx import numpy_helper
-from pairs import recipe_of, roles_of
+from pairs import roles_of
 
-from echo_trt import LLM, SamplingParams
 from echo_trt.backends.openvino import graph
 from echo_trt.backends.openvino import quantise as quantisation
 from echo_trt.backends.openvino.build import compile_role
-from echo_trt.backends.openvino.cpu import has_amx
 from echo_trt.backends.openvino.export import export_parted
 from echo_trt.backends.openvino.quantise import quantise
-from echo_trt.backends.self_check import RISES, check_compiled
-from echo_trt.cli.build import build
-
-PROMPTS = [[7, 8, 9], [*range(40, 90)], [5, 6, 5, 6, 5]]
+from echo_trt.backends.self_check import check_compiled
 
 
 def weights(path) -> dict[str, np.ndarray]:
@@ -86,18 +80,6 @@ def test_weights_of_files_in_four_bits_are_kept(kind, networks, tmp_path):
     assert check.error < 0.03  # of activations in 8 bits; 0.5 and more where weights change
 
 
-def test_a_matrix_in_pieces_has_the_same_numbers(networks, tmp_path, monkeypatch):
-    role = roles_of("lookup", networks)["target"]
-    stored = []
-    for chunk in (quantisation.CHUNK, 50 * 64):
-        monkeypatch.setattr(quantisation, "CHUNK", chunk)
-        export_parted(role, tmp_path / "target.onnx")
-        quantise(tmp_path / "target.onnx", "int8")
-        stored.append(weights(tmp_path / "target.onnx"))
-    assert stored[0].keys() == stored[1].keys()
-    assert all((stored[0][name] == stored[1][name]).all() for name in stored[0])
-
-
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_integers_are_left_to_openvino(precision, networks, tmp_path, monkeypatch):
     """Their conversions are not marked: with the mark, OpenVINO makes them fp32 matrices in memory of its own."""
@@ -108,40 +90,3 @@ def test_integers_are_left_to_openvino(precision, networks, tmp_path, monkeypatc
     converted = [node for node in model.get_ops() if node.get_type_name() == "Convert" and graph._is_weight(node)]
     assert converted
     assert not any(graph.DECOMPRESSION in node.get_rt_info() for node in converted)
-
-
-def test_narrow_floats_are_kept(networks, tmp_path):
-    role = roles_of("lookup", networks)["target"]
-    for parameter in role.parameters():
-        if parameter.dim() == 2:
-            parameter.data = parameter.data.bfloat16()
-    export_parted(role, tmp_path / "target.onnx")
-    model = graph.read_graph(tmp_path / "target.onnx")
-    graph.compile_graph(model, "fp32")
-    converted = [node for node in model.get_ops() if node.get_type_name() == "Convert" and graph._is_weight(node)]
-    assert converted
-    assert all(graph.DECOMPRESSION in node.get_rt_info() for node in converted)
-
-
-no_amx = pytest.mark.skipif(has_amx(), reason="with AMX products in int4 round by the rows beside them")
-
-
-@pytest.mark.parametrize(
-    ("precision", "bound"), [("int8", RISES["int8"]), pytest.param("int4", 5.0, marks=no_amx)]
-)  # tiny
-def test_chains_of_few_bits_give_plain_decoding_s_texts(precision, bound, networks, tmp_path, monkeypatch):
-    """A tree rounds differently, so policies that verify trees promise less; with a head: engine/test_same_bits.py."""
-    monkeypatch.setitem(RISES, precision, bound)
-    manifest = build(recipe_of("lookup", networks, precision=precision), networks, tmp_path / precision)
-    check = manifest.checks["target"]
-    assert 1e-5 < check.prompt_error < check.bound == bound
-    assert check.measure == "perplexity"
-    params, plain = SamplingParams(16, ignore_eos=True), None
-    for policy, batch in (("autoregressive", 1), ("autoregressive", 3), ("goodput-exact", 3), ("goodput", 1)):
-        llm = LLM(tmp_path / precision, "autoregressive", batch)
-        if policy != "autoregressive":
-            llm.loop.planner = goodput_planner(llm, SPECULATION_PAYS, policy)
-        texts = [completion.token_ids for completion in llm.generate(PROMPTS, params)]
-        assert (llm.counters.drafted_tokens > 0) == (policy != "autoregressive")
-        plain = plain or texts
-        assert texts == plain, (policy, batch)

@@ -4,14 +4,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import threading
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
-from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +17,6 @@ from models.checkpoints import qwen3
 from pairs import SIZES, recipe_of, write_tokenizer
 from refusal import refused
 
-from echo_trt.backends.base import Engine
-from echo_trt.backends.parallel import rank_group, rank_processes, ranked
 from echo_trt.backends.parallel.rank_group import RankGroup, check_gpus
 from echo_trt.backends.parallel.ranked import OpenRank, RankedEngine, of_rank
 from echo_trt.backends.torch.engine import TorchEngine, open_torch
@@ -114,15 +107,6 @@ def test_no_engine_goes_on_before_all_ranks_have_their_weights(divided, tmp_path
     assert np.isfinite(engine.run(prompt_call())["logits"]).all()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_collective_outlasts_the_patience_of_a_call(rank, monkeypatch):
-    seconds = []
-    monkeypatch.setattr(rank_group, "has_cuda", lambda: False)
-    monkeypatch.setattr(rank_group, "join_gloo", lambda *words: seconds.append(words[3]) or RankGroup(rank, 2, None))
-    rank_group.join(None, rank, 2, 300.0, lambda: None)
-    assert seconds == [timedelta(seconds=600)]
-
-
 # -- ranks that are lost -------------------------------------------------------------------------------------------
 
 
@@ -159,51 +143,12 @@ def test_a_rank_that_cannot_start_says_why(divided, tmp_path):
     assert time.monotonic() - began < 60
 
 
-def test_a_loss_is_told_while_the_communicator_waits_for_graphs(monkeypatch):
-    """NCCL aborts a communicator when its graphs are gone, which may be as late as the end of this process."""
-    ours, theirs = Pipe()
-    child, released = subprocess.Popen(["false"]), threading.Event()
-    monkeypatch.setattr(rank_processes, "_start", lambda rank, *_: rank_processes._Process(rank, child, ours))
-    others = rank_processes.RankProcesses(2, 0)
-    others.abort = lambda: released.wait(60)
-    child.wait()
-    began = time.monotonic()
-    theirs.close()
-    with refused("rank 1 of 2 has ended (exit code 1)"):
-        others.hear(rank_processes.READY, 30)
-    assert time.monotonic() - began < 20
-    released.set()
-    others.close()
-
-
 def test_the_processes_end_with_the_engine(divided):
     engine = RankedEngine(torch_rank(files_of(divided[0])), 2)
     (other,) = engine._others._processes
     assert other.child.poll() is None
     del engine
     assert other.child.wait(60) is not None
-
-
-def test_an_engine_is_gone_before_its_communicator(monkeypatch):
-    """TensorRT's contexts hold NCCL's communicator, which has to outlive them."""
-    order = []
-
-    class Rank(Engine):
-        num_blocks, sizes = BLOCKS, ()
-
-        def __del__(self):
-            order.append("engine")
-
-    others = SimpleNamespace(
-        port=0, abort=None, close=lambda: order.append("processes"), hear=lambda *_: None, tell=lambda *_: None,
-        in_flight=nullcontext,
-    )  # fmt: skip
-    group = SimpleNamespace(abort=lambda: order.append("abort"), leave=lambda: order.append("leave"))
-    monkeypatch.setattr(ranked, "RankProcesses", lambda *_: others)
-    monkeypatch.setattr(ranked, "join", lambda *_: group)
-    engine = RankedEngine(lambda group: Rank(), 2)
-    del engine
-    assert order == ["processes", "engine", "abort", "leave"]
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
@@ -215,11 +160,6 @@ def test_fewer_gpus_than_ranks_are_refused(monkeypatch):
     with refused("tensor_parallel is 4, but PyTorch sees 3 GPUs", "set tensor_parallel to 2"):
         check_gpus(4)
     check_gpus(2)
-
-
-def test_an_engine_of_one_device_is_refused(networks, tmp_path):
-    with refused("tensor_parallel is 2, but openvino runs on one device", "set it to 1"):
-        build(recipe_of("lookup", networks, tensor_parallel=2), networks, tmp_path / "bundle")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import itertools
 import multiprocessing
 import signal
 import sys
@@ -19,9 +18,8 @@ from stand_ins import built, with_stand_ins
 from echo_trt.backends.kind import built_as
 from echo_trt.backends.onnx_export import export, in_precision
 from echo_trt.backends.tensorrt import compiler as tensorrt
-from echo_trt.backends.tensorrt.compiler import CompileJob, first_sentence
-from echo_trt.backends.tensorrt.graph import check_graph
-from echo_trt.backends.tensorrt.library import load_tensorrt, logger_of
+from echo_trt.backends.tensorrt.compiler import CompileJob
+from echo_trt.backends.tensorrt.library import logger_of
 from echo_trt.backends.tensorrt.profiles import packed_profiles
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.cli.build import build
@@ -186,14 +184,6 @@ def test_no_compiler(networks, tmp_path, monkeypatch):
         build(recipe_of("lookup", networks, engine="tensorrt", precision="fp16"), networks, tmp_path / "b")
 
 
-def test_another_major_version(monkeypatch):
-    module = type(sys)("other")
-    module.__version__ = "99.1.2"
-    monkeypatch.setitem(sys.modules, "tensorrt", module)
-    with refused("is version 99.1.2", "needs version 11", "pip install"):
-        load_tensorrt()
-
-
 def test_another_engine_takes_the_recipe_but_not_its_drafts_precision(networks):
     recipe = recipe_of("model", networks, precision="bf16")
     recipe = recipe.model_copy(update={"draft": recipe.draft.model_copy(update={"precision": "int8"})})
@@ -201,37 +191,3 @@ def test_another_engine_takes_the_recipe_but_not_its_drafts_precision(networks):
     assert (other.engine, other.precision, other.draft.precision) == ("tensorrt", "bf16", None)
     same = built_as(recipe, "openvino", "fp32")
     assert (same.precision, same.draft.precision) == ("fp32", "int8")
-
-
-def test_a_word_of_the_compiler_is_the_end_of_a_sentence():
-    output = (
-        "IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([graph.h:1295: attach] Some thing failed. (See x))"
-    )
-    assert first_sentence([output, "later"]) == "Some thing failed"
-    assert first_sentence(["ModelImporter.cpp:140: Two words\nand more"]) == "Two words and more"
-    assert first_sentence([]) == "it does not say why"
-
-
-# -- profiles ------------------------------------------------------------------------------------------------------
-
-
-def test_packed_profiles_are_next_to_each_other(networks, tmp_path):
-    role = roles_of("eagle3", networks)["draft"]
-    export(role, tmp_path / "head.onnx")
-    prepare_graph(tmp_path / "head.onnx", tmp_path / "head.onnx")
-    check_graph(tmp_path / "head.onnx", lambda name: True)
-    profiles = packed_profiles(tmp_path / "head.onnx", CallSizes(64, 66, 64, 256, 1024))
-    ranges = [(p["token_ids"][0][0], p["token_ids"][2][0]) for p in profiles]
-    assert ranges[0] == (1, 32)
-    assert all(maximum + 1 == minimum for (_, maximum), (minimum, _) in itertools.pairwise(ranges))
-    assert ranges[-1][1] >= 1024 + 256
-    for profile in profiles:
-        assert profile["seq_begins"][2][0] == profile["past_lens"][2][0] + 1
-        assert profile["key_cache.0"] == ((1, 3, 32, 8), (1024, 3, 32, 8), (1024, 3, 32, 8))
-        assert profile["features"][0][0] == profile["tree_mask"][0][0] == 0
-        # A level's rows see their request's whole tree: 64 bytes a row, of the smallest profile too.
-        assert 4 * profile["tree_mask"][2][0] >= profile["token_ids"][2][0] * 64
-        usual = {name: shapes[1][0] for name, shapes in profile.items()}
-        assert usual["features"] + usual["hidden"] == usual["token_ids"]  # or TensorRT refuses the profile
-        # All requests may have the same long beginning, whose blocks each of them names.
-        assert profile["block_indices"][2][0] >= profile["past_lens"][2][0] * 66

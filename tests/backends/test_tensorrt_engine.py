@@ -1,28 +1,24 @@
 """The TensorRT engine without a GPU: the reference runs every launch that it makes, and every refusal is a sentence."""
 
 from collections import Counter
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from pairs import LIMITS, SIZES
+from pairs import SIZES
 from random_calls import Script, inputs_for
 from refusal import refused
 from role_sessions import SLOTS, packed
 
-from echo_trt.backends.cuda import choose, transfers
-from echo_trt.backends.cuda import sizes as cuda_sizes
+from echo_trt.backends.cuda import transfers
 from echo_trt.backends.cuda.calls import Staging
 from echo_trt.backends.cuda.device import missing
-from echo_trt.backends.cuda.sizes import CallBounds, graph_sizes
 from echo_trt.backends.tensorrt import engine as tensorrt
-from echo_trt.backends.tensorrt.calls import packed_pieces
 from echo_trt.backends.tensorrt.engine import TensorRTEngine, check_card, check_version
 from echo_trt.backends.tensorrt.library import TensorRTFacts
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.speculation.pack import BLOCK, LevelShape, pack, pack_levels
+from echo_trt.speculation.pack import BLOCK, pack
 
 
 class Steps(Script):
@@ -66,19 +62,6 @@ def test_every_call_equals_the_reference(pair, name, networks, tmp_path):
     assert any(tokens > 32 for (tokens,) in session.launched)
 
 
-def test_of_large_calls_no_two_of_which_are_alike_no_context_is_kept(networks, tmp_path, monkeypatch):
-    monkeypatch.setattr(cuda_sizes, "SIZES", (1, 2, 4, 8, 12, 16))
-    _, engine, session = packed("target", networks, tmp_path)
-    for seed in range(12):
-        script = Steps(seed, engine.num_blocks // SLOTS)
-        for step in range(3):
-            engine.run(script.step(first=step == 0))
-    assert max(session.launched) > (16,)
-    assert {shapes[session.inputs.index("token_ids")] for shapes in session.recurring} <= {
-        (n,) for n in (1, 2, 4, 8, 12, 16)
-    }
-
-
 @pytest.mark.parametrize("network", ["target", "draft"])
 def test_every_size_that_is_captured_at_the_start_is_in_a_profile(network, networks, tmp_path):
     _, engine, session = packed(network, networks, tmp_path)
@@ -95,54 +78,6 @@ def test_every_size_that_is_captured_at_the_start_is_in_a_profile(network, netwo
         if network == "target":
             engine.run(call)
     assert session.recurring == known
-
-
-@pytest.mark.parametrize("network", ["target", "draft"])
-def test_the_move_and_a_draw_are_compiled_before_requests_wait(network, networks, tmp_path, monkeypatch):
-    _, engine, _ = packed(network, networks, tmp_path)
-    compiled = []
-    monkeypatch.setattr(engine, "compact_kv", lambda source, target: compiled.append("compact_kv"))
-    monkeypatch.setattr(choose, "choose", lambda *_: compiled.append("choose") or torch.zeros(1).long())
-    engine._graphs, engine._sizes = SimpleNamespace(sealed=False), ()
-    engine.capture_all()
-    assert compiled == ["compact_kv", "choose", "choose"][: 3 if network == "target" else 1]  # with masks, and without
-
-
-def test_runs_wait_for_the_pool_to_be_zeroed(networks, tmp_path, monkeypatch):
-    """The pool is zeroed on the current stream, and calls run on the own one of the engine, which does not wait."""
-    _, _, session = packed("target", networks, tmp_path)
-    waits = []
-    session.device = torch.device("cuda")
-    monkeypatch.setattr(TensorRTEngine, "_allocate", lambda self, shape: torch.zeros(1))
-    monkeypatch.setattr(tensorrt, "Graphs", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "PyTorch's")
-    monkeypatch.setattr(tensorrt, "own_stream", lambda *_: SimpleNamespace(wait_stream=waits.append))
-    TensorRTEngine(session, SLOTS, 4, 16)
-    assert waits == ["PyTorch's"]
-
-
-def test_streams_wait_for_each_other_and_the_host_for_results_alone(networks, tmp_path, monkeypatch):
-    """Banks are written and outputs are read on the current stream, and calls run on the engine's own one."""
-    _, engine, session = packed("draft", networks, tmp_path)
-    order, launch = [], session.launch
-    session.launch = lambda *words, **named: order.append("launch") or launch(*words, **named)
-    own, current = (SimpleNamespace(wait_stream=lambda other, n=n: order.append(n)) for n in ("engine", "PyTorch"))
-    engine._stream = own  # neither can be synchronised
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    one, rows = np.ones(1, np.int64), np.arange(2)
-    call = pack(rows, rows, 0 * one, 2 * one, np.arange(4)[None], rows[1:])
-    inputs = {
-        "features": engine.feature_cache("features").read(rows),
-        "hidden": engine.feature_cache("hidden").read(rows[:0]),
-    }
-    engine.run(call, **inputs)
-    shape = LevelShape(1, 1, 2, 3)
-    below = pack_levels(2 * one, np.arange(4)[None], shape)
-    engine.start_levels(call, below, shape, 4, **inputs)
-    engine.run_levels(below, 0 * one, shape, 4)
-    levels = ["engine", "launch", "launch", "PyTorch", "engine", "launch", "PyTorch"]
-    assert order == ["engine", "launch", "PyTorch", *levels]
 
 
 @pytest.fixture
@@ -171,14 +106,6 @@ def test_a_packed_call_is_one_upload_one_launch_and_one_wait(networks, tmp_path,
     engine._tokens = 6
     engine.run(packed_call([3, 5, 1]))  # two launches
     assert (len(launched), around) == (3, {"uploads": 2, "waits": 1})
-
-
-def test_a_head_keeps_the_states_of_the_trees_that_it_drafts(networks, tmp_path):
-    _, engine, session = packed("draft", networks, tmp_path)
-    batch = LIMITS["batch"]
-    assert len(engine.feature_cache("hidden").rows) == batch * engine._tokens
-    small = TensorRTEngine(session, SLOTS, 4, 16, tree=10)
-    assert len(small.feature_cache("hidden").rows) == batch * 10
 
 
 def test_a_heads_states_go_back_as_they_came(networks, tmp_path):
@@ -213,13 +140,6 @@ def test_moved_rows_are_those_that_later_calls_see(networks, tmp_path):
     later = pack([5], [script.past[slot]], script.past[[slot]], np.array([1]), script.table[[slot]], np.array([0]))
     wanted, got = reference.run(later), engine.run(later)
     np.testing.assert_allclose(np.asarray(got["scores"]), wanted["scores"], atol=1e-4)
-
-
-def test_more_requests_than_it_was_built_for(networks, tmp_path):
-    _, _, session = packed("draft", networks, tmp_path)
-    batch = session.largest("past_lens", 0, session.num_profiles - 1)
-    with refused(f"batch is {batch + 1}", f"built for {batch}", "limits.batch", "build again"):
-        TensorRTEngine(session, batch + 1, 4, 16)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------
@@ -264,11 +184,3 @@ def packed_call(counts, past=0):
     table = np.arange(len(counts) * 8).reshape(len(counts), 8)
     total = counts.sum()
     return pack(np.arange(total), np.zeros(total), np.full(len(counts), past), counts, table, np.arange(0, total, 2))
-
-
-def test_a_launch_asks_for_a_row_even_if_the_call_does_not():
-    call = packed_call([3])
-    call = pack(call.token_ids, call.positions, np.zeros(1, int), np.array([3]), np.zeros((1, 8)), np.zeros(0))
-    (piece,) = packed_pieces(call, {}, 32, graph_sizes(8), CallBounds(8, 8))
-    assert len(piece.arrays["logit_rows"]) >= 1
-    assert len(piece.requested) == 0

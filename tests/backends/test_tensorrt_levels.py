@@ -1,15 +1,11 @@
 """Levels that TensorRT's engine drafts on the device, against the PyTorch engine's."""
 
-import weakref
-
 import numpy as np
 import pytest
 import torch
 from pairs import SIZES, VOCAB
 from role_sessions import SLOTS, packed
-from stand_in_graphs import uncollected
 
-from echo_trt.backends.cuda.calls import Graphs
 from echo_trt.backends.cuda.levels import level_call, parts_of_level
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.torch.engine import TorchEngine
@@ -57,17 +53,6 @@ def test_levels_on_the_device_are_those_of_the_pytorch_engine(levels, beams, wid
     assert len(session.launched) == 1 + sum(levels)
 
 
-def test_levels_of_more_tokens_than_a_launch_takes_are_divided(networks, tmp_path):
-    """A batch of 256 requests with 10 beams has 2,560 tokens, and the launches of Qwen3-8B's engine take 1,536."""
-    role, engine, session = packed("draft", networks, tmp_path)
-    engine._tokens = 16
-    shape, counts = LevelShape(1, 3, 5, 5), np.array([4, 1, 6, 2])
-    assert len(counts) * shape.beams > engine._tokens
-    drafted = drafted_by_both(role, engine, [shape], counts)
-    np.testing.assert_array_equal(drafted[1][:3], drafted[0][:3])
-    assert session.launched == [(16,), *[(10,)] * 6]  # 13 rows padded, and three levels of 20 tokens in two
-
-
 @pytest.mark.parametrize(("requests", "live"), [(4, 4), (4, 2), (5, 3), (3, 0)])
 def test_parts_of_a_level_are_the_level(requests, live):
     """Of each request the parts keep tokens, mask, blocks and rows of logits, and padding stays without tokens."""
@@ -93,17 +78,3 @@ def test_parts_of_a_level_are_the_level(requests, live):
         for name, each in (("seq_begins", beams), ("tree_mask_begins", beams * columns)):
             there = max(min(live - int(start), count), 0)
             assert part[name].tolist() == [min(i, there) * each for i in range(count + 1)]
-
-
-def test_an_engine_is_gone_with_its_last_reference(networks, tmp_path, monkeypatch):
-    """Its contexts and graphs go with it: a build's next network, or NCCL's communicator, waits for them."""
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr("echo_trt.backends.cuda.calls.own_stream", lambda *_: None)
-    engine = packed("draft", networks, tmp_path)[1]
-    engine._graphs = Graphs(engine._forward, torch.device("cpu"))
-    levels = engine._levels
-    assert levels._graphs is not None
-    gone = [weakref.ref(owner) for owner in (engine, levels)]
-    with uncollected():
-        del engine, levels
-        assert [ref() for ref in gone] == [None, None]

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from echo_trt.backends.tensorrt import session as session_module
 from echo_trt.backends.tensorrt.session import Session
 
 
@@ -80,9 +79,3 @@ def test_a_context_in_a_graph_is_that_graphs_alone(session, monkeypatch):
     launched = session._context({"a": (4,)})
     assert launched is session._context({"a": (4,)})
     assert len({id(context) for context in (*used, launched)}) == 3
-
-
-def test_a_known_size_is_found_without_a_search_in_the_profiles(session, monkeypatch):
-    first = session._context({"a": (4,)})
-    monkeypatch.setattr(session_module, "profile_for", None)
-    assert session._context({"a": (4,)}) is first

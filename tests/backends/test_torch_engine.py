@@ -3,8 +3,6 @@
 import random
 import shutil
 import sys
-import weakref
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,13 +11,10 @@ import torch
 from pairs import SIZES, block_inputs, recipe_of, roles_of
 from random_calls import Script
 from refusal import refused
-from stand_in_graphs import StandInGraph, as_on_a_gpu, in_banks, uncollected, with_graphs
+from stand_in_graphs import StandInGraph, as_on_a_gpu, in_banks, with_graphs
 
-from echo_trt.backends.cuda import engine as device_engine
 from echo_trt.backends.cuda import sizes as cuda_sizes
-from echo_trt.backends.cuda.calls import Graphs
-from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, graph_sizes, size_for
-from echo_trt.backends.parallel.ranked import of_rank
+from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.torch import engine as torch_engine
 from echo_trt.backends.torch import files
 from echo_trt.backends.torch.engine import METADATA, TorchEngine, _operator_for, open_torch
@@ -108,62 +103,10 @@ def test_features_are_kept_as_the_state_that_the_draft_makes_of_them(network, ne
         assert_same(plain.run(call, **inputs), engine.run(call, **in_banks(engine, inputs)), 1e-5)
 
 
-def test_calls_that_no_graph_is_for_are_not_padded():
-    call = calls(0)[1]
-    count, sizes = len(call.token_ids), graph_sizes(8)
-    entries = {"features": np.zeros((1, 4), np.float32), "hidden": np.zeros((count - 1, 4), np.float32)}
-    assert size_for(arrays_of(call), sizes) is not None
-    assert size_for(arrays_of(call, **entries), sizes) is None
-    assert size_for(arrays_of(call) | {"token_ids": np.zeros(LARGEST + 1, np.int64)}, sizes) is None
-
-
-def test_half_precision_is_close_to_single(networks):
-    single = TorchEngine(roles_of("lookup", networks)["target"], BLOCKS)
-    half = TorchEngine(roles_of("lookup", networks)["target"].to(torch.bfloat16), BLOCKS)
-    for call in calls(3):
-        wanted, got = (engine.run(call)["logits"] for engine in (single, half))
-        assert got.dtype == np.float32
-        assert 0 < np.abs(wanted - got).max() < 0.1 * np.abs(wanted).max()
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_gpu_that_is_not_there_is_named(networks):
     with pytest.raises(UserError, match=r"no CUDA device: PyTorch .* build with --engine openvino"):
         TorchEngine(roles_of("lookup", networks)["target"], BLOCKS, "cuda")
-
-
-def test_an_engine_is_gone_with_its_last_reference(networks, monkeypatch):
-    """Its graphs and its memory go with it: the next rank's self-check, or NCCL's communicator, waits for them."""
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr("echo_trt.backends.cuda.calls.own_stream", lambda *_: None)
-    engine = as_on_a_gpu(TorchEngine(roles_of("eagle3", networks)["draft"], BLOCKS))
-    levels = engine._levels
-    engine._graphs, levels._graphs = (Graphs(f, torch.device("cpu")) for f in (engine._forward, levels._draft))
-    call = pack(np.zeros(2), np.arange(2), np.zeros(1, int), np.array([2]), np.arange(BLOCKS)[None], np.arange(2))
-    inputs = {name: torch.from_numpy(array) for name, array in arrays_of(call, **inputs_for(call, 192, 1)).items()}
-    assert_same(*({"state": graphs(inputs)[2].numpy()} for graphs in (engine._forward, engine._graphs._forward)))
-    gone = [weakref.ref(owner) for owner in (engine, levels)]
-    with uncollected():
-        del engine, levels
-        assert [ref() for ref in gone] == [None, None]
-
-
-@CUDA
-@pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("network", NETWORKS)
-def test_a_gpu_computes_what_the_reference_does(network, graphs, networks):
-    pair, name, features = NETWORKS[network]
-    reference = TorchEngine(roles_of(pair, networks)[name], BLOCKS)
-    engine = TorchEngine(roles_of(pair, networks)[name], BLOCKS, "cuda", graphs=graphs)
-    for seed in range(4):
-        for call in calls(seed) * 2:  # the second time a graph is replayed
-            inputs = inputs_for(call, features, seed)
-            wanted, got = reference.run(call, **inputs), engine.run(call, **inputs)
-            assert_same({n: v for n, v in wanted.items() if n != "candidates"},
-                        {n: v for n, v in got.items() if n != "candidates"}, 1e-3)  # fmt: skip
-        source, target = np.arange(5), np.arange(1, 6)
-        reference.compact_kv(source, target)
-        engine.compact_kv(source, target)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -215,36 +158,6 @@ def test_heads_that_the_kernel_does_not_have_are_named(heads, kv_heads, head_dim
     config = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
     with refused(f"heads of {head_dim} and {heads // kv_heads} query heads", "16, 32, 64, 128", "--engine openvino"):
         _operator_for(torch.device("cuda"), config)
-
-
-def test_a_ranks_weights_are_loaded_onto_its_own_card(monkeypatch, tmp_path):
-    """safetensors takes "cuda" for the first card, whichever is current."""
-    loaded = []
-    monkeypatch.setattr(torch_engine, "has_cuda", lambda: True)
-    monkeypatch.setattr(torch_engine, "cuda_device", lambda: torch.device("cuda", 1))
-    monkeypatch.setattr(files, "load_role", lambda file, device: loaded.append((file.name, device)))
-    monkeypatch.setattr(torch_engine, "TorchEngine", lambda *_, **options: options)
-    collectives = object()
-    group = SimpleNamespace(rank=1, collectives=collectives, loaded=lambda: None)
-    opened = of_rank((tmp_path / "0", tmp_path / "1"), partial(open_torch, num_blocks=BLOCKS), group)
-    assert loaded == [("1", "cuda:1")]
-    assert opened["collectives"] is collectives
-    assert opened.get("graphs", True)  # a rank's calls are captured, too
-
-
-def test_host_work_is_called_between_a_launch_and_its_results(networks, monkeypatch):
-    order = []
-    launch, read = TorchEngine._launch, device_engine.read_results
-    monkeypatch.setattr(TorchEngine, "_launch", lambda *a: (order.append("launch"), launch(*a))[1])
-    monkeypatch.setattr(device_engine, "read_results", lambda *a: (order.append("read"), read(*a))[1])
-    target = roles_of("lookup", networks)["target"]
-    on_host, on_device = (TorchEngine(target, BLOCKS, resident=resident) for resident in (False, True))
-    assert not on_host.overlap(lambda: order.append("work"))
-    assert on_device.overlap(lambda: order.append("work"))
-    for engine in (on_host, on_device):
-        for call in calls(1):
-            engine.run(call)
-    assert order == ["launch", "work", "read"] * len(calls(1))
 
 
 # -- bundles ---------------------------------------------------------------------------------------------------------

@@ -123,10 +123,3 @@ def test_a_confidence_that_does_not_fit(spoil, bundle):
     edit(bundle, lambda raw: raw["files"].update({CONFIDENCE: sha256(path)}))
     with refused(CONFIDENCE, "build the bundle again"):
         LLM(bundle)
-
-
-def test_what_earlier_versions_wrote_is_read(bundle):
-    written = read_manifest(bundle)
-    edit(bundle, lambda raw: raw["draft"]["block"].update(markov=""))
-    edit(bundle, lambda raw: raw["recipe"]["decoding"].update(fixed_threshold=0.3))
-    assert read_manifest(bundle) == written

@@ -11,7 +11,7 @@ import pytest
 from pairs import VOCAB
 from refusal import refused
 
-from echo_trt.bundle.manifest import read_manifest, sha256
+from echo_trt.bundle.manifest import sha256
 from echo_trt.engine.llm import LLM
 from echo_trt.errors import UserError
 
@@ -37,15 +37,6 @@ def test_a_missing_file(name, bundle):
         LLM(bundle)
 
 
-def test_a_long_value_is_shortened(bundle):
-    edit_manifest(bundle, format="1" * 5000)
-    with refused("manifest.json", f"format is '{'1' * 199}…, but"):
-        LLM(bundle)
-    edit_manifest(bundle, format=2, engine="o" * 5000)
-    with refused("manifest.json", f"not '{'o' * 199}…)"):
-        LLM(bundle)
-
-
 @pytest.mark.parametrize("found", [0, 1, "1", None])
 def test_another_format(found, bundle):
     edit_manifest(bundle, format=found)
@@ -56,12 +47,9 @@ def test_another_format(found, bundle):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"files": None}, ("files is not valid",)),
         ({"target": {"file": "target.onnx"}}, ("key target.vocab_size is missing",)),
         ({"surprise": 1}, ("surprise is not valid",)),
-        ({"recipe": {"name": "x"}}, ("key recipe.target is missing",)),
         ({"engine": "foo"}, ("engine is not valid", "'openvino'", "not 'foo'")),
-        ({"precision": "foo"}, ("precision is not valid", "not 'foo'")),
         ({"draft": None}, ("draft is missing for recipe.draft.kind model",)),
         ({"engine": "tensorrt"}, ("engine_facts: key version is missing",)),
         ({"files": {"/etc/passwd": "0"}}, ("files./etc/passwd is not valid", "within the bundle")),
@@ -80,16 +68,11 @@ def test_a_manifest_that_says_nonsense(changes, words, bundle):
     [
         ("target.parameters", 10**400, ["target.parameters is not valid", "less than"]),
         ("target.parameters", -1, ["target.parameters is not valid", "not -1"]),
-        ("target.vocab_size", 0, ["target.vocab_size is not valid", "not 0"]),
         ("target.vocab_size", VOCAB + 1, ["target.vocab_size is 301", "is 300"]),
-        ("target.num_layers", 2**70, ["target.num_layers is not valid"]),
-        ("draft.head_dim", 0, ["draft.head_dim is not valid"]),
         ("draft.hidden_size", 65, ["draft.hidden_size is 65", "is 64"]),
         ("draft.feature_size", 191, ["draft.feature_size is 191", "is 192"]),
-        ("draft.feature_size", 10**30, ["draft.feature_size is not valid"]),
         ("draft.file", "target.onnx", ["draft.file is target.onnx", "target.file"]),
         ("eos_token_ids", [VOCAB], ["eos_token_ids has 300", "299"]),
-        ("eos_token_ids", [-1], ["eos_token_ids.0 is not valid", "not -1"]),
         ("eos_token_ids", [*range(9)], ["eos_token_ids has 9 ids", "8 at most"]),
     ],
 )
@@ -129,24 +112,11 @@ def test_a_manifest_that_is_none(content, bundle):
         LLM(bundle)
 
 
-def test_a_manifest_without_an_end(tmp_path):
-    (tmp_path / "manifest.json").symlink_to("/dev/zero")
-    with refused("manifest.json", "File too large", "build the bundle again"):
-        read_manifest(tmp_path)
-
-
 @pytest.mark.parametrize("name", ["/etc/passwd", "../target.onnx", "a/../../b", "..", ""])
 def test_a_network_that_is_not_in_the_bundle(name, bundle):
     target = json.loads((bundle / "manifest.json").read_text())["target"]
     edit_manifest(bundle, target=target | {"file": name})
     with pytest.raises(UserError, match=re.escape(f"within the bundle, not {name!r}); build the bundle again.")):
-        LLM(bundle)
-
-
-def test_a_folder_in_place_of_a_file(bundle):
-    (bundle / "draft.onnx").unlink()
-    (bundle / "draft.onnx").mkdir()
-    with refused(bundle / "draft.onnx", "cannot be read (Is a directory)", "build it again"):
         LLM(bundle)
 
 
@@ -163,14 +133,6 @@ def test_links(bundle, tmp_path):
     (bundle / "draft.onnx.data").rename(tmp_path / "weights")
     (bundle / "draft.onnx.data").symlink_to(tmp_path / "weights")
     with refused(bundle / "draft.onnx.data", "is a link to", tmp_path / "weights", "cp -rL"):
-        LLM(bundle)
-
-
-def test_a_file_that_was_not_a_network_when_it_was_hashed(bundle):
-    (bundle / "target.onnx").write_text("nothing of the kind")
-    files = json.loads((bundle / "manifest.json").read_text())["files"]
-    edit_manifest(bundle, files=files | {"target.onnx": sha256(bundle / "target.onnx")})
-    with refused(bundle / "target.onnx", "not a network that OpenVINO reads", "echo-trt inspect", "build it again"):
         LLM(bundle)
 
 

@@ -210,13 +210,6 @@ def test_a_calibration_that_is_not_there_is_named_before_it_compiles(networks, t
 # -- what of a checkpoint a bundle takes over --------------------------------------------------------------------
 
 
-def test_end_tokens_that_are_no_tokens_are_left_out(networks, tmp_path):
-    folder = tmp_path / "networks"
-    shutil.copytree(networks, folder)
-    (folder / "target" / "generation_config.json").write_text(f'{{"eos_token_id": [-1, 7, {VOCAB}]}}')
-    assert build(recipe_of("lookup", folder), folder, tmp_path / "bundle").eos_token_ids == [0, 7]
-
-
 def test_a_context_beyond_the_targets_is_refused_before_it_compiles(networks, tmp_path):
     recipe = recipe_of("lookup", networks)
     limits = recipe.limits.model_copy(update={"context": 2049, "kv_blocks": None})
@@ -262,11 +255,3 @@ def test_the_bundle_takes_the_place_of_what_a_link_points_to(networks, tmp_path)
     build(recipe_of("lookup", networks), networks, tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "there" / "manifest.json").exists()
-
-
-def test_the_bundle_takes_the_place_of_the_folder_one_stands_in(networks, tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    build(recipe_of("lookup", networks), networks, Path())
-    assert [entry.name for entry in tmp_path.iterdir()] == ["here"]
-    assert (tmp_path / "here" / "manifest.json").exists()

@@ -52,10 +52,6 @@ def test_shipped_recipes_are_valid(file):
     assert draft_kind(recipe.draft.kind) is not NONE
 
 
-def test_there_are_shipped_recipes():
-    assert {"smollm2-135m.yaml", "qwen3-8b.yaml", "qwen3-0.6b-for-8b.yaml"} <= {file.name for file in SHIPPED}
-
-
 def test_a_recipe_survives_its_way_through_a_manifest(written):
     for raw in (VALID, with_value("decoding.gates", {1: 0.25, 5: 1})):
         recipe = load_recipe(written(raw))
@@ -66,13 +62,9 @@ def test_a_recipe_survives_its_way_through_a_manifest(written):
     ("key", "near"),
     [
         ("targets", "target"),
-        ("limts", "limits"),
         ("limits.bach", "batch"),
-        ("limits.kv_block", "kv_blocks"),
         ("target.pth", "path"),
-        ("draft.knd", "kind"),
         ("draft.source.tokeniser", "tokenizer"),
-        ("decoding.max_depths", "max_depth"),
         ("decoding.static.topk", "top_k"),
     ],
 )
@@ -83,52 +75,23 @@ def test_unknown_keys_name_the_nearest_valid_one(key, near, written):
 
 
 @pytest.mark.parametrize(
-    ("key", "valid"),
-    [
-        ("qqq", ("name", "target", "draft", "limits")),
-        ("limits.qqq", ("batch", "context")),
-        ("decoding.static.qqq", ("depth",)),
-    ],
-)
-def test_unknown_keys_like_no_other_name_the_valid_ones(key, valid, written):
-    with refused(f"unknown key {key};", "valid keys there are", *valid):
-        load_recipe(written(with_value(key, 3)))
-
-
-def test_a_misspelt_key_comes_before_the_one_it_leaves_missing(written):
-    raw = copy.deepcopy(VALID)
-    raw["tagret"] = raw.pop("target")
-    with refused("unknown key tagret", "did you mean target?"):
-        load_recipe(written(raw))
-
-
-@pytest.mark.parametrize(
     ("key", "value", "words"),
     [
         ("limits.batch", "8", ("'8'", "integer")),
         ("limits.batch", True, ("True", "integer")),
         ("limits.batch", 0, ("0", "greater than or equal to 1")),
-        ("limits.batch", 5000, ("5000", "less than or equal to 4096")),
-        ("limits.context", 15, ("15", "greater than or equal to 16")),
         ("limits.context", 2**20 + 1, ("1048577", "less than or equal to 1048576")),
-        ("limits.kv_blocks", 0, ("0", "greater than or equal to 1")),
         ("limits.kv_blocks", 10**12, ("less than or equal to 16777216",)),
-        ("decoding.static.depth", 10**6, ("less than or equal to 64",)),
         ("limits.batch", "x" * 500, ("'xxx", "…; input should be a valid integer")),
         ("target", {"wheel": "--help", "file": "x"}, ("wheel is '--help'", "match pattern")),
         ("limits.prefix_cache", "yes", ("'yes'", "boolean")),
         ("limits", [1], ("[1]",)),
-        ("name", "-up", ("'-up'",)),
         ("precision", "fp64", ("'fp64'", "'fp32'", "'bf16'", "'int8'")),
         ("draft.top_k", 65, ("65", "less than or equal to 64")),
         ("draft.acceptance", [0.2, 1.5], ("1.5", "less than 1")),
-        ("target", "target", ("'target'",)),
         ("decoding.policy", "ecco", ("'ecco'", "'echo'")),
-        ("decoding.budget", 0, ("0", "greater than or equal to 1")),
         ("decoding.gates", {0: 0.2}, ("0", "greater than or equal to 1")),
-        ("decoding.gates", {"one": 0.2}, ("one", "integer")),
         ("decoding.gates", {1: 1.2}, ("1.2", "less than or equal to 1")),
-        ("decoding.gates", [0.2], ("[0.2]", "dictionary")),
         ("decoding.static.tokens", 1, ("1", "greater than or equal to 2")),
     ],
 )

@@ -112,17 +112,6 @@ def assert_measured_again(folder: Path, manifest: Manifest, *words: str) -> None
         raise UserError(reported[0])
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / CALIBRATION).mkdir()
-    with refused(tmp_path / CALIBRATION, "cannot be read"):
-        read_calibration(tmp_path / CALIBRATION, TARGET, DRAFT)
-
-
-def test_a_file_without_an_end_is_named():
-    with refused("/dev/zero", "cannot be read (File too large)"):
-        read_calibration(Path("/dev/zero"), TARGET, DRAFT)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -130,11 +119,9 @@ def test_a_file_without_an_end_is_named():
         {"acceptance": {source: [[0.1, 0.2]] for source in CALIBRATED}},
         {"acceptance": {source: [knots().tolist()] * (1 + (source == "head")) for source in CALIBRATED}},
         {"children": [[0.1, 0.2]]},
-        {"children": []},
-        {"lookup": []},
         {"format": 9},
     ],
-    ids=["a-source-lacks", "few-knots", "ragged-depths", "flat-children", "no-children", "no-lookup", "format"],
+    ids=["a-source-lacks", "few-knots", "ragged-depths", "flat-children", "format"],
 )
 def test_a_calibration_with_holes_is_refused(changes, tmp_path):
     whole = json.loads(calibration().model_dump_json())
@@ -148,10 +135,7 @@ def test_a_calibration_with_holes_is_refused(changes, tmp_path):
     [
         ("lookup.0", 2.0),
         ("acceptance.head.0.3", 7.0),
-        ("acceptance.head.2.0", float("nan")),
         ("fixed_threshold", -1.0),
-        ("gates.1.threshold", 1.5),
-        ("positions", -3),
     ],
 )
 def test_a_calibration_of_no_probabilities_is_refused(path, value, tmp_path):
@@ -165,14 +149,11 @@ def test_a_calibration_of_no_probabilities_is_refused(path, value, tmp_path):
     "curve",
     [
         {"sizes": [], "seconds": []},
-        {"sizes": [1, 2], "seconds": [0.1]},
         {"sizes": [4, 2], "seconds": [0.1, 0.2]},
-        {"sizes": [0, 2], "seconds": [0.1, 0.2]},
-        {"sizes": [1, 2], "seconds": [0.1, -0.2]},
         {"sizes": [1, 2], "seconds": [0.2, 0.1]},
         {"sizes": [1, 2], "seconds": [0.0, 0.1]},
     ],
-    ids=["empty", "ragged", "descending", "from-zero", "negative", "faster", "nothing-first"],
+    ids=["empty", "descending", "faster", "nothing-first"],
 )
 def test_costs_that_cannot_be_are_measured_again(curve, tmp_path, manifest):
     raw = json.loads(costs(machine(manifest)).model_dump_json())
@@ -185,13 +166,10 @@ def test_costs_that_cannot_be_are_measured_again(curve, tmp_path, manifest):
     [
         ("target.seconds.0", float("nan"), "target.seconds.0 is not valid"),
         ("draft.seconds.1", 1e308, "not 1e+308"),
-        ("draft.per_context", float("inf"), "draft.per_context"),
         ("target.sizes.1", 10**9, "not 1000000000"),
-        ("hinge", {}, "hinge.t_ar"),
         ("hinge.k_max", -5, "not -5"),
         ("hinge.k_max", 5, "hinge.k_max is 5"),
         ("sizes", [4, 2], "sizes must ascend"),
-        ("change", -1e-3, "change"),
         ("format", 7, "not 7"),
     ],
 )

@@ -76,15 +76,6 @@ def test_a_place_that_cannot_be_is_refused_at_once(name, tmp_path):
         raise AssertionError("the work has begun")
 
 
-def test_a_folder_that_was_deleted_is_told(tmp_path, monkeypatch):
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    with refused("--json a.json cannot be written", "folder that exists"), output_file("--json", Path("a.json")):
-        raise AssertionError("the work has begun")
-    monkeypatch.chdir(tmp_path)
-
-
 def test_a_disk_that_is_full_is_told_and_the_file_stays_as_it_was(tmp_path, monkeypatch):
     file = tmp_path / "a.json"
     file.write_bytes(b"before")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from answering import answering
 from models.checkpoints import qwen3
 from models.fp8_checkpoints import configure, quantise
@@ -21,7 +19,7 @@ from refusal import refused
 from echo_trt.backends.kind import built_as
 from echo_trt.backends.self_check import BOUNDS
 from echo_trt.bundle.manifest import read_manifest
-from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
+from echo_trt.bundle.read_recipe import load_recipe
 from echo_trt.cli.options import BuildOptions
 from echo_trt.cli.recipes import RECIPES, recipe_for, sized
 from echo_trt.engine.kv_pool import kv_pool
@@ -29,7 +27,6 @@ from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.sizing.limits import filling, limited
 from echo_trt.sizing.needs import needs
 from echo_trt.sizing.shapes import shapes
-from echo_trt_lab.sizing.cards import CARDS
 
 HEAD = "AngelSlim/Qwen3-8B_eagle3"
 
@@ -101,7 +98,6 @@ def test_what_is_not_in_the_cache_says_where_it_was_looked_for(tmp_path):
     ("status", "code", "sentence"),
     [
         (403, "GatedRepo", "model a/b is gated; accept its licence at"),
-        (404, "RepoNotFound", "model a/b is not on the hub, or is private; check its name"),
         (500, "", "cannot be fetched ("),
     ],
 )
@@ -204,7 +200,7 @@ def test_a_name_that_is_nothing_says_what_there_is():
         recipe_for("nothing")
 
 
-@pytest.mark.parametrize("words", [("build", "smolm2-135m"), ("serve", "nope"), ("generate", "nope", "x")])
+@pytest.mark.parametrize("words", [("build", "smolm2-135m"), ("serve", "nope")])
 def test_a_mistyped_name_imports_no_engine(words):
     """It costs a tenth of what imports of torch and transformers do."""
     code = (
@@ -237,40 +233,3 @@ def test_memory_is_filled_as_far_as_was_said():
         filling(recipe, folder, 80 * 10**9, (need.fixed + one // 2) / (80 * 10**9), "H100", "9.0")
     with refused("--gpu-memory-utilization is 0.1", "; raise it."):
         filling(recipe, folder, 80 * 10**9, 0.1, "H100", "9.0")
-
-
-def test_memory_of_a_gpu_is_nothing_to_a_cpu():
-    recipe = parse_recipe({"name": "a", "target": {"hub": "a/b"}}, "a.yaml")
-    with refused("--gpu-memory-utilization is for a GPU, but the engine is openvino"):
-        sized(recipe, Path(), BuildOptions("", gpu_memory_utilization=0.9))
-
-
-@pytest.mark.parametrize("name", ["docs/beside-other-engines.md", "docs/migrating-from-tensorrt-llm.md"])
-def test_engines_that_share_a_card_share_its_memory(name):
-    """The bundle beside another engine is built for less than half of an H100, where it still holds a few requests."""
-    beside = (
-        (RECIPES.parent / name)
-        .read_text()
-        .split("that takes the rest of the card" if "migrating" in name else "# Beside")[1]
-        .split("## Many requests")[0]
-    )
-    ours = re.search(r"build (\S+) --engine (\w+) --gpu-memory-utilization ([\d.]+) -o (\S+)", beside)
-    assert f"bench {ours[4]} " in beside
-    theirs = re.findall(r"vllm serve .*--gpu-memory-utilization ([\d.]+)", beside)
-    assert float(ours[3]) + sum(map(float, theirs)) <= 0.9
-    recipe, folder = recipe_for(ours[1], engine=ours[2])
-    recipe = built_as(recipe, ours[2], None)
-    held = filling(recipe, folder, int(CARDS["H100-80GB"].chip.memory), float(ours[3]), "H100", "9.0").limits.kv_blocks
-    assert held >= 4 * recipe.request_blocks
-
-
-def test_servers_that_are_measured_alone_have_the_same_settings():
-    page = (RECIPES.parent / "docs/beside-other-engines.md").read_text().split("## Each alone")[1]
-    assert len(re.findall("--gpu-memory-utilization 0.9", page)) == len(re.findall("--max-num-seqs 256", page)) == 2
-    pattern, changed, source = re.search(r"sed 's/(.+)/(.+)/' (\S+) > uncached.yaml", page).groups()
-    shipped = (RECIPES.parent / source).read_text()
-    text = re.sub(pattern, changed.replace("&", r"\g<0>"), shipped, flags=re.MULTILINE)
-    recipe = parse_recipe(yaml.safe_load(text), source)
-    assert not recipe.limits.prefix_cache
-    assert f'"{recipe.draft.source.hub}"' in page
-    assert f"--max-model-len {recipe.limits.context} " in page

@@ -19,19 +19,13 @@ CONTEXT, CHUNK = LIMITS["context"], LIMITS["prefill_chunk"]
 # -- requests come and go ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["autoregressive", "static", "echo"])
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(
+    ("pair", "policy"), [(pair, ("echo", "static", "autoregressive")[i % 3]) for i, pair in enumerate(PAIRS)]
+)
 def test_a_full_pool_sets_the_youngest_back_and_loses_nothing(pair, policy, open_llm, with_limits):
     prompts = [prompt_ids(length, length) for length in (40, 61, 20, 33)]
     params = [
-        SamplingParams(
-            max_tokens=60,
-            ignore_eos=True,
-            temperature=0.7 * (i % 2),
-            seed=i,
-            frequency_penalty=0.3 * (i // 2),
-            logprobs=1 if i else None,
-        )
+        SamplingParams(60, 0.7 * (i % 2), seed=i, ignore_eos=True, frequency_penalty=0.3 * (i // 2), logprobs=i or None)
         for i in range(4)
     ]
     wanted = open_llm(pair, policy, 4).generate(prompts, params)
@@ -131,16 +125,6 @@ def test_an_abandoned_stream_leaves_nothing_behind(open_llm):
     assert_all_free(llm.loop)
 
 
-def test_a_second_stream_waits_for_the_first(open_llm):
-    llm = open_llm("lookup", batch=2)
-    stream = llm.stream([prompt_ids(9, 0)], SamplingParams(20, ignore_eos=True))
-    next(stream)
-    with refused("another stream", "finish or close it"):
-        llm.generate([prompt_ids(5, 1)])
-    assert list(stream)[-1].completion
-    assert llm.generate([prompt_ids(5, 1)])
-
-
 def test_a_refused_prompt_leaves_nothing_behind(open_llm):
     llm = open_llm("lookup")
     with refused(
@@ -187,16 +171,6 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(open_llm):
         run(loop)
         texts.append((long.generated, short.generated))
     assert texts[0] == texts[1]
-
-
-def test_a_long_prompt_gets_half_of_what_short_ones_ask_for(open_llm):
-    loop = open_llm("lookup", "static", 4).loop
-    long = add(loop, prompt_ids(3 * CHUNK, 1), max_tokens=8)
-    for passes in range(1, 7):
-        for number in range(4):
-            add(loop, prompt_ids(CHUNK // 2, 10 * passes + number), max_tokens=1)
-        loop.step()
-    assert loop.batch.committed[long.slot] >= 3 * CHUNK - 1 or long.finish_reason
 
 
 def test_a_prompt_waits_for_blocks_that_another_computes(open_llm):
@@ -271,16 +245,13 @@ def test_what_is_drafted_is_what_may_still_be_said(open_llm):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"max_tokens": 2.5}, ("max_tokens", "2.5")),
         ({"max_tokens": True}, ("max_tokens", "True")),
         ({"max_tokens": "many", "min_tokens": 1}, ("max_tokens is 'many'",)),
         ({"min_tokens": 257}, ("min_tokens is 257", "max_tokens, 256")),
-        ({"temperature": float("nan")}, ("temperature", "nan")),
         ({"repetition_penalty": float("inf")}, ("repetition_penalty is inf",)),
         ({"stop_token_ids": 7}, ("stop_token_ids", "7")),
         ({"logit_bias": {5: float("nan")}}, ("logit_bias",)),
         ({"logit_bias": {-1: 1}}, ("logit_bias is {-1: 1}",)),
-        ({"logit_bias": [5]}, ("logit_bias is [5]",)),
         ({"logprobs": True}, ("logprobs is True",)),
     ],
     ids=str,
@@ -328,15 +299,10 @@ def test_a_pool_too_small_for_one_request(with_limits):
         LLM(folder)
 
 
-@pytest.mark.parametrize("batch", [0, -1, 4097])
+@pytest.mark.parametrize("batch", [0, 4097])
 def test_batch_is_checked(batch, bundle_of):
     with refused(f"batch is {batch}", "from 1 to 4096"):
         LLM(bundle_of("lookup"), batch=batch)
-
-
-def test_policy_is_checked(bundle_of):
-    with refused("policy is 'ecco'", "echo"):
-        LLM(bundle_of("lookup"), "ecco")
 
 
 def test_a_policy_that_comes_back_goes_on_with_what_it_has_learnt(open_llm):

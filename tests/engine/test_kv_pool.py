@@ -94,14 +94,6 @@ def test_a_pool_beyond_half_of_the_memory_is_told(with_limits, monkeypatch):
     assert "choose less with --kv-cache-memory" in pool_of(folder).warning
 
 
-def test_on_a_gpu_it_is_the_recipe_s_or_what_the_batch_needs(with_limits):
-    """What fits is the engine's to check."""
-    folder = with_limits("lookup", kv_blocks=40)
-    pool = kv_pool(folder, read_manifest(folder).model_copy(update={"engine": "tensorrt"}))
-    assert pool.blocks == 40
-    assert pool.warning == ""
-
-
 def test_engines_that_share_a_machine_share_its_memory(with_limits):
     folder = with_limits("lookup", context=2**18, batch=4096)
     assert 3 * pool_of(folder, processes=3).bytes <= pool_of(folder).bytes + 2**28  # the machine is not quite at rest
@@ -134,10 +126,6 @@ def test_a_container_s_limit_counts(inside, tmp_path):
     assert available_memory(tmp_path) == 5_000_000 - 9000 + 1500
     group(tmp_path, "memory", memory__limit_in_bytes="6000\n", **files)
     assert available_memory(tmp_path) == 0
-
-
-def test_without_control_groups_it_is_the_machine_s(tmp_path):
-    assert available_memory(tmp_path) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
 
 @pytest.mark.parametrize(

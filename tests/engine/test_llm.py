@@ -13,7 +13,6 @@ from refusal import refused
 
 import echo_trt
 from echo_trt import errors
-from echo_trt.engine import llm as module
 from echo_trt.engine import params
 
 FEW = params.SamplingParams(12, ignore_eos=True)
@@ -30,13 +29,6 @@ def llm(open_llm):
 
 def ids(llm, conversation: list[dict[str, str]]) -> list[int]:
     return llm.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-
-
-def test_the_package_exports_its_public_face():
-    assert echo_trt.LLM is module.LLM
-    assert (echo_trt.SamplingParams, echo_trt.Completion) == (params.SamplingParams, params.Completion)
-    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
-        _ = echo_trt.Nothing
 
 
 @pytest.mark.parametrize(
@@ -84,11 +76,6 @@ def test_a_stream_s_pieces_are_the_whole_answers(llm):
                 last[delta.index] = delta.completion.token_ids
         assert texts == [c.text for c in whole]
         assert last == dict(enumerate(c.token_ids for c in whole))
-
-
-def test_one_text_and_one_stop_string_need_no_list(llm):
-    assert llm.generate("the theme", FEW) == llm.generate(["the theme"], FEW)
-    assert params.SamplingParams(stop="of") == params.SamplingParams(stop=("of",))
 
 
 def test_mistakes_name_the_argument(llm):

@@ -67,9 +67,16 @@ def test_much_is_accepted_where_the_draft_is_good(pair, minimum, llm_of):
         assert completions[0].accepted_length > minimum
 
 
-@pytest.mark.parametrize("engine", ["openvino", "torch"])
-@pytest.mark.parametrize(("pair", "requests"), [("lookup", "mixed"), ("lookup", "penalised"), ("gemma3", "mixed")])
-@pytest.mark.parametrize("policy", SPECULATIVE)
+@pytest.mark.parametrize(
+    ("pair", "policy", "requests", "engine"),
+    [
+        ("lookup", "static", "mixed", "torch"),
+        ("lookup", "echo", "mixed", "openvino"),
+        ("lookup", "static", "penalised", "openvino"),
+        ("gemma3", "static", "mixed", "torch"),
+        ("gemma3", "echo", "mixed", "openvino"),
+    ],
+)
 def test_branches_beside_the_first_are_accepted(pair, policy, requests, engine, open_llm, plain):
     """A drafter that knows the text and ranks the right token anywhere, in a batch that is mostly accepted.
 

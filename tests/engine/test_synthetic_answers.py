@@ -50,11 +50,8 @@ def plain_text(synthetic):
 @pytest.mark.parametrize(
     ("pair", "policy", "batch"),
     [
-        ("eagle3", "static", 1),
         ("eagle3", "echo", 8),
         ("eagle3", "goodput", 3),
-        ("model", "echo", 3),
-        ("dflash", "echo", 3),
         ("dspark", "static", 8),
     ],
 )
@@ -106,17 +103,6 @@ def test_acceptance_is_what_the_table_says(synthetic):
     assert reached[1] > 2000
 
 
-def test_texts_differ_by_seed_and_by_prompt_and_have_no_end(synthetic):
-    llm = synthetic("eagle3", "echo", 3)
-    prompts = [prompt_ids(9, 1), prompt_ids(9, 2), prompt_ids(9, 1), prompt_ids(9, 1)]
-    params = [SamplingParams(60, seed=seed, temperature=1.0) for seed in (0, 0, 0, 1)]
-    texts = [completion.token_ids for completion in llm.generate(prompts, params)]
-    assert texts[0] == texts[2]
-    assert len({*map(tuple, texts)}) == 3
-    assert all(len(text) == 60 for text in texts)
-    assert not {*llm.manifest.eos_token_ids, *llm.tokenizer.get_added_vocab().values()} & set().union(*texts)
-
-
 def test_text_goes_on_after_a_preemption(with_limits):
     """The pool holds two of four requests, and the others are computed again."""
     prompts = [prompt_ids(20 + i, i) for i in range(4)]
@@ -125,19 +111,6 @@ def test_text_goes_on_after_a_preemption(with_limits):
     tight = opened(folder, "static", 4)
     assert_same(tight.generate(prompts, GREEDY), roomy)
     assert tight.counters.preemptions > 0
-
-
-def test_where_a_grammar_applies_the_models_choice_among_its_tokens_counts(synthetic):
-    params = SamplingParams(max_tokens=8, structured={"choice": ["yes", "no"]})
-    [completion] = synthetic("eagle3", "echo", 3).generate("is it?", params)
-    assert completion.text in ("yes", "no")
-
-
-def test_log_probabilities_are_the_models(synthetic):
-    params = SamplingParams(max_tokens=5, ignore_eos=True, logprobs=2)
-    [completion] = synthetic("eagle3", "echo", 3).generate([[5, 6, 7]], params)
-    assert [entry.token for entry in completion.logprobs] == completion.token_ids
-    assert all(entry.logprob <= entry.top[0][1] and len(entry.top) == 2 for entry in completion.logprobs)
 
 
 def test_rates_that_a_bundle_has_no_use_for_are_refused(bundle_of):

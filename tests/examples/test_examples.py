@@ -34,15 +34,14 @@ def test_offline(bundle_of):
     assert answers.count("The capital of France is") == 2
 
 
-@pytest.mark.parametrize(("text", "answers"), [("the theme\nand then\n\n", 2), ("the theme\n", 1)], ids=["", "cut off"])
-def test_chat(with_limits, text, answers):
+def test_chat(with_limits):
     bundle = with_limits("close", context=480, kv_blocks=32)
-    assert run(sys.executable, EXAMPLES / "chat.py", bundle, text=text).count("it:  ") == answers
+    assert run(sys.executable, EXAMPLES / "chat.py", bundle, text="the theme\nand then\n").count("it:  ") == 2
 
 
 @pytest.mark.parametrize("name", ["chain", "confident"])
 def test_a_policy_in_one_file_writes_plain_decoding_s_text(name, bundle_of, tmp_path):
-    """The example's, and that of docs/write-a-policy.md, in each command that takes a file but ``serve``."""
+    """The example's in each command that takes a file but ``serve``, and that of docs/write-a-policy.md."""
     page = (ROOT / "docs/write-a-policy.md").read_text()
     [text] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "confident.py").write_text(text)
@@ -56,6 +55,8 @@ def test_a_policy_in_one_file_writes_plain_decoding_s_text(name, bundle_of, tmp_
     rows = json.loads(figures.read_text())["summary"]
     assert rows["policy"] == name
     assert rows["accepted_length"] > 1
+    if name == "confident":  # the other commands take any file alike
+        return
     run(echo, "bench", bundle, *words, *chain, "--policies", name, "--batch", "1,2", "--rounds", 1, "--record", trees)
     rows = [row for row in json.loads(figures.read_text())["results"] if row["policy"] == name]
     assert [row["same_texts"].split(" of ")[0] for row in rows] == [row["same_texts"].split(" of ")[1] for row in rows]

@@ -84,11 +84,5 @@ def test_rejected_drafts_cost_time_and_earn_it_once(clock):
         draft(state, DIGITS[2])
 
 
-def test_requests_of_one_grammar_have_an_allowance_each(clock):
-    clock.seconds = 2 * AT_ONCE_S
-    assert begun().after(DIGIT)
-    assert begun().after(DIGIT)
-
-
 DIGITS = [GRAMMARS.begin({"choice": [digit]}).tokens.spell(digit)[0] for digit in "0123456789"]
 DIGIT = DIGITS[7]

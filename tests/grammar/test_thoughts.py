@@ -56,18 +56,6 @@ def test_a_thought_may_open(grammars, marks):
     assert np.array_equal(opened.mask, plain.mask)
 
 
-def test_a_text_may_begin_without_a_thought(grammars, marks):
-    state = after(grammars.begin(ASKED, ReasoningState(*marks, inside=False)), ids_of('{"n'))
-    assert marks[0] not in allowed(state)
-    assert state.after(marks[0]) is None
-
-
-def test_what_follows_a_thought_that_may_open_is_forced(grammars, marks):
-    """The thought is rare where the answer's first token is forced; a draft may take the answer."""
-    for token in grammars.begin(ASKED, ReasoningState(*marks, inside=False)).forced(4):
-        assert token not in marks
-
-
 def test_a_spent_budget_closes_at_once(grammars, marks):
     state = grammars.begin(ASKED, ReasoningState(*marks, inside=True, left=0))
     assert allowed(state).tolist() == [marks[1]]
@@ -88,14 +76,6 @@ def test_a_budget_is_counted(grammars, marks, structured, opened):
         state = after(state, [token])
     assert allowed(state).tolist() == [marks[1]]
     assert after(state, [marks[1]]).after(marks[1] if structured is None else ids_of("{")[0]) is not None
-
-
-def test_without_a_grammar_a_thought_may_end_the_text(grammars, marks):
-    state = grammars.begin(None, ReasoningState(*marks, inside=True, left=9))
-    assert all(state.after(end).ended for end in ends())
-    closed = after(state, [marks[1]])
-    assert closed.mask is None
-    assert closed.after(ends()[0]).ended
 
 
 @pytest.mark.parametrize(

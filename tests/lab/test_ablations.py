@@ -1,16 +1,12 @@
 """The file of ablations, loaded as a user loads a file of policies."""
 
-from pathlib import Path
-
 import pytest
 from batches import repeated
 from driving import assert_all_free, goodput_planner, machine
 
 from echo_trt.speculation.policies import load_policies, make_planner
 from echo_trt_lab.device_counts import ABLATIONS
-from echo_trt_lab.simulation.command import read_calibration
 
-CALIBRATION = Path(__file__).parents[2] / "build" / "heads" / "smollm2-135m-eagle3" / "calibration.json"
 SETTINGS = {
     "budget": 40, "per_request": 64, "max_depth": 6, "beams": 2, "width": 4, "gates": {2: 0.5, 4: 0.3},
     "static": {"depth": 3, "top_k": 2, "tokens": 5},
@@ -35,15 +31,6 @@ def test_gates_by_the_recipe(policy, stated, gates):
     planner = make_planner(policy, SETTINGS | {"gates": stated, "calibration": None}, None)
     assert planner.settings.gates == pytest.approx(gates)
     assert (planner.name, planner.budget) == (policy, 40)
-
-
-def test_gates_by_the_calibration():
-    known = read_calibration(CALIBRATION)
-    numbers = SETTINGS | {"gates": known.sparse_gates, "calibration": known}
-    dense, fixed = (make_planner(policy, numbers, None).settings.gates for policy in ("dense", "fixed"))
-    assert dense == {gate.depth: gate.threshold for gate in known.gates}
-    assert len(dense) > len(fixed) == len(known.sparse_gates)
-    assert set(fixed.values()) == {known.fixed_threshold}
 
 
 @pytest.mark.parametrize("policy", ["dense", "fixed", "goodput-head"])

@@ -22,7 +22,7 @@ def counts_of(policy: str, batch: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("batch", [1, 64])
 def test_counts_are_the_golden_ones(policy, batch):
     assert counts_of(policy, batch) == json.loads(GOLDEN.read_text())[f"{policy} {batch}"]
 
@@ -35,7 +35,7 @@ def test_what_is_drafted_at_high_load_is_considered(policy):
 
 
 if __name__ == "__main__":
-    found = {f"{policy} {batch}": counts_of(policy, batch) for batch in (1, 8, 64) for policy in POLICIES}
+    found = {f"{policy} {batch}": counts_of(policy, batch) for batch in (1, 64) for policy in POLICIES}
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(counts)}" for name, counts in found.items())
     GOLDEN.write_text(f"{{\n{lines}\n}}\n")
     sys.stdout.write(f"{GOLDEN}\n")

@@ -44,25 +44,6 @@ def test_both_write_what_they_write_alone_each_on_its_own_clock(open_llm, monkey
     assert {"plain", "static"} == set(ran[:20])
 
 
-def test_a_pool_too_small_for_both_lets_them_run_one_after_another(open_llm):
-    llm = open_llm("close", "autoregressive", 3)
-    long = [[5] * 150] * 3
-    batch = llm.loop.batch
-    needed = 3 * -(-(batch.context + batch.reserve) // 32)
-    expected = needed > batch.blocks.count // 2
-    sides = sides_of(llm, POLICIES, long, 1000)
-    assert all(side.loop is None for side in sides) == expected
-    one_by_one = [Side(policy) for policy in POLICIES]
-    run(llm, one_by_one)
-    together = sides_of(llm, POLICIES, PROMPTS, 24)
-    run(llm, together)
-    for side, other in zip(one_by_one, together, strict=True):
-        assert {name: c.token_ids for name, c in side.completions.items()} == {
-            name: c.token_ids for name, c in other.completions.items()
-        }
-    assert llm.loop.planner.name == "static"
-
-
 @pytest.fixture
 def bundles(bundle_of, tmp_path):
     """Return the demo on a tiny pair under the names of the two real bundles."""

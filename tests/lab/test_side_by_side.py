@@ -21,16 +21,6 @@ def test_the_gap_of_two_answers_is_that_of_the_logits_where_they_part(networks, 
     assert gap(llm, prompt, [7, 8], [7, 8, 9]) == float("inf")
 
 
-def test_figures_of_other_rows_do_not_outlive_a_measurement(open_llm):
-    """The distance of two logits is computed in the pool's first blocks, whatever was cached there."""
-    llm = open_llm("self", "echo")
-    prompt, params = prompt_ids(90, 0), SamplingParams(max_tokens=30, ignore_eos=True)
-    first = llm.generate([prompt], params)[0].token_ids
-    gap(llm, prompt_ids(90, 1), [5], [6])
-    assert llm.loop.batch.blocks.cached == 0
-    assert llm.generate([prompt], params)[0].token_ids == first
-
-
 def test_a_part_of_a_pool_too_small_for_a_request_refuses_it(open_llm):
     """It would wait for blocks that never come."""
     llm = open_llm("lookup")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -70,23 +69,6 @@ def test_a_target_without_a_head_begins_with_an_untrained_one(networks, tmp_path
     assert manifest.checks["draft"].prompt_error < manifest.checks["draft"].bound
 
 
-def test_answers_are_written_with_the_features_of_their_tokens(bundle_of, tmp_path):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(f'{{"id": "{i}", "prompt": "the theme {i}"}}\n' for i in range(5)))
-    words = ["generate", bundle_of("eagle3"), "--prompts", prompts, "--data", tmp_path / "data"]
-    words += ["--batch", 2, "--max-tokens", 8, "--per-shard", 3]
-    run(*words)
-    shards = sorted((tmp_path / "data").glob("*.npz"))
-    assert [path.name for path in shards] == ["shard-00000.npz", "shard-00001.npz"]
-    for path, samples in zip(shards, (3, 2), strict=True):
-        shard = np.load(path)
-        features = np.load(path.with_name(path.stem + ".features.npy"), mmap_mode="r")
-        assert len(shard["lengths"]) == samples
-        assert (shard["lengths"] > shard["prompt_lengths"]).all()
-        assert shard["lengths"].sum() == len(shard["tokens"]) == len(features)
-        assert np.any(features, axis=1).mean() > 0.8  # all but each answer's last token
-
-
 @pytest.fixture(scope="module")
 def head(networks, shards, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("heads") / "first"
@@ -111,14 +93,6 @@ def test_a_head_goes_on_as_a_larger_one_that_says_the_same(networks, shards, hea
     assert trained["midlayer.mlp.down_proj.weight"][:, 96:].any()
     draft = {"kind": "eagle3", "source": {"path": str(tmp_path / "trained")}}
     build(recipe_of("eagle3", networks, draft=draft), networks, tmp_path / "bundle")
-
-
-def test_a_head_does_not_shrink(networks, shards, head, tmp_path):
-    words = ["train", "--target", networks / "target", "--data", shards, "--minutes", 0.001]
-    words += ["--start", head, "--intermediate-size", 64, "--out", tmp_path / "smaller"]
-    done = subprocess.run(list(map(str, (sys.executable, SCRIPT, *words))), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert "--intermediate-size is 64, but --start has 96; give as many or more" in done.stderr
 
 
 def test_a_block_drafter_is_trained_on_what_its_pass_computes(networks, shards, head, tmp_path, monkeypatch):
@@ -148,14 +122,6 @@ def test_a_block_drafter_is_trained_on_what_its_pass_computes(networks, shards, 
         by_id = np.zeros((rows, network.config.vocab_size), np.float32)
         np.put_along_axis(by_id, outputs["candidates"], outputs["scores"], axis=1)
         np.testing.assert_allclose(by_id[:, network.target_ids], steps[:, chain].numpy(), atol=1e-4)
-
-
-@pytest.mark.parametrize("wrong", [["--intermediate-size", "0"], ["--minutes", "soon"], []])
-def test_a_wrong_option_is_a_sentence(wrong):
-    needed = ["--target", "t", "--data", "d", "--out", "o"] if wrong else []
-    code, output = invoked("train", *needed, *wrong)
-    assert (code, len(output.splitlines())) == (2, 1)
-    assert (wrong[0] if wrong else "--target") in output
 
 
 def test_a_chains_loss_has_the_gradient_of_cross_entropy(monkeypatch):
@@ -225,22 +191,3 @@ def test_ngrams_of_new_answers_go_over_earlier_ones(networks, tmp_path):
     code, _ = invoked(*command, "--data", tmp_path / "late", *start, "--out", tmp_path / "no.npz")
     assert code != 0
     assert not (tmp_path / "no.npz").exists()
-
-
-@pytest.mark.parametrize("share", [0.5, 0.8])
-def test_ngrams_are_as_sure_as_they_may_be(share, monkeypatch):
-    """A token's usual successor follows with a probability of ``share``: so often the table must be right, and think
-    so, of answers that it has not counted."""
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    from echo_trt_lab.training.ngrams import count, right
-
-    rng = np.random.default_rng(1)
-    usual, text = rng.integers(2, 60, 60), []
-    for _ in range(900):
-        answer = [int(rng.integers(2, 60))]
-        for _ in range(20):
-            answer.append(int(usual[answer[-1]] if rng.random() < share else rng.integers(2, 60)))
-        text.append((np.array([0, *answer]), 1))
-    reported, thought = right(count(text[:600], 3), text[600:])
-    assert reported == pytest.approx(20 / 21 * share, abs=0.05)
-    assert thought == pytest.approx(reported, abs=0.07)

@@ -66,8 +66,6 @@ FOLDERS = {
     "no folder": (shutil.rmtree, ("does not exist", "give a Hugging Face folder")),
     "no config.json": (delete("config.json"), ("config.json", "missing", "complete checkpoint")),
     "malformed JSON": (write("config.json", b'{"vocab_size": 9'), ("config.json", "JSON", "download")),
-    "binary config.json": (write("config.json", b"\xff\xfe\x00"), ("config.json", "JSON", "download")),
-    "JSON list": (write("config.json", b"[1]"), ("config.json", "list", "download")),
     "unknown architecture": (
         config(architectures=["GPT2LMHeadModel"]),
         ("architectures", "GPT2LMHeadModel", "use one"),
@@ -78,8 +76,6 @@ FOLDERS = {
     ),
     "no architecture": (config("architectures"), ("architectures", "none", "Qwen3ForCausalLM")),
     "no size": (config("hidden_size"), ("hidden_size", "missing", "config.json")),
-    "size in words": (config(hidden_size="twenty"), ("hidden_size", "twenty", "positive integer")),
-    "no layers": (config(num_hidden_layers=0), ("num_hidden_layers", "0", "positive integer")),
     "unequal groups": (config(num_key_value_heads=4), ("num_attention_heads 6", "num_key_value_heads 4", "take")),
     "activation": (config(hidden_act="gelu"), ("hidden_act", "gelu", "silu", "use")),
     "biases": (config(attention_bias=True), ("attention_bias", "True", "use")),
@@ -90,13 +86,10 @@ FOLDERS = {
     "rope with a surprise": (rope(rope_type="yarn", factor=2.0, mscale=0.7), ("mscale", "0.7", "remove")),
     "no weights": (delete(WEIGHTS), ("safetensors", "download")),
     "truncated weights": (truncate(WEIGHTS, 0.9), (WEIGHTS, "download")),
-    "truncated header": (truncate(WEIGHTS, 0.001), (WEIGHTS, "download")),
-    "empty weights": (truncate(WEIGHTS, 0), (WEIGHTS, "download")),
     "absent shard": (
         write(WEIGHTS + ".index.json", b'{"weight_map": {"a": "model-1-of-2.safetensors"}}'),
         ("model-1-of-2.safetensors", "download"),
     ),
-    "index without a map": (write(WEIGHTS + ".index.json", b"{}"), ("index.json", "weight_map", "download")),
     "missing tensor": (tensors(lambda held: held.pop(NORM)), (NORM, "missing", "use a complete")),
     "transposed tensor": (
         tensors(lambda held: held.update({QUERY: held[QUERY].T.contiguous()})),
@@ -209,7 +202,7 @@ def good_gguf(tmp_path_factory) -> bytes:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf", network).read_bytes()
 
 
-@pytest.mark.parametrize("keep", [0, 3, 10, 25, 100, 2000, 0.5, 0.999])
+@pytest.mark.parametrize("keep", [0, 25, 2000, 0.999])
 def test_truncated_gguf(keep, good_gguf, tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(good_gguf[: keep if isinstance(keep, int) else int(keep * len(good_gguf))])
@@ -235,11 +228,7 @@ def test_gguf_of_another_architecture(good_gguf, tmp_path):
     [
         "general.architecture",
         "llama.block_count",
-        "llama.embedding_length",
-        "llama.feed_forward_length",
         "llama.attention.head_count",
-        "llama.attention.layer_norm_rms_epsilon",
-        "llama.context_length",
         "tokenizer.ggml.tokens",
         "blk.2.ffn_up.weight",
     ],

@@ -12,7 +12,6 @@ from refusal import refused
 
 from echo_trt.backends.self_check import block_shape
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.models.block_config import block_config, fitted
 from echo_trt.models.block_weights import check_block, confidence_by_token, load_block
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.open_checkpoint import open_checkpoint
@@ -152,13 +151,6 @@ def test_a_markov_head_is_left_out_with_a_word(family, target, tmp_path, caplog)
     assert [name for name in read if "markov" in name] == ["markov_head.markov_w1.weight"]
 
 
-def test_a_confidence_head_may_do_without_the_token(target, tmp_path):
-    raw = block_raw("dspark", confidence_head_with_markov=False, markov_rank=0)
-    tensors = block_tensors(block_raw("deepspec")) | {"confidence_head.proj.weight": torch.ones(1, 20)}
-    checkpoint = open_checkpoint(write_block(tmp_path / "drafter", raw, tensors))
-    assert confidence_by_token(load_block(checkpoint, 64, target), checkpoint).tolist() == [0] * 97
-
-
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_shares_the_targets_tables_where_it_has_none(prefix, target, tmp_path):
     raw = block_raw("dflash")
@@ -166,13 +158,6 @@ def test_shares_the_targets_tables_where_it_has_none(prefix, target, tmp_path):
     network = load_block(open_checkpoint(write_block(tmp_path / "drafter", raw, tensors)), 64, target)
     assert network.embed.weight is target.embed.weight
     assert network.lm_head.weight is target.lm_head.weight
-
-
-def test_default_layers_are_spread_over_the_target(target):
-    raw = block_raw("dflash", num_hidden_layers=5)
-    del raw["dflash_config"]["target_layer_ids"]
-    layers = fitted(block_config(raw, "config.json"), target.config, "config.json").feature_layers
-    assert layers == (2, 3, 4, 5, 6)  # outputs of layers 1 to 5, of 8
 
 
 # -- bad input: a sentence, before any weight is read ---------------------------------------------------------

@@ -24,9 +24,7 @@ def load(folder: Path) -> Decoder:
 
 
 @pytest.mark.parametrize("build", [build for build in BUILDERS.values() if build is not qwen3_5])  # which has states
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "tied"), [(3, 3, True), (6, 2, False), (5, 1, True), (16, 2, False)], ids=str
-)
+@pytest.mark.parametrize(("heads", "kv_heads", "tied"), [(3, 3, True), (16, 2, False)], ids=str)
 def test_logits_and_features_equal_transformers(build, heads, kv_heads, tied, tmp_path):
     theirs = build(num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied)
     theirs.save_pretrained(tmp_path)
@@ -42,14 +40,14 @@ def test_logits_and_features_equal_transformers(build, heads, kv_heads, tied, tm
         rope("linear", factor=2.5),
         rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
         rope("yarn", factor=4.0, original_max_position_embeddings=32),
-        rope("yarn", factor=3.0, original_max_position_embeddings=16, beta_fast=8.0, beta_slow=0.5),
-        rope("yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=1.5),
+        rope(
+            "yarn", factor=3.0, original_max_position_embeddings=16, beta_fast=8.0, beta_slow=0.5, attention_factor=1.5
+        ),
     ],
-    ids=["theta", "linear", "llama3", "yarn", "yarn betas", "yarn attention factor"],
+    ids=["theta", "linear", "llama3", "yarn", "yarn with all of its numbers"],
 )
-@pytest.mark.parametrize("build", [llama, qwen3])
-def test_rope_scaling_equals_transformers(build, scaling, tmp_path):
-    theirs = build(**scaling)
+def test_rope_scaling_equals_transformers(scaling, tmp_path):
+    theirs = llama(**scaling)
     theirs.save_pretrained(tmp_path)
     assert_same_network(load(tmp_path), theirs)
 
@@ -63,11 +61,11 @@ def test_layers_without_rotary_positions_equal_transformers(layers, tmp_path):
     assert_same_network(decoder, theirs)
 
 
-@pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize(
-    "layout", [{}, {"decoder_sparse_step": 2}, {"mlp_only_layers": [0, 3]}], ids=["all", "every second", "some dense"]
+    ("layout", "normalised", "routed"),
+    [({}, False, True), ({"decoder_sparse_step": 2}, True, False), ({"mlp_only_layers": [0, 3]}, True, True)],
+    ids=["all", "every second", "some dense"],
 )
-@pytest.mark.parametrize("routed", [False, True], ids=["all experts per token", "routed"])
 def test_experts_equal_transformers(layout, normalised, routed, tmp_path, monkeypatch):
     monkeypatch.setattr(layers, "has_grouped_products", lambda x, down: routed)
     theirs = qwen3_moe(norm_topk_prob=normalised, moe_intermediate_size=12, **layout)
@@ -81,20 +79,6 @@ def test_both_expert_layouts_load(per_expert, tmp_path):
     theirs.save_pretrained(tmp_path, save_original_format=per_expert)
     names = open_checkpoint(tmp_path).names()
     assert ("model.layers.0.mlp.experts.gate_up_proj" in names) != per_expert
-    assert_same_network(load(tmp_path), theirs)
-
-
-def test_many_files_load(tmp_path):
-    theirs = qwen3_moe()
-    theirs.save_pretrained(tmp_path, max_shard_size="4KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 5
-    assert_same_network(load(tmp_path), theirs)
-
-
-@pytest.mark.parametrize("depth", [1, 2, 4])
-def test_features_of_shallow_networks(depth, tmp_path):
-    theirs = qwen3(num_hidden_layers=depth)
-    theirs.save_pretrained(tmp_path)
     assert_same_network(load(tmp_path), theirs)
 
 

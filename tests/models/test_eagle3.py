@@ -15,7 +15,6 @@ from echo_trt.models.config import Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.open_checkpoint import open_checkpoint
-from echo_trt.models.read_config import eagle3_config
 from echo_trt.models.weights import load_decoder, load_eagle3
 
 LAYERS = 8
@@ -176,15 +175,6 @@ def test_draft_ids_map_to_target_ids(spelling, target, tmp_path):
     assert torch.equal(head.target_ids, tensors["t2d"].nonzero().flatten())
 
 
-@pytest.mark.parametrize("stated", [{}, {"draft_vocab_size": None}, {"draft_vocab_size": 97}], ids=str)
-def test_full_draft_vocabulary_needs_no_map(stated, target, tmp_path):
-    config = head_config(draft_vocab_size=target.config.vocab_size)
-    tensors = {name: tensor for name, tensor in head_tensors(config).items() if name not in ("d2t", "t2d")}
-    del config["draft_vocab_size"]
-    head = load(write_head(tmp_path, config | stated, tensors), target)
-    assert torch.equal(head.target_ids, torch.arange(target.config.vocab_size))
-
-
 @pytest.mark.parametrize(
     ("stated", "layers"),
     [
@@ -200,13 +190,6 @@ def test_feature_layers_are_inputs(stated, layers, target, tmp_path):
     head = load(write_head(tmp_path, config, head_tensors(config)), target)
     assert head.config.feature_layers == layers
     assert (head.config.feature_layers or target.config.feature_layers) == target.config.feature_layers
-
-
-def test_speculators_norm_before_the_residual_by_default():
-    config, _ = speculators(head_config(), {})
-    del config["norm_before_residual"]
-    assert eagle3_config(config, "config.json").norm_before_residual
-    assert not eagle3_config(head_config(), "config.json").norm_before_residual
 
 
 @pytest.mark.parametrize(

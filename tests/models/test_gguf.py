@@ -11,7 +11,7 @@ from checkpoints import BUILDERS, llama, qwen3
 from gguf import GGMLQuantizationType
 from gguf_files import CHAT_TEMPLATE, CONTROL, GGUF_SIZES, USER_DEFINED, vocabulary, write_gguf
 from paged import assert_same_network, run_in_calls
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from echo_trt.bundle.read_recipe import load_recipe
 from echo_trt.bundle.sources import locate
@@ -31,7 +31,7 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize(("storage", "tied"), [("F32", True), ("F16", False), ("Q8_0", True), ("Q4_1", False)])
+@pytest.mark.parametrize(("storage", "tied"), [("F16", True), ("Q8_0", False), ("Q4_1", True)])
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.gguf])
 def test_logits_equal_transformers(family, storage, tied, tmp_path):
     changes = {
@@ -106,12 +106,6 @@ def test_text_survives_the_tokenizer(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) in (text, normalised)
 
 
-@pytest.mark.parametrize("text", ["1234567", "in 2024, 99%", "x1y22"])
-def test_digits_are_split_one_by_one(tokenizer, text):
-    pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode(text))
-    assert [piece for piece in pieces if any(c.isdigit() for c in piece)] == [c for c in text if c.isdigit()]
-
-
 @pytest.mark.parametrize("token", [*CONTROL, *USER_DEFINED])
 def test_special_tokens_are_single_ids(tokenizer, token):
     index = vocabulary().tokens.index(token)
@@ -127,16 +121,6 @@ def test_roles_and_chat_template_are_kept(tokenizer):
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "hat"}], return_dict=False)
     assert (ids[0], ids[-2]) == (1, 2)
     assert tokenizer.decode(ids) == "<|im_start|>user\nhat<|im_end|>\n"
-
-
-def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    assert again.chat_template == tokenizer.chat_template
-    assert (again.bos_token, again.eos_token) == (tokenizer.bos_token, tokenizer.eos_token)
-    for text in [*TEXTS, "<|im_start|>user\nhat<|im_end|><think>"]:
-        assert again.encode(text) == tokenizer.encode(text)
-        assert again.decode(again.encode(text)) == tokenizer.decode(tokenizer.encode(text))
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "<|im_start|>a<think>b</think>c"])

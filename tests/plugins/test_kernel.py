@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -17,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from super_tree_attention import kernel, super_tree_attention, triton_attention
+from super_tree_attention import kernel, super_tree_attention
 from super_tree_attention.triton_attention import move_rows, super_tree_attention_triton
 
 REQUEST = st.tuples(
@@ -28,7 +26,7 @@ REQUEST = st.tuples(
 )
 
 
-@settings(max_examples=settings().max_examples // 2, derandomize=True)  # the interpreter is slow
+@settings(max_examples=settings().max_examples // 4, derandomize=True)  # the interpreter is slow
 @given(
     requests=st.lists(REQUEST, min_size=1, max_size=3).filter(lambda batch: any(r[1] for r in batch)),
     heads=st.tuples(st.integers(1, 2), st.integers(1, 16)).filter(lambda pair: pair[0] * pair[1] <= 16),
@@ -58,7 +56,7 @@ def test_a_long_past_of_which_a_window_is_seen():
     torch.testing.assert_close(output, expected, atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("group", [1, 3, 5, 8, 16])
+@pytest.mark.parametrize("group", [1, 5, 16])
 def test_groups(group):
     Batch([(70, 3, True), (33, 1, False), (0, 6, False)], 2, group).check()
 
@@ -145,24 +143,6 @@ def test_moves_of_any_number_of_rows_are_one_kernel():
         _, special, _ = bind(pools, rows, source, target, 2, 4, HEAD_DIM=64, BLOCK=BLOCK, GATHER=True)
         made.add(tuple(special))
     assert len(made) == 1
-
-
-def test_launches_say_how_products_and_sums_round(monkeypatch):
-    """Triton 3.10 turns the fusion of products and sums off by default, and results would differ in their last bits."""
-    stated = {}
-
-    class Kernel:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, grid):
-            return lambda *_, **options: stated.update({self.name: options["enable_fp_fusion"]})
-
-    kernels = SimpleNamespace(attention=Kernel("attention"), combine=Kernel("combine"))
-    batch = Batch([(300, 5, True)])
-    monkeypatch.setattr(triton_attention, "_kernels", lambda device: kernels)
-    super_tree_attention_triton(*batch.packed, *batch.caches, *batch.metadata, num_splits=2)
-    assert stated == {"attention": True, "combine": True}
 
 
 def surrounded(tensor: Tensor, margin: int, fill: float) -> tuple[Tensor, Tensor]:

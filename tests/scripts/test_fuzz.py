@@ -17,7 +17,7 @@ SCRIPT = ROOT / "scripts" / "proofs" / "fuzz.py"
 @pytest.mark.slow
 def test_random_requests_in_a_crowd_are_answered_as_by_plain_decoding(networks):
     """The first seeds have rounds of every kind but promises, which build bundles."""
-    command = [sys.executable, SCRIPT, "--seed", "1", "--minutes", "0.4", "--pairs", "close,lookup"]
+    command = [sys.executable, SCRIPT, "--seed", "1", "--minutes", "0.2", "--pairs", "close,lookup"]
     command += ["--networks", networks, "--only", "loop,service,door"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -47,15 +47,6 @@ def test_every_parameter_is_drawn_with_both_ends_of_its_range(declared):
     least = min(each["tpot_ms"] for each in targets if "tpot_ms" in each)
     assert declared._is_target("tpot_ms")(least)
     assert not declared._is_target("tpot_ms")(least / 2)
-
-
-def test_a_parameter_that_nothing_draws_is_told(declared):
-    from echo_trt.engine.parameter import Parameter
-
-    with pytest.raises(KeyError, match="mirror"):
-        declared.drawn("mirror", Parameter(default=None, kind=dict, doc=""), random.Random(0))
-    with pytest.raises(KeyError, match="mirror"):
-        declared.drawn("mirror", Parameter(default=b"", kind=bytes, doc=""), random.Random(0))
 
 
 def test_every_field_of_the_door_is_drawn(declared):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import runpy
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -145,40 +143,6 @@ def test_the_exit_code_is_0_only_where_something_was_proved(verdicts, code, sent
     got, output = script["outcome"](verdicts)
     assert got == code
     assert output.startswith(sentence)
-
-
-def test_all_sections_end_within_eight_minutes():
-    assert sum(script["SECTIONS"].values()) <= 480
-
-
-def write_wheel(folder: Path, name: str, machine: str = "any") -> None:
-    folder.mkdir(exist_ok=True)
-    info = f"{name}-1.0.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-{machine}.whl", "w") as wheel:
-        wheel.writestr(f"{name}/__init__.py", "here = 1\n")
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-{machine}\n")
-        wheel.writestr(f"{info}/RECORD", "")
-
-
-def test_wheels_of_a_folder_are_there_for_one_run_or_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setenv("PYTHONPATH", "")
-    write_wheel(tmp_path / "wheels", "brought_along")
-    assert script["install"](tmp_path / "wheels", str(tmp_path / "target")) == ""
-    assert importlib.import_module("brought_along").here == 1
-    (tmp_path / "none").mkdir()
-    assert "which holds no .whl file" in script["install"](tmp_path / "none", str(tmp_path / "target"))
-    write_wheel(tmp_path / "wheels", "elsewhere", "win_arm64")
-    problem = script["install"](tmp_path / "wheels", str(tmp_path / "target"))
-    assert "pip cannot install the wheels" in problem
-    assert "not a supported wheel on this platform" in problem
-
-
-def test_unknown_sections_are_refused(copy):
-    done = run(copy, "--only", "kernel,sped")
-    assert (done.returncode, done.stderr.strip()) == (
-        2, "error: --only names 'sped'; choose from kernel, engine, serving, tensorrt, ranks.")  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

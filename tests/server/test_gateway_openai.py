@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -47,10 +46,8 @@ def idle(metrics: dict[str, float]) -> bool:
         ({"temperature": 0}, {}),
         ({"temperature": 0.8, "top_p": 0.9, "seed": 11}, {"temperature": 0.8, "top_p": 0.9, "seed": 11}),
         ({"seed": 2**40, "extra_body": {"top_k": 20}}, {"temperature": 1.0, "seed": 2**40, "top_k": 20}),
-        ({"seed": 2**40, "extra_body": {"top_k": -1}}, {"temperature": 1.0, "seed": 2**40, "top_k": -1}),
         ({"seed": 5, "stop": ["e", "th"]}, {"temperature": 1.0, "seed": 5, "stop": ("e", "th")}),
         ({"seed": 5, "extra_body": {"stop_token_ids": ENDS}}, {"temperature": 1.0, "seed": 5, "stop_token_ids": ENDS}),
-        (PENALTIES | {"temperature": 0}, PENALTIES),
         (
             PENALTIES | {"seed": 6, "extra_body": {"repetition_penalty": 1.3}},
             PENALTIES | {"temperature": 1.0, "seed": 6, "repetition_penalty": 1.3},
@@ -60,17 +57,7 @@ def idle(metrics: dict[str, float]) -> bool:
             {"logit_bias": {0: 100, 90: -3.3}, "min_tokens": 9},
         ),
     ],
-    ids=[
-        "greedy",
-        "seeded",
-        "top_k",
-        "top_k off",
-        "stop",
-        "stop tokens",
-        "penalised",
-        "penalised and seeded",
-        "biased",
-    ],
+    ids=["greedy", "seeded", "top_k", "stop", "stop tokens", "penalised and seeded", "biased"],
 )
 def test_chat_whole_and_streamed_says_what_plain_decoding_says(client, offline, requested, params):
     truth = offline.chat(CHAT, SamplingParams(max_tokens=40, **params))[0]
@@ -140,7 +127,7 @@ def test_answers_tell_of_their_drafts_as_vllm_s_do(client):
     assert not hasattr(client.completions.create(prompt="the theme", **plain), "metrics")
 
 
-@pytest.mark.parametrize("way", [{}, {"stop": ["e", "th"]}, PENALTIES], ids=["free", "stop", "penalised"])
+@pytest.mark.parametrize("way", [{"stop": ["e", "th"]}, PENALTIES], ids=["stop", "penalised"])
 def test_logprobs_of_a_chat_are_those_of_its_text(client, offline, way):
     own = {name: tuple(value) if isinstance(value, list) else value for name, value in way.items()}
     truth = offline.chat(CHAT, SamplingParams(40, temperature=1.0, seed=5, logprobs=4, **own))[0]
@@ -246,19 +233,6 @@ def test_echo_brings_the_prompt_and_its_logprobs(client, offline):
     )
 
 
-def test_text_comes_while_it_is_made(client):
-    """Its first part well before its last. On a busy machine that may not show at once."""
-
-    def first_of_last() -> float:
-        begin = time.monotonic()
-        stream = client.chat.completions.create(model="echo", messages=CHAT, stream=True, temperature=0, **LONG)
-        times = [time.monotonic() - begin for chunk in stream if chunk.choices[0].delta.content]
-        assert len(times) > 20
-        return times[0] / times[-1]
-
-    assert any(first_of_last() < 0.5 for _ in range(5))
-
-
 def test_choices_are_the_seeds_that_follow(client, offline):
     answers = [
         offline.chat(CHAT, SamplingParams(max_tokens=24, temperature=0.9, seed=40 + choice))[0] for choice in range(3)
@@ -275,12 +249,6 @@ def test_choices_are_the_seeds_that_follow(client, offline):
         for choice in chunk.choices:
             streamed[choice.index] += choice.delta.content or ""
     assert streamed == truths
-
-
-def test_without_a_seed_texts_differ(client):
-    requested = {"model": "echo", "messages": CHAT, "max_tokens": 24, "extra_body": {"ignore_eos": True}}
-    texts = {client.chat.completions.create(**requested).choices[0].message.content for _ in range(3)}
-    assert len(texts) > 1
 
 
 def test_completions_continue_text_and_ids(client, offline):

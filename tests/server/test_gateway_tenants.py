@@ -5,11 +5,8 @@ from __future__ import annotations
 import pytest
 from server.running import KEY, engine_of, refused, running
 
-from echo_trt.server.keys import Keys, sender
-
 OTHER, SHARED, SHARING = "sk-of-somebody-else", "sk-one-who-shares-it", "sk-another-who-shares"
 BLOCKS = 3 * 32  # tokens of a prompt that are found again
-CHAT = {"model": "echo", "max_tokens": 1, "messages": [{"role": "user", "content": "the theme of all " * 20}]}
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +75,3 @@ def test_what_is_no_salt_is_refused(client):
             headers={"Authorization": f"Bearer {KEY}"},
         )
         assert "cache_salt" in refused(answer, 400, "cache_salt")
-
-
-def test_without_keys_and_salts_nothing_is_salted(keys_file):
-    keys = Keys(keys_file)
-    mine, shared = (keys.find(f"Bearer {key}".encode()) for key in (KEY, SHARED))
-    assert sender(None, None) == (b"", b"")
-    assert sender(shared, None).salt == b""
-    assert len({sender(key, salt).salt for key in (None, mine) for salt in (None, "a", "b")}) == 6
-    assert len({sender(key, None).tenant for key in (None, mine, shared)}) == 3

@@ -63,20 +63,6 @@ def test_files_need_no_key_and_what_tells_anything_does(client, server):
     assert client.head("/live").status_code == 200
 
 
-def test_it_can_be_turned_off():
-    with running(page=False) as client:
-        for path in ("/page/app.js", "/live", "/live/about"):
-            refused(client.get(path), 404)
-
-
-def test_the_page_is_told_what_it_must_know(client):
-    about = client.get("/live/about").json()
-    assert about["models"] == ["echo", "close"]
-    assert about["context"] == 1600
-    assert (about["format"], about["build"]) == (SNAPSHOT_FORMAT, PageFiles().build)
-    assert about["thinks"] is False
-
-
 def test_snapshots_come_while_an_answer_is_made(client):
     with ThreadPoolExecutor() as pool, client.stream("GET", "/live") as stream:
         events = reported(stream)
@@ -168,32 +154,6 @@ def test_a_viewer_that_does_not_read_makes_room_for_another(monkeypatch):
         await looked_at.close()
 
     asyncio.run(run())
-
-
-def test_a_viewer_that_stays_is_sent_away_and_may_come_back(server, monkeypatch):
-    monkeypatch.setattr(live, "VIEW_S", 0.5)
-    with running(engine=server.engine) as client:
-        for _ in range(2):
-            with client.stream("GET", "/live") as stream:
-                kinds = [kind for kind, _ in reported(stream)]  # the stream ends
-                assert kinds[:1] == ["hello"]
-
-
-def test_a_snapshot_over_the_limit_is_left_out(server, monkeypatch):
-    monkeypatch.setattr(live, "LARGEST", 100)
-    with running(engine=server.engine) as client:
-        with client.stream("GET", "/live", timeout=3) as stream:
-            events = reported(stream)
-            assert next(events)[0] == "hello"
-            with pytest.raises(httpx.ReadTimeout):
-                next(events)
-        assert client.get("/health").status_code == 200
-
-
-def test_without_an_engine_viewers_are_told():
-    with running() as client, client.stream("GET", "/live") as stream:
-        events = reported(stream)
-        assert [next(events)[0] for _ in range(3)] == ["hello", "away", "away"]
 
 
 def test_the_engine_stops_looking_when_the_last_viewer_leaves(server):

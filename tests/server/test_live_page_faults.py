@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from typing import Any
 
 import psutil
 import pytest
@@ -103,11 +101,8 @@ def test_a_server_that_was_started_again_is_found(open_page, server):
 # -- what the model writes is text -----------------------------------------------------------------------------------
 
 ATTACKS = (
-    "<img src=x onerror=window.hit=1>",
-    "<script>window.hit=1</script><svg onload=window.hit=1>",
-    "![a](https://evil.example/a.png) [b](javascript:window.hit=1)",
-    "<style>*{display:none}</style><a href=//evil.example>c</a>",
-    "\u202egnp.exe\u2066 \u05d0\u05d1 \u200f",
+    "<img src=x onerror=window.hit=1><script>window.hit=1</script><svg onload=window.hit=1><style>*{display:none}",
+    "![a](https://evil.example/a.png) [b](javascript:window.hit=1) \u202egnp.exe\u2066 \u05d0\u05d1 \u200f",
 )
 
 
@@ -124,44 +119,6 @@ def test_what_the_model_writes_is_text(attack, open_page):
         style = f"getComputedStyle(document.querySelector('{name}')).unicodeBidi"
         assert page.evaluate(style) == "isolate"
     assert page.is_visible("#send")
-
-
-def test_a_long_answer_leaves_the_page_at_work(open_page):
-    page = open_page()
-    tokens = [{"token": "x", "bytes": [120] * 30, "source": "head", "probability": 0.5}] * 1000
-    many = "".join(chunk(token_sources=tokens) for _ in range(50))
-    body = many + chunk(delta={"content": "<b>" * 400_000}) + "data: [DONE]\n\n"
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
-    ask(page)
-    ended(page)
-    assert page.locator(".answer .t").count() < 10_000
-    assert len(page.text_content(".answer .text")) <= 1_000_000
-    assert "Only the first 1,000,000 characters" in page.inner_text(".answer .error")
-    begin = time.monotonic()
-    page.fill("#prompt", "still here")
-    assert time.monotonic() - begin < 10
-    assert page.locator("#log .text b").count() == 0
-
-
-def test_calls_of_tools_are_shown(open_page):
-    page, sent = open_page(), []
-    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
-    calls = (
-        {"index": 0, "id": "call_1", "type": "function", "function": {"name": "weather", "arguments": ""}},
-        {"index": 0, "function": {"arguments": '{"place": "<b>here</b>"}'}},
-    )
-    body = "".join(chunk(delta={"tool_calls": [call]}) for call in calls) + "data: [DONE]\n\n"
-
-    def answer(route: Any) -> None:
-        sent.append(route.request.post_data_json)
-        route.fulfill(body=body, content_type="text/event-stream")
-
-    page.route("**/v1/chat/completions", answer)
-    page.evaluate("settings.open = true")
-    ask(page, tools=json.dumps(tools))
-    ended(page)
-    assert sent[0]["tools"] == tools
-    assert page.text_content(".answer .calls") == 'weather {"place": "<b>here</b>"}'
 
 
 @pytest.mark.parametrize(

@@ -108,19 +108,6 @@ def test_a_parallel_heads_sizes_are_those_of_the_network_that_is_built(layers):
     assert block_sizes(config).total == counted(built(config))
 
 
-def test_mixed_layers_dense_and_of_experts():
-    raw = published()["Qwen/Qwen3-30B-A3B"] | {"mlp_only_layers": [0, 5], "num_hidden_layers": 8}
-    config = decoder_config(raw, "mixed")
-    with torch.device("meta"):
-        assert decoder_sizes(config).total == counted(Decoder(config, 1))
-
-
-def test_an_engine_holds_a_tied_embedding_twice():
-    tied, free = (decoder_sizes(decoder_config(published()[f"Qwen/Qwen3-{n}"], n)) for n in ("4B", "8B"))
-    assert tied.stored - tied.total == tied.embedding == 151_936 * 2560
-    assert free.stored == free.total
-
-
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-32B", "Qwen/Qwen3-235B-A22B"])
 @pytest.mark.parametrize("gpus", [2, 4, 8])
 def test_one_gpus_share_is_the_network_that_is_built_for_it(name, gpus):
@@ -134,17 +121,6 @@ def test_one_gpus_share_is_the_network_that_is_built_for_it(name, gpus):
     shared = share_of(part, "bf16", routed=False)
     assert shared.dense == pytest.approx(counted(rank) - counted(rank.embed))
     assert gpus * share_of(part, "bf16").expert == pytest.approx(share_of(whole, "bf16").expert)
-
-
-def test_what_a_pass_reads_and_multiplies():
-    sizes = decoder_sizes(decoder_config(published()["Qwen/Qwen3-235B-A22B"], "moe"))
-    routed, exported = share_of(sizes, "bf16"), share_of(sizes, "bf16", routed=False)
-    assert routed.active == pytest.approx(active_parameters(sizes) - sizes.embedding)
-    assert exported.active == exported.dense == sizes.total - sizes.embedding
-    assert routed.bytes_read(1) == pytest.approx(2 * routed.active)
-    assert routed.bytes_read(1 << 20) == pytest.approx(exported.bytes_read(1))
-    assert share_of(sizes, "fp32").kv_bytes == 2 * routed.kv_bytes == 2 * share_of(sizes, "int8").kv_bytes
-    assert share_of(sizes, "int8").bytes_read(1) == routed.bytes_read(1) / 2
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)

@@ -11,12 +11,10 @@ from hypothesis import strategies as st
 from machines import SHAPE, TUNING, linear, load_of, server_of
 from seeded_draft import SteadyDraft
 
-from echo_trt.speculation.drafts import Pass
 from echo_trt.speculation.goodput.ladder import Ladder
 from echo_trt.speculation.goodput.model.costs import Curve
 from echo_trt.speculation.goodput.model.iteration import prices
 from echo_trt.speculation.pacer import HASTE, PATIENCE, Latency, Pace, Pacer, Seats
-from echo_trt.speculation.planner import Iteration, Plan
 from echo_trt.speculation.shares import TenantShares
 
 KNEE = Curve([1, 8, 16, 32, 64, 256], [10e-3, 10e-3, 12e-3, 20e-3, 38e-3, 150e-3])
@@ -152,14 +150,6 @@ def test_where_targets_weigh_tokens_the_size_is_a_priced_one():
     assert len(plan_of(server, None).tree) == 8
 
 
-def test_plain_decoding_is_worth_a_token_per_request_at_any_price():
-    planner = server_of(KNEE, DRAFT, CHILDREN, 4).planner
-    load = replace(load_of(4), pace=pace_of([50, 9, 0, 0], [60, 60, 0, 0]))
-    plan, path = Plan.undrafted(np.zeros(4)), np.arange(4)
-    iteration = Iteration(plan, load, path, Pass(4, 0, 0.01), (), 0, 0.0, 0.01, 0.0)
-    assert planner.learner.observe(iteration, planner.settings) == pytest.approx(4)
-
-
 def test_sizes_where_tokens_are_priced_begin_with_the_error_of_the_others_and_leave_them_alone():
     ladder, forecast = Ladder(TUNING), lambda: (np.array([16]), np.array([0.5]))
     for _ in range(TUNING.trial_iterations):
@@ -201,14 +191,6 @@ def test_nobody_waits_longer_than_a_bound_and_who_has_a_target_never_does(count,
         assert seats[:late].all()
         waited = np.where(seats, 0, waited + 1)
         assert waited.max() <= TUNING.max_sat_out
-
-
-def test_who_has_sat_out_longest_sits_out_last():
-    waited = [0, 0, *[2] * 6, *[0] * 24]
-    late = pace_of([9] * 2 + [0] * 30, [100] * 2 + [0] * 30, waited)
-    seats = seated(server_of(KNEE, DRAFT, CHILDREN, 32).planner, late)
-    assert seats[:8].all()
-    assert not seats.all()
 
 
 def test_others_sit_out_where_that_makes_passes_shorter_and_not_where_it_does_not():

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from machines import Server, linear, load_of
-from seeded_draft import NoDraft
+from machines import Server, linear
 
 from echo_trt.errors import UserError
 from echo_trt.speculation import policies
@@ -14,7 +12,6 @@ from echo_trt.speculation.goodput.model.costs import Costs
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt.speculation.policies import BUILT_IN, POLICIES, load_policies, make_planner
-from echo_trt.speculation.policy_names import PLAIN
 
 SETTINGS = {
     "budget": 2,
@@ -35,15 +32,6 @@ def made(name: str):
 def test_an_unknown_policy_is_named():
     with pytest.raises(UserError, match="policy is 'eco'; choose one of autoregressive, static"):
         made("eco")
-
-
-@pytest.mark.parametrize("name", [PLAIN, "echo"])
-def test_where_nothing_beyond_the_roots_is_verified_no_draft_is_asked(name):
-    plan = made(name).plan(np.array([5, 6]), NoDraft(), load_of(2))
-    assert plan.tree.token.tolist() == plan.explanation.candidates.token.tolist() == [5, 6]
-    assert plan.tree.parent.tolist() == [-1, -1]
-    assert plan.probability.tolist() == [1, 1]
-    assert plan.padded_to == 0
 
 
 @pytest.mark.parametrize("shares", [True, False])

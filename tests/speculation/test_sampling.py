@@ -35,12 +35,6 @@ def test_philox_known_answers(case):
     assert philox(counter, high << 32 | low) == want
 
 
-def test_philox_of_many_counters_is_that_of_each():
-    counters = np.random.default_rng(0).integers(0, 2**32, (4, 37)).astype(np.uint64)
-    got = philox4x32(counters.copy(), np.uint64(2**63 + 5))
-    assert got.T.tolist() == [philox(counter, 2**63 + 5) for counter in counters.T.tolist()]
-
-
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**40), st.integers(0, 300_000))
 def test_a_uniform_is_52_bits_of_philox_keyed_by_the_seed(seed, index, token):
     """In blocks of 512 tokens: four words of each of 128 calls, and as many again for the lower bits."""
@@ -141,8 +135,8 @@ def test_a_rows_token_is_its_own_race_whatever_the_rows_beside_it(case, seed, da
     assert [sample(*(array[i : i + 1] for array in case))[0] for i in range(count)] == want
 
 
-@pytest.mark.parametrize("size", [1, 511, 512, 513, 2000, 49_152])
-@pytest.mark.parametrize("temperature", [1e-5, 0.05, 0.6, 1.0, 3.0, 100.0])
+@pytest.mark.parametrize("size", [1, 512, 513, 49_152])
+@pytest.mark.parametrize("temperature", [1e-5, 0.6, 100.0])
 def test_no_winner_is_passed_over(size, temperature):
     """Blocks that are skipped, and tokens whose logarithm is not taken, could not have won."""
     rng = np.random.default_rng(size)
@@ -153,31 +147,6 @@ def test_no_winner_is_passed_over(size, temperature):
         logits[rng.integers(size)] = -35
         settings = (np.array([value]) for value in (temperature, 0, 1.0, 9, index))
         assert sample(logits[None], *settings)[0] == raced(logits, temperature, 0, 1.0, 9, index)
-
-
-def test_limits_leave_the_noise_alone():
-    """A draw that top-k and top-p would allow is the draw under them, too."""
-    logits = np.random.default_rng(5).normal(0, 3, (200, 3000)).astype(np.float32)
-    of = lambda value: np.full(200, value)  # noqa: E731
-    free = sample(logits, of(1.0), of(0), of(1.0), of(4), np.arange(200))
-    for top_k, top_p in ((40, 1.0), (0, 0.9), (40, 0.9), (2999, 1.0), (0, 0.999999)):
-        drawn = sample(logits, of(1.0), of(top_k), of(top_p), of(4), np.arange(200))
-        allowed = np.array([np.isfinite(limited(r, 1.0, top_k, top_p))[t] for r, t in zip(logits, free, strict=True)])
-        assert allowed.sum() > 50
-        np.testing.assert_array_equal(drawn[allowed], free[allowed])
-
-
-@pytest.mark.parametrize(("noise", "maximum"), [(1e-5, 0.002), (0.05, 0.03)])
-def test_rounding_seldom_changes_a_draw(noise, maximum):
-    """Noise of fp32's and of bf16's size. Inverting the distribution, 1 % and half of the tokens changed."""
-    rng, changed, count = np.random.default_rng(0), 0, 500
-    for index in range(count):
-        logits = rng.normal(0, 2.5, (1, 49_152)).astype(np.float32)
-        logits[0, :20] += 8
-        rounded = (logits + rng.normal(0, noise, logits.shape)).astype(np.float32)
-        settings = [np.array([value]) for value in (1.0, 0, 1.0, 1, index)]
-        changed += int(sample(logits, *settings)[0] != sample(rounded, *settings)[0])
-    assert changed <= maximum * count
 
 
 def one_row(*logits: float) -> np.ndarray:
@@ -221,14 +190,7 @@ def test_extreme_penalties_leave_numbers(repetition):
     assert np.isfinite(penalise(one_row(30.0, -30.0, 0.0), row, token, np.zeros(3, bool), *factors)).all()
 
 
-def test_rows_may_be_read_only():
-    logits = one_row(1, 2, 3)
-    logits.flags.writeable = False
-    assert drawn(logits, 0) == drawn(logits.copy(), 0)
-
-
-@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.99])
-@pytest.mark.parametrize("spread", [0.1, 2.0, 6.0])
+@pytest.mark.parametrize(("top_p", "spread"), [(0.3, 2.0), (0.99, 0.1), (0.9, 6.0)])
 def test_a_large_vocabulary_by_row(top_p, spread):
     logits = np.random.default_rng(3).normal(0, spread, 5000).astype(np.float32)
     for temperature, top_k in ((1.0, 0), (0.5, 50), (1.5, 4999)):
@@ -241,7 +203,7 @@ def test_a_large_vocabulary_by_row(top_p, spread):
 
 
 @pytest.mark.parametrize("sampler", [(1.0, 0, 1.0), (0.7, 4, 1.0), (1.4, 0, 0.8), (1.1, 5, 0.9)], ids=str)
-@pytest.mark.parametrize("row", range(7))
+@pytest.mark.parametrize("row", range(2))
 def test_draws_follow_the_distribution(row, sampler):
     """Seeds and places in turn. Trees draw the same: test_accept.py, and by place and seed alone."""
     draws, logits = 6_000, np.random.default_rng(11).normal(0, 1.2, (7, 7)).astype(np.float32)[row]

@@ -46,18 +46,6 @@ def test_passes_stay_whole_where_rows_cost_nothing():
     assert min(speeds.values()) > 0.99
 
 
-def test_tenants_alike_are_in_nearly_all_passes():
-    _, rows = simulate({"a": 4, "b": 5, "c": 4}, 0.1)
-    assert rows > 12.9
-
-
-def test_a_tenant_alone_has_all_passes_and_owes_nobody():
-    shares, one = TenantShares(), np.array(["a", "a"], object)
-    assert shares.seats(one) is None
-    shares.observe(one, np.array([3, 4]), 1.0)
-    assert shares.seats(one) is None
-
-
 def test_a_tenant_that_comes_is_served_at_once():
     shares, flood = TenantShares(), np.array(["flood"] * 8, object)
     for _ in range(3):

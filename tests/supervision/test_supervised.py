@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -25,16 +24,14 @@ from refusal import refused
 from served import free_ports
 from waiting import wait_until
 
-from echo_trt.adapters.triton import server as triton_server
 from echo_trt.cli import serve as launcher
 from echo_trt.cli.serve import ApiServer
-from echo_trt.errors import StartFailed, UserError
+from echo_trt.errors import StartFailed
 from echo_trt.files.log import Line
 from echo_trt.supervision import supervised
 from echo_trt.supervision.options import ServeOptions
 from echo_trt.supervision.probe import open_directly, responds
 from echo_trt.supervision.process import Process, ProcessLog
-from echo_trt.supervision.stopping import stop_signals
 from echo_trt.supervision.supervised import LivenessThread, Supervised, Supervisor
 
 LISTENS = "import sys; from http.server import *; HTTPServer(('127.0.0.1', int(sys.argv[1])), SimpleHTTPRequestHandler)"
@@ -114,9 +111,6 @@ def small(monkeypatch):
         each.stop()
 
 
-# -- what is said --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("reader", ["gone", "stalled", "disk full"])
 def test_a_child_writes_on_whatever_happens_to_the_log(reader):
     read, write = os.pipe()
@@ -136,78 +130,6 @@ def test_a_child_writes_on_whatever_happens_to_the_log(reader):
     finally:
         for descriptor in (write, read)[: 1 if reader == "gone" else 2]:
             os.close(descriptor)
-
-
-def test_the_log_is_written_before_it_is_closed(tmp_path):
-    with (tmp_path / "log").open("wb") as out:
-        log = ProcessLog(out.fileno())
-        for number in range(1000):
-            log.say(f"line {number}")
-        log.close(60)
-    lines = (tmp_path / "log").read_text().splitlines()
-    assert [each.partition(" INFO serve: ")[2] for each in lines] == [f"line {number}" for number in range(1000)]
-
-
-@pytest.mark.parametrize("form", ["text", "json"])
-def test_a_child_s_lines_have_one_time_and_one_level(form, tmp_path):
-    """Its own lines, and those of other code in it, at the log's reader and in the reason of its end."""
-    program = """
-import logging
-from echo_trt.files.log import configure
-print("a library's word", flush=True)
-configure("engine", "json")
-logging.warning("careful with %s", "cuda", extra={"request_id": "r"})
-raise MemoryError("no more room")
-"""
-    with (tmp_path / "log").open("wb") as out:
-        log = ProcessLog(out.fileno(), form=form)
-        child = Process("child", [sys.executable, "-c", program], dict(os.environ), log)
-        assert child.wait(120)
-        assert child.reason() == "ended by MemoryError: no more room"
-        log.close(60)
-    first, second, last, *trace = (tmp_path / "log").read_text().splitlines()
-    if form == "json":
-        assert trace == []
-        assert [json.loads(each)["process"] for each in (first, second, last)] == ["child", "engine", "engine"]
-        assert json.loads(second)["request_id"] == "r"
-        return
-    assert first.endswith("Z INFO child: a library's word")
-    assert second.endswith("Z WARNING engine: careful with cuda request_id=r")
-    assert last.endswith("Z CRITICAL engine: ended by MemoryError: no more room")
-    assert trace[-1].endswith("Z CRITICAL engine: MemoryError: no more room")
-
-
-def test_a_log_that_could_not_be_written_for_a_while_goes_on():
-    read, write = os.pipe()
-    os.set_blocking(write, False)  # full, it gives an error, as a disk does
-    filled = 0
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            filled += os.write(write, b"x" * 4096)
-    log = ProcessLog(write)
-    log.say("lost")
-    log.say("lost or not")
-    wait_until(lambda: not log._lines.qsize())  # the writer is done with the first
-    while filled:
-        filled -= len(os.read(read, filled))
-    log.say("written")
-    log.close(60)
-    os.set_blocking(read, False)
-    assert os.read(read, 1000).splitlines()[-1].endswith(b" INFO serve: written")
-    os.close(read)
-    os.close(write)
-
-
-# -- the start -----------------------------------------------------------------------------------------------------
-
-
-def test_a_port_is_its_own_only_where_it_listens_itself(small):
-    one, other = small(), small()
-    one.until(lambda: one.serving)
-    other.until(lambda: other.serving)
-    assert one.process.listens_on([one.port])
-    assert not one.process.listens_on([one.port, other.port])
-    assert not one.process.listens_on([other.port])
 
 
 def test_a_first_start_that_fails_says_why(small):
@@ -231,9 +153,6 @@ def test_who_answers_on_its_port_is_not_taken_for_it(small):
             each.until(lambda: each.serving)
     finally:
         other.kill()
-
-
-# -- while it runs -------------------------------------------------------------------------------------------------
 
 
 def test_failures_of_a_restart_are_restarts_too(small):
@@ -269,19 +188,6 @@ def test_old_restarts_are_forgotten_but_not_in_the_midst_of_failures(small, monk
     each.until(lambda: each.serving)
     waits = [re.findall("starting it again(?: in (.+) s)?$", line) for line in each.output[-5:-1]]
     assert waits == [["0.01"], ["0.02"], ["0.02"], ["0.02"]]
-
-
-def test_restarts_wait_longer_and_longer(small, monkeypatch):
-    monkeypatch.setattr(supervised, "WAITS", (0, 0.5, 1))
-    each = small(SERVES, *["raise SystemExit(1)"] * 3)
-    each.until(lambda: each.serving)
-    os.kill(each.process.pid, signal.SIGKILL)
-    each.until(lambda: len(each.starts) == 5)
-    waited = [later - earlier for earlier, later in zip(each.starts[1:], each.starts[2:], strict=False)]
-    assert waited[0] >= 0.5
-    assert waited[1] >= 1
-    assert waited[2] >= 1
-    assert sum("in 0.5 s" in line for line in each.output) == 1
 
 
 def test_the_waits_are_those_that_the_docs_name():
@@ -326,32 +232,24 @@ def gateway(monkeypatch) -> Iterator[ApiServer]:
 
 
 KEY = "sk-0123456789abcdef"
-CROWDS = {
-    "silent": b"",
-    "half a request": b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n",
-    "kept": b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    "unread": b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100,
-}
+UNREAD = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100
 
 
-@pytest.mark.parametrize("sent", CROWDS.values(), ids=CROWDS)
-def test_a_crowd_without_keys_neither_ends_the_server_nor_keeps_others_out(gateway, sent):
+def test_a_crowd_without_keys_neither_ends_the_server_nor_keeps_others_out(gateway):
     wait_until(lambda: gateway.serving or gateway.step())
     first, port, statuses = gateway.process, gateway._job.openai_port, []
 
     def attack(stack: ExitStack) -> None:
-        """Hold twice as many connections as there may be, and read of an answer its beginning at most."""
+        """Hold twice as many connections as there may be, and read nothing."""
         for _ in range(64):
             connection = stack.enter_context(socket.socket())
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             connection.settimeout(60)
             with contextlib.suppress(OSError):  # it was sent away
                 connection.connect(("127.0.0.1", port))
-                connection.sendall(sent)
-                if sent == CROWDS["kept"]:
-                    connection.recv(4096)
+                connection.sendall(UNREAD)
 
-    for _ in range(5):
+    for _ in range(2):
         with ExitStack() as stack:
             attack(stack)
             for _ in range(3):
@@ -360,7 +258,7 @@ def test_a_crowd_without_keys_neither_ends_the_server_nor_keeps_others_out(gatew
                     statuses.append(reply.status)
                 gateway.step()
                 time.sleep(0.1)
-    assert statuses == [200] * 15
+    assert statuses == [200] * 6
     assert gateway.process is first
     assert gateway.serving
     assert not [line for line in gateway._log.lines if "API server" in line]
@@ -377,9 +275,6 @@ def test_a_gateway_that_hangs_is_replaced(gateway, monkeypatch):
     assert not hung.alive
     assert gateway._log.lines[0] == "the API server does not answer; starting it again"
     assert gateway._log.lines[-1].startswith("serving again after")
-
-
-# -- the end -------------------------------------------------------------------------------------------------------
 
 
 class Pair(Supervisor):
@@ -465,25 +360,6 @@ def test_a_temporary_folder_with_too_long_a_path_is_the_users_mistake(tmp_path, 
     assert re.search(f"ERROR .*TMPDIR leads to {long}.*set it to a short one", capfd.readouterr().err)
 
 
-# -- the machine ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
-def test_what_another_user_left_is_let_be():
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        folder, left = Path(name), Path(name, f"{triton_server.PREFIX}4999999-x")
-        left.touch()
-        folder.chmod(0o1777)
-        os.seteuid(65534)
-        try:
-            triton_server.remove_regions(folder)
-        finally:
-            os.seteuid(0)
-        assert left.exists()
-        triton_server.remove_regions(folder)
-        assert not left.exists()
-
-
 def test_the_servers_get_an_address_and_a_name_that_has_none_is_refused(monkeypatch, bundle_of):
     jobs: list[ServeOptions] = []
     monkeypatch.setattr(launcher, "service", lambda job, *_: jobs.append(job))
@@ -496,11 +372,6 @@ def test_the_servers_get_an_address_and_a_name_that_has_none_is_refused(monkeypa
     for name in ("no.such.host.invalid", "a" * 70):
         with refused(f"--host is '{name}'", "which is no address", "such as 0.0.0.0"):
             launcher.run(replace(options, host=name))
-    with pytest.raises(UserError, match=r"--host is 'a\.\.b', which is no address"):
-        launcher.run(replace(options, host="a..b"))
-
-
-# -- signals ----------------------------------------------------------------------------------------------------------
 
 
 STOPPED = """
@@ -518,15 +389,6 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which these tests m
 echo_trt.cli.app.main = run
 main()
 """
-
-
-@pytest.mark.parametrize(
-    ("hangup", "signals"),
-    [(signal.SIG_DFL, (signal.SIGTERM, signal.SIGHUP)), (signal.SIG_IGN, (signal.SIGTERM,))],
-)
-def test_a_closed_terminal_stops_a_command_unless_nohup_has_it_ignored(hangup, signals, monkeypatch):
-    monkeypatch.setattr(signal, "getsignal", {signal.SIGHUP: hangup}.get)
-    assert stop_signals() == signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)

@@ -26,7 +26,6 @@ from echo_trt.speculation.planner import ChainSource, Planner
 from echo_trt.speculation.policies import POLICIES, goodput_settings, make_planner, policy_named
 from echo_trt.speculation.policy_names import DEFAULT, PLAIN
 from echo_trt_lab.calibration.trees import Trees
-from echo_trt_lab.simulation.adaserve import AdaServePlanner
 from echo_trt_lab.simulation.loads import run_loads
 from echo_trt_lab.simulation.machines import Machine, machine_named
 from echo_trt_lab.simulation.options import SimulateOptions
@@ -65,8 +64,6 @@ def run(job: SimulateOptions, out: Console, messages: Console) -> dict[str, Any]
     if job.targets:
 
         def planner(name: str, traffic: Walk) -> Planner:
-            if name == AdaServePlanner.name:
-                return AdaServePlanner(calibration.model(), goodput_settings(DEFAULT, settings), _budget(job, machine))
             return planner_for(name, settings, calibration, machine, traffic, ngrams, job.block or 0)
 
         return run_loads(job, planner, recording, machine, result, out)

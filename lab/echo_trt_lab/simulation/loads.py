@@ -27,14 +27,12 @@ SATURATED = 10.0  # seconds of a run with as many requests as can run, which tel
 BACKLOG = 50  # requests per slot of that run; larger: short answers do not end it earlier, and it begins later
 DRAIN = 1.0  # times the seconds of arrivals for which the last answers are waited for
 #: A row's name -> its policy, whether it has targets, and whether requests are refused whose targets cannot be kept.
-#: AdaServe's selection knows targets by its nature.
 ROWS = {
     "goodput": ("goodput", False, False),
     "goodput with targets": ("goodput", True, False),
     "goodput with admission": ("goodput", True, True),
     "static": ("static", False, False),
     "autoregressive": ("autoregressive", False, False),
-    "adaserve": ("adaserve", True, False),
 }
 COLUMNS = {
     "load": "load",

@@ -10,11 +10,10 @@ import pytest
 from refusal import refused
 from rich.console import Console
 
-from echo_trt.engine.llm import LLM
 from echo_trt.files.prompts import Prompt
 from echo_trt_lab.benchmark import command
 from echo_trt_lab.benchmark.closed_loop import ClosedLoop, StepSample, run_side_by_side
-from echo_trt_lab.benchmark.command import check_pool, drawn
+from echo_trt_lab.benchmark.command import drawn
 from echo_trt_lab.benchmark.command import run as run_bench
 from echo_trt_lab.benchmark.figures import figures
 from echo_trt_lab.benchmark.options import BenchOptions
@@ -52,13 +51,6 @@ def test_a_budget_bounds_the_policies_that_share_one(bundle_of, prompts):
         bench(job(bundle_of("close"), prompts, budget=0))
     with refused("--budget is 8", "none of goodput shares one", "add echo to --policies"):
         bench(job(bundle_of("close"), prompts, policies=["goodput"], budget=8))
-
-
-def test_a_measured_budget_is_the_planners(bundle_of, prompts):
-    """A pass is padded to the next size, and so is the budget."""
-    result = bench(job(bundle_of("close"), prompts, policies=["echo"], batches=[2], rounds=1))
-    (echo,) = (row for row in result["results"] if row["policy"] == "echo")
-    assert 0 < echo["budget_used"] <= 1
 
 
 def test_targets_are_shown_beside_the_policy_that_knows_of_none(bundle_of, prompts):
@@ -121,13 +113,6 @@ def test_every_slot_is_busy_until_the_last_prompt_is_answered(open_llm):
     assert again.sample.texts == sample.texts
 
 
-def test_fewer_prompts_than_slots_fill_them_all_the_same(open_llm):
-    run = ClosedLoop(open_llm("close", "autoregressive", batch=3).loop, [[5, 6, 7]], 3, 12)
-    run.run()
-    assert list(run.sample.texts) == [0]
-    assert run.sample.decode.verifications == 3 * run.sample.decode.iterations > 0
-
-
 def test_prompts_are_drawn_evenly_over_every_file():
     rows = {"a": [Prompt(f"a{i}", "") for i in range(80)], "b": [Prompt(f"b{i}", "") for i in range(3)]}
     assert [prompt.id for prompt in drawn(rows, 8)] == ["a0", "b0", "a20", "b1", "a40", "b2", "a60", "b0"]
@@ -158,33 +143,6 @@ def test_side_by_side_each_emits_what_it_does_alone_in_blocks_of_its_own(open_ll
     run_side_by_side(runs)
     assert [run.sample.texts for run in runs] == [alone.sample.texts] * 3
     assert all(run.seconds >= run.sample.whole.elapsed > 0 for run in runs)
-
-
-def test_who_emitted_least_has_the_next_turn(open_llm, monkeypatch):
-    monkeypatch.setattr("echo_trt_lab.benchmark.closed_loop.SLICE", 0.0)
-    llm = open_llm("close", "autoregressive", batch=2)
-    loops = side_by_side(llm, ("autoregressive", "static"))  # the second emits several tokens per iteration
-    runs, order = [ClosedLoop(loop, [[5, 6, 7]] * 2, 1, 24) for loop in loops], []
-    for run in runs:
-        step = run._step
-        monkeypatch.setattr(
-            run, "_step", lambda run=run, step=step: (order.append((run, [r.emitted for r in runs])), step())
-        )
-    run_side_by_side(runs)
-    for run, emitted in order:
-        if all(other.busy or other is run for other in runs) and max(emitted) < 40:
-            assert run.emitted >= min(emitted)
-    turns = [run for run, emitted in order if max(emitted) < 40]
-    assert turns.count(runs[0]) > turns.count(runs[1])
-
-
-def test_where_the_pool_has_no_room_policies_run_one_after_another(bundle_of, prompts, monkeypatch):
-    calls = []
-    monkeypatch.setattr("echo_trt_lab.benchmark.command.run_side_by_side", calls.append)
-    monkeypatch.setattr("echo_trt_lab.benchmark.command._have_room", lambda *_: False)
-    result = bench(job(bundle_of("close"), prompts, batches=[2], rounds=2))
-    assert calls == [[], []]
-    assert all(row["decode_tokens_per_s"] > 0 for row in result["results"])
 
 
 def test_a_policy_that_never_decoded_without_prompts_has_no_rate():
@@ -226,41 +184,12 @@ def test_refused_before_anything_runs(changes, output, bundle_of, prompts, monke
         bench(job(bundle_of("close"), prompts, **changes))
 
 
-def test_a_batch_that_the_pool_cannot_hold_is_refused(open_llm, bundle_of, prompts):
-    llm = open_llm("close", "autoregressive", batch=3)
-    check_pool(llm, job(bundle_of("close"), prompts, batches=[3]))
-    with refused("--batch 40", "--max-tokens 16", "KV blocks", "kv_blocks in the recipe"):
-        check_pool(llm, job(bundle_of("close"), prompts, batches=[3, 40]))
-
-
 def test_a_prompt_that_is_too_long_is_named_before_anything_is_measured(bundle_of, tmp_path, monkeypatch):
     file = tmp_path / "long.jsonl"
     file.write_text('{"id": "a", "prompt": "abc"}\n' + json.dumps({"id": "z", "prompt": "word " * 400}))
     monkeypatch.setattr(command, "_cell", None)
     with refused("prompt 'z'", "context is 160", "limits.context"):
         bench(job(bundle_of("close"), [file]))
-
-
-def test_a_single_prompt_is_no_benchmark(bundle_of, tmp_path):
-    file = tmp_path / "one.jsonl"
-    file.write_text('{"id": 1, "prompt": "abc"}\n', "utf-8")
-    with refused("--prompts", "1 prompt"):
-        bench(job(bundle_of("close"), [file]))
-
-
-def test_every_policy_and_round_computes_its_prompts(bundle_of, tmp_path, monkeypatch):
-    """They are the same prompts each time, longer than a block, and the recipe has a prefix cache."""
-    file, opened, loops = tmp_path / "long.jsonl", [], []
-    file.write_text("\n".join(json.dumps({"id": i, "prompt": f"{i} abc" * 12}) for i in range(3)), "utf-8")
-    monkeypatch.setattr(command, "LLM", lambda *given, **more: opened.append(LLM(*given, **more)) or opened[-1])
-    side_by_side = command._loops
-    monkeypatch.setattr(command, "_loops", lambda *given: loops.append(side_by_side(*given)) or loops[-1])
-    bench(job(bundle_of("close"), [file], policies=["static"], batches=[2], max_tokens=4))
-    assert [*loops[0]] == ["autoregressive", "static"]
-    for loop in loops[0].values():
-        assert loop.counters.cached_tokens == 0
-        assert loop.counters.prompt_tokens > 8 * 40
-    assert opened[0].manifest.recipe.limits.prefix_cache
 
 
 @pytest.mark.parametrize("option", ["json", "html", "record"])

@@ -44,24 +44,3 @@ def test_tokens_of_a_step_that_arrive_a_little_apart_belong_to_one_step():
     for found in (early, late):
         assert found.decode.tokens == 6
         assert found.decode.elapsed == pytest.approx(3)
-
-
-def test_several_tokens_in_an_arrival_are_an_accepted_length():
-    found = run(answer(8, 0, 1, 2, 3, tokens=2.5), indices=1)
-    assert found.accepted_length == 2.5
-    assert found.decode.tokens / found.decode.elapsed == 2.5
-    assert found.pace == [pytest.approx(2 / 6.5)]
-
-
-def test_what_comes_after_the_last_first_answer_is_not_counted():
-    found = run(answer(8, 0, 1, 2, 3), answer(8, 3, 4, 5, 6), indices=1, answers=1)
-    assert found.whole.tokens == found.decode.tokens + 1 == 3
-    assert found.prefill.tokens == 8
-    assert len(found.ttft) == 1
-
-
-def test_an_answer_of_one_token_has_no_time_per_token():
-    found = run(answer(8, 0, 1), answer(8, 1, 2), indices=1)
-    assert found.pace == []
-    assert found.accepted_length is None
-    assert found.decode.elapsed == 0

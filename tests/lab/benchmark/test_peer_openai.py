@@ -92,7 +92,7 @@ def test_a_server_whose_own_timings_say_another_rate_is_refused(tokenizer):
             peer.run([[5, 6, 7]], 1, TOKENS)
 
 
-@pytest.mark.parametrize(("rate", "agrees"), [(1.0, True), (0.95, True), (1.05, True), (0.5, False), (2.0, False)])
+@pytest.mark.parametrize(("rate", "agrees"), [(0.95, True), (0.5, False), (2.0, False)])
 def test_rates_agree_up_to_a_tenth(rate, agrees, tokenizer):
     """Five tokens from second 1 to 5, one a second."""
     lines = [(float(i), f"data: {json.dumps(event)}") for i, event in enumerate(events("llama.cpp", 3, rate), 1)]

@@ -148,27 +148,7 @@ def test_a_calibration_that_other_work_disturbs_is_refused(bundle, prompts, dist
     assert not (bundle / CALIBRATION).exists()
 
 
-def test_a_prompt_that_is_too_long_is_named_before_anything_is_written(bundle, prompts):
-    with prompts.open("a") as file:
-        file.write("\n" + json.dumps({"id": "z", "prompt": "word " * 400}))
-    with refused("prompt 'z'", "context is 160"):
-        run(options(bundle, prompts, 9), Console(quiet=True), Console(quiet=True))
-    assert not (bundle / COSTS).exists()
-
-
-def test_a_bundle_that_is_not_there(prompts, tmp_path):
-    with refused(tmp_path / "nope", "does not exist", "echo-trt build"):
-        calibrate(tmp_path / "nope", prompts)
-
-
-def test_a_handful_of_prompts_is_refused(bundle, tmp_path):
-    file = tmp_path / "few.jsonl"
-    file.write_text('{"id": 1, "prompt": "abc"}\n', "utf-8")
-    with refused("--prompts", "1 prompts", "8 or more"):
-        calibrate(bundle, file)
-
-
-@pytest.mark.parametrize("name", [CALIBRATION, COSTS, "calibration.html"])
+@pytest.mark.parametrize("name", [CALIBRATION, "calibration.html"])
 def test_prompts_are_not_overwritten(name, bundle, prompts):
     prompts.rename(bundle / name)
     before = (bundle / name).read_bytes()

@@ -8,13 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recordings import answer_of, paths_at, recording
 
-from echo_trt.speculation.echo import gates
 from echo_trt.speculation.goodput.model.acceptance import KNOTS, Acceptance, knots
 from echo_trt.speculation.sources import BOTH, DRAFT, LOOKUP
 from echo_trt_lab.calibration.fit import PRIOR, QUANTILES, acceptance_table, children_quantiles, fit, lookup_acceptance
 from echo_trt_lab.calibration.gates import auc, fit_gates, youden
 from echo_trt_lab.calibration.observe import Observed, observe
-from echo_trt_lab.calibration.reliability import _diagram
 
 labelled = st.lists(st.tuples(st.sampled_from([0.1, 0.25, 0.5, 0.7, 0.9]), st.booleans()), min_size=1, max_size=25)
 
@@ -49,11 +47,6 @@ def test_youden_keeps_most_accepted_and_cuts_most_others(pairs):
     assert merit(np.nextafter(threshold, 2)) == pytest.approx(best) or merit(threshold) == pytest.approx(best)
 
 
-def test_a_gate_at_youdens_threshold_lets_the_accepted_pass():
-    confidence, label = np.array([0.9, 0.8, 0.2, 0.1]), np.array([True, True, False, False])
-    assert gates.passes({1: youden(confidence, label)}, 1, confidence).tolist() == label.tolist()
-
-
 # -- synthetic observations ------------------------------------------------------------------------------------------
 
 
@@ -86,20 +79,6 @@ def test_tables_find_the_probabilities_that_made_the_data():
     # Where there is nothing else, the head's own.
     assert table[LOOKUP, 0] == pytest.approx(table[DRAFT, 0], abs=1e-9)
     assert table[BOTH, 1] == pytest.approx(table[DRAFT, 1], abs=1e-9)
-
-
-@given(st.integers(0, 10**6), st.integers(0, 40))
-def test_tables_are_monotone_probabilities_however_little_there_is(seed, count):
-    rng = np.random.default_rng(seed)
-    x = np.maximum(rng.random(count), 1e-9)
-    table = acceptance_table(one_level(x, rng.random(count) < 0.5, int(rng.integers(0, 3))), 2)
-    assert (np.diff(table, axis=2) >= -1e-12).all()
-    assert ((table >= 1e-4) & (table <= 0.999)).all()
-
-
-def test_without_data_the_draft_is_taken_at_its_word():
-    nothing = one_level(np.zeros(0) + 1.0, np.zeros(0, bool))
-    assert acceptance_table(nothing, 1)[DRAFT, 0] == pytest.approx(np.clip(knots(), 1e-4, 0.999))
 
 
 def test_children_are_quantiles_of_what_a_node_passes_on():
@@ -182,15 +161,6 @@ def test_without_copies_what_is_observed_are_the_recorded_trees_and_their_fate(r
     assert (got.accepted[inner] <= got.accepted[got.parent[inner]]).all()
 
 
-def test_with_copies_all_sources_are_observed(recorded):
-    got = observe(recorded, [0.2, 0.4, 0.6, 0.8], 3, 3, 3)
-    assert {LOOKUP, DRAFT} <= set(got.source.tolist())
-    one_each = [(int(t), int(p)) for t, p in zip(got.tree, got.parent, strict=True)]
-    assert len(one_each) == len(got.score)
-    right = got.accepted & (got.depth == 1)
-    assert np.bincount(got.tree[right]).max() == 1  # siblings are different tokens
-
-
 def test_a_calibration_of_recorded_trees_is_whole(recorded):
     calibration = fit(recorded, "t" * 64, "d" * 64, 3, 3, 3)
     assert calibration.positions == len(recorded)
@@ -203,7 +173,3 @@ def test_a_calibration_of_recorded_trees_is_whole(recorded):
     assert len(calibration.lookup) == 4
     again = type(calibration).model_validate_json(calibration.model_dump_json())
     assert again == calibration
-
-
-def test_where_nothing_is_worth_comparing_there_is_no_error():
-    assert _diagram(np.array([0.01, 0.02]), np.array([False, False])).error == 0

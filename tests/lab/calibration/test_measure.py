@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from engine.driving import assert_all_free
-from scipy.optimize import isotonic_regression
 
 from echo_trt.backends.base import Engine
 from echo_trt.bundle.costs import CostTable
@@ -15,12 +14,10 @@ from echo_trt.engine.assemble import Networks
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.measure import (
     SIZES,
-    SIZES_LIMIT,
     SMALL_BATCH_SIZES,
     disturbance,
     machine,
     measure,
-    rising,
     without_speculation,
 )
 from echo_trt.engine.params import SamplingParams
@@ -96,7 +93,7 @@ def measured(bundle_of) -> Callable[..., CostTable]:
     return get
 
 
-@pytest.mark.parametrize("count", [8, 64, 256])
+@pytest.mark.parametrize("count", [8, 256])
 def test_sizes_go_on_for_as_long_as_passes_hardly_take_longer(count, measured, clock):
     """On an H100 as on two cores: the knee is within the table, and so is enough of what is behind it."""
     truth = h100_qwen3_8b()
@@ -124,8 +121,7 @@ class Capturing(Clocked):
         super().run(call)
 
 
-@pytest.mark.parametrize("count", [8, 64])
-@pytest.mark.parametrize("capture", [0.05, 0.15, 0.3, 1.0, 5.0])
+@pytest.mark.parametrize(("count", "capture"), [(8, 0.05), (64, 5.0)])
 def test_costs_have_no_part_of_a_graphs_capture(count, capture, measured, clock):
     truth = h100_qwen3_8b()
     target = Capturing(truth.costs().target, clock, 8192, capture)
@@ -135,21 +131,6 @@ def test_costs_have_no_part_of_a_graphs_capture(count, capture, measured, clock)
         assert curve(tokens) == pytest.approx(target.curve(tokens), rel=0.03)
     assert 0.8 * truth.k_max < table.hinge.k_max < 1.4 * truth.k_max
     assert table.change == 0
-
-
-def test_sizes_end_where_passes_take_long(measured, clock):
-    target = Clocked(Curve(SIZES, [0.01 + 6e-4 * n for n in SIZES]), clock, 8192)
-    assert measured(target, 256, 4096, 128).target.sizes[-1] == SIZES_LIMIT
-
-
-def test_the_knee_is_where_it_was_whatever_the_longest_passes_took(measured, clock):
-    """They are measured once, and other work may have run just then. Of a CPU without AVX-512."""
-    knees = set()
-    for longest in (0.33, 0.7):
-        curve = Curve([1, 4, 6, 16, 64, 96, 128], [0.018, 0.021, 0.033, 0.052, 0.14, longest - 0.06, longest])
-        knees.add(measured(Clocked(curve, clock, 8192), 64, 2048, 64).hinge.k_max)
-    assert len(knees) == 1
-    assert knees < {3, 4}
 
 
 class Restless(Clocked):
@@ -171,7 +152,7 @@ class Restless(Clocked):
 def test_beside_other_work_few_tokens_are_still_told_from_some_more_within_ten_seconds(measured, clock):
     """What one token takes and what 4, 6 or 8 do decides how much is speculated. Of a CPU without AVX-512."""
     truth, small, wrong = Curve([1, 4, 6, 16, 128], [0.018, 0.021, 0.033, 0.052, 0.27]), (1, 2, 3, 4, 6, 8), []
-    for seed in range(20):
+    for seed in range(8):
         begin = clock.now
         target = Restless(truth, clock, 8192, seed)
         curve = measured(target, 64, 2048, 64).costs()
@@ -197,18 +178,3 @@ def test_a_measurement_that_other_work_disturbs_says_so_and_leaves_no_speculatio
         assert (np.diff(base[1:65]) >= 0.99 * base[1]).all()
         correct(curve, Pass(1, 100, 0.02), GoodputTuning())
         base = curve.base(64)
-
-
-@pytest.mark.parametrize("seconds", [[1, 2, 3, 4, 6, 8], [1, 1, 1, 1, 1, 1], [1, 3.9, 5.9, 7.9, 11.9, 15.9]])
-def test_what_a_quiet_machine_may_take_is_not_called_disturbed(seconds, measured, clock):
-    """A pass over n tokens takes as long as one over 1 up to n times that, or a little more."""
-    target = Clocked(Curve([1, 2, 3, 4, 6, 8], [0.01 * s for s in seconds]), clock, 8192)
-    table = measured(target, 1, 2048, 64)
-    assert disturbance(table) == ""
-
-
-def test_a_rising_curve_is_the_nearest_one():
-    rng = np.random.default_rng(0)
-    for count in (1, 2, 9, 40):
-        values, weights = rng.normal(size=count).round(1) + np.linspace(0, 2, count), rng.integers(1, 5, count)
-        np.testing.assert_allclose(rising(values, weights), isotonic_regression(values, weights=weights).x, atol=1e-12)

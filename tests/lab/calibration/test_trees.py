@@ -13,11 +13,9 @@ from recordings import answer_of, paths_at, recording
 from refusal import refused
 
 from echo_trt.engine.params import SamplingParams
-from echo_trt.files.prompts import Prompt
 from echo_trt.speculation.echo.settings import EchoSettings
 from echo_trt.speculation.super_tree import SuperTree
-from echo_trt_lab.calibration.record import record
-from echo_trt_lab.calibration.trees import COPIED, RecordedDraft, Trees
+from echo_trt_lab.calibration.trees import RecordedDraft, Trees
 
 SHAPE, INT32 = EchoSettings(max_depth=3, beams=3, width=3, per_request=64), 24
 
@@ -33,11 +31,6 @@ def test_answers_are_those_of_plain_decoding_and_each_token_but_the_first_has_a_
     assert indices == [(r, i) for r, c in enumerate(plain) for i in range(1, len(c.token_ids))]
     assert recorded.groups[recorded.group].tolist() == ["odd", "even", "odd", "even", "odd"]
     assert (recorded.left >= 1).all()
-
-
-def test_answers_of_one_token_have_no_tree(open_llm):
-    with refused("no answer has more than one token", "larger --max-tokens"):
-        record(open_llm("close", "autoregressive", 2), [Prompt("0", "naïve café")], ["odd"], 1, SHAPE)
 
 
 def test_recorded_trees_are_whole(recorded):
@@ -85,16 +78,6 @@ def test_a_recorded_draft_says_what_was_recorded_whatever_is_asked(recorded, dat
         parents, added, new_paths = zip(*below, strict=True)
         nodes = tree.add(np.array(parents), np.array(added), np.zeros(len(added)))
         paths += new_paths
-
-
-def test_copies_are_recorded_with_what_they_matched(recorded):
-    """The latest place where the longest run of last tokens stood before; here as the answer alone shows it."""
-    has = recorded.copied[:, 0] >= 0
-    assert has.any()
-    assert (recorded.matched[has] >= 2).all()
-    assert recorded.copied.shape == (len(recorded), COPIED)
-    ended = np.cumsum(recorded.copied < 0, axis=1) > 0
-    assert (recorded.copied[ended] == -1).all()
 
 
 def test_truth_is_the_answers_own_text_and_ends_with_it():
@@ -145,16 +128,12 @@ WHOLE = archive(answers=np.arange(5000), token=np.random.default_rng(0).integers
     "content",
     [
         b"",
-        b"hello",
         b"PK\x03\x04 no more",
-        WHOLE,
         WHOLE[: len(WHOLE) // 2],
-        WHOLE[:70] + bytes(40) + WHOLE[110:],
         one_array(),
-        changed(WHOLE, 6, 109),
         changed(WHOLE, 8, 1),
     ],
-    ids=["empty", "text", "zip-like", "lacks-arrays", "cut", "damaged", "one-array", "a-later-zip", "encrypted"],
+    ids=["empty", "zip-like", "cut", "one-array", "encrypted"],
 )
 def test_a_file_that_is_no_recording_is_named(content, tmp_path):
     file = tmp_path / "trees.npz"
@@ -163,33 +142,17 @@ def test_a_file_that_is_no_recording_is_named(content, tmp_path):
         Trees.read(file)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    for path in (tmp_path / "none.npz", tmp_path):
-        with refused(path, "bench --record"):
-            Trees.read(path)
-
-
 @pytest.mark.parametrize(
     ("name", "change"),
     [
         ("token", lambda a: a[:-1]),
         ("node_begins", lambda a: a + 1),
-        ("node_begins", lambda a: a[::-1]),
-        ("node_begins", lambda a: np.where(a == a[-1], a + 7, a)),
-        ("answer_begins", lambda a: a[:-1]),
-        ("answers", lambda a: a[:-1]),
         ("answers", lambda a: a.astype(float)),
         ("request", lambda a: a + 1),
-        ("request", lambda a: np.stack((a, a), axis=1)),
-        ("group", lambda a: a - 1),
         ("index", lambda a: a + INT32),
-        ("index", lambda a: a - 2),
         ("parent", lambda a: a - 1),
-        ("parent", lambda a: a + 1),
-        ("depth", lambda a: a + 1),
         ("matched", lambda a: a - 1000),
         ("log_q", lambda a: np.where(a < -1, np.nan, a)),
-        ("copied", lambda a: a[:, 1:]),
         ("groups", lambda a: a[0]),
     ],
 )

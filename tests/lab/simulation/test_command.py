@@ -78,42 +78,19 @@ def test_n_grams_of_a_table(job, tmp_path):
 def test_bad_input(job, tmp_path):
     for changes, words in (
         ({"policies": ("greedy",)}, ("--policies", "'greedy'", *POLICIES)),
-        ({"machine": "a100"}, ("--machine", "'a100'", "h100-qwen3-8b")),
         ({"batches": (4, 0)}, ("--batch", "0", "positive")),
-        ({"batches": (True,)}, ("--batch", "True")),
-        ({"batches": ("8",)}, ("--batch", "'8'")),
         ({"batches": ()}, ("--batch", "empty")),
         ({"batches": (4097,)}, ("--batch", "4097", "up to 4096")),
-        ({"policies": ()}, ("--policies", "empty", "oracle")),
-        ({"tokens": 0}, ("--tokens", "0")),
         ({"tokens": 10**9}, ("--tokens", 10**9, "1 to 1000000")),
-        ({"prompt": 10**9}, ("--prompt", 10**9, "1 to 131072")),
-        ({"budget": 10**9}, ("--budget", 10**9, "1 to 1000000")),
-        ({"prompt": 0}, ("--prompt", "0")),
         ({"policies": ("static",), "static": (5, 2, 9)}, ("static", "max_depth 5", "have 4")),
         ({"policies": ("static",), "static": (3, 5, 9)}, ("static", "beams 5", "have 2")),
         ({"static": (3, 0, 9)}, ("--static", "3,0,9")),
-        ({"static": (3, 2)}, ("--static", "3,2")),
-        ({"json_file": tmp_path / "no" / "out.json"}, ("--json", "folder that exists")),
         ({"recording": tmp_path / "none.npz"}, ("none.npz", "cannot be read")),
         ({"calibration": tmp_path / "none.json"}, ("none.json", "cannot be read")),
         ({"calibration": job.recording}, ("trees.npz", "calibrate")),
     ):
         with refused(*words):
             simulate(job, **changes)
-
-
-def test_a_machine_so_slow_that_its_rate_rounds_to_nothing(job, tmp_path):
-    curve = {"sizes": [1, 64], "seconds": [600.0, 600.0], "per_context": 1.0}
-    hinge = {"t_ar": 600.0, "gamma": 0.0, "k_max": 2, "error": 0.0}
-    costs = {"machine": "slow", "measured": "2026-01-02", "target": curve, "draft": curve, "hinge": hinge}
-    (tmp_path / "costs.json").write_text(json.dumps(costs))
-    result, _ = simulate(job, machine="this", costs=tmp_path / "costs.json", prompt=100_000)
-    assert all(row["tokens_per_s"] == 0 < row["ratio"] for row in result["results"])
-    curve["per_context"] = 600.0
-    (tmp_path / "costs.json").write_text(json.dumps(costs))
-    with refused("costs.json", "target.per_context", "600.0"):
-        simulate(job, machine="this", costs=tmp_path / "costs.json")
 
 
 def test_a_file_that_it_reads_is_not_overwritten(job):

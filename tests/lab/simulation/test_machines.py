@@ -1,19 +1,14 @@
 import json
 
-import numpy as np
 import pytest
 from refusal import refused
 
-from echo_trt.speculation.goodput.model.costs import Curve
 from echo_trt_lab.simulation.machines import (
     NAMES,
     QWEN3_8B,
-    QWEN3_235B,
-    ROOFLINES,
     from_costs_file,
     machine_named,
 )
-from echo_trt_lab.sizing.hardware import distinct_experts
 
 COSTS = {
     "machine": "a test's",
@@ -22,16 +17,6 @@ COSTS = {
     "draft": {"sizes": [1, 16], "seconds": [0.001, 0.002]},
     "hinge": {"t_ar": 0.01, "gamma": 0.1, "k_max": 4, "error": 0.1},
 }
-
-
-@pytest.mark.parametrize("name", ROOFLINES)
-def test_rooflines_only_rise(name):
-    machine = machine_named(name, None)
-    for sizes, seconds, per_context, _ in (machine.target, machine.draft):
-        assert (np.diff(sizes) > 0).all()
-        assert (np.diff(seconds) > 0).all()
-        assert per_context > 0
-    assert 0 < machine.draft[1][0] < machine.target[1][0]
 
 
 def test_one_token_of_an_8b_model_takes_its_weights_over_the_bandwidth():
@@ -43,27 +28,6 @@ def test_one_token_of_an_8b_model_takes_its_weights_over_the_bandwidth():
     assert costs.target(8192) - costs.target(4096) == pytest.approx(
         4096 * 2 * QWEN3_8B.active / (0.6 * 989e12), rel=0.02
     )
-
-
-def test_a_235b_model_has_235b_parameters_of_which_22b_are_active():
-    embedding = 151_936 * 4096
-    whole = 8 * (QWEN3_235B.dense + 128 * QWEN3_235B.expert) + embedding
-    assert whole == pytest.approx(235e9, rel=0.01)
-    assert 8 * QWEN3_235B.active + embedding == pytest.approx(22e9, rel=0.02)
-
-
-@pytest.mark.parametrize("tokens", [1, 3, 17, 60])
-def test_distinct_experts_against_a_monte_carlo(tokens):
-    rng = np.random.default_rng(tokens)
-    chosen = np.argsort(rng.random((2000, tokens, 32)), axis=2)[:, :, :4].reshape(2000, -1)
-    counts = [len(set(row)) for row in chosen.tolist()]
-    assert distinct_experts(tokens, 32, 4) == pytest.approx(np.mean(counts), abs=4 * np.std(counts) / 2000**0.5 + 1e-9)
-
-
-def test_curves_of_a_machine_are_not_shared():
-    machine = machine_named("h100-qwen3-8b", None)
-    machine.costs().target.correct(np.ones(len(machine.target[0])))
-    assert machine.costs().target(8) == Curve(*machine.target)(8)
 
 
 def test_this_machine_is_as_measured(tmp_path):

@@ -1,11 +1,9 @@
-from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ngram_tables import table
 from synthetic import recorded
 
 from echo_trt.speculation.goodput.model.costs import Costs, Curve
@@ -62,32 +60,3 @@ def test_foresight_sees_what_the_fit_counts_as_accepted():
     deepest = np.minimum(deepest, trees.left - 1)
     assert (ahead == np.minimum(deepest[:, None], np.arange(ahead.shape[1]))).all()
     assert deepest.max() > 1
-
-
-def test_foresight_keeps_within_the_policy():
-    trees = recorded([60] * 4, levels=4, beams=2, width=3, right=1.0, copied=0.9)
-    whole = predict(trees, ORACLE)
-    assert (whole[:, -1] == np.minimum(4, trees.left - 1)).all()
-    assert whole[:, 0].max() > 2
-    assert predict(trees, replace(ORACLE, per_request=3)).max() == 2
-
-
-def test_n_grams_go_on_behind_every_level():
-    trees = recorded([60] * 4, levels=4, beams=2, width=3, right=0.5, copied=0.0)
-    contexts, named = {}, np.zeros(len(trees.answers), bool)
-    for begin, end in zip(trees.answer_begins[:-1], trees.answer_begins[1:], strict=True):
-        for index in range(begin + 2, end):
-            named[index] = (index - begin) % 3 > 0
-            right = int(trees.answers[index])
-            contexts[tuple(trees.answers[index - 2 : index].tolist())] = (right if named[index] else right + 1, 0.9)
-    alone, ahead = predict(trees, ORACLE), predict(trees, replace(ORACLE, max_depth=6), table(contexts, 2))
-    for position, left in enumerate(trees.left):
-        begin = trees.answer_begins[trees.request[position]] + trees.index[position]
-        end = begin + min(6, left - 1)
-        for level, drafted in enumerate(alone[position]):
-            reached = begin + drafted
-            while reached < end and named[reached]:
-                reached += 1
-            assert ahead[position, level] == max([reached - begin, *ahead[position, :level]])
-    assert (ahead[:, 0] > 0).any()
-    assert (ahead[:, 2] > alone[:, 2]).any()

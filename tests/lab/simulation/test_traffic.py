@@ -55,14 +55,6 @@ def test_a_prompt_holds_up_those_who_decode(recording):
     assert second.ttft == pytest.approx(0.101 + 0.011 - 0.0105)
 
 
-def test_requests_wait_for_a_slot_by_when_their_first_token_is_due(recording):
-    come = [Arrival(0.0, 10, BATCH), Arrival(0.001, 10, BATCH), Arrival(0.002, 10, INTERACTIVE)]
-    in_order = [each.arrival.kind for each in answered(recording, 1, come).done]
-    by_due = [each.arrival.kind for each in answered(recording, 1, come, Latency(0.1)).done]
-    assert in_order == [BATCH, BATCH, INTERACTIVE]
-    assert by_due == [BATCH, INTERACTIVE, BATCH]
-
-
 @given(seed=st.integers(0, 2**32 - 1))
 def test_nobody_waits_for_those_who_come_later_than_a_bound(recording, seed):
     """Whatever their targets are, where twice as much comes as can be answered."""
@@ -128,14 +120,3 @@ def test_targets_are_kept_more_often_and_nobody_starves(job, tmp_path):
     assert after["attained"] > 1.1 * before["attained"]
     assert after["tokens_per_s"] > 0.9 * before["tokens_per_s"]
     assert after["longest_wait_ms"] < 200
-    assert 0 <= rows["adaserve"]["attained"] <= 1
-
-
-def test_a_trace_is_replayed(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(loads, "ROWS", {"goodput with admission": loads.ROWS["goodput with admission"]})
-    trace = tmp_path / "trace.jsonl"
-    lines = [json.dumps({"time": i / 9, "prompt_tokens": 50, "class": "interactive"}) for i in range(9)]
-    trace.write_text("\n".join(lines))
-    traced = replace(job, arrivals=str(trace), slots=8, seconds=0.2)
-    result = run(traced, Console(file=io.StringIO()), Console(file=io.StringIO()))
-    assert all(row["tokens_per_s"] > 0 for row in result["results"])

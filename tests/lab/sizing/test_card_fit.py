@@ -17,14 +17,13 @@ from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError
 from echo_trt.models.roles import HeadModule
-from echo_trt.sizing.graphs import GRAPH_NODES, LEVEL_NODES, NODE_BYTES, Reserved
-from echo_trt.sizing.needs import needs, split_scratch
+from echo_trt.sizing.graphs import GRAPH_NODES, NODE_BYTES
+from echo_trt.sizing.needs import needs
 from echo_trt.sizing.shapes import shapes
 from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.policies import reserve_for
 from echo_trt_lab.sizing.cards import CARDS, parse_cards
 from echo_trt_lab.sizing.fit import CardFit, fit
-from super_tree_attention.kernel_plan import plan
 
 BUILD = Path(__file__).parents[3] / "build"
 ON_CPUS = {"smollm2-135m", "gemma3-270m"}
@@ -98,39 +97,6 @@ def test_the_table_in_the_docs_is_right():
         assert knees == ", ".join(str(fit(own, BUILD, CARDS[card], 8).k_max) for card in MEANT[name])
 
 
-def test_what_an_8b_model_needs():
-    """Beside weights, KV rows and features: test_inspect.py."""
-    target, draft = (shape.sizes for shape in shapes(recipe(), BUILD))
-    need = needs(recipe(), target, draft)
-    assert needs(recipe(engine="openvino"), target, draft).features == 0
-    kept = [needs(recipe(engine=engine), target, draft).features_token for engine in ("tensorrt", "torch")]
-    assert kept == [2 * draft.feature_size, 2 * draft.hidden_size]  # PyTorch keeps what the head makes of them
-    assert need.fixed == need.target_weights + need.draft_weights + need.working + need.reserved.total
-    assert needs(recipe(engine="openvino"), target, draft).reserved == Reserved()
-    assert needs(recipe(precision="int8"), target, draft).target_weights == 8_190_735_360
-
-
-@pytest.mark.parametrize("engine", ["torch", "tensorrt"])
-def test_what_is_taken_before_requests_come_has_its_parts(engine):
-    """Qwen3-8B and its head, 128 requests: sets of graphs, drafts of 12 batch sizes and 7 depths, contexts."""
-    own = recipe(engine=engine)
-    sizes = [shape.sizes for shape in shapes(own, BUILD)]
-    taken, plain = needs(own, *sizes).reserved, needs(own, sizes[0], None).reserved
-    captured = {"torch": 64, "tensorrt": 71}[engine]
-    assert len(graph_sizes(128, 71 if engine == "torch" else 1024)) == captured
-    assert (taken.target, taken.sampler) == (plain.target, plain.sampler)
-    assert 0.1e9 < taken.target < 0.5e9
-    assert taken.draft < taken.target  # two sets of one layer's graphs
-    assert plain.draft == plain.levels == plain.states == 0
-    lengths = range(1, own.decoding.max_depth)
-    assert taken.levels == 12 * sum(lengths) * LEVEL_NODES * NODE_BYTES > 0.1e9
-    assert taken.states == 128 * 72 * 4096 * 2
-    assert taken.sampler > 0.5e9
-    counts = 3 * captured + 12 * len(lengths), captured  # a head has two sets
-    assert [r.contexts // 2**20 for r in (taken, plain)] == (list(counts) if engine == "tensorrt" else [0, 0])
-    assert taken.total == sum((taken.target, taken.draft, taken.levels, taken.contexts, taken.states, taken.sampler))
-
-
 def test_as_many_graphs_are_foreseen_as_are_captured():
     """Of a head of the engine: one per size and kind of entries."""
     own = recipe(engine="torch", batch=4)
@@ -142,18 +108,6 @@ def test_as_many_graphs_are_foreseen_as_are_captured():
     nodes = GRAPH_NODES + engine_kind("torch").card.layer_nodes
     inputs = sum(sum(capacity.values()) for calls_of in entries for _, capacity in calls_of)
     assert taken.draft == sum(map(len, entries)) * nodes * NODE_BYTES + inputs
-
-
-def test_a_call_grows_with_the_trees_and_the_chunk():
-    def tokens(**changes) -> int:
-        own = recipe(**changes)
-        return needs(own, shapes(own, BUILD)[0].sizes, None).tokens
-
-    assert tokens() == 1024 + 512
-    assert tokens(prefill_chunk=2048) == 2048 + 2048
-    assert tokens(batch=1) == 512 + 512  # a prompt's chunk, and another beside it
-    sizes = shapes(recipe(), BUILD)[0].sizes
-    assert needs(recipe(prefill_chunk=2048), sizes, None).working > 2 * needs(recipe(), sizes, None).working
 
 
 def test_a_pool_without_a_limit_is_what_the_batch_needs():
@@ -202,15 +156,6 @@ def test_who_does_as_told_ends_with_what_fits(name, card, engine, batch, context
     raise AssertionError(verdict.sentence)
 
 
-def test_gpus_to_add():
-    verdict = on("L40S x2", "qwen3-32b")
-    assert verdict.sentence.endswith("of 43.2 GB; set tensor_parallel to 2.")
-    assert on("L40S x2", "qwen3-32b", tensor_parallel=2, kv_blocks=260).fits
-    alone = on("L4", "qwen3-32b")
-    assert "weights and working memory take 71." in alone.sentence
-    assert alone.sentence.endswith("of 21.6 GB; set tensor_parallel to 8 and take 8 cards.")
-
-
 def test_gpus_that_cannot_share_are_not_proposed(tmp_path):
     """Of 6 heads and 4,608 columns of the MLP 2 GPUs can take their share, and 4 not."""
     (tmp_path / "odd").mkdir()
@@ -221,35 +166,6 @@ def test_gpus_that_cannot_share_are_not_proposed(tmp_path):
         own = parse_recipe({"name": "odd", "target": {"path": "odd"}, "engine": "tensorrt"}, "odd.yaml")
         verdict = fit(own, tmp_path, *parse_cards("A100-80GB x8"))
         assert reported in verdict.sentence
-
-
-def test_cards_to_take_instead():
-    verdict = on("L4 x8", "qwen3-235b-a22b")
-    assert not verdict.fits
-    listed = verdict.sentence.partition("take a larger card (")[2].rstrip(").").split(", ")
-    assert "A100-80GB" in listed
-    for card in CARDS:
-        split = recipe("qwen3-235b-a22b", kv_blocks=258)
-        assert (card in listed) == (fit(split, BUILD, CARDS[card], 8).max_blocks >= 258)
-
-
-def test_too_few_cards_for_the_recipe():
-    verdict = on("H200 x4", "qwen3-235b-a22b")
-    assert not verdict.fits
-    assert verdict.spare > 0
-    assert verdict.sentence == "does not fit: tensor_parallel is 8, but there are 4 cards; take 8."
-
-
-def test_missing_and_left_add_up():
-    verdict = on("H100-80GB")
-    need = needs(recipe(), *(shape.sizes for shape in shapes(recipe(), BUILD)))
-    assert verdict.spare == int(0.9 * 80e9) - need.fixed - need.pool - need.features
-    assert (
-        f"fits: {verdict.spare / 1e9:.1f} GB a GPU are left, room for {verdict.max_blocks:,} KV blocks."
-        == verdict.sentence
-    )
-    missing = on("L40S").spare
-    assert f"{-missing / 1e9:.1f} GB a GPU are missing" in on("L40S").sentence
 
 
 def test_drafts_take_memory_where_pytorch_runs_them():
@@ -264,18 +180,6 @@ def test_drafts_take_memory_where_pytorch_runs_them():
     assert 0 < working(engine="torch", batch=1) - working(batch=1) < more / 4
     for name in ("qwen3-0.6b-for-8b", "qwen3-8b-dflash"):
         assert working(name, engine="torch") - working(name) == 1024 * 151_936 * (2 + 4 + 4)
-
-
-def test_splits_have_scratch():
-    """Qwen3-8B: as much as the kernel's plan asks for in calls of all sizes, on an H100."""
-    sizes, calls = shapes(recipe(), BUILD)[0].sizes, CallSizes.of(recipe())
-    maximum = split_scratch(sizes, 1536)
-    for count, requests in ((1, 1), (64, 1), (256, 16), (512, 1), (768, 16), (1536, calls.batch)):
-        made = plan(count, requests, requests * calls.blocks, 8, 4, processors=132)
-        assert count * 32 * made.num_splits * 129 * 4 * (made.num_splits > 1) <= split_scratch(sizes, count) <= maximum
-    assert 60e6 < maximum < 200e6
-    divided = shapes(recipe("qwen3-235b-a22b"), BUILD)[0].sizes  # 8 query heads per GPU
-    assert split_scratch(divided, 1536) <= maximum
 
 
 def test_fp8_takes_a_byte_per_weight_of_a_layer_where_a_card_computes_it():

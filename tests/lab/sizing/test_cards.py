@@ -7,10 +7,8 @@ from refusal import refused
 from echo_trt.models.read_config import decoder_config
 from echo_trt.sizing.networks import decoder_sizes
 from echo_trt.sizing.shapes import published
-from echo_trt.speculation.echo.budget import fit_hinge
-from echo_trt_lab.simulation.machines import roofline
 from echo_trt_lab.sizing.cards import CARDS, knee, parse_cards
-from echo_trt_lab.sizing.hardware import NetworkShare, active_parameters, share_of
+from echo_trt_lab.sizing.hardware import active_parameters, share_of
 
 
 def qwen3(name: str, gpus: int = 1):
@@ -24,9 +22,6 @@ def qwen3(name: str, gpus: int = 1):
         ("h100-80gb", "H100-80GB", 1),
         ("  RTX 4090   X 2 ", "RTX-4090", 2),
         ("rtx4090", "RTX-4090", 1),
-        ("B200 x1", "B200", 1),
-        ("H200", "H200", 1),
-        ("L4 x16", "L4", 16),
         ("RTX-PRO x2", "RTX-PRO-6000", 2),
         ("A10", "A10", 1),  # a name comes before what begins with it
     ],
@@ -40,16 +35,11 @@ def test_cards_and_how_many(text, name, count):
     ("text", "words"),
     [
         ("", ("''", "H100-80GB x8")),
-        ("   ", ("name a card",)),
         ("H100", ("'H100'", "several", "H100-80GB, H100-PCIe,")),
-        ("A100 x8", ("several", "A100-40GB, A100-80GB,")),
         ("Voodoo 2", ("'Voodoo 2'", "not known", *CARDS)),
         ("H100-80GBx8", ("'H100-80GBx8'", "not known", "L4 x2")),
         ("L4 x0", ("0 cards", "1 to 1024")),
-        ("L4 x2000", ("2000 cards",)),
         ("L4 x-2", ("'L4 x-2'",)),
-        ("x8", ("'x8'", "not known")),
-        ("H100-80GB\nx8 x", ("name a card",)),
     ],
 )
 def test_cards_that_are_none(text, words):
@@ -76,15 +66,3 @@ def test_experts_make_it_later_if_they_are_routed():
         222 * (sizes.total - sizes.embedding) / (active_parameters(sizes) - sizes.embedding), rel=0.01
     )
     assert knee(share_of(qwen3("235B-A22B"), "bf16"), chip) > 2000
-
-
-def test_a_network_that_is_never_compute_bound_has_the_largest_knee():
-    assert knee(NetworkShare(dense=1e9, parameter_bytes=2, active=1.0, kv_bytes=1), CARDS["L4"].chip) == 1 << 16
-
-
-def test_the_hinge_that_is_fitted_to_the_same_roofline_agrees():
-    """bench and simulate fit K_max to a curve; its corner is rounded, so they find it somewhat earlier."""
-    chip, network = CARDS["H100-80GB"].chip, share_of(qwen3("8B"), "bf16")
-    sizes = np.arange(1, 1025, 8)
-    fitted = fit_hinge(sizes, roofline(network, chip, sizes, 0.0)).k_max
-    assert 0.6 * 222 < fitted <= 222

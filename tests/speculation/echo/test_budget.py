@@ -17,15 +17,6 @@ def test_a_hinge_is_found_again(t_ar, gamma, k_max):
     assert hinge.error < 1e-9
 
 
-def test_where_a_curve_bends_slowly_the_latest_knee_that_fits_as_well_counts():
-    sizes = np.array([1, 8, 16, 32, 64, 128])
-    seconds = np.array([0.0162, 0.0198, 0.0200, 0.0238, 0.0353, 0.0544])  # of a CPU with AMX
-    assert fit_hinge(sizes, seconds).k_max == 1
-    assert 8 <= fit_hinge(sizes, seconds, accuracy=0.02).k_max <= 16
-    sharp = 0.0328 * (1 + 0.0145 * np.maximum(sizes - 28, 0))
-    assert 28 <= fit_hinge(sizes, sharp, accuracy=0.02).k_max <= 34
-
-
 def test_of_a_jagged_curve_the_hinge_tells_its_error():
     sizes = np.array([1, 2, 4, 8, 16, 32, 64])
     seconds = np.array([0.010, 0.010, 0.010, 0.013, 0.012, 0.030, 0.060])

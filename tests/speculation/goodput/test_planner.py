@@ -106,19 +106,6 @@ def test_no_other_choice_is_worth_more(case):
 # -- whether to draft ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", range(2, 40))
-def test_a_child_that_is_worth_what_its_parent_is_comes_after_it(count):
-    """However many are alike, those that are chosen make a tree."""
-    tree = SuperTree.from_roots(np.zeros(64, np.int64))
-    nodes, score = np.arange(64), np.zeros(64, np.float32)
-    for _ in range(4):
-        nodes = tree.add(nodes, np.zeros(64, np.int64), score)
-    seconds = np.where(np.arange(4 * 64 + 1) <= 5 * count, 0.0, 1e3)
-    chosen = select(np.full(len(tree), 0.5), tree, 64, seconds, 1.0)
-    assert len(chosen) == 64 + min(5 * count, 4 * 64)
-    assert np.isin(tree.parent[chosen[64:]], chosen).all()
-
-
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("levels", [1, 2])
 def test_a_draft_that_costs_more_than_it_can_bring_is_not_asked(count, levels):
