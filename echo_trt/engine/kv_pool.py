@@ -9,13 +9,16 @@ from typing import Any
 
 from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.manifest import Manifest
-from echo_trt.engine.host_memory import OPTION, available_memory, gigabytes
+from echo_trt.engine.host_memory import OPTION, available_memory, gigabytes, tightest
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import BLOCK
 
 #: Share of the memory beside the weights that a pool on a CPU may take, where nobody chooses. Larger: more requests at
 #: once and a larger prefix cache, and less memory for other programs and for passes over long prompts.
 SHARE = 0.5
+#: Bytes of an open network that are the process's own, per byte of its file (docs/memory.md). Larger: a small container
+#: is refused sooner, instead of being killed while it loads, and a pool that follows the memory is smaller.
+LOADED = 1.25
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def kv_pool(
                SHARE of the memory beside the weights
     processes  engines that share this machine
 
-    Raises UserError where one request of full length does not fit.
+    Raises UserError where the weights and one request of full length do not fit.
     """
     limits = manifest.recipe.limits
     own = manifest.recipe.draft_precision
@@ -81,14 +84,16 @@ def kv_pool(
     wanted, available = needed * (batch or limits.batch), None
     states = 4 * manifest.target.state_values * (batch or limits.batch)
     if engine_kind(manifest.engine).on_host:
-        available = available_memory() // processes - _weights(folder, manifest) - states
+        weights = _weights(folder, manifest)
+        available = available_memory() // processes - weights - states
     if memory is not None:
         blocks = _chosen(manifest, memory, size)
     elif limits.kv_blocks or available is None:
         blocks = limits.kv_blocks or wanted
     else:
-        _check_available(available, size, needed, limits.context)
         blocks = min(wanted, max(int(SHARE * available) // size, needed))
+    if available is not None:
+        _check_available(available, weights, size, needed, limits.context)
     return KVPool(blocks, size, needed, limits.context, available, states)
 
 
@@ -109,15 +114,18 @@ def check_memory(memory: int, needed: int, context: int) -> None:
         )
 
 
-def _check_available(available: int, size: int, needed: int, context: int) -> None:
-    """Refuse a machine with ``available`` bytes where they are less than ``needed`` blocks of ``size`` bytes."""
+def _check_available(available: int, weights: int, size: int, needed: int, context: int) -> None:
+    """Refuse ``available`` bytes beside the ``weights`` where they are less than ``needed`` blocks of ``size`` bytes."""
     if available >= needed * size:
         return
     fits = context - (needed - max(available, 0) // size) * BLOCK
     shorter = f", or build with --max-model-len {fits}" if fits >= BLOCK else ""
+    memory = tightest()
     raise UserError(
-        f"one request of limits.context {context:,} tokens takes {gigabytes(needed * size)} of KV cache, but "
-        f"{gigabytes(max(available, 0))} of this machine's memory are left beside the weights; free some{shorter}."
+        f"the weights take {gigabytes(weights)} and one request of limits.context {context:,} tokens "
+        f"{gigabytes(needed * size)} of KV cache, together {gigabytes(weights + needed * size)}, but "
+        f"{gigabytes(max(available + weights, 0))} of {memory.name}, {gigabytes(memory.limit)}, are free; give "
+        f"more{shorter}."
     )
 
 
@@ -144,6 +152,6 @@ def kept_features(engine: str, network: Any) -> int:
 
 
 def _weights(folder: Path, manifest: Manifest) -> int:
-    """Return the bytes of the networks' files, about what their engines take for the weights."""
+    """Return about the bytes that the networks' engines take for the weights."""
     files = [name for name in manifest.files if name.split(".")[0] in ("target", "draft")]
-    return sum((folder / name).stat().st_size for name in files)
+    return int(LOADED * sum((folder / name).stat().st_size for name in files))
