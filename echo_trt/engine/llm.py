@@ -148,7 +148,7 @@ class LLM:
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         ids = [
-            self.tokenizer(encodable(prompt, f"prompts[{index}]"))["input_ids"] if isinstance(prompt, str) else prompt
+            self.tokenizer.encode(encodable(prompt, f"prompts[{index}]")) if isinstance(prompt, str) else prompt
             for index, prompt in enumerate(prompts)
         ]
         return self._deltas("prompts", ids, params, loop)

@@ -61,7 +61,7 @@ def hold(llm: LLM, turns: Sequence[str], cached: bool, max_tokens: int) -> list[
         if not cached:
             llm.loop.batch.forget_cached()
         messages.append({"role": "user", "content": output})
-        prompt = llm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        prompt = llm.chat_ids(messages)
         computed = llm.counters.prompt_tokens
         request = Request(0, np.asarray(prompt), SamplingParams(max_tokens))
         llm.loop.scheduler.add(request)

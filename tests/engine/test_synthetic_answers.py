@@ -14,6 +14,7 @@ from refusal import refused
 from echo_trt.engine.drafters.levels import LevelsDrafter
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
+from echo_trt.models.tokenizer import added_tokens
 from echo_trt_lab.synthetic_engine import SyntheticEngine, propose, rates_given
 
 RATES = "0.8,0.7,0.5"
@@ -114,7 +115,7 @@ def test_texts_differ_by_seed_and_by_prompt_and_have_no_end(synthetic):
     assert texts[0] == texts[2]
     assert len({*map(tuple, texts)}) == 3
     assert all(len(text) == 60 for text in texts)
-    assert not {*llm.manifest.eos_token_ids, *llm.tokenizer.get_added_vocab().values()} & set().union(*texts)
+    assert not {*llm.manifest.eos_token_ids, *added_tokens(llm.tokenizer).values()} & set().union(*texts)
 
 
 def test_text_goes_on_after_a_preemption(with_limits):

@@ -27,9 +27,6 @@ SLOTS = 32  # of requests' states, where nobody says how many run at once
 TARGET_SIZES = (*range(2, 32, 2), *range(32, 64, 4), *range(64, 128, 8), *range(128, 256, 16), *range(256, 513, 32))
 DRAFT_SIZES = (*range(1, PREPARED), *range(PREPARED, 513, 16))
 
-if not base.ends_at_once:  # without PyTorch one process in forty crashed as it ended
-    import torch  # noqa: F401
-
 _ARRAY_TYPES = {ov.Type.f32: np.float32, ov.Type.bf16: np.uint16}  # numpy has no bfloat16; rows are only moved
 
 
