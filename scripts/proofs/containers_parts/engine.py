@@ -72,7 +72,7 @@ def until(holds, seconds: float, what: str) -> float:
     while not holds():
         if time.monotonic() - begin > seconds:
             raise Missed(f"{what}: not within {seconds:.0f} s")
-        time.sleep(0.3)
+        time.sleep(0.5)
     return time.monotonic() - begin
 
 
@@ -109,9 +109,7 @@ def build(folder: Path, dockerfile: str, tag: str, *options: str, edit: Callable
     if not at_hand(syntax.partition("syntax=")[2]):
         text = rest
     (folder / dockerfile).write_text(edit(text))
-    shutil.copy(
-        PROJECT / "docker" / f"{dockerfile}.dockerignore", folder
-    )  # where BuildKit looks for it
+    shutil.copy(PROJECT / "docker" / f"{dockerfile}.dockerignore", folder)  # where BuildKit looks for it
     docker("build", "--network", "host", "-f", folder / dockerfile, "-t", tag, *options, PROJECT, seconds=LONG)
 
 

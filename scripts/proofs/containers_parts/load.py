@@ -5,12 +5,14 @@ from __future__ import annotations
 import http.client
 import json
 import threading
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from .engine import Missed, until
 
-PATIENCE = 120  # seconds for the next piece of an answer
+PATIENCE = 240  # seconds for the next piece of an answer
+PAUSE = 0.5  # seconds of a client between two answers
 CHAT = "/v1/chat/completions"
 QUESTION = "Write a long list of things that one can see in a harbour, with a sentence about each."
 
@@ -19,35 +21,45 @@ def body(tokens: int, **more) -> dict:
     return {"model": "echo", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": tokens} | more
 
 
-def ask(port: int, path: str = CHAT, content: dict | None = None, key: str = "", host: str = "127.0.0.1"):
-    """Return (status, headers, text) of a request: a GET without ``content``; (0, {}, error) if nobody answers."""
-    connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
+@contextmanager
+def asked(port: int, path: str, content: dict | None, key: str) -> Iterator[http.client.HTTPResponse]:
+    """Send a request, a GET without ``content``; yield the reply before its body."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     try:
         connection.request("POST" if content else "GET", path, json.dumps(content) if content else None, headers)
-        reply = connection.getresponse()
-        return reply.status, dict(reply.headers), reply.read().decode(errors="replace")
-    except (OSError, http.client.HTTPException) as error:
-        return 0, {}, f"{type(error).__name__}: {error}"
+        yield connection.getresponse()
     finally:
         connection.close()
 
 
-def serves(port: int, path: str = "/health", **more) -> bool:
-    return ask(port, path, **more)[0] == 200
+def ask(port: int, path: str = CHAT, content: dict | None = None, key: str = "") -> tuple[int, str]:
+    """Return a reply's status and text; 0 and the error where nobody answers."""
+    try:
+        with asked(port, path, content, key) as reply:
+            return reply.status, reply.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        return 0, f"{type(error).__name__}: {error}"
 
 
-def answer(port: int, tokens: int = 16, **more) -> str:
-    """Return the text of one answer; raise Missed if there is none."""
-    status, _, text = ask(port, content=body(tokens), **more)
-    if status != 200 or not (said := json.loads(text)["choices"][0]["message"]["content"]):
+def serves(port: int, path: str = "/health", content: dict | None = None, key: str = "") -> bool:
+    return ask(port, path, content, key)[0] == 200
+
+
+def answer(port: int, tokens: int = 16) -> None:
+    """Raise Missed if there is no answer."""
+    status, text = ask(port, content=body(tokens))
+    if status != 200 or not json.loads(text)["choices"][0]["message"]["content"]:
         raise Missed(f"no answer but {status}: {text[:300]}")
-    return said
 
 
 @dataclass
 class Streams:
-    """``count`` clients, each with one stream after the other until ``stop``; what became of their answers."""
+    """``count`` clients with one stream after the other until the end, or ``once``; what became of their answers.
+
+    pieces   that came by themselves, of the answer that had the fewest
+    waiting  clients that have not had the first piece of their first answer
+    """
 
     port: int
     count: int = 32
@@ -55,13 +67,12 @@ class Streams:
     key: str = ""
     once: bool = False
     whole: int = 0
-    pieces: int = 0  # that came by themselves, of the answer that had the fewest
+    pieces: int = 0
     trouble: list[str] = field(default_factory=list)
-    waiting: set[int] = field(default_factory=set)  # clients without the first piece of their first answer
+    waiting: set[int] = field(default_factory=set)
 
     def __enter__(self) -> Streams:
-        self._ended, self._lock = threading.Event(), threading.Lock()
-        self.waiting = set(range(self.count))
+        self._ended, self._lock, self.waiting = threading.Event(), threading.Lock(), set(range(self.count))
         self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(self.count)]
         for thread in self._threads:
             thread.start()
@@ -80,7 +91,7 @@ class Streams:
     def more(self, answers: int) -> None:
         """Wait until so many more answers are whole."""
         wanted = self.whole + answers
-        until(lambda: self.whole >= wanted or self.trouble, 2 * PATIENCE, f"{answers} more answers")
+        until(lambda: self.whole >= wanted or self.trouble, PATIENCE, f"{answers} more answers")
         self.check()
 
     def check(self) -> str:
@@ -91,33 +102,20 @@ class Streams:
 
     def _run(self, number: int) -> None:
         while True:
-            self._stream(number)
-            self.waiting.discard(number)
-            if self.once or self._ended.wait(0.5):
+            reads, last, status = 0, b"", 0
+            try:
+                content = body(self.tokens, stream=True, ignore_eos=True)
+                with asked(self.port, CHAT, content, self.key) as reply:
+                    status = reply.status
+                    while piece := reply.read1(65536):
+                        self.waiting.discard(number)
+                        reads, last = reads + 1, last[-2000:] + piece
+            except (OSError, http.client.HTTPException) as error:
+                last = f"{type(error).__name__}: {error}".encode()
+            with self._lock:
+                if status == 200 and b"[DONE]" in last and b'"error"' not in last:
+                    self.whole, self.pieces = self.whole + 1, min(self.pieces or reads, reads)
+                else:
+                    self.trouble.append(f"status {status}, ended after {reads} pieces: {last[-300:].decode()}")
+            if self.once or self._ended.wait(PAUSE):
                 return
-
-    def _stream(self, number: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        told, begin, reads, last, status = b"", time.monotonic(), 0, b"", None
-        try:
-            content = body(self.tokens, stream=True, ignore_eos=True)
-            connection.request("POST", CHAT, json.dumps(content), headers)
-            reply = connection.getresponse()
-            status = reply.status
-            while piece := reply.read1(65536):
-                self.waiting.discard(number)
-                reads, last = reads + 1, last[-2000:] + piece
-            if status == 200 and b"[DONE]" in last and b'"error"' not in last:
-                with self._lock:
-                    self.pieces = min(self.pieces or reads, reads)
-                    self.whole += 1
-                return
-            told = last
-        except (OSError, http.client.HTTPException) as error:
-            told = f"{type(error).__name__}: {error}".encode()
-        finally:
-            connection.close()
-        what = "refused" if status != 200 else f"cut after {reads} pieces"
-        with self._lock:
-            self.trouble.append(f"{what} ({status}) after {time.monotonic() - begin:.1f} s: {told[-300:].decode()}")
