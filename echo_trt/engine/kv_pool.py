@@ -115,7 +115,7 @@ def check_memory(memory: int, needed: int, context: int) -> None:
 
 
 def _check_available(available: int, weights: int, size: int, needed: int, context: int) -> None:
-    """Refuse ``available`` bytes beside the ``weights`` that are less than ``needed`` blocks of ``size`` bytes."""
+    """Refuse ``available`` bytes beside the ``weights`` where they are less than ``needed`` blocks of ``size`` bytes."""
     if available >= needed * size:
         return
     fits = context - (needed - max(available, 0) // size) * BLOCK
