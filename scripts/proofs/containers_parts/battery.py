@@ -137,11 +137,11 @@ def memory_small(bench: Bench) -> str:
 
 def memory_reached(bench: Bench) -> str:
     """Fill /tmp, which counts as the container's memory, until the kernel kills the engine."""
-    limit = ("--memory", "2g", "--memory-swap", "2g", "--init", "--tmpfs", "/tmp:size=4g,mode=1777")
+    limit = ("--memory", "2g", "--memory-swap", "2g", "--init", "--tmpfs", "/tmp:size=1750m,mode=1777")
     with server(bench, *limit) as (name, _):
         with Streams(bench.port, once=True) as streams:
             streams.flowing()
-        fill = "head -c 3G /dev/zero >/tmp/full & wait"
+        fill = "cat /dev/zero >/tmp/full"
         docker("exec", name, "sh", "-c", fill, check=False, seconds=120)
         until(lambda: "has died" in logs(name), 60, "the limit is reached")
         docker("exec", name, "rm", "-f", "/tmp/full")

@@ -57,7 +57,7 @@ def answer(port: int, tokens: int = 16) -> None:
 class Streams:
     """``count`` clients with one stream after the other until the end, or ``once``; what became of their answers.
 
-    pieces   that came by themselves, of the answer that had the fewest
+    pieces   that came by themselves, of the answer that had the most
     waiting  clients that have not had the first piece of their first answer
     """
 
@@ -114,7 +114,7 @@ class Streams:
                 last = f"{type(error).__name__}: {error}".encode()
             with self._lock:
                 if status == 200 and b"[DONE]" in last and b'"error"' not in last:
-                    self.whole, self.pieces = self.whole + 1, min(self.pieces or reads, reads)
+                    self.whole, self.pieces = self.whole + 1, max(self.pieces, reads)
                 else:
                     self.trouble.append(f"status {status}, ended after {reads} pieces: {last[-300:].decode()}")
             if self.once or self._ended.wait(PAUSE):

@@ -142,7 +142,7 @@ def roll_out(file: str, place: str, command: str, bench: Bench) -> str:
         until(lambda: ask(names[first], "/health")[0] == 503, 20, "its API server says 503")
         for _ in range(8):
             answer(bench.port, 4)
-    return f"both replaced under 32 streams: {seen}, in {streams.pieces} pieces or more; a 503 goes to the other"
+    return f"both replaced under 32 streams: {seen}, in up to {streams.pieces} pieces; a 503 goes to the other"
 
 
 # -- Dynamo ----------------------------------------------------------------------------------------------------------
