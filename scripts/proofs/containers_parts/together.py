@@ -172,7 +172,8 @@ def podman(bench: Bench) -> str:
     """Walk docs/kubernetes.md as far as podman goes: claim, copied bundle, Secret, Deployment, probes."""
     folder = bench.folder / "podman"
     folder.mkdir()
-    (folder / "containers.conf").write_text('[engine]\nruntime = "runc"\n[containers]\ndefault_ulimits = []\n')
+    settings = '[engine]\nruntime = "runc"\n[containers]\ndefault_ulimits = []\n[network]\nfirewall_driver = "iptables"\n'
+    (folder / "containers.conf").write_text(settings)
     environment = os.environ | {"CONTAINERS_CONF": str(folder / "containers.conf")}
     state = ("--root", folder / "storage", "--runroot", folder / "run", "--tmpdir", folder / "tmp")
     play = partial(run, "podman", "--log-level", "error", *state, env=environment, seconds=300)
