@@ -9,13 +9,15 @@ from typing import Any
 
 from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.manifest import Manifest
-from echo_trt.engine.host_memory import OPTION, available_memory, gigabytes
+from echo_trt.engine.host_memory import OPTION, available_memory, gigabytes, memory_limit
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import BLOCK
 
 #: Share of the memory beside the weights that a pool on a CPU may take, where nobody chooses. Larger: more requests at
 #: once and a larger prefix cache, and less memory for other programs and for passes over long prompts.
 SHARE = 0.5
+#: Bytes of a server on a CPU beside weights and pool: measured, rounded up. Larger: more containers are refused.
+BESIDE = 450_000_000
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,34 @@ def kv_pool(
     size, needed = block_bytes(manifest.engine, networks), manifest.recipe.request_blocks
     wanted, available = needed * (batch or limits.batch), None
     states = 4 * manifest.target.state_values * (batch or limits.batch)
+    most = limits.kv_blocks or wanted
     if engine_kind(manifest.engine).on_host:
-        available = available_memory() // processes - _weights(folder, manifest) - states
+        fixed = _weights(folder, manifest) + states
+        available = available_memory() // processes - fixed
+        if limit := memory_limit():
+            most = min(most, _under_limit(limit // processes, fixed, needed * size, limits.context) // size)
     if memory is not None:
         blocks = _chosen(manifest, memory, size)
     elif limits.kv_blocks or available is None:
-        blocks = limits.kv_blocks or wanted
+        blocks = most
     else:
         _check_available(available, size, needed, limits.context)
-        blocks = min(wanted, max(int(SHARE * available) // size, needed))
+        blocks = min(most, max(int(SHARE * available) // size, needed))
     return KVPool(blocks, size, needed, limits.context, available, states)
+
+
+def _under_limit(limit: int, fixed: int, needed: int, context: int) -> int:
+    """Return the bytes that a limit of memory leaves for a pool, beside ``fixed`` ones. Raises UserError for too few.
+
+    needed  bytes of one request of ``context`` tokens
+    """
+    need = fixed + BESIDE + needed
+    if limit < need:
+        raise UserError(
+            f"this container's memory limit is {gigabytes(limit)}, but the bundle needs {gigabytes(need)}, of them "
+            f"{gigabytes(needed)} for one request of limits.context {context:,} tokens; raise the limit."
+        )
+    return limit - fixed - BESIDE
 
 
 def _chosen(manifest: Manifest, memory: int, size: int) -> int:
