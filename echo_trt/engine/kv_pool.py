@@ -9,16 +9,15 @@ from typing import Any
 
 from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.manifest import Manifest
-from echo_trt.engine.host_memory import OPTION, available_memory, gigabytes, tightest
+from echo_trt.engine.host_memory import OPTION, available_memory, gigabytes, memory_limit
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import BLOCK
 
 #: Share of the memory beside the weights that a pool on a CPU may take, where nobody chooses. Larger: more requests at
 #: once and a larger prefix cache, and less memory for other programs and for passes over long prompts.
 SHARE = 0.5
-#: Bytes of an open network that are the process's own, per byte of its file (docs/memory.md). Larger: a small container
-#: is refused sooner, instead of being killed while it loads, and a pool that follows the memory is smaller.
-LOADED = 1.25
+#: Bytes of a server on a CPU beside weights and pool: measured, rounded up. Larger: more containers are refused.
+BESIDE = 450_000_000
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def kv_pool(
                SHARE of the memory beside the weights
     processes  engines that share this machine
 
-    Raises UserError where the weights and one request of full length do not fit.
+    Raises UserError where one request of full length does not fit.
     """
     limits = manifest.recipe.limits
     own = manifest.recipe.draft_precision
@@ -83,18 +82,34 @@ def kv_pool(
     size, needed = block_bytes(manifest.engine, networks), manifest.recipe.request_blocks
     wanted, available = needed * (batch or limits.batch), None
     states = 4 * manifest.target.state_values * (batch or limits.batch)
+    most = limits.kv_blocks or wanted
     if engine_kind(manifest.engine).on_host:
-        weights = _weights(folder, manifest)
-        available = available_memory() // processes - weights - states
+        fixed = _weights(folder, manifest) + states
+        available = available_memory() // processes - fixed
+        if limit := memory_limit():
+            most = min(most, _under_limit(limit // processes, fixed, needed * size, limits.context) // size)
     if memory is not None:
         blocks = _chosen(manifest, memory, size)
     elif limits.kv_blocks or available is None:
-        blocks = limits.kv_blocks or wanted
+        blocks = most
     else:
-        blocks = min(wanted, max(int(SHARE * available) // size, needed))
-    if available is not None:
-        _check_available(available, weights, size, needed, limits.context)
+        _check_available(available, size, needed, limits.context)
+        blocks = min(most, max(int(SHARE * available) // size, needed))
     return KVPool(blocks, size, needed, limits.context, available, states)
+
+
+def _under_limit(limit: int, fixed: int, needed: int, context: int) -> int:
+    """Return the bytes that a limit of memory leaves for a pool, beside ``fixed`` ones. Raises UserError for too few.
+
+    needed  bytes of one request of ``context`` tokens
+    """
+    need = fixed + BESIDE + needed
+    if limit < need:
+        raise UserError(
+            f"this container's memory limit is {gigabytes(limit)}, but the bundle needs {gigabytes(need)}, of them "
+            f"{gigabytes(needed)} for one request of limits.context {context:,} tokens; raise the limit."
+        )
+    return limit - fixed - BESIDE
 
 
 def _chosen(manifest: Manifest, memory: int, size: int) -> int:
@@ -114,18 +129,15 @@ def check_memory(memory: int, needed: int, context: int) -> None:
         )
 
 
-def _check_available(available: int, weights: int, size: int, needed: int, context: int) -> None:
-    """Refuse ``available`` bytes beside the ``weights`` where they are less than ``needed`` blocks of ``size`` bytes."""
+def _check_available(available: int, size: int, needed: int, context: int) -> None:
+    """Refuse a machine with ``available`` bytes where they are less than ``needed`` blocks of ``size`` bytes."""
     if available >= needed * size:
         return
     fits = context - (needed - max(available, 0) // size) * BLOCK
     shorter = f", or build with --max-model-len {fits}" if fits >= BLOCK else ""
-    memory = tightest()
     raise UserError(
-        f"the weights take {gigabytes(weights)} and one request of limits.context {context:,} tokens "
-        f"{gigabytes(needed * size)} of KV cache, together {gigabytes(weights + needed * size)}, but "
-        f"{gigabytes(max(available + weights, 0))} of {memory.name}, {gigabytes(memory.limit)}, are free; give "
-        f"more{shorter}."
+        f"one request of limits.context {context:,} tokens takes {gigabytes(needed * size)} of KV cache, but "
+        f"{gigabytes(max(available, 0))} of this machine's memory are left beside the weights; free some{shorter}."
     )
 
 
@@ -152,6 +164,6 @@ def kept_features(engine: str, network: Any) -> int:
 
 
 def _weights(folder: Path, manifest: Manifest) -> int:
-    """Return about the bytes that the networks' engines take for the weights."""
+    """Return the bytes of the networks' files, about what their engines take for the weights."""
     files = [name for name in manifest.files if name.split(".")[0] in ("target", "draft")]
-    return int(LOADED * sum((folder / name).stat().st_size for name in files))
+    return sum((folder / name).stat().st_size for name in files)

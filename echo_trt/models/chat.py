@@ -13,7 +13,7 @@ from jinja2 import TemplateError, meta, nodes
 from echo_trt.errors import UserError, shown
 from echo_trt.models.chat_template import GIVEN, compiled, render
 from echo_trt.models.messages import Messages, Tools, strings_in, with_short_ids
-from echo_trt.models.tokenizer import ChatTokenizer, added_tokens
+from echo_trt.models.tokenizer import BundleTokenizer, added_tokens
 from echo_trt.models.tools_as_text import MARKS, tools_as_text
 
 BARE = "{{ messages | map(attribute='content') | join('\n') }}"  # the template of a tokenizer that has none
@@ -43,7 +43,7 @@ class ChatEncoder:
     # The template's source gets aliases, which no message can guess, for the names of control tokens. In a rendered
     # text an alias therefore comes from the template and a name from a message, however contents are transformed.
 
-    def __init__(self, tokenizer: ChatTokenizer, special_tokens_in_content: bool = False):
+    def __init__(self, tokenizer: BundleTokenizer, special_tokens_in_content: bool = False):
         self._tokenizer = tokenizer
         self._bare = not tokenizer.chat_template
         self._template = BARE if self._bare else tokenizer.chat_template

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from echo_trt.models.tokenizer import ChatTokenizer
+from echo_trt.models.tokenizer import BundleTokenizer
 
 #: Bytes that a byte-level vocabulary writes as the characters of their codes; it counts the others from 256 on.
 _PRINTED = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
@@ -13,7 +13,7 @@ BYTES = {chr(byte): byte for byte in _PRINTED} | {chr(256 + index): byte for ind
 class TokenTexts:
     """The texts of a tokenizer's tokens, for byte-level vocabularies and SentencePiece's with byte fallback."""
 
-    def __init__(self, tokenizer: ChatTokenizer):
+    def __init__(self, tokenizer: BundleTokenizer):
         backend = tokenizer.backend_tokenizer
         self._piece = backend.id_to_token
         self._added = backend.get_added_tokens_decoder()

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
@@ -20,25 +19,13 @@ SHOWN = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
-class ChatTokenizer(Protocol):
-    """What a chat is encoded with: a bundle's tokenizer, or one of transformers'.
-
-    chat_template       Jinja's source; None or "": there is none
-    special_tokens_map  special tokens by their names in ``ROLES``
-    """
-
-    chat_template: Any
-
-    @property
-    def backend_tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def special_tokens_map(self) -> dict[str, str]: ...
-
-
 @dataclass
 class BundleTokenizer:
-    """A bundle's tokenizer; see ``ChatTokenizer``. A text is neither cut nor padded."""
+    """A bundle's tokenizer. A text is neither cut nor padded.
+
+    special_tokens_map  special tokens by their names in ``ROLES``
+    chat_template       Jinja's source; "": there is none
+    """
 
     backend_tokenizer: Tokenizer
     special_tokens_map: dict[str, str]
@@ -63,13 +50,13 @@ class BundleTokenizer:
         return int(self.backend_tokenizer.get_vocab_size())
 
 
-def added_tokens(tokenizer: ChatTokenizer) -> dict[str, int]:
+def added_tokens(tokenizer: BundleTokenizer) -> dict[str, int]:
     """Return the ids of tokens that were added to a vocabulary, by their names, in the order of ids."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     return {added[token].content: token for token in sorted(added)}
 
 
-def think_tokens(tokenizer: ChatTokenizer) -> tuple[int, int] | None:
+def think_tokens(tokenizer: BundleTokenizer) -> tuple[int, int] | None:
     """Return the tokens that open and close a thought; None where the model does not think."""
     known = added_tokens(tokenizer)
     return (known[REASONING[0]], known[REASONING[1]]) if all(mark in known for mark in REASONING) else None

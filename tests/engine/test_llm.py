@@ -8,9 +8,9 @@ import sys
 
 import pytest
 from byte_tokenizer import ASSISTANT, END, USER
-from transformers import PreTrainedTokenizerFast
 from driving import assert_all_free, prompt_ids
 from refusal import refused
+from transformers import PreTrainedTokenizerFast
 
 import echo_trt
 from echo_trt import errors

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from echo_trt.backends import base
 from echo_trt.backends.openvino import cpu
 from echo_trt.backends.openvino.graph import FEATURES, compile_graph, read_graph, smallest_window
 from echo_trt.backends.openvino.sequence_split import as_sequences, pad_requests
