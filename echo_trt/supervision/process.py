@@ -16,7 +16,7 @@ from functools import partial
 
 import psutil
 
-from echo_trt.engine.host_memory import gigabytes, tightest
+from echo_trt.engine.host_memory import gigabytes, memory_limit
 from echo_trt.files.log import Line, line, read, written
 
 _LIBC = ctypes.CDLL(None)
@@ -175,11 +175,9 @@ def reason(lines: Iterable[str]) -> str:
 
 
 def _of_memory(code: int) -> str:
-    """Say with which limit the kernel kills processes here; empty where it killed none, or ``code`` is no such end."""
-    memory = tightest()
-    if code != -signal.SIGKILL or not memory.killed:
-        return ""
-    return f", as the kernel does where {memory.name}, {gigabytes(memory.limit)} of memory, is reached"
+    """Say with which limit the kernel may have killed a process, if it ended so and there is one."""
+    limit = memory_limit() if code == -signal.SIGKILL else None
+    return f", as the kernel does where this container's limit of {gigabytes(limit)} of memory is reached" if limit else ""
 
 
 def _prepare(stack: int | None) -> None:

@@ -25,9 +25,9 @@ PROXIES = {  # name -> the configuration in docker/proxies, where it is mounted,
     "Caddy": ("Caddyfile", "/Caddyfile", "caddy run --adapter caddyfile --config /Caddyfile"),
     "Envoy": ("envoy.yaml", "/envoy.yaml", "envoy -c /envoy.yaml"),
     "Traefik": (
-        "traefik.yaml",
-        "/traefik.yaml",
-        "traefik --entrypoints.clients.address=127.0.0.1:8080 --providers.file.filename=/traefik.yaml",
+        "traefik-dynamic.yaml",
+        "/traefik-dynamic.yaml",
+        "traefik --entrypoints.clients.address=127.0.0.1:8080 --providers.file.filename=/traefik-dynamic.yaml",
     ),
 }
 
@@ -194,8 +194,7 @@ def podman(bench: Bench) -> str:
         (folder / "image.tar").unlink()
         play("kube", "play", folder / "bundle.yaml")
         play("cp", f"{bench.bundle}/.", "bundle-copy-copy:/bundle")
-        for command in (["inspect", "/bundle"], ["generate", "/bundle", "Why is the sky blue?", "--max-tokens", "32"]):
-            play("exec", "bundle-copy-copy", "echo-trt", *command)
+        play("exec", "bundle-copy-copy", "echo-trt", "generate", "/bundle", "Why is the sky blue?", "--max-tokens", "32")
         play("pod", "rm", "--force", "bundle-copy")
         play("kube", "play", folder / "secret.yaml")
         play("kube", "play", "--publish", f"127.0.0.1:{bench.port}:9000", folder / "deployment.yaml")
