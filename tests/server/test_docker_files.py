@@ -193,6 +193,13 @@ def test_manifests_in_the_walk_through_fit_too():
     assert claim["metadata"]["name"] == mounted == pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]
 
 
+def test_the_docs_show_the_proxies_and_each_knows_two_replicas():
+    shown = re.findall(r"(?ms)^```\w*\n(.*?)^```", (ROOT / "docs/deployment.md").read_text())
+    for path in (DOCKER / "proxies").iterdir():
+        assert path.read_text() in shown, path.name
+        assert {"9000", "9001", "8080"} == set(re.findall(r"\b(?:9\d{3}|8080)\b", path.read_text())), path.name
+
+
 def test_the_docs_say_what_to_do_at_each_alert():
     rules = {rule["alert"] for group in documents("alerts.yml")[0]["groups"] for rule in group["rules"]}
     assert set(re.findall(r"^\| `(\w+)`", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE)) == rules

@@ -172,7 +172,9 @@ def podman(bench: Bench) -> str:
     """Walk docs/kubernetes.md as far as podman goes: claim, copied bundle, Secret, Deployment, probes."""
     folder = bench.folder / "podman"
     folder.mkdir()
-    settings = '[engine]\nruntime = "runc"\n[containers]\ndefault_ulimits = []\n[network]\nfirewall_driver = "iptables"\n'
+    settings = (
+        '[engine]\nruntime = "runc"\n[containers]\ndefault_ulimits = []\n[network]\nfirewall_driver = "iptables"\n'
+    )
     (folder / "containers.conf").write_text(settings)
     environment = os.environ | {"CONTAINERS_CONF": str(folder / "containers.conf")}
     state = ("--root", folder / "storage", "--runroot", folder / "run", "--tmpdir", folder / "tmp")
@@ -194,19 +196,22 @@ def podman(bench: Bench) -> str:
         (folder / "image.tar").unlink()
         play("kube", "play", folder / "bundle.yaml")
         play("cp", f"{bench.bundle}/.", "bundle-copy-copy:/bundle")
-        play("exec", "bundle-copy-copy", "echo-trt", "generate", "/bundle", "Why is the sky blue?", "--max-tokens", "32")
+        play(
+            "exec", "bundle-copy-copy", "echo-trt", "generate", "/bundle", "Why is the sky blue?", "--max-tokens", "32"
+        )
         play("pod", "rm", "--force", "bundle-copy")
         play("kube", "play", folder / "secret.yaml")
         play("kube", "play", "--publish", f"127.0.0.1:{bench.port}:9000", folder / "deployment.yaml")
         seconds = until(partial(serves, bench.port), START, "the pod serves")
         statuses = [ask(bench.port, CHAT, body(4), given)[0] for given in ("", key)]
-        if statuses != [401, 200]:
-            raise Missed(f"without and with the Secret's key: {statuses}")
+        # podman asks by curl in the container, which the image has not; a kubelet asks from outside, as here.
+        statuses += [ask(bench.port, path)[0] for path in re.findall(r"httpGet: { path: (\S+),", texts["deployment"])]
+        if statuses != [401, 200, 200, 200, 200]:
+            raise Missed(f"without and with the Secret's key, and the three probes: {statuses}")
         name = play("ps", "--format", "{{.Names}}", "--filter", "name=server")
-        probe = play("healthcheck", "run", name, check=False) or "content"
         play("stop", "--time", 90, name)
         code = play("inspect", "--format", "{{.State.ExitCode}}", name)
-        return f"claim, Secret: serves after {seconds:.0f} s, 401 and 200; liveness probe: {probe}; exit code {code}"
+        return f"claim, Secret: serves after {seconds:.0f} s, 401 and 200; its three probes are 200; exit code {code}"
     finally:
         play("pod", "rm", "--force", "--all", check=False)
         play("system", "reset", "--force", check=False)
