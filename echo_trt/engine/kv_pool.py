@@ -16,8 +16,9 @@ from echo_trt.speculation.pack import BLOCK
 #: Share of the memory beside the weights that a pool on a CPU may take, where nobody chooses. Larger: more requests at
 #: once and a larger prefix cache, and less memory for other programs and for passes over long prompts.
 SHARE = 0.5
-#: Bytes of a server on a CPU beside weights and pool: measured, rounded up. Larger: more containers are refused.
-BESIDE = 450_000_000
+#: Bytes of a server's processes on a CPU, measured, and tokens of a long pass, whose logits come on top. Larger: more
+#: containers are refused.
+PROCESSES, PASS = 400_000_000, 1024
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def kv_pool(
         fixed = _weights(folder, manifest) + states
         available = available_memory() // processes - fixed
         if limit := memory_limit():
+            fixed += PROCESSES + 4 * PASS * manifest.target.vocab_size
             most = min(most, _under_limit(limit // processes, fixed, needed * size, limits.context) // size)
     if memory is not None:
         blocks = _chosen(manifest, memory, size)
@@ -103,13 +105,12 @@ def _under_limit(limit: int, fixed: int, needed: int, context: int) -> int:
 
     needed  bytes of one request of ``context`` tokens
     """
-    need = fixed + BESIDE + needed
-    if limit < need:
+    if limit < fixed + needed:
         raise UserError(
-            f"this container's memory limit is {gigabytes(limit)}, but the bundle needs {gigabytes(need)}, of them "
-            f"{gigabytes(needed)} for one request of limits.context {context:,} tokens; raise the limit."
+            f"this container's memory limit is {limit / 1e9:.2f} GB, but the bundle needs {(fixed + needed) / 1e9:.2f} "
+            f"GB, of them {gigabytes(needed)} for one request of limits.context {context:,} tokens; raise the limit."
         )
-    return limit - fixed - BESIDE
+    return limit - fixed
 
 
 def _chosen(manifest: Manifest, memory: int, size: int) -> int:

@@ -140,19 +140,18 @@ def test_a_container_s_limit_counts(inside, tmp_path):
 
 def test_a_container_too_small_is_refused_with_its_limit_and_the_need(bundle_of, with_limits, monkeypatch):
     pool = pool_of(bundle_of("lookup"))
-    request, weights = pool.request_blocks * pool.block_bytes, module._weights(*_opened(bundle_of("lookup")))
-    need = weights + module.BESIDE + request
+    manifest = read_manifest(bundle_of("lookup"))
+    need = module._weights(bundle_of("lookup"), manifest) + pool.request_blocks * pool.block_bytes
+    need += module.PROCESSES + 4 * module.PASS * manifest.target.vocab_size
     monkeypatch.setattr(module, "memory_limit", lambda: need - 1)
     for given in ({}, {"memory": 2**30}):
-        with refused("this container's memory limit is 0.5 GB, but the bundle needs 0.5 GB", "raise the limit"):
+        with refused(
+            f"memory limit is {need / 1e9:.2f} GB, but the bundle needs {need / 1e9:.2f} GB", "raise the limit"
+        ):
             pool_of(bundle_of("lookup"), **given)
     monkeypatch.setattr(module, "memory_limit", lambda: need)
     folder = with_limits("lookup", kv_blocks=10**6)
     assert pool_of(folder).blocks == pool.request_blocks  # a recipe's pool gives way
-
-
-def _opened(folder: Path) -> tuple[Path, Manifest]:
-    return folder, read_manifest(folder)
 
 
 def test_without_control_groups_it_is_the_machine_s(tmp_path):
