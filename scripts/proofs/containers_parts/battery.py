@@ -49,7 +49,7 @@ def container(*words: object, name: str = NAME) -> Iterator[str]:
     except Missed as missed:
         raise Missed(f"{missed}\nthe log of {name}:\n{logs(name)[-2500:]}") from missed
     finally:
-        docker("rm", "--force", "--volumes", name, check=False)
+        docker("rm", "--force", "--volumes", name, seconds=120, check=False)
 
 
 @contextmanager
@@ -207,7 +207,7 @@ def readme(bench: Bench, image: str) -> str:
     tree = bench.folder / "tree.tar"
     run("git", "-C", PROJECT, "archive", "--output", tree, "HEAD")
     words = ("--network", "host", "-v", f"{tree}:/tree.tar:ro", "--entrypoint", "sleep", image, "86400")
-    with container(*words) as name:
+    with container(*words, name=f"{NAME}-readme") as name:
         docker("exec", name, "sh", "-c", "mkdir /echo-trt && tar -C /echo-trt -xf /tree.tar")
         inside = ("exec", "--workdir", "/echo-trt", name)
         seen = [docker(*inside, "python3", "--version")]
