@@ -129,7 +129,7 @@ def memory_small(bench: Bench) -> str:
     limit = max(400, sum(path.stat().st_size for path in bench.bundle.glob("target.*")) // 10**6)
     with container(*bench.options(), *TMP, "--memory", f"{limit}m", "--memory-swap", f"{limit}m", IMAGE) as name:
         seconds = until(lambda: not runs(name), 120, "it ends")
-        said = [line for line in logs(name).splitlines() if "the container's limit" in line]
+        said = [line for line in logs(name).splitlines() if "memory limit is" in line]
         if not said or "signal" in said[-1]:
             raise Missed(f"no sentence with the limit and the need, exit code {exit_code(name)}")
         return f"exit code {exit_code(name)} after {seconds:.0f} s: {said[-1].partition('ERROR ')[2]}"
