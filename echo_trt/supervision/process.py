@@ -177,7 +177,7 @@ def reason(lines: Iterable[str]) -> str:
 def _of_memory(code: int) -> str:
     """Say with which limit the kernel may have killed a process, if it ended so and there is one."""
     limit = memory_limit() if code == -signal.SIGKILL else None
-    return f", as the kernel does where this container's limit of {gigabytes(limit)} of memory is reached" if limit else ""
+    return f", as the kernel does where this container's memory limit, {gigabytes(limit)}, is reached" if limit else ""
 
 
 def _prepare(stack: int | None) -> None:
