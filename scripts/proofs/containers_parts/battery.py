@@ -192,9 +192,7 @@ def gpu_image(bench: Bench) -> str:
         return re.sub(r"(?m)^(COPY .*docker/requirements-gpu.txt.*\n)", rf"\1{without}", text, count=1)
 
     build(bench.folder, "Dockerfile.gpu", GPU, "--build-arg", f"TRITON={stand_in('triton')}", edit=edit)
-    check = (
-        "PATH=${PATH#*:} python3 -m pip --python /opt/echo/bin/python check"  # its environment has no pip of its own
-    )
+    check = "PATH=${PATH#*:} python3 -m pip --python /opt/echo/bin/python check"  # it has no pip of its own
     found = docker("run", "--rm", "--entrypoint", "sh", GPU, "-c", check, check=False).splitlines()
     if strange := [line for line in found if not re.search("tensorrt|triton|nvidia|cuda|No broken", line)]:
         raise Missed(f"pip check: {strange}")

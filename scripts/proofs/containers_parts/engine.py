@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[3]
-SHORT, LONG = 30, 1500  # seconds for a command, and for a build
+SHORT, LONG = 120, 1500  # seconds for a command, and for a build
 #: Debian's, that the Python of the base image is linked to and comes with.
 LIBRARIES = (
     "ca-certificates,libbz2-1.0,libexpat1,libffi8,liblzma5,libncursesw6,libreadline8t64,libsqlite3-0,libssl3t64,zlib1g"
