@@ -83,20 +83,20 @@ def kv_pool(
     size, needed = block_bytes(manifest.engine, networks), manifest.recipe.request_blocks
     wanted, available = needed * (batch or limits.batch), None
     states = 4 * manifest.target.state_values * (batch or limits.batch)
-    most = limits.kv_blocks or wanted
+    maximum = limits.kv_blocks or wanted
     if engine_kind(manifest.engine).on_host:
         fixed = _weights(folder, manifest) + states
         available = available_memory() // processes - fixed
         if limit := memory_limit():
             fixed += PROCESSES + 4 * PASS * manifest.target.vocab_size
-            most = min(most, _under_limit(limit // processes, fixed, needed * size, limits.context) // size)
+            maximum = min(maximum, _under_limit(limit // processes, fixed, needed * size, limits.context) // size)
     if memory is not None:
         blocks = _chosen(manifest, memory, size)
     elif limits.kv_blocks or available is None:
-        blocks = most
+        blocks = maximum
     else:
         _check_available(available, size, needed, limits.context)
-        blocks = min(most, max(int(SHARE * available) // size, needed))
+        blocks = min(maximum, max(int(SHARE * available) // size, needed))
     return KVPool(blocks, size, needed, limits.context, available, states)
 
 

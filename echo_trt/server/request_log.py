@@ -160,9 +160,9 @@ class RequestLog:
         if status < 400 and "cancelled" in ended.get("finish_reason", ""):
             status = HUNG_UP
         if scope["path"] in OPEN:
-            told = scope["path"] in self._failing
+            reported = scope["path"] in self._failing
             (self._failing.add if status >= 500 else self._failing.discard)(scope["path"])
-            if status < 400 or (status >= 500 and told):
+            if status < 400 or (status >= 500 and reported):
                 return
         fields = {"method": scope["method"], "path": scope["path"][:LONGEST], "status": status}
         key = scope.get("key")
