@@ -57,11 +57,11 @@ def test_one_request_of_full_length_always_fits_or_is_refused(with_limits, monke
     monkeypatch.setattr(module, "available_memory", lambda: weights + need + 2**26)
     assert pool_of(folder).blocks == whole.request_blocks
     monkeypatch.setattr(module, "available_memory", lambda: need // 2)
-    with pytest.raises(UserError, match=r"limits.context 100,000 tokens .* of this machine's memory, ") as refusal:
+    with pytest.raises(UserError, match=r"limits.context 100,000 tokens takes .* of this machine's memory") as refusal:
         pool_of(folder)
     shorter = int(str(refusal.value).split("--max-model-len ")[1].rstrip("."))
     assert pool_of(with_other_context(folder, shorter)).requests == 1
-    with refused("one request of limits.context", "give more."):
+    with refused("one request of limits.context", "free some."):
         monkeypatch.setattr(module, "available_memory", lambda: 0)
         pool_of(folder)
 
