@@ -7,12 +7,14 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import grimp
 import pytest
 from layers import HEAVY, LAYERS
 
+from echo_trt.backends.kind import TORCH
 from echo_trt.files.extras import BUILD, ENGINES, registered
 
 TESTS = Path(__file__).parent
@@ -98,19 +100,38 @@ def imports(path: Path, later: bool) -> set[str]:
     return found
 
 
-def test_serving_and_llm_do_without_what_compiles_and_without_the_lab():
-    """What they import at once, with every engine and door, and other packages that those modules import later."""
-    root, engines = TESTS.parent, [f"echo_trt.backends.{name}.engine" for name in registered(ENGINES)]
-    todo, seen, outside = [*SERVING, *engines], set[Path](), set[str]()
+def reached(*modules: str) -> tuple[set[Path], set[str], set[str]]:
+    """Return the files of ours that modules import at once, and other packages: at once, and later, too."""
+    todo, seen, at_once, later = [*modules], set[Path](), set[str](), set[str]()
     while todo:
         parts = todo.pop().split(".")
-        for path in (root.joinpath(*parts).with_suffix(".py"), root.joinpath(*parts, "__init__.py")):
+        for path in (TESTS.parent.joinpath(*parts).with_suffix(".py"), TESTS.parent.joinpath(*parts, "__init__.py")):
             if path.exists() and path not in seen:
                 seen.add(path)
-                todo += imports(path, later=False)
-                outside |= {name.partition(".")[0] for name in imports(path, later=True)}
+                found = imports(path, later=False)
+                todo += found
+                at_once |= {name.partition(".")[0] for name in found}
+                later |= {name.partition(".")[0] for name in imports(path, later=True)}
+    return seen, at_once, later
+
+
+def test_serving_and_llm_do_without_what_compiles_and_without_the_lab():
+    """What they import at once, with every engine and door, and other packages that those modules import later."""
+    lacked = {*BUILD, "echo_trt_lab", "httpx", "matplotlib", "scipy"}
+    engines = [f"echo_trt.backends.{name}.engine" for name in registered(ENGINES)]
+    seen, _, outside = reached(*SERVING, *engines)
     assert len(seen) > 200
-    assert not outside & {*BUILD, "echo_trt_lab", "httpx", "matplotlib", "scipy"}
+    assert not outside & lacked
+
+
+def test_serving_a_bundle_of_openvino_does_without_pytorch():
+    """What an installation without extras lacks is imported by builds, and by the engines that bring an extra."""
+    on_hosts = [module for module in SERVING if not module.startswith("echo_trt.backends.parallel")]
+    _, at_once, _ = reached(*on_hosts, "echo_trt.backends.openvino.engine")
+    lacked = {*BUILD, *TORCH, "scipy", "matplotlib"}
+    assert not at_once & lacked
+    project = tomllib.loads((TESTS.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    assert not {re.match("[a-z0-9-]+", line)[0] for line in project["dependencies"]} & lacked
 
 
 @pytest.mark.parametrize("feature", COUNTS["FEATURES"])

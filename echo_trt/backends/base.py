@@ -13,8 +13,6 @@ from echo_trt.speculation.planner import Plan
 
 #: The domain of our operators in ONNX, the attention's name and the collectives'.
 DOMAIN, OPERATOR, COLLECTIVES = "echo", "SuperTreeAttention", ("AllReduce", "AllGather")
-#: Whether the process ends by ``os._exit``, without the destructors of libraries; to be set before an engine is opened.
-ends_at_once = False
 #: Inputs of the attention operator that describe a packed call, in its order.
 METADATA = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
 #: Outputs with a row for every token; other outputs have one for every row of ``logit_rows``.

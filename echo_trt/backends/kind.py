@@ -15,6 +15,9 @@ from echo_trt.bundle.manifest import Manifest
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.files.extras import ENGINES, extra, registered
 
+#: Modules of the extra "torch", which networks in PyTorch need.
+TORCH = ("safetensors", "torch", "transformers")
+
 if TYPE_CHECKING:  # it imports PyTorch
     from echo_trt.models.roles import Role
 
@@ -73,6 +76,8 @@ class EngineKind:
     divides      whether it divides a target among GPUs
     fixed_pool   whether the KV pool's size is compiled in
     tools        packages whose versions a bundle states
+    modules      that opening a bundle imports, and an installation of echo-trt alone lacks
+    extra        of echo-trt, which brings them
     kept         files of a bundle that the next build of it goes on from
     check        refuses a recipe that this machine cannot build
     compiler     makes the compiler of a recipe's networks into a folder, and ``Manifest.engine_facts``
@@ -91,6 +96,8 @@ class EngineKind:
     divides: bool = False
     fixed_pool: bool = False
     tools: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    extra: str = ""
     kept: tuple[str, ...] = ()
     check: Callable[[Recipe], None] = lambda recipe: None
     value_bytes: Callable[[str], int] = lambda precision: 4 if precision == "fp32" else 2

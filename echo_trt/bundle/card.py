@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from echo_trt.errors import UserError
-from echo_trt.files.model_type import MODEL_TYPE
 
 CONFIG = "config.json"
 FILES = (CONFIG, "tokenizer.json", "tokenizer_config.json")
@@ -24,7 +23,7 @@ def write_config(folder: Path, eos_token_ids: Sequence[int], context: int, vocab
         "architectures": ["EchoForCausalLM"],
         "eos_token_id": list(eos_token_ids),
         "max_position_embeddings": context,
-        "model_type": MODEL_TYPE,
+        "model_type": "echo",
         "vocab_size": vocab_size,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

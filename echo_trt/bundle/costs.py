@@ -92,9 +92,8 @@ class CostTable(_Stored):
         return Costs(self.target.curve(), self.draft.curve(), self.cold, self.change, self.sizes)
 
 
-def read_costs(folder: Path, manifest: Manifest, machine: str, note: Callable[[str], None]) -> CostTable | None:
-    """Read the costs of this bundle on a machine like this one, or None. ``note`` takes the fault of a damaged file."""
-    path = folder / COSTS
+def read_costs(path: Path, manifest: Manifest, machine: str, note: Callable[[str], None]) -> CostTable | None:
+    """Read the costs of a bundle on a machine like this one, or None. ``note`` takes the fault of a damaged file."""
     if not path.exists():
         return None
     try:

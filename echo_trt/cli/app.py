@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from echo_trt import __version__
 from echo_trt.adapters.dynamo.options import WorkerOptions
 from echo_trt.cli.options import BuildOptions, GenerateOptions
 from echo_trt.cli.terminal import Screen, messages, run_app, screen_of
 from echo_trt.engine.options import DEFAULTS, command
-from echo_trt.files.extras import check_build, of_lab, registered
+from echo_trt.errors import UserError
+from echo_trt.files.extras import BUILD, absent_commands, check_modules, of_lab, registered
 from echo_trt.supervision.options import ServeOptions
 
 app = App(
@@ -50,10 +53,10 @@ def build(options: BuildOptions) -> None:
     Examples: `echo-trt build build/smollm2-135m.yaml -o bundles/smollm2-135m`,
     `echo-trt build Qwen/Qwen3-8B --draft AngelSlim/Qwen3-8B_eagle3 --engine torch --gpu-memory-utilization 0.9`
     """
-    from echo_trt.backends.kind import built_as
+    from echo_trt.backends.kind import TORCH, built_as
     from echo_trt.cli.progress import BuildProgress
 
-    check_build()
+    check_modules("a build", (*BUILD, *TORCH), "build")
     from echo_trt.cli.recipes import recipe_for, sized
 
     found, path = recipe_for(options.model, options.draft, options.engine)  # a mistyped name costs no import of torch
@@ -124,8 +127,17 @@ def worker(options: WorkerOptions) -> int:
     return run(options)
 
 
+def _absent(name: str) -> Callable[..., None]:
+    def refuse(*words: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
+        raise UserError(f"{name} is a command of echo-trt-lab, not installed here; run pip install ./lab.")
+
+    return refuse
+
+
 for entry in entry_points(group="echo_trt.commands"):  # echo_trt_lab's
     app.command(entry.value, name=entry.name)  # imported where it is run
+for absent in absent_commands():
+    app.command(_absent(absent), name=absent, show=False, help_flags=(), version_flags=())
 
 
 if __name__ == "__main__":

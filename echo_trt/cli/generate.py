@@ -71,6 +71,7 @@ def run(options: GenerateOptions, out: Console, messages: Console) -> dict[str, 
                 False if options.compare else None,  # of two policies the second would find what the first computed
                 special_tokens_in_content=options.special_tokens_in_content,
                 kv_cache_memory=options.kv_cache_memory,
+                costs=options.costs,
             )
         policy = llm.loop.planner.name
         check_lengths(llm, work.prompts)

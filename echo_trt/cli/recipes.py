@@ -14,6 +14,7 @@ from echo_trt.bundle.sources import CONFIG, from_hub
 from echo_trt.cli.options import BuildOptions
 from echo_trt.engine.drafters.kind import draft_kinds
 from echo_trt.errors import UserError
+from echo_trt.files.extras import extra, registered
 from echo_trt.files.inputs import is_gguf
 
 RECIPES = Path(__file__).parents[2] / "build"  # of the repository
@@ -37,6 +38,9 @@ def recipe_for(what: str, draft: str | None = None, engine: str | None = None) -
     named = shipped_folder() / f"{what}.yaml"
     if named.is_file() and not path.exists():
         recipe = _for_this_machine(load_recipe(named), engine)
+        head = recipe.draft.source.path if recipe.draft.source and not draft else None
+        if named.parent == PACKAGED and head and not (PACKAGED / head).exists():
+            raise UserError(f"recipe {what} has a head that comes with echo-trt-lab; run pip install ./lab.")
         return (_with_draft(recipe, draft) if draft else recipe), named.parent
     target = source_of(what)
     shipped = _shipped(target, draft)
@@ -62,8 +66,11 @@ def source_of(what: str) -> dict[str, str]:
 
 
 def shipped_folder() -> Path:
-    """Return the folder of the shipped recipes."""
-    return RECIPES if RECIPES.is_dir() else PACKAGED
+    """Return the folder of the shipped recipes: with the heads that they name, but for the server's wheel."""
+    if RECIPES.is_dir() or "folder" not in registered("recipes"):
+        return RECIPES if RECIPES.is_dir() else PACKAGED
+    folder: Path = extra("recipes", "folder")
+    return folder
 
 
 def _for_this_machine(recipe: Recipe, engine: str | None) -> Recipe:

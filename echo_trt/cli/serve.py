@@ -129,6 +129,7 @@ def service(
     job: ServeOptions, server: TritonServer | None, work: Path, stop: threading.Event, log: ProcessLog
 ) -> Supervisor:
     """Return an engine, in ``server`` if there is one, and the API server as one service."""
+    job = job.keeping_costs(work)
     engine = Triton(job, server, work, log) if server else EngineProcess(job, work, log)
     processes = [engine, ApiServer(job, log, engine.socket)] if job.openai_port else [engine]
     return Supervisor([processes], stop, log, job.drain_seconds, lambda: _urls(job))

@@ -23,6 +23,7 @@ from echo_trt.engine.drafters.lookup import LookupDrafter
 from echo_trt.engine.kv_pool import KVPool, kv_pool
 from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.errors import UserError
+from echo_trt.files.extras import check_modules
 from echo_trt.speculation.goodput.model.ngrams import NGrams
 from echo_trt.speculation.planner import Planner
 from echo_trt.speculation.policies import reserve_for
@@ -95,6 +96,8 @@ def load_networks(
             f"{folder / MANIFEST}: eos_token_ids has {ends} ids, but a request stops at {MAX_STOP_TOKENS} at most; "
             "build the bundle again."
         )
+    kind = engine_kind(manifest.engine)
+    check_modules(f"engine {kind.name}", kind.modules, kind.extra)
     verify_files(folder, manifest)
     recipe = manifest.recipe
     limits, reserve = recipe.limits, reserve_for(recipe.decoding.model_dump())

@@ -27,11 +27,17 @@ def available_memory(root: Path = Path("/")) -> int:
     A container's limit is such a group's. ``root``: the folder that has ``proc`` and ``sys``.
     """
     free: int = psutil.virtual_memory().available
-    return max(min([free, *_left_in_groups(root)]), 0)
+    return max(min([free, *(left for _, left in _groups(root))]), 0)
 
 
-def _left_in_groups(root: Path) -> Iterator[int]:
-    """Yield the bytes that are left in the memory groups of this process, and in the groups around them."""
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """Return the bytes that this process's control groups may take, such as a container's; None: all there are."""
+    limit = min((maximum for maximum, _ in _groups(root)), default=None)
+    return limit if limit and limit < psutil.virtual_memory().total else None
+
+
+def _groups(root: Path) -> Iterator[tuple[int, int]]:
+    """Yield the limits of this process's memory groups and of those around them, and the bytes that each has left."""
     lines: list[str] = []
     with suppress(OSError):  # no Linux
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -48,7 +54,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
                     folder = root / "sys/fs/cgroup" / group_path / group
                     maximum, used = (int((folder / name).read_text()) for name in (limit, use))
                     pairs = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                    yield maximum - used + sum(int(value) for key, value in pairs if key in caches)
+                    yield maximum, maximum - used + sum(int(value) for key, value in pairs if key in caches)
 
 
 def bytes_in(name: str, text: str) -> int:

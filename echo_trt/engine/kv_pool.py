@@ -9,13 +9,16 @@ from typing import Any
 
 from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.manifest import Manifest
-from echo_trt.engine.host_memory import OPTION, available_memory, gigabytes
+from echo_trt.engine.host_memory import OPTION, available_memory, gigabytes, memory_limit
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import BLOCK
 
 #: Share of the memory beside the weights that a pool on a CPU may take, where nobody chooses. Larger: more requests at
 #: once and a larger prefix cache, and less memory for other programs and for passes over long prompts.
 SHARE = 0.5
+#: Bytes of a server's processes on a CPU, measured, and tokens of a long pass, whose logits come on top. Larger: more
+#: containers are refused.
+PROCESSES, PASS = 400_000_000, 1024
 
 
 @dataclass(frozen=True)
@@ -80,16 +83,34 @@ def kv_pool(
     size, needed = block_bytes(manifest.engine, networks), manifest.recipe.request_blocks
     wanted, available = needed * (batch or limits.batch), None
     states = 4 * manifest.target.state_values * (batch or limits.batch)
+    maximum = limits.kv_blocks or wanted
     if engine_kind(manifest.engine).on_host:
-        available = available_memory() // processes - _weights(folder, manifest) - states
+        fixed = _weights(folder, manifest) + states
+        available = available_memory() // processes - fixed
+        if limit := memory_limit():
+            fixed += PROCESSES + 4 * PASS * manifest.target.vocab_size
+            maximum = min(maximum, _under_limit(limit // processes, fixed, needed * size, limits.context) // size)
     if memory is not None:
         blocks = _chosen(manifest, memory, size)
     elif limits.kv_blocks or available is None:
-        blocks = limits.kv_blocks or wanted
+        blocks = maximum
     else:
         _check_available(available, size, needed, limits.context)
-        blocks = min(wanted, max(int(SHARE * available) // size, needed))
+        blocks = min(maximum, max(int(SHARE * available) // size, needed))
     return KVPool(blocks, size, needed, limits.context, available, states)
+
+
+def _under_limit(limit: int, fixed: int, needed: int, context: int) -> int:
+    """Return the bytes that a limit of memory leaves for a pool, beside ``fixed`` ones. Raises UserError for too few.
+
+    needed  bytes of one request of ``context`` tokens
+    """
+    if limit < fixed + needed:
+        raise UserError(
+            f"this container's memory limit is {limit / 1e9:.2f} GB, but the bundle needs {(fixed + needed) / 1e9:.2f} "
+            f"GB, of them {gigabytes(needed)} for one request of limits.context {context:,} tokens; raise the limit."
+        )
+    return limit - fixed
 
 
 def _chosen(manifest: Manifest, memory: int, size: int) -> int:

@@ -51,11 +51,13 @@ class LLM:
         prefix_cache: bool | None = None,
         special_tokens_in_content: bool = False,
         kv_cache_memory: int | None = None,
+        costs: Path | None = None,
     ):
         """``policy``, ``batch`` (running requests), ``budget`` (K_max) and ``prefix_cache`` override the recipe's.
 
         ``kv_cache_memory``: bytes of the KV pool; by default the recipe's blocks, or on a CPU what the memory has room
         for, up to a whole context for each running request.
+        ``costs``: a file, or its folder, that keeps what passes cost on this machine; by default the bundle does.
         ``note`` is told, in a sentence, what a user should know of the start. With ``special_tokens_in_content`` a
         control token's name in a prompt, such as ``<|im_end|>``, becomes that token; else it is text.
         """
@@ -71,7 +73,7 @@ class LLM:
         self.pool = self.networks.pool
         if self.pool.warning:
             note(self.pool.warning)
-        self.tuning = Tuning(folder, self.networks, note)
+        self.tuning = Tuning(folder, self.networks, note, costs)
         self._planners: dict[tuple[str, int | None], Planner] = {}
         self.loop = self.networks.loop(self._planner(policy, budget))
         self.tokenizer = load_tokenizer(folder)
@@ -148,7 +150,7 @@ class LLM:
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         ids = [
-            self.tokenizer(encodable(prompt, f"prompts[{index}]"))["input_ids"] if isinstance(prompt, str) else prompt
+            self.tokenizer.encode(encodable(prompt, f"prompts[{index}]")) if isinstance(prompt, str) else prompt
             for index, prompt in enumerate(prompts)
         ]
         return self._deltas("prompts", ids, params, loop)

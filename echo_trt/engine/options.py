@@ -103,6 +103,14 @@ KVCacheMemory = Annotated[
 ]
 Flag = Annotated[bool, Parameter(show_default=False)]  # off where it is not given
 LogFormat = Annotated[Literal["text", "json"], Parameter(help="How the log is written: lines of text, or of JSON.")]
+CostsFile = Annotated[
+    Path | None,
+    Parameter(
+        metavar="FILE",
+        help="File, or folder of the file, that keeps what passes cost on this machine. Default: costs.json in the "
+        "bundle.",
+    ),
+]
 SpecialTokens = Annotated[
     Flag,
     Parameter(help="Take <|im_end|> and the like in a message for the control token. Default: for text."),
@@ -119,6 +127,7 @@ class EngineOptions:
     policy_file: PolicyFile = None
     batch: BatchSize = None
     kv_cache_memory: KVCacheMemory = None
+    costs: CostsFile = None
     others: ClassVar[tuple[str, ...]] = ()  # names of a subclass's options that are handed on
 
     @property
@@ -129,6 +138,7 @@ class EngineOptions:
             "policy-file": self.policy_file and self.policy_file.resolve(),
             "batch": self.batch,
             "kv-cache-memory": None if self.kv_cache_memory is None else f"{self.kv_cache_memory}B",
+            "costs": self.costs and self.costs.resolve(),
             **{name.replace("_", "-"): getattr(self, name) for name in self.others},
         }
         return {name: "true" if value is True else str(value) for name, value in options.items() if value}

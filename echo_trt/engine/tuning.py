@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -31,11 +30,13 @@ USUAL_GATES = {1: 0.2, 3: 0.3}  # depth: threshold, where neither the recipe nor
 class Tuning:
     """Makes planners; measures this machine's costs when one first needs them.
 
-    ``note`` gets a sentence where something is missing or measured.
+    ``note`` gets a sentence where something is missing or measured. ``costs``: a file that keeps the costs, or its
+    folder; None: the bundle's costs.json, which is read besides.
     """
 
-    def __init__(self, folder: Path, networks: Networks, note: Callable[[str], None]):
+    def __init__(self, folder: Path, networks: Networks, note: Callable[[str], None], costs: Path | None = None):
         self._folder, self._manifest, self._networks = folder, networks.manifest, networks
+        self._kept = (costs / COSTS if costs.is_dir() else costs) if costs else folder / COSTS
         self._report, self._reported = note, set[str]()
 
     def _note(self, sentence: str) -> None:
@@ -48,9 +49,7 @@ class Tuning:
     def costs(self) -> CostTable:
         """Nothing may be running when this is asked for the first time."""
         networks, busy = self._networks, bool(self._networks.batch.active.any())
-        table, engine = read_costs(self._folder, self._manifest, machine(self._manifest), self._note), networks.target
-        if table and table.sizes != engine.sizes:
-            table = None  # of a version that padded passes otherwise
+        table = self._stored()
         if table and not busy and (times := times_as_long(table, networks)) > DOUBTED:
             reported = f"{COSTS} says that a pass takes {times:.1f} times as long as it does"
             self._note(f"{reported}: other work ran when it was measured")
@@ -63,15 +62,28 @@ class Tuning:
             table = self._measure()
         return table
 
+    def _stored(self) -> CostTable | None:
+        """Return the costs that were kept of this machine, by a version that padded passes as this one does."""
+        name = machine(self._manifest)
+        for path in dict.fromkeys((self._kept, self._folder / COSTS)):
+            table = read_costs(path, self._manifest, name, self._note)
+            if table and table.sizes == self._networks.target.sizes:
+                return table
+        return None
+
     def _measure(self) -> CostTable:
-        """Measure costs and keep them in the bundle. Those that other work disturbed are not kept, nor gone by."""
+        """Measure costs and keep them. Those that other work disturbed are not kept, nor gone by."""
         self._note("measuring what passes cost on this machine (some seconds, once; best while nothing else runs)")
         for _ in range(MEASUREMENTS):
             table = measure(self._networks)
             disturbed = disturbance(table)
             if not disturbed:
-                with contextlib.suppress(OSError):  # a bundle that cannot be written is measured at each start
-                    write(self._folder, COSTS, table)
+                try:
+                    write(self._kept.parent, self._kept.name, table)
+                except OSError as error:
+                    self._note(
+                        f"{self._kept} cannot be written ({error.strerror}): each start measures; give --costs FILE."
+                    )
                 return table
         self._note(
             f"other work disturbed that ({disturbed}), so no draft is taken to be worth its time; start again while "

@@ -1,11 +1,12 @@
 """What packages add: the lab to commands, backends as engines. Found by entry points, so that nothing names them.
 
-And what the extra "build" adds: the modules that compile a checkpoint.
+And the modules that extras of ours add: a command without them says which extra brings them.
 """
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -16,8 +17,8 @@ from echo_trt.errors import UserError
 
 #: The groups of engines (``backends.kind``) and drafters (``engine.drafters.kind``).
 ENGINES, DRAFTS = "engines", "drafts"
+BUILD = ("gguf", "nncf", "onnx", "onnxscript", "yaml")  # modules of the extra "build", beside PyTorch's
 LAB = ("bench", "calibrate", "inspect", "simulate")  # commands of echo-trt-lab
-BUILD = ("gguf", "nncf", "onnx", "onnxscript", "yaml")  # modules of the extra "build"
 CHECKOUT = Path(__file__).parents[2] / "pyproject.toml"
 
 
@@ -58,7 +59,12 @@ def of_lab(command: str, name: str) -> Any:
     return extra(command, name)
 
 
-def check_build() -> None:
-    """Refuse to build where a module that compiling needs is missing."""
-    if missing := ", ".join(name for name in BUILD if find_spec(name) is None):
-        raise UserError(f"a build needs {missing}, not installed here; run pip install 'echo-trt[build]'.")
+def absent_commands() -> list[str]:
+    """Return the lab's commands that this environment lacks."""
+    return [name for name in LAB if name not in registered("commands")]
+
+
+def check_modules(what: str, modules: Iterable[str], extra: str) -> None:
+    """Refuse ``what`` where a module that it needs is missing; ``extra``: which brings it."""
+    if missing := ", ".join(name for name in modules if find_spec(name) is None):
+        raise UserError(f"{what} needs {missing}, not installed here; run pip install 'echo-trt[{extra}]'.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import secrets
 from collections.abc import Mapping
@@ -10,11 +9,11 @@ from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError, meta, nodes
-from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from echo_trt.errors import UserError, shown
+from echo_trt.models.chat_template import GIVEN, compiled, render
 from echo_trt.models.messages import Messages, Tools, strings_in, with_short_ids
+from echo_trt.models.tokenizer import BundleTokenizer, added_tokens
 from echo_trt.models.tools_as_text import MARKS, tools_as_text
 
 BARE = "{{ messages | map(attribute='content') | join('\n') }}"  # the template of a tokenizer that has none
@@ -28,13 +27,6 @@ TOOL_CHAT = [{"role": role, "content": "x"} for role in ("user", "assistant", "t
 A_TOOL = {"type": "function", "function": {"name": "f", "description": "x", "parameters": {"type": "object"}}}
 MISTRALS = "[TOOL_CALLS]"  # in templates that insist on calls' ids of nine characters
 SYSTEM = "a system prompt"  # for trying whether a template writes one
-#: What templates are given by whoever renders them, and no request may set.
-GIVEN = frozenset(inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {
-    "messages",
-    "raise_exception",
-    "strftime_now",
-    *(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
-}
 
 
 class ChatEncoder:
@@ -51,10 +43,10 @@ class ChatEncoder:
     # The template's source gets aliases, which no message can guess, for the names of control tokens. In a rendered
     # text an alias therefore comes from the template and a name from a message, however contents are transformed.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, special_tokens_in_content: bool = False):
+    def __init__(self, tokenizer: BundleTokenizer, special_tokens_in_content: bool = False):
         self._tokenizer = tokenizer
         self._bare = not tokenizer.chat_template
-        self._template = BARE if self._bare else tokenizer.get_chat_template()
+        self._template = BARE if self._bare else tokenizer.chat_template
         self._variables: dict[str, str] = {}  # aliases for the template's variables, such as bos_token
         self._key = f"\ue000{secrets.randbits(128)}:"  # without letters and spaces, which a template might change
         self._alias = re.compile(f"{self._key}([0-9]+)\ue001")
@@ -64,13 +56,13 @@ class ChatEncoder:
     @property
     def source(self) -> str:
         """The template as the tokenizer has it; empty where it has none."""
-        return "" if self._bare else self._tokenizer.get_chat_template()
+        return "" if self._bare else str(self._tokenizer.chat_template)
 
     @cached_property
     def variables(self) -> frozenset[str]:
         """Names that the template reads and a request may set, such as enable_thinking."""
         try:
-            environment = _compile_jinja_template(self.source).environment
+            environment = compiled(self.source).environment
             tree = environment.parse(self.source)
         except TemplateError:  # it fails when it is rendered, too
             return frozenset()
@@ -88,7 +80,7 @@ class ChatEncoder:
     def tokens(self) -> list[str]:
         """Names of added tokens that the template writes, or that stand around calls in tools as text."""
         marks = {*MARKS} - {*self._names.values()}
-        return [name for name in self._tokenizer.get_added_vocab() if name in self.source or name in marks]
+        return [name for name in added_tokens(self._tokenizer) if name in self.source or name in marks]
 
     @cached_property
     def _takes_system(self) -> bool:
@@ -140,7 +132,7 @@ class ChatEncoder:
                 around.update(self._encoded([rendered]))
         return {
             token: added.content
-            for token, added in self._tokenizer.added_tokens_decoder.items()
+            for token, added in self._tokenizer.backend_tokenizer.get_added_tokens_decoder().items()
             if added.special or (token in around and not added.content.isspace())  # "\n" is an added token of Gemma's
         }
 
@@ -180,15 +172,8 @@ class ChatEncoder:
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the text of a chat, with aliases; ``answer``: up to where an answer begins."""
-        return self._tokenizer.apply_chat_template(
-            messages,
-            tools=list(tools) if tools else None,
-            chat_template=self._template,
-            add_generation_prompt=answer,
-            tokenize=False,
-            **self._variables,
-            **(kwargs or {}),
-        )
+        variables = {**self._tokenizer.special_tokens_map, **self._variables, **(kwargs or {})}
+        return render(self._template, messages, tools, answer, variables)
 
     def _is_clean(self, ids: list[int], rendered: str) -> bool:
         """Return whether all control tokens among ``ids`` come from the template."""
@@ -205,12 +190,11 @@ class ChatEncoder:
     def _encoded(self, pieces: list[str]) -> list[int]:
         """Encode a text in pieces; no token spans two of them."""
         first, *rest = [self._alias.sub(lambda match: self._names[int(match[1])], piece) for piece in pieces]
-        ids = self._tokenizer(first, add_special_tokens=self._bare)["input_ids"]
+        backend = self._tokenizer.backend_tokenizer
+        ids: list[int] = backend.encode(first, add_special_tokens=self._bare).ids
         if not rest:
             return ids
-        # SentencePiece puts a space before a text, but not after a line's end. The tokenizer is called without
-        # transformers, which is slow on many short texts; the call above has switched off truncation and padding.
-        backend = self._tokenizer.backend_tokenizer
+        # SentencePiece puts a space before a text, but not after a line's end.
         batch = backend.encode_batch_fast(["\n", *("\n" + piece for piece in rest)], add_special_tokens=False)
         line_end, *others = (encoding.ids for encoding in batch)
         for piece, encoded in zip(rest, others, strict=True):

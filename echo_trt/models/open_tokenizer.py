@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import _compile_jinja_template
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from echo_trt.errors import UserError
+from echo_trt.models.chat_template import compiled
 from echo_trt.models.checkpoint import Checkpoint
-from echo_trt.models.tokenizer import load_tokenizer
 
 
 def read_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> PreTrainedTokenizerFast:
@@ -20,7 +19,15 @@ def read_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> PreTra
     index = folder or checkpoint.path
     if not (index / "tokenizer.json").exists():
         raise UserError(f"{index / 'tokenizer.json'} is missing; add it, or name its folder in the recipe's tokenizer.")
-    return load_tokenizer(index)
+    return checkpoint_tokenizer(index)
+
+
+def checkpoint_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load a checkpoint's tokenizer; AutoTokenizer knows which class it takes. Raises UserError."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:200]}).") from error
 
 
 def check_same_tokens(target: PreTrainedTokenizerFast, draft: PreTrainedTokenizerFast, where: str) -> None:
@@ -40,7 +47,7 @@ def read_template(path: Path) -> str:
     """Read a chat template (Jinja), and refuse one that does not compile."""
     try:
         source = path.read_text(encoding="utf-8")
-        _compile_jinja_template(source)
+        compiled(source)
     except (OSError, UnicodeDecodeError, TemplateError) as error:
         reason = " ".join(str(error).split()).split(". ")[0][:200].rstrip(".")
         raise UserError(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from echo_trt.models.tokenizer import BundleTokenizer
+
+#: Bytes that a byte-level vocabulary writes as the characters of their codes; it counts the others from 256 on.
+_PRINTED = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
+BYTES = {chr(byte): byte for byte in _PRINTED} | {chr(256 + index): byte for index, byte in enumerate(_OTHERS)}
 
 
 class TokenTexts:
     """The texts of a tokenizer's tokens, for byte-level vocabularies and SentencePiece's with byte fallback."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, tokenizer: BundleTokenizer):
         backend = tokenizer.backend_tokenizer
         self._piece = backend.id_to_token
         self._added = backend.get_added_tokens_decoder()
-        letters = {letter: byte for byte, letter in bytes_to_unicode().items()}  # GPT-2's table
-        self._bytes = letters if "ByteLevel" in repr(backend.decoder) else None
+        self._bytes = BYTES if "ByteLevel" in repr(backend.decoder) else None
         self._raw: dict[int, bytes] = {}  # some 100 bytes for each token that was asked for
 
     def is_special(self, token: int) -> bool:

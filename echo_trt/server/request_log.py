@@ -113,10 +113,14 @@ class Repeated:
 
 
 class RequestLog:
-    """The outermost layer: each request has an id, in its answer and in all lines of the log, and a line at its end."""
+    """The outermost layer: each request has an id, in its answer and in all lines of the log, and a line at its end.
+
+    Probes that find the engine away have one line, until one finds it well again.
+    """
 
     def __init__(self, app: ASGIApp, lines: RequestLines, keys: Keys | None):
         self.app, self._lines, self._keys = app, lines, keys
+        self._failing = set[str]()  # paths whose last probe failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -155,8 +159,11 @@ class RequestLog:
         status = error.get("status") or record.status or HUNG_UP
         if status < 400 and "cancelled" in ended.get("finish_reason", ""):
             status = HUNG_UP
-        if status < 400 and scope["path"] in OPEN:
-            return
+        if scope["path"] in OPEN:
+            reported = scope["path"] in self._failing
+            (self._failing.add if status >= 500 else self._failing.discard)(scope["path"])
+            if status < 400 or (status >= 500 and reported):
+                return
         fields = {"method": scope["method"], "path": scope["path"][:LONGEST], "status": status}
         key = scope.get("key")
         fields["key"] = self._keys.ordinal(key) if self._keys and key else None

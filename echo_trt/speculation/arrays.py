@@ -2,14 +2,19 @@
 
 An iteration's decisions are a few thousand operations. As array calls they are a few hundred, of some microseconds of
 overhead each; compiled, they take a tenth of that. numba keeps the machine code in a cache beside the module, or
-in NUMBA_CACHE_DIR, so that only the first import on a machine takes seconds.
+in NUMBA_CACHE_DIR, so that only the first import on a machine takes seconds. An image has it from its build.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,12 +36,26 @@ def compiled(signature: str | None = None) -> Callable[[Loops], Loops]:
             return function
         types = [signature] if signature else []
         try:
+            beside = Path(function.__code__.co_filename).with_name("__pycache__")
+            _bring_code(beside, Path(njit(cache=True)(function).stats.cache_path))
             machine_code: Loops = njit(*types, cache=True)(function)
         except RuntimeError:  # no folder of numba's can be written: compiled anew in each process
             machine_code = njit(*types)(function)
         return machine_code
 
     return compile_
+
+
+@cache
+def _bring_code(kept: Path, used: Path) -> None:
+    """Copy machine code that is ``kept`` beside modules, as in an image, to the other folder that numba uses."""
+    if kept == used:  # which can be written
+        return
+    for file in sorted(kept.glob("*.nb?")):  # code, and then the index that names it
+        with suppress(OSError):
+            part = used / f"{file.name}.{os.getpid()}"
+            shutil.copy(file, part)
+            part.rename(used / file.name)
 
 
 def begins(counts: np.ndarray) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -42,6 +44,10 @@ class ServeOptions(ApiOptions, HostedOptions):
             validator=bounds(0),
         ),
     ] = 0
+
+    def keeping_costs(self, work: Path) -> ServeOptions:
+        """Let costs that a read-only bundle cannot keep outlive an engine in ``work``, until this server ends."""
+        return self if self.costs or os.access(self.bundle, os.W_OK) else replace(self, costs=work / "costs.json")
 
     @property
     def given_triton_ports(self) -> list[str]:

@@ -16,6 +16,7 @@ from functools import partial
 
 import psutil
 
+from echo_trt.engine.host_memory import gigabytes, memory_limit
 from echo_trt.files.log import Line, line, read, written
 
 _LIBC = ctypes.CDLL(None)
@@ -91,7 +92,7 @@ class Process:
     def ended(self) -> str:
         """How it has ended, in words."""
         code = self.exit_code or 0
-        return f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
+        return f"signal {-code}, {signal.strsignal(-code)}{_of_memory(code)}" if code < 0 else f"exit code {code}"
 
     def children(self) -> set[int]:
         """Return ids of the processes that it started itself, with those that died and were not waited for."""
@@ -112,7 +113,7 @@ class Process:
         """Return the likely reason of its end, in a clause."""
         self._relay.join(1)  # seconds, since a grandchild may hold the pipe open
         code = self._child.poll() or 0
-        return f"signal {-code} ended it" if code < 0 else reason(self.lines)
+        return f"signal {-code} ended it{_of_memory(code)}" if code < 0 else reason(self.lines)
 
     def terminate(self) -> None:
         if self.alive:
@@ -171,6 +172,12 @@ def reason(lines: Iterable[str]) -> str:
     for mark in ("UserError: ", "error: "):
         line = line.split(mark, 1)[-1]
     return " ".join(line.split()).rstrip(".")[:400]
+
+
+def _of_memory(code: int) -> str:
+    """Say with which limit the kernel may have killed a process, if it ended so and there is one."""
+    limit = memory_limit() if code == -signal.SIGKILL else None
+    return f", as the kernel does where this container's memory limit, {gigabytes(limit)}, is reached" if limit else ""
 
 
 def _prepare(stack: int | None) -> None:

@@ -31,9 +31,8 @@ from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.hybrid_config import HybridConfig, mtp_config
 from echo_trt.models.mtp import MtpHead
 from echo_trt.models.open_checkpoint import open_checkpoint
-from echo_trt.models.open_tokenizer import read_template
+from echo_trt.models.open_tokenizer import checkpoint_tokenizer, read_template
 from echo_trt.models.read_config import decoder_config, eagle3_config, is_eagle3
-from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.models.weights import decoder_class, decoder_sources, eagle3_sources, heights, mtp_sources
 from echo_trt.sizing.shapes import config_of
 
@@ -74,7 +73,7 @@ def _stand_in(source: Source, recipe_folder: Path, vocabulary: int) -> PreTraine
     """
     own = recipe_folder / (source.path or "")
     if source.path and (own / "tokenizer.json").exists():
-        return load_tokenizer(own)
+        return checkpoint_tokenizer(own)
     default = load_recipe(shipped_folder() / STAND_IN).target
     try:
         tokenizer = open_checkpoint(locate(default, shipped_folder())).tokenizer()  # type: ignore[attr-defined]

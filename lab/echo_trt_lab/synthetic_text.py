@@ -152,7 +152,7 @@ def synthetic_text(folder: Path, manifest: Manifest, rates: Rates) -> HashedText
 
     Raises UserError for a bundle whose draft has no network to take the place of.
     """
-    from echo_trt.models.tokenizer import load_tokenizer  # not where texts are of token ids alone
+    from echo_trt.models.tokenizer import added_tokens, load_tokenizer  # not where texts are of token ids alone
 
     if not draft_kind(manifest.recipe.draft.kind).network:
         raise UserError(
@@ -160,7 +160,7 @@ def synthetic_text(folder: Path, manifest: Manifest, rates: Rates) -> HashedText
             f"{manifest.recipe.draft.kind}; build it with --draft."
         )
     tokenizer = load_tokenizer(folder)
-    special = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids, *manifest.eos_token_ids}
+    special = {*added_tokens(tokenizer).values(), *manifest.eos_token_ids}
     known = {token: id for token, id in tokenizer.get_vocab().items() if id < manifest.target.vocab_size}
     words = [id for token, id in known.items() if WORD.fullmatch(token)]
     ordinary = np.array(sorted({*(words if len(words) >= MIN_WORDS else known.values())} - special), np.int64)

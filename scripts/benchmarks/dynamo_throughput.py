@@ -84,7 +84,7 @@ def alone(bundle: Path, load: Load) -> None:
     from echo_trt.engine.service.service import Service
 
     llm = LLM(bundle)
-    prompts = [llm.tokenizer(load.prompt(i))["input_ids"] for i in range(load.requests)]
+    prompts = [llm.tokenizer.encode(load.prompt(i)) for i in range(load.requests)]
     service = Service(llm, load.requests)
     params = SamplingParams(load.tokens, ignore_eos=True)
 

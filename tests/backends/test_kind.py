@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +69,16 @@ def test_the_command_line_offers_it(other):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "openvino, other, tensorrt, torch" in " ".join(done.stdout.split())
+
+
+def test_an_engine_whose_modules_are_missing_says_which_extra_brings_them(bundle_of, tmp_path, monkeypatch):
+    bundle = shutil.copytree(bundle_of("lookup"), tmp_path / "bundle")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["engine"] = manifest["recipe"]["engine"] = "torch"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr("echo_trt.files.extras.find_spec", lambda name: None)
+    with refused("engine torch needs safetensors, torch, transformers, not installed", "'echo-trt[torch]'"):
+        LLM(bundle)
 
 
 def test_a_record_imports_no_engine():

@@ -16,6 +16,7 @@ from echo_trt.engine.llm import LLM
 from echo_trt.engine.measure import machine
 from echo_trt.errors import UserError
 from echo_trt.speculation.goodput.model.acceptance import CALIBRATED, KNOTS, knots
+from echo_trt.supervision.options import ServeOptions
 
 TARGET, DRAFT = "1" * 64, "2" * 64
 
@@ -64,7 +65,7 @@ def test_what_is_written_is_read_again(tmp_path, manifest):
     assert stored.model().table.shape == (len(CALIBRATED), 3, KNOTS)
     assert stored.model().children.shape == (3, 2, 2)
     write(tmp_path, COSTS, costs(machine(manifest)))
-    table = read_costs(tmp_path, manifest, machine(manifest), pytest.fail)
+    table = read_costs(tmp_path / COSTS, manifest, machine(manifest), pytest.fail)
     assert table == costs(machine(manifest))
     assert table.costs().target(2, 1000) == pytest.approx(0.01 + 0.01 / 3 + 1e-3)
     assert sorted(p.name for p in tmp_path.iterdir()) == [CALIBRATION, COSTS]  # nothing half-written
@@ -86,10 +87,10 @@ def test_costs_of_another_card_are_not_used(tmp_path, manifest, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     write(tmp_path, COSTS, costs(machine(on_gpus)))
-    assert read_costs(tmp_path, on_gpus, machine(on_gpus), pytest.fail)
+    assert read_costs(tmp_path / COSTS, on_gpus, machine(on_gpus), pytest.fail)
     assert "H100" not in machine(manifest)  # OpenVINO's computes on the CPU
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA L40S")
-    assert read_costs(tmp_path, on_gpus, machine(on_gpus), pytest.fail) is None
+    assert read_costs(tmp_path / COSTS, on_gpus, machine(on_gpus), pytest.fail) is None
 
 
 BROKEN = [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"format": 1}', b"null"]
@@ -106,7 +107,7 @@ def test_a_broken_file_is_named(content, tmp_path, manifest):
 
 def assert_measured_again(folder: Path, manifest: Manifest, *words: str) -> None:
     reported = []
-    assert read_costs(folder, manifest, machine(manifest), reported.append) is None
+    assert read_costs(folder / COSTS, manifest, machine(manifest), reported.append) is None
     assert len(reported) == 1
     with refused(folder / COSTS, "it is measured again", *words):
         raise UserError(reported[0])
@@ -183,7 +184,39 @@ def test_costs_without_the_draft_of_a_bundle_that_has_one_are_not_used(tmp_path,
     manifest = read_manifest(bundle_of("model"))
     none = CurveTable(sizes=[1], seconds=[0.0])
     write(tmp_path, COSTS, costs(machine(manifest)).model_copy(update={"draft": none}))
-    assert read_costs(tmp_path, manifest, machine(manifest), pytest.fail) is None
+    assert read_costs(tmp_path / COSTS, manifest, machine(manifest), pytest.fail) is None
+
+
+def test_costs_are_kept_in_a_file_of_their_own_and_taken_on_such_a_machine_alone(tmp_path, bundle_of):
+    bundle, reported = Path(shutil.copytree(bundle_of("lookup"), tmp_path / "bundle")), []
+    (bundle / COSTS).unlink(missing_ok=True)
+    folder = tmp_path / "costs"
+    folder.mkdir()
+
+    def measured(costs: Path) -> bool:
+        reported.clear()
+        LLM(bundle, "goodput", note=reported.append, costs=costs)
+        return any("measuring what passes cost" in note for note in reported)
+
+    assert measured(folder)
+    assert not (bundle / COSTS).exists()
+    assert not measured(folder / COSTS)
+    (bundle / COSTS).write_text((folder / COSTS).read_text())
+    assert not measured(tmp_path / "none.json")  # the bundle's own are read besides
+    (bundle / COSTS).unlink()
+    table = json.loads((folder / COSTS).read_text())
+    (folder / COSTS).write_text(json.dumps(table | {"machine": "another"}))
+    assert measured(folder)
+
+
+def test_costs_that_a_read_only_bundle_cannot_keep_are_the_server_s(tmp_path, monkeypatch):
+    job = ServeOptions(tmp_path)
+    assert job.keeping_costs(tmp_path / "work") is job
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    kept = job.keeping_costs(tmp_path / "work")
+    assert f"--costs={tmp_path.resolve()}/work/costs.json" in kept.words
+    own = ServeOptions(tmp_path, costs=tmp_path / "own.json")
+    assert own.keeping_costs(tmp_path / "work") is own
 
 
 def test_a_start_makes_damaged_costs_anew(tmp_path, bundle_of):
@@ -192,4 +225,4 @@ def test_a_start_makes_damaged_costs_anew(tmp_path, bundle_of):
     reported = []
     LLM(bundle, "goodput", note=reported.append)
     assert any("format is not valid" in note for note in reported)
-    assert read_costs(bundle, read_manifest(bundle), machine(read_manifest(bundle)), pytest.fail) is not None
+    assert read_costs(bundle / COSTS, read_manifest(bundle), machine(read_manifest(bundle)), pytest.fail) is not None

@@ -94,7 +94,7 @@ def test_a_prompt_holds_control_tokens_only_with_the_option(echo_trt, bundle_of,
     texts = []
     for words in ((), ("--special-tokens-in-content",)):
         llm = LLM(bundle_of("close"), special_tokens_in_content=bool(words))
-        end = llm.tokenizer.convert_tokens_to_ids(END)
+        end = llm.tokenizer.backend_tokenizer.token_to_id(END)
         assert llm.chat_ids(prompt).count(end) - llm.chat_ids("x").count(end) == (2 if words else 0)
         (wanted,) = llm.chat([{"role": "user", "content": prompt}], SamplingParams(12))
         (result,) = generated(echo_trt, tmp_path, bundle_of("close"), prompt, *words)["results"]
@@ -242,10 +242,22 @@ def without_lab(monkeypatch):
 
 
 def test_without_what_compiles_a_build_is_refused_at_once(echo_trt, monkeypatch):
-    monkeypatch.setattr("echo_trt.files.extras.BUILD", ("json", "onnx_a"))
+    monkeypatch.setattr("echo_trt.cli.app.BUILD", ("json", "onnx_a"))
     outcome = echo_trt("build", "smollm2-135m")
     assert outcome.code == 2
     assert outcome.err == "error: a build needs onnx_a, not installed here; run pip install 'echo-trt[build]'.\n"
+
+
+@pytest.mark.parametrize("words", [("bench", "b"), ("simulate", "x", "--help"), ("inspect",), ("calibrate", "-x")])
+def test_a_command_of_the_lab_says_what_brings_it(words):
+    code = (
+        "from echo_trt.files import extras; extras.registered = lambda group: ()\n"
+        "import importlib.metadata; importlib.metadata.entry_points = lambda **group: ()\n"
+        "from echo_trt.cli.app import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
+    told = f"error: {words[0]} is a command of echo-trt-lab, not installed here; run pip install ./lab.\n"
+    assert (done.returncode, done.stderr) == (2, told)
 
 
 def test_without_the_lab_a_text_has_no_colours(echo_trt, bundle_of, without_lab):

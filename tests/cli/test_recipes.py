@@ -20,6 +20,7 @@ from echo_trt.backends.kind import built_as
 from echo_trt.backends.self_check import BOUNDS
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.bundle.read_recipe import load_recipe
+from echo_trt.cli import recipes
 from echo_trt.cli.options import BuildOptions
 from echo_trt.cli.recipes import RECIPES, recipe_for, sized
 from echo_trt.engine.kv_pool import kv_pool
@@ -209,6 +210,20 @@ def test_a_mistyped_name_imports_no_engine(words):
     )
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
     assert done.stdout == "2\n", done.stderr
+
+
+def test_a_server_s_wheel_has_recipes_and_the_lab_s_the_heads(tmp_path, monkeypatch):
+    whole = recipes.RECIPES
+    shutil.copytree(whole, tmp_path / "recipes", ignore=shutil.ignore_patterns("heads"))
+    monkeypatch.setattr(recipes, "RECIPES", tmp_path / "none")
+    monkeypatch.setattr(recipes, "PACKAGED", tmp_path / "recipes")
+    monkeypatch.setattr(recipes, "registered", lambda group: ())
+    with refused("recipe smollm2-135m has a head that comes with echo-trt-lab", "pip install ./lab"):
+        recipe_for("smollm2-135m")
+    assert recipe_for("qwen3-8b")[0].name == "qwen3-8b"
+    monkeypatch.setattr(recipes, "registered", lambda group: ("folder",))
+    monkeypatch.setattr(recipes, "extra", lambda group, name: whole)
+    assert recipe_for("smollm2-135m")[1] == whole
 
 
 def test_a_gguf_file_is_known_by_its_first_bytes(tmp_path):

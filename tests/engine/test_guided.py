@@ -33,7 +33,7 @@ def begin(llm: LLM, **params) -> State:
 
 
 def ids(llm: LLM, text: str) -> list[int]:
-    return llm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return llm.tokenizer.encode(text, add_special_tokens=False)
 
 
 def test_forbidden_proposals_give_their_probability_to_the_allowed_ones(llm):
@@ -144,7 +144,7 @@ def test_a_request_without_stop_tokens_ends_where_its_thought_cannot_close(think
 
 def test_a_thought_whose_end_may_not_come_yet_is_refused(thinker):
     """The budget asks for the token that ends the text, ``min_tokens`` forbids it."""
-    closes = thinker.tokenizer.convert_tokens_to_ids("</think>")
+    closes = thinker.tokenizer.backend_tokenizer.token_to_id("</think>")
     requested = {"thinking_token_budget": 5, "stop_token_ids": (closes,), "ignore_eos": True}
     prompt = thinker.chat_ids("hello")
     with refused("min_tokens is 6", "thinking_token_budget", "</think>", "stop_token_ids", "up to 5"):

@@ -10,7 +10,7 @@ from refusal import refused
 
 from echo_trt.bundle.manifest import Manifest, read_manifest
 from echo_trt.engine import kv_pool as module
-from echo_trt.engine.host_memory import available_memory, bytes_in
+from echo_trt.engine.host_memory import available_memory, bytes_in, memory_limit
 from echo_trt.engine.kv_pool import SHARE, KVPool, kv_pool
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
@@ -117,8 +117,10 @@ def test_a_container_s_limit_counts(inside, tmp_path):
         tmp_path, "" if inside else "docker/abc", memory__max="9000000\n", memory__current="9000\n", memory__stat=stat
     )
     assert available_memory(tmp_path) == 9_000_000 - 9000 + 1500
+    assert memory_limit(tmp_path) == 9_000_000
     group(tmp_path, "" if inside else "docker/abc", memory__max="max\n")
     assert available_memory(tmp_path) > 100 * 2**20
+    assert memory_limit(tmp_path) is None
     path.write_text("5:cpu,cpuacct:/other\n4:memory:/docker/abc\n0::/\n")
     stat = "active_file 7\ntotal_active_file 1000\ntotal_inactive_file 500\n"
     files = {"memory__usage_in_bytes": "9000\n", "memory__stat": stat}
@@ -126,6 +128,22 @@ def test_a_container_s_limit_counts(inside, tmp_path):
     assert available_memory(tmp_path) == 5_000_000 - 9000 + 1500
     group(tmp_path, "memory", memory__limit_in_bytes="6000\n", **files)
     assert available_memory(tmp_path) == 0
+
+
+def test_a_container_too_small_is_refused_with_its_limit_and_the_need(bundle_of, with_limits, monkeypatch):
+    pool = pool_of(bundle_of("lookup"))
+    manifest = read_manifest(bundle_of("lookup"))
+    need = module._weights(bundle_of("lookup"), manifest) + pool.request_blocks * pool.block_bytes
+    need += module.PROCESSES + 4 * module.PASS * manifest.target.vocab_size
+    monkeypatch.setattr(module, "memory_limit", lambda: need - 1)
+    for given in ({}, {"memory": 2**30}):
+        with refused(
+            f"memory limit is {need / 1e9:.2f} GB, but the bundle needs {need / 1e9:.2f} GB", "raise the limit"
+        ):
+            pool_of(bundle_of("lookup"), **given)
+    monkeypatch.setattr(module, "memory_limit", lambda: need)
+    folder = with_limits("lookup", kv_blocks=10**6)
+    assert pool_of(folder).blocks == pool.request_blocks  # a recipe's pool gives way
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from byte_tokenizer import ASSISTANT, END, USER
 from driving import assert_all_free, prompt_ids
 from refusal import refused
+from transformers import PreTrainedTokenizerFast
 
 import echo_trt
 from echo_trt import errors
@@ -27,8 +28,11 @@ def llm(open_llm):
     return open_llm("close", "echo", 3)
 
 
-def ids(llm, conversation: list[dict[str, str]]) -> list[int]:
-    return llm.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+@pytest.fixture(scope="module")
+def ids(bundle_of):
+    """Return transformers' token ids of a conversation."""
+    theirs = PreTrainedTokenizerFast.from_pretrained(bundle_of("close"))
+    return lambda chat: theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
 
 @pytest.mark.parametrize(
@@ -44,23 +48,23 @@ def test_what_needs_no_network_imports_nothing_heavy(program):
 
 def test_generate_continues_a_text_as_it_is(llm):
     text = f"the theme{END}{ASSISTANT}café{USER}"  # names of control tokens are control tokens, as in /v1/completions
-    raw = llm.tokenizer(text)["input_ids"]
+    raw = llm.tokenizer.encode(text)
     from_text, from_ids = llm.generate([text, raw], FEW)
     assert from_text == from_ids
     assert from_text.prompt_tokens == len(raw)
     assert from_text.token_ids != llm.chat([{"role": "user", "content": text}], FEW)[0].token_ids
 
 
-def test_chat_takes_one_conversation_or_several_and_returns_a_list(llm):
+def test_chat_takes_one_conversation_or_several_and_returns_a_list(llm, ids):
     alone = [llm.chat(each, FEW) for each in (TURN, TALK)]
     assert [len(each) for each in alone] == [1, 1]
     together = llm.chat([TURN, TALK], [FEW, FEW])
-    expected = llm.generate([ids(llm, TURN), ids(llm, TALK)], FEW)
+    expected = llm.generate([ids(TURN), ids(TALK)], FEW)
     for answers in (together, [each[0] for each in alone]):
         assert [(c.text, c.token_ids, c.prompt_tokens) for c in answers] == [
             (c.text, c.token_ids, c.prompt_tokens) for c in expected
         ]
-    assert llm.chat_ids("the theme of") == llm.chat_ids(TURN) == ids(llm, TURN)
+    assert llm.chat_ids("the theme of") == llm.chat_ids(TURN) == ids(TURN)
     assert llm.chat([]) == llm.generate([]) == []
 
 

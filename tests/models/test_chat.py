@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 
 from echo_trt.errors import UserError
 from echo_trt.models.chat import ChatEncoder
-from echo_trt.models.tokenizer import load_tokenizer
 
 DEFAULT = Path(__file__).parents[2] / "bundles/smollm2-135m"
 CORPUS = "the theme of a thing, naïve café, 50 € 😀🤖 日本語 and | im_end think user system; <|> </> " * 3
@@ -67,7 +66,7 @@ def sentence_piece(prepend: str = "first") -> PreTrainedTokenizerFast:
 
 def of_tests(folder: Path) -> PreTrainedTokenizerFast:
     write_tokenizer(folder)
-    return load_tokenizer(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def tokenizers(tmp_path_factory) -> dict[str, PreTrainedTokenizerFast]:
         "piece": sentence_piece(),
     }
     if DEFAULT.exists():
-        found["default"] = load_tokenizer(DEFAULT)
+        found["default"] = PreTrainedTokenizerFast.from_pretrained(DEFAULT)
     return found
 
 

@@ -9,7 +9,6 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from echo_trt.models.token_texts import TokenTexts
-from echo_trt.models.tokenizer import load_tokenizer
 
 
 def sentence_piece() -> PreTrainedTokenizerFast:
@@ -27,7 +26,7 @@ def sentence_piece() -> PreTrainedTokenizerFast:
 def tokenizers(tmp_path_factory) -> list[PreTrainedTokenizerFast]:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
-    return [load_tokenizer(folder), sentence_piece()]
+    return [PreTrainedTokenizerFast.from_pretrained(folder), sentence_piece()]
 
 
 @given(text=st.text(st.sampled_from("ab the. éß€日本😀🤖\u200d\n\t"), max_size=12))

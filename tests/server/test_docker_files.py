@@ -51,6 +51,11 @@ def tool(container: dict[str, Any]) -> list[str]:
     return [*container.get("entrypoint", ["echo-trt"]), *(container.get("args") or container.get("command") or [])]
 
 
+def _names(lines: list[str]) -> set[str]:
+    """Return the names of packages that lines of pyproject.toml ask for."""
+    return {re.match(r"[a-z0-9-]+", line)[0] for line in lines}
+
+
 @pytest.mark.parametrize("name", DOCKERFILES)
 class TestDockerfiles:
     def test_bases_are_pinned_stages_of_one_argument(self, name):
@@ -60,7 +65,7 @@ class TestDockerfiles:
         for base, stage in (words.split(" AS ") for word, words in lines if word == "FROM"):
             assert base in stages or pinned(arguments[base.strip("${}")]), base
             stages.add(stage)
-        assert stages == {"build", "runtime", "baked", "served"}
+        assert stages >= {"build", "runtime", "baked", "served"}
 
     def test_it_runs_as_nobody_special_and_is_asked_for_a_token(self, name):
         lines = instructions(name)
@@ -86,16 +91,15 @@ class TestDockerfiles:
     def test_requirements_are_pinned_to_the_last_version_and_miss_none_of_the_package(self, name):
         """They are installed with --no-deps. The GPU image's base has Triton; TensorRT is there by its full name."""
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        extras = () if name.endswith("cpu") else ("tensorrt",)
-        lines = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
-        wanted = {re.match(r"[a-z0-9-]+", line)[0] for line in lines}
+        extras = {of: _names(lines) - {"echo-trt"} for of, lines in project["optional-dependencies"].items()}
+        wanted = _names(project["dependencies"])
         if name.endswith("gpu"):
-            wanted = wanted - {"tensorrt"} | {"tensorrt-cu13"}
+            wanted |= extras["tensorrt"] - {"tensorrt"} | {"tensorrt-cu13"} | extras["torch"]
         have = requirements(name[-3:]).keys()
         assert wanted <= have
-        assert not have & requirements("build").keys(), "a server compiles nothing"
-        built = {re.match(r"[a-z0-9-]+", line)[0] for line in project["optional-dependencies"]["build"]}
-        assert built <= have | requirements("build").keys()
+        built = requirements("build").keys() | (requirements("torch").keys() if name.endswith("cpu") else set())
+        assert not have & built, "a server compiles nothing"
+        assert extras["build"] | extras["torch"] <= have | built
 
     def test_the_linter_finds_nothing(self, name):
         linter = shutil.which("hadolint", path=Path(sys.executable).parent)
@@ -187,6 +191,13 @@ def test_manifests_in_the_walk_through_fit_too():
     validate(pod, KUBERNETES, strict=True)
     mounted = _pod(documents("kubernetes/deployment.yaml")[0])["volumes"][0]["persistentVolumeClaim"]["claimName"]
     assert claim["metadata"]["name"] == mounted == pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]
+
+
+def test_the_docs_show_the_proxies_and_each_knows_two_replicas():
+    shown = re.findall(r"(?ms)^```\w*\n(.*?)^```", (ROOT / "docs/deployment.md").read_text())
+    for path in (DOCKER / "proxies").iterdir():
+        assert path.read_text() in shown, path.name
+        assert {"9000", "9001", "8080"} == set(re.findall(r"\b(?:9\d{3}|8080)\b", path.read_text())), path.name
 
 
 def test_the_docs_say_what_to_do_at_each_alert():

@@ -32,9 +32,9 @@ def tokenizer(long_bundle):
 
 def test_offsets_are_places_in_the_text_that_comes_back(client, tokenizer):
     """Special tokens among ids are no text; names that a client writes are. Bytes that are no character count one."""
-    user = tokenizer.convert_tokens_to_ids(USER)
-    cut = tokenizer("a😀b")["input_ids"]
-    for prompt in ([user, *tokenizer("the theme")["input_ids"]], f"the{USER}naïve 😀 theme", cut[:-2] + cut[-1:]):
+    user = tokenizer.backend_tokenizer.token_to_id(USER)
+    cut = tokenizer.encode("a😀b")
+    for prompt in ([user, *tokenizer.encode("the theme")], f"the{USER}naïve 😀 theme", cut[:-2] + cut[-1:]):
         choice = client.post("/v1/completions", json={**ASKED, "prompt": prompt}).json()["choices"][0]
         reported, text = choice["logprobs"], choice["text"]
         assert reported["text_offset"] == sorted(reported["text_offset"])
@@ -81,7 +81,7 @@ def test_a_deadline_within_the_prompt_is_504(requested, client):
 )
 def test_too_many_log_probabilities_of_prompts_are_refused_by_their_product(prompt, n, logprobs, client, tokenizer):
     prompts = prompt if isinstance(prompt[0], list) else [prompt]
-    tokens = sum(len(tokenizer(each)["input_ids"] if isinstance(each, str) else each) for each in prompts)
+    tokens = sum(len(tokenizer.encode(each) if isinstance(each, str) else each) for each in prompts)
     body = {**ASKED, "prompt": prompt, "n": n, "logprobs": logprobs, "max_tokens": 1}
     message = refused(client.post("/v1/completions", json=body), 400, "logprobs")
     assert f"{tokens} prompt tokens x n = {n} x {logprobs + 1} = {tokens * n * (logprobs + 1)} " in message
@@ -91,7 +91,7 @@ def test_too_many_log_probabilities_of_prompts_are_refused_by_their_product(prom
 
 def test_a_text_of_more_bytes_than_tokens_is_counted_by_its_tokens(client, tokenizer):
     prompt = "the theme of a thing, " * 40
-    tokens, n = len(tokenizer(prompt)["input_ids"]), 12
+    tokens, n = len(tokenizer.encode(prompt)), 12
     assert tokens * n * 21 <= MAX_PROMPT_LOGPROBS < len(prompt) * n * 21
     answer = client.post("/v1/completions", json={**ASKED, "prompt": prompt, "n": n, "logprobs": 20}).json()
     assert {choice["text"].startswith(prompt) for choice in answer["choices"]} == {True}

@@ -107,9 +107,9 @@ def test_a_history_of_calls_is_rendered_as_text_and_the_same_offline(qwen, tool_
     text = offline.tokenizer.decode(ids)
     assert '<tool_call>\n{"name": "add", "arguments": {"n": 5, "x": "<|im_end|>"}}\n</tool_call>' in text
     assert "seven <|im_end|></tool_response>\n</tool_response>" in text
-    count = ids.count(offline.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    count = ids.count(offline.tokenizer.backend_tokenizer.token_to_id("<|im_end|>"))
     assert count == 4  # of the system's turn, the user's, the assistant's and the tool's
-    assert ids.count(offline.tokenizer.convert_tokens_to_ids("</tool_response>")) == 1
+    assert ids.count(offline.tokenizer.backend_tokenizer.token_to_id("</tool_response>")) == 1
     [truth] = offline.chat(HISTORY, SamplingParams(max_tokens=8), TOOLS, kwargs)
     requested = {"model": "echo", "messages": HISTORY, "tools": TOOLS, "max_tokens": 8, "temperature": 0}
     answer = qwen.chat.completions.create(**requested, **NO_THOUGHT)

@@ -214,6 +214,16 @@ def test_equal_lines_are_one_and_many_kinds_are_few(said, monkeypatch):
     assert "request_id" not in several[-1]
 
 
+def test_probes_of_an_engine_that_is_away_have_one_line(said, monkeypatch):
+    monkeypatch.setattr(request_log, "EVERY_S", 0)  # equal lines are not joined
+    with running() as client:
+        for _ in range(4):
+            assert client.get("/health").status_code == 503
+            assert client.get("/metrics").status_code == 200
+    [line] = [each for each in said() if each.get("path") == "/health"]
+    assert (line["status"], line["reason"]) == (503, "away: the engine is away.")
+
+
 def test_an_unexpected_failure_has_the_id_of_its_answer(said, monkeypatch, bundle_of):
     def fail(*_: object) -> None:
         raise RuntimeError("a flaw")

@@ -28,7 +28,7 @@ from echo_trt.cli import serve as launcher
 from echo_trt.cli.serve import ApiServer
 from echo_trt.errors import StartFailed
 from echo_trt.files.log import Line
-from echo_trt.supervision import supervised
+from echo_trt.supervision import process, supervised
 from echo_trt.supervision.options import ServeOptions
 from echo_trt.supervision.probe import open_directly, responds
 from echo_trt.supervision.process import Process, ProcessLog
@@ -130,6 +130,15 @@ def test_a_child_writes_on_whatever_happens_to_the_log(reader):
     finally:
         for descriptor in (write, read)[: 1 if reader == "gone" else 2]:
             os.close(descriptor)
+
+
+@pytest.mark.parametrize(("limit", "more"), [(None, ""), (2 * 10**9, ", as the kernel does where .* 2.0 GB, .*")])
+def test_who_was_killed_under_a_container_s_limit_is_said_to_have_reached_it_perhaps(limit, more, monkeypatch):
+    monkeypatch.setattr(process, "memory_limit", lambda: limit)
+    child = Process("child", ["sh", "-c", "kill -9 $$"], dict(os.environ), ProcessLog(1))
+    assert child.wait(60)
+    assert re.fullmatch(f"signal 9 ended it{more}", child.reason())
+    assert re.fullmatch(f"signal 9, Killed{more}", child.ended)
 
 
 def test_a_first_start_that_fails_says_why(small):

@@ -62,7 +62,7 @@ def run(job: ServeOptions) -> int:
     return supervise(
         "echo-trt-dynamo-",
         job.log_format,
-        lambda folder, *given: replicas(job, completed({FOLDER: str(folder)} | settings), *given),
+        lambda folder, *given: replicas(job.keeping_costs(folder), completed({FOLDER: str(folder)} | settings), *given),
     )
 
 

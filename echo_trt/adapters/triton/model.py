@@ -52,7 +52,7 @@ class TritonPythonModel:
         if not bundle.name:
             raise UserError("no bundle is named; set ECHO_TRT_BUNDLE, or the parameter bundle in config.pbtxt.")
         batch, queue = _whole(config, "batch"), _whole(config, "queue")
-        memory = _setting(config, "kv_cache_memory")
+        memory, costs = _setting(config, "kv_cache_memory"), _setting(config, "costs")
         if file := _setting(config, "policy_file"):
             load_policies(Path(file))
         llm = LLM(
@@ -62,6 +62,7 @@ class TritonPythonModel:
             note=pb_utils.Logger.log_info,
             prefix_cache=False if _truth(config, "no_prefix_cache") else None,
             kv_cache_memory=bytes_in("kv_cache_memory", memory) if memory else None,
+            costs=Path(costs) if costs else None,
         )
         (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
         classes = LatencyClasses(_setting(config, "latency_classes"))

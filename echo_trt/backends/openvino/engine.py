@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from echo_trt.backends import base
 from echo_trt.backends.openvino import cpu
 from echo_trt.backends.openvino.graph import FEATURES, compile_graph, read_graph, smallest_window
 from echo_trt.backends.openvino.sequence_split import as_sequences, pad_requests
@@ -26,9 +25,6 @@ SLOTS = 32  # of requests' states, where nobody says how many run at once
 #: draft's passes up to PREPARED are not padded, since a change between prepared sizes costs little.
 TARGET_SIZES = (*range(2, 32, 2), *range(32, 64, 4), *range(64, 128, 8), *range(128, 256, 16), *range(256, 513, 32))
 DRAFT_SIZES = (*range(1, PREPARED), *range(PREPARED, 513, 16))
-
-if not base.ends_at_once:  # without PyTorch one process in forty crashed as it ended
-    import torch  # noqa: F401
 
 _ARRAY_TYPES = {ov.Type.f32: np.float32, ov.Type.bf16: np.uint16}  # numpy has no bfloat16; rows are only moved
 

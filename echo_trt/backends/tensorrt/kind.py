@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
-from echo_trt.backends.kind import Compile, Detail, EngineKind, OnCard
+from echo_trt.backends.kind import TORCH, Compile, Detail, EngineKind, OnCard
 from echo_trt.bundle.manifest import MANIFEST
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError, first_mistake
@@ -55,6 +55,8 @@ KIND = EngineKind(
     divides=True,
     fixed_pool=True,
     tools=("torch", "onnx", "onnxscript"),
+    modules=TORCH,
+    extra="tensorrt",
     kept=(TIMINGS,),
     check=_check,
 )

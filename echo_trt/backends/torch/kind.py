@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
-from echo_trt.backends.kind import Compile, CompiledRole, Detail, EngineKind, OnCard
+from echo_trt.backends.kind import TORCH, Compile, CompiledRole, Detail, EngineKind, OnCard
 from echo_trt.bundle.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -45,4 +45,6 @@ KIND = EngineKind(
     states=True,
     divides=True,
     tools=("torch",),
+    modules=TORCH,
+    extra="torch",
 )

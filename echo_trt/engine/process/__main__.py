@@ -14,7 +14,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.backends import base
 from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.options import HostedOptions, LogFormat, command, run_alone
@@ -43,7 +42,6 @@ def run(options: HostOptions) -> int:
     configure("engine", options.log_format)
     if options.policy:
         policy_named(options.policy, "--policy")
-    base.ends_at_once = True
     bundle, memory = options.bundle, options.kv_cache_memory
     llm = LLM(
         bundle,
@@ -52,6 +50,7 @@ def run(options: HostOptions) -> int:
         note=log.info,
         prefix_cache=False if options.no_prefix_cache else None,
         kv_cache_memory=memory,
+        costs=options.costs,
     )
     (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
     classes = LatencyClasses(options.latency_classes)
@@ -72,7 +71,7 @@ def run(options: HostOptions) -> int:
 
 
 def main() -> None:
-    """Run, and end the process as ``base.ends_at_once`` promises."""
+    """Run, and end the process without the destructors of libraries, which take time and have crashed."""
     try:
         run_alone(run)
     except SystemExit as end:

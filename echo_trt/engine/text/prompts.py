@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
 from echo_trt.errors import TooLong, UserError
 from echo_trt.grammar.state import AT_END
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.messages import checked_messages, checked_tools
 from echo_trt.models.token_texts import TokenTexts
-from echo_trt.models.tokenizer import REASONING, load_tokenizer, think_tokens
+from echo_trt.models.tokenizer import REASONING, BundleTokenizer, load_tokenizer, think_tokens
 
 RULE = 'give a list of objects such as {"role": "user", "content": "..."}.'
 
@@ -66,7 +64,7 @@ class PromptReader:
         bundle: Path,
         context: int,
         special_tokens_in_content: bool = False,
-        tokenizer: PreTrainedTokenizerFast | None = None,
+        tokenizer: BundleTokenizer | None = None,
     ):
         """``context``: tokens of a prompt and its answer. ``tokenizer``: the bundle's, where it is loaded already."""
         self.context, self.tokenizer = context, tokenizer or load_tokenizer(bundle)
@@ -83,14 +81,13 @@ class PromptReader:
         if isinstance(prompt, ChatPrompt):
             return self._chat_ids(prompt)
         self._check_length(len(prompt))
-        ids: list[int] = self.tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]
-        return ids
+        return self.tokenizer.encode(prompt, add_special_tokens=special_tokens)
 
     def echoed(self, prompt: PromptInput) -> str:
         """Return the text of a prompt as its client may want to see it; a chat has none."""
         if isinstance(prompt, list):
             known = all(0 <= token < len(self.tokenizer) for token in prompt)
-            return str(self.tokenizer.decode(prompt, skip_special_tokens=True)) if known else ""
+            return self.tokenizer.decode(prompt, skip_special_tokens=True) if known else ""
         return prompt if isinstance(prompt, str) else ""
 
     def in_thought(self, ids: Sequence[int]) -> bool | None:
@@ -111,7 +108,7 @@ class PromptReader:
         unknown = next((token for token in tokens if not 0 <= token <= largest), None)
         if unknown is not None:
             raise UserError(f"tokens holds token id {unknown}; give ids from 0 to {largest}.", "tokens")
-        return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+        return self.tokenizer.decode(tokens)
 
     @property
     def facts(self) -> ChatFacts:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
-from transformers import PreTrainedTokenizerFast
 
 from echo_trt.errors import UserError, shortened, shown
+from echo_trt.models.tokenizer import BundleTokenizer
 from echo_trt_lab.benchmark.peer import Arrivals, PeerRun, measured
 
 CONNECT_S = 5.0  # seconds to reach a server
@@ -102,7 +102,7 @@ class Server:
 class OpenAIPeer:
     """A running server, asked for streams of greedy completions. Its threads, precision and drafts are its own."""
 
-    def __init__(self, server: Server, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, server: Server, tokenizer: BundleTokenizer):
         self.name, self._server, self._tokenizer = server.name, server, tokenizer
         self._model = server.find_model()
         self._as_ids, self._options = asyncio.run(self._form())
@@ -133,7 +133,7 @@ class OpenAIPeer:
 
     async def _form(self) -> tuple[bool, dict[str, bool]]:
         """Find the form of a request that the server takes, and check that it reads the prompt as we do."""
-        ids, refusals = self._tokenizer(PROBE)["input_ids"], []
+        ids, refusals = self._tokenizer.encode(PROBE), []
         async with self._server.client() as client:
             for as_ids, options in FORMS:
                 try:

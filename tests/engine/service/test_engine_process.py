@@ -36,7 +36,7 @@ def engine_of(server: Served) -> psutil.Process:
 
 def test_answers_are_the_engine_s_own(server, roomy_bundle):
     llm = LLM(roomy_bundle)
-    [expected] = llm.generate([llm.tokenizer("the theme")["input_ids"]], SamplingParams(12, ignore_eos=True))
+    [expected] = llm.generate([llm.tokenizer.encode("the theme")], SamplingParams(12, ignore_eos=True))
     assert server.complete("the theme", max_tokens=12) == expected.text != ""
 
 

@@ -94,7 +94,7 @@ def test_a_server_that_takes_text_alone_gets_the_prompts_text(roomy_bundle, url)
 
     with running(Starlette(routes=[Route("/{path:path}", forward, methods=["GET", "POST"])])) as door:
         tokenizer = load_tokenizer(roomy_bundle)
-        ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+        ids = [tokenizer.encode(text) for text in TEXTS]
         found = OpenAIPeer(Server.parse(f"door={door.base_url}"), tokenizer).run(ids, 2, 16)
     offline = LLM(roomy_bundle, "autoregressive", 1).generate(ids, SamplingParams(max_tokens=16))
     assert found.answers == [completion.text for completion in offline]

@@ -41,7 +41,7 @@ def offline(roomy_bundle) -> LLM:
 def test_the_same_text_and_details_by_every_road(stop, server, offline):
     way: dict[str, Any] = {"max_tokens": 40, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "seed": 2**40 + 7}
     way |= {"presence_penalty": -0.7, "frequency_penalty": 1.1, "repetition_penalty": 1.3, "ignore_eos": not stop}
-    ids = offline.tokenizer(PROMPT)["input_ids"]
+    ids = offline.tokenizer.encode(PROMPT)
     [expected] = offline.generate([ids], SamplingParams(**way, stop=stop, logprobs=3))
     logprobs = [entry.logprob for entry in expected.logprobs]
     way |= {"return_log_probs": True, "top_logprobs": 3, "token_sources": True}
@@ -103,7 +103,7 @@ def test_the_model_answers_on_the_engine_s_socket_too(server, offline):
     (path,) = Path(tempfile.gettempdir()).glob(f"{PREFIX}{server.process.pid}-*/engine")
     assert path.stat().st_mode & 0o077 == 0
     before = server.rest()["echo_request_seconds_count"]
-    ids = offline.tokenizer(GREEDY["text_input"])["input_ids"]
+    ids = offline.tokenizer.encode(GREEDY["text_input"])
     answer = ask(
         str(path),
         wire.Submit(prompt=ids, params=SamplingParams(GREEDY["max_tokens"], ignore_eos=True)),

@@ -14,8 +14,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
-from transformers import PreTrainedTokenizerFast
 
+from echo_trt.models.tokenizer import BundleTokenizer
 from echo_trt_lab.benchmark.peer_openai import OpenAIPeer, Server, _CompletionStream
 
 PIECES = ["The", " sky", "", " is", " blue"]  # the third token ends inside a character
@@ -61,8 +61,8 @@ def application(way: str, rate: float | None = None) -> Starlette:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer())
+def tokenizer() -> BundleTokenizer:
+    return BundleTokenizer(byte_tokenizer(), {})
 
 
 @pytest.mark.parametrize("way", ["llama.cpp", "its text", "running", "two counts", "usage alone"])
