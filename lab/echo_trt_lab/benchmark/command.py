@@ -147,8 +147,9 @@ def _cell(
             if not beside:
                 llm.set_policy(policy.removesuffix(WITH_TARGETS), job.budget)
             loop = loops[policy] if beside else llm.loop
-            budgets[policy] = loop.planner.budget
-            runs.append(ClosedLoop(loop, prompts, batch, job.max_tokens, latency))
+            shares = policy_named(policy.removesuffix(WITH_TARGETS)).shares_budget
+            budgets[policy] = loop.planner.budget * shares
+            runs.append(ClosedLoop(loop, prompts, batch, job.params, latency))
             samples[policy].append(runs[-1].sample)
             if not beside:
                 runs.pop().run()

@@ -29,7 +29,7 @@ class SimulateOptions:
     recording: Annotated[Path, Parameter(help="Draft trees, as echo-trt bench --record wrote them.")]
     _: KW_ONLY
     calibration: Annotated[Path, Parameter(help="calibration.json of the bundle that was recorded.")]
-    machine: Annotated[str, Parameter(help="this, h100-qwen3-8b or 8xh100-qwen3-235b.")] = "this"
+    machine: Annotated[str, Parameter(help="this, h100-qwen3-8b, 8xh100-qwen3-235b or a YAML file.")] = "this"
     costs: Annotated[Path | None, Parameter(help="costs.json, for the machine this.")] = None
     batches: Annotated[tuple[int, ...], NUMBERS, Parameter("--batch", help="Requests at once, by commas.")] = (
         *(4**power for power in range(6)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -43,7 +43,11 @@ class Step:
 
 @dataclass
 class Tally:
-    """Sums over iterations; ``progress``, int64 [B], are the slots' tokens."""
+    """Sums over iterations.
+
+    progress   int64 [B], the slots' tokens
+    by_answer  answer -> its tokens, and its share of the seconds in which it was walked
+    """
 
     progress: np.ndarray
     iterations: int = 0
@@ -51,8 +55,13 @@ class Tally:
     accepted: int = 0
     levels: int = 0
     seconds: float = 0.0
+    by_answer: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def add(self, step: Step) -> None:
+        share = step.seconds / max(len(step.tokens), 1)
+        for answer, count in zip(step.kept.answers.tolist(), step.tokens.tolist(), strict=True):
+            tokens, seconds = self.by_answer.get(answer, (0.0, 0.0))
+            self.by_answer[answer] = tokens + count, seconds + share
         self.progress += step.tokens
         self.iterations += 1
         self.verified += step.verified
@@ -189,8 +198,9 @@ class Replay:
         self._draft = DeviceDraft if machine.device and not block else ClockedDraft
 
     def run(self, tokens: int) -> Tally:
-        """Warm up, then iterate from the beginning until ``tokens`` are committed."""
-        for _ in range(WARM_UP):
+        """Warm up a planner that learns, then iterate from the beginning until ``tokens`` are committed."""
+        learns = type(self.planner).observe is not Planner.observe
+        for _ in range(WARM_UP * learns):
             self.step()
         self.walk.restart()  # every policy is measured on the same texts
         tally = Tally(np.zeros(self.walk.batch, np.int64))
@@ -205,7 +215,7 @@ class Replay:
         max_draft_len, recent = walk.max_draft_len.clip(0), walk.recent(RECENT)
         draft_lag, epoch = walk.draft_lag[slots].clip(1), walk.epoch[slots]
         load = StepContext(slots, max_draft_len, draft_lag, context, recent, epoch, prompt_tokens, pace)
-        known, device = RecordedDraft(trees, positions, walk.recording.width), self._machine.device
+        known, device = RecordedDraft(trees, positions), self._machine.device
         draft = self._draft(known, walk, self._clock, self._block, device)
         plan = self.planner.plan(walk.roots, draft, load) if batch else Plan.undrafted(walk.roots)
         tree = plan.tree

@@ -11,6 +11,7 @@ from refusal import refused
 from rich.console import Console
 
 from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import SamplingParams
 from echo_trt.files.prompts import Prompt
 from echo_trt_lab.benchmark import command
 from echo_trt_lab.benchmark.closed_loop import ClosedLoop, StepSample, run_side_by_side
@@ -48,10 +49,20 @@ def test_a_budget_bounds_the_policies_that_share_one(bundle_of, prompts):
     assert 2 < echo["verified_per_iteration"] <= 5 < static["verified_per_iteration"]
     assert 0.4 < echo["budget_used"] <= 1
     assert static["budget_used"] is None
+    low, high = echo["ratio_interval"]
+    assert 0 < low < high
     with refused("--budget is 0", "1 or more"):
         bench(job(bundle_of("close"), prompts, budget=0))
     with refused("--budget is 8", "none of goodput shares one", "add echo to --policies"):
         bench(job(bundle_of("close"), prompts, policies=["goodput"], budget=8))
+
+
+def test_sampled_texts_are_plain_decodings(bundle_of, prompts):
+    given = {"policies": ["static"], "batches": [2], "rounds": 1}
+    cells = [bench(job(bundle_of("close"), prompts, **given, **p)) for p in ({}, {"temperature": 1.0, "seed": 3})]
+    lengths = [cell["results"][1]["accepted_length"] for cell in cells]
+    assert [cell["results"][1]["same_texts"] for cell in cells] == ["4 of 4"] * 2
+    assert lengths[0] != lengths[1]
 
 
 def test_a_measured_budget_is_the_planners(bundle_of, prompts):
@@ -105,7 +116,7 @@ def test_every_policy_has_a_row_at_every_batch_and_the_texts_of_plain_decoding(b
 def test_every_slot_is_busy_until_the_last_prompt_is_answered(open_llm):
     """Were slots left empty at the end, the slowest texts would be those that are not counted."""
     llm = open_llm("close", "autoregressive", batch=3)
-    run = ClosedLoop(llm.loop, [[5, 6, 7]] * 4, 3, 12)
+    run = ClosedLoop(llm.loop, [[5, 6, 7]] * 4, 3, SamplingParams(12))
     run.run()
     sample = run.sample
     assert sample.decode.verifications == 3 * sample.decode.iterations
@@ -116,13 +127,13 @@ def test_every_slot_is_busy_until_the_last_prompt_is_answered(open_llm):
     assert sample.whole.tokens > sum(map(len, sample.texts.values()))  # second answers, which end with the last first
     assert sample.whole.elapsed == pytest.approx(run.seconds)
     assert not llm.loop.scheduler.busy
-    again = ClosedLoop(llm.loop, [[5, 6, 7]] * 4, 3, 12)
+    again = ClosedLoop(llm.loop, [[5, 6, 7]] * 4, 3, SamplingParams(12))
     again.run()
     assert again.sample.texts == sample.texts
 
 
 def test_fewer_prompts_than_slots_fill_them_all_the_same(open_llm):
-    run = ClosedLoop(open_llm("close", "autoregressive", batch=3).loop, [[5, 6, 7]], 3, 12)
+    run = ClosedLoop(open_llm("close", "autoregressive", batch=3).loop, [[5, 6, 7]], 3, SamplingParams(12))
     run.run()
     assert list(run.sample.texts) == [0]
     assert run.sample.decode.verifications == 3 * run.sample.decode.iterations > 0
@@ -138,12 +149,12 @@ def test_prompts_are_drawn_evenly_over_every_file():
 def test_side_by_side_each_emits_what_it_does_alone_in_blocks_of_its_own(open_llm, monkeypatch):
     llm = open_llm("close", "static", batch=3)
     prompts = [[5, 6, 7], [8, 9], [4] * 40, [3, 3, 3], [11, 12]]
-    alone = ClosedLoop(llm.loop, prompts, 2, 20)
+    alone = ClosedLoop(llm.loop, prompts, 2, SamplingParams(20))
     alone.run()
     assert not alone.busy
     monkeypatch.setattr("echo_trt_lab.benchmark.closed_loop.SLICE", 0.0)  # turns of one iteration
     loops, held = side_by_side(llm, ("static", "autoregressive", "echo"), budget=6), []
-    runs = [ClosedLoop(loop, prompts, 2, 20) for loop in loops]
+    runs = [ClosedLoop(loop, prompts, 2, SamplingParams(20)) for loop in loops]
     for run in runs:
         for _ in range(3):
             run.run(0.0)
@@ -164,7 +175,7 @@ def test_who_emitted_least_has_the_next_turn(open_llm, monkeypatch):
     monkeypatch.setattr("echo_trt_lab.benchmark.closed_loop.SLICE", 0.0)
     llm = open_llm("close", "autoregressive", batch=2)
     loops = side_by_side(llm, ("autoregressive", "static"))  # the second emits several tokens per iteration
-    runs, order = [ClosedLoop(loop, [[5, 6, 7]] * 2, 1, 24) for loop in loops], []
+    runs, order = [ClosedLoop(loop, [[5, 6, 7]] * 2, 1, SamplingParams(24)) for loop in loops], []
     for run in runs:
         step = run._step
         monkeypatch.setattr(
