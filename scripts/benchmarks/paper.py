@@ -108,6 +108,7 @@ def main(
     if stored:
         write(json.loads(stored.read_text()), docs)
         return
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     files = recordings or []
     answers = {file.stem: Trees.read(file) for file in files}
     known = [machine_named(name, costs) for name in machines]
@@ -135,7 +136,6 @@ def main(
         with rows.open("a") as file:
             file.write(json.dumps([asdict(cell), *done[cell]]) + "\n")
         print(f"{number + 1}/{len(wanted)} {cell} {rate(done[cell][1]):,.0f}", flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     result = {
         "commit": commit.strip(),
         "seeds": seeds,
