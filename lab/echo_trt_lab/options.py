@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +31,15 @@ def _fractions(_: object, tokens: Sequence[Token]) -> tuple[float, ...]:
         raise UserError(f"{option} is {shown(text)}; give numbers, separated by commas.") from None
 
 
+def _gates(_: object, tokens: Sequence[Token]) -> dict[int, float]:
+    text = tokens[-1].value
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return {int(depth): float(threshold) for depth, threshold in pairs}
+    except ValueError:
+        raise UserError(f"--gates is {shown(text)}; give depths and thresholds, such as 1:0.2,4:0.3.") from None
+
+
 def _targets(_: object, tokens: Sequence[Token]) -> tuple[float, ...]:
     text = tokens[-1].value
     try:
@@ -50,6 +59,7 @@ def _by_commas(values: Sequence[object]) -> str:
 WORDS = Parameter(converter=_words, metavar="NAMES", show_default=_by_commas)
 FRACTIONS = Parameter(converter=_fractions, metavar="NUMBERS", show_default=_by_commas)
 NUMBERS = Parameter(converter=_numbers, metavar="NUMBERS", show_default=_by_commas)
+GATES = Parameter(converter=_gates, metavar="DEPTH:THRESHOLD,...", show_default=False)
 PromptFiles = Annotated[
     list[Path], Parameter("--prompts", help="JSONL: id and prompt, or turns, per line; may be given again.")
 ]
@@ -64,6 +74,11 @@ LatencyTargets = Annotated[
         help="Give a quarter of the requests these latency targets, in ms, such as 500,25, and show who keeps them.",
     ),
 ]
+
+
+def tree_named(tree: Mapping[str, int]) -> str:
+    """Name the policy static's tree by its depth, top_k and tokens."""
+    return f"static {tree['depth']}/{tree['top_k']}/{tree['tokens']}"
 
 
 def latency_of(targets: Sequence[float]) -> dict[str, float]:

@@ -16,6 +16,8 @@ import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +25,7 @@ from cyclopts import Parameter
 
 import echo_trt_lab.ablations  # noqa: F401 registers dense and fixed
 from echo_trt.engine.options import run_alone
-from echo_trt_lab.bootstrap import Parts, interval, pooled, rate
+from echo_trt_lab.bootstrap import Parts, interval, rate
 from echo_trt_lab.calibration.trees import Trees
 from echo_trt_lab.options import WORDS
 from echo_trt_lab.pictures.paper import pictures
@@ -42,6 +44,7 @@ REGIMES = {"low": (8, 10, 60), "high": (3, 3, 5)}
 LARGEST = {"low": 60, "high": 22}  # tokens of one request's tree under ECHO: all nodes of 3 levels
 #: The gates that the paper publishes; None: the calibration's.
 GATES = {"calibrated": None, "8B's": {1: 0.2, 2: 0.3, 4: 0.5}, "32B's": {1: 0.2, 4: 0.3}}
+FIGURES = ("accepted_length", "verified_per_iteration", "draft_levels_per_iteration")
 NAMES = {"h100-qwen3-8b": "Qwen3-8B, one H100", "8xh100-qwen3-235b": "Qwen3-235B, eight H100"}
 
 
@@ -125,14 +128,10 @@ def main(
             orders = cell.answers, [Recording(answers[cell.answers], seed) for seed in range(seeds)]
         machine = next(machine for machine in known if machine.name == cell.machine)
         tokens = max(20 * cell.batch, 300 if quick else 1500)
-        runs, asked = [], replace(job, tokens=tokens, machine=cell.machine)
-        for recording in orders[1]:
-            settings = settings_for(asked, recording, fitted, machine) | numbers(cell)
-            runs.append(simulate(cell.policy, settings, recording, fitted, machine, cell.batch, asked))
-        shown = [run.figures() for run in runs]
-        kept = ("accepted_length", "verified_per_iteration", "draft_levels_per_iteration")
-        means = {key: sum(float(each[key] or 0) for each in shown) / len(shown) for key in kept}
-        done[cell] = means, pooled(run.by_answer for run in runs)
+        asked = replace(job, tokens=tokens, machine=cell.machine)
+        settings = settings_for(asked, orders[1][0], fitted, machine) | numbers(cell)
+        run = reduce(add, (simulate(cell.policy, settings, o, fitted, machine, cell.batch, asked) for o in orders[1]))
+        done[cell] = {key: run.figures()[key] for key in FIGURES}, run.by_answer
         with rows.open("a") as file:
             file.write(json.dumps([asdict(cell), *done[cell]]) + "\n")
         print(f"{number + 1}/{len(wanted)} {cell} {rate(done[cell][1]):,.0f}", flush=True)
@@ -165,12 +164,12 @@ def _done(file: Path) -> dict[Cell, tuple[dict[str, float], Parts]]:
     if not file.exists():
         return {}
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return {Cell(**c): (means, {int(k): (v[0], v[1]) for k, v in parts.items()}) for c, means, parts in rows}
+    return {Cell(**c): (figures, {int(k): (v[0], v[1]) for k, v in parts.items()}) for c, figures, parts in rows}
 
 
 def compared(done: dict[Cell, tuple[dict[str, float], Parts]]) -> Iterator[dict[str, Any]]:
     """Give each row its rate over that of plain decoding, of EAGLE-3's two trees and of ``echo``, with intervals."""
-    for cell, (means, parts) in done.items():
+    for cell, (figures, parts) in done.items():
         others = {
             "plain": replace(cell, policy=PLAIN, levels="", gates="", budget=0),
             "low": replace(cell, policy="static", levels="low", gates="", budget=0),
@@ -182,8 +181,7 @@ def compared(done: dict[Cell, tuple[dict[str, float], Parts]]) -> Iterator[dict[
             for name, other in others.items()
             if other in done
         }
-        rounded = {key: round(value, 4) for key, value in means.items()}
-        yield asdict(cell) | {"tokens_per_s": round(rate(parts), 1)} | rounded | {"over": over}
+        yield asdict(cell) | {"tokens_per_s": round(rate(parts), 1)} | figures | {"over": over}
 
 
 def shown(row: dict[str, Any] | None, base: str = "plain") -> str:

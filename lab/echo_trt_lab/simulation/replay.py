@@ -17,6 +17,7 @@ from echo_trt.speculation.pacer import Pace
 from echo_trt.speculation.pack import LevelShape
 from echo_trt.speculation.planner import RECENT, Iteration, Plan, Planner, StepContext
 from echo_trt.speculation.super_tree import SuperTree
+from echo_trt_lab.bootstrap import pooled
 from echo_trt_lab.calibration.observe import recorded_chains
 from echo_trt_lab.calibration.trees import RecordedDraft
 from echo_trt_lab.simulation.machines import DeviceCosts, Machine
@@ -39,6 +40,9 @@ class Step:
     def tokens(self) -> np.ndarray:
         """Tokens of the running slots: int [B]."""
         return self.kept.tokens
+
+
+COUNTS = ("iterations", "verified", "accepted", "levels", "seconds")
 
 
 @dataclass
@@ -68,6 +72,10 @@ class Tally:
         self.accepted += step.accepted
         self.levels += step.levels
         self.seconds += step.seconds
+
+    def __add__(self, other: Tally) -> Tally:
+        sums = [getattr(self, name) + getattr(other, name) for name in ("progress", *COUNTS)]
+        return Tally(*sums, pooled((self.by_answer, other.by_answer)))
 
     @property
     def tokens(self) -> int:
