@@ -127,7 +127,7 @@ def main(
         if orders[0] != cell.answers:
             orders = cell.answers, [Recording(answers[cell.answers], seed) for seed in range(seeds)]
         machine = next(machine for machine in known if machine.name == cell.machine)
-        tokens = 300 if quick else max(40 * cell.batch, 3000)
+        tokens = 300 if quick else max(20 * cell.batch, 1500)
         asked = replace(job, tokens=tokens, machine=cell.machine)
         settings = settings_for(asked, orders[1][0], fitted, machine) | numbers(cell)
         run = reduce(add, (simulate(cell.policy, settings, o, fitted, machine, cell.batch, asked) for o in orders[1]))
