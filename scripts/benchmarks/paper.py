@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -201,7 +202,8 @@ def verdict(ratios: list[list[float]], paper: float) -> str:
     if not any(same):
         return "not reproduced"
     if all(same) and all(reached):
-        return "reproduced"
+        beyond = all(ratio >= paper if paper > 1 else ratio <= paper for ratio, *_ in ratios)
+        return "reproduced" if beyond else "reproduced within the interval"
     return "in part" if not all(same) else "in direction, smaller"
 
 
@@ -221,6 +223,9 @@ def claims(find: Find, fits: dict[str, int], loads: list[int], most: int) -> str
     requests = f"{max(loads)} requests"
     add("ECHO over plain decoding, one request (the paper's least)", 1.63, "plain", ECHO, fits, idle)
     add(f"ECHO over EAGLE-3, 8B, {requests}: 11,551 to 10,703 tokens/s", 1.08, "high", ECHO, dense, busy)
+    fit = {"batch": max(loads), "levels": "low", "gates": "calibrated"}
+    add("the same, K_max our fit", 1.08, "high", ECHO, dense, fit)
+    lines[-1][-1] = "not the claim: at our fit ECHO decodes plainly, which the small tree is slower than"
     add(f"ECHO over EAGLE-3, 235B, {requests}: 3,207 to 2,803", 1.14, "high", ECHO, mixture, busy)
     add(f"dense gates over ECHO, 8B, {requests}: 10,978 to 11,551", 0.95, "echo", "dense", dense, busy)
     add(f"one threshold over ECHO, 235B, {requests}: 3,046 to 3,207", 0.95, "echo", "fixed", mixture, busy)
@@ -263,12 +268,16 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         kinds = {f"echo, {name} gates": {"policy": ECHO, "gates": name} for name in GATES}
         kinds |= {policy: {"policy": policy, "gates": "calibrated"} for policy in ("fixed", "dense")}
         sweep = [k for k in budgets if find(**at, policy=ECHO, levels="high", gates="calibrated", budget=k)]
-        lines = [[f"{fit:,} (our fit)" if fit <= largest else "", *["1.00: plain decoding"] * (len(kinds) + 1), "-"]]
+        lines = [
+            [f"{fit:,} (our fit)" if fit <= largest else "", *["1.00: plain decoding"] * (len(kinds) + 1), "-", "-"]
+        ]
         for budget in sweep:
             found = [find(**at, levels="high", budget=budget, **kind) for kind in kinds.values()]
             low = find(**at, levels="low", budget=budget, policy=ECHO, gates="calibrated")
-            lines.append([f"{budget:,}", *map(shown, found), shown(low), shown(found[0], "high")])
-        blocks[f"budget {machine}"] = table(["K_max", *kinds, "echo, 8 levels", "echo over EAGLE-3 3/3/5"], lines)
+            lines.append([f"{budget:,}", *map(shown, found), shown(low), *(shown(row, "high") for row in found[:2])])
+        blocks[f"budget {machine}"] = table(
+            ["K_max", *kinds, "echo, 8 levels", "echo over EAGLE-3 3/3/5", "8B's gates over it"], lines
+        )
     lines = []
     for answers, count in result["answers"].items():
         for machine, fit in result["fits"].items():
@@ -285,7 +294,8 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     made = f"Commit {result['commit']}, {result['seeds']} seeds; " + ", ".join(
         f"{count} answers of {name}" for name, count in result["answers"].items()
     )
-    return blocks | {"made": f"{made}. In brackets 95 % intervals, bootstrapped over the answers."}
+    sentence = f"{made}. In brackets 95 % intervals, bootstrapped over the answers."
+    return blocks | {"made": textwrap.fill(sentence, 120, break_on_hyphens=False)}
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:

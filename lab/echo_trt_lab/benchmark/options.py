@@ -80,7 +80,7 @@ class BenchOptions:
 
     @property
     def params(self) -> SamplingParams:
-        return SamplingParams(self.max_tokens, self.temperature, seed=self.seed if self.temperature else None)
+        return SamplingParams(self.max_tokens, self.temperature, seed=self.seed)
 
     @property
     def latency(self) -> dict[str, float]:

@@ -32,7 +32,8 @@ def pictures(rows: Rows, fits: dict[str, int], names: dict[str, str]) -> list[Pi
                 for at, (policy, colour) in enumerate(colours_of(list(LINES)).items()):
                     found = [row for row in rows if row["machine"] == machine and row["policy"] == policy]
                     if x == "batch":  # the K_max of the tables by load
-                        found = [row for row in found if row["budget"] == min(each["budget"] for each in found)]
+                        at_one = min(found, key=lambda row: row["batch"], default={})
+                        found = [row for row in found if row["budget"] == at_one["budget"]]
                     points = sorted((row[x], y(row)) for row in found)
                     if points:
                         axes.plot(*zip(*points, strict=True), color=colour, marker=MARKERS[at], label=policy)
@@ -45,13 +46,11 @@ def pictures(rows: Rows, fits: dict[str, int], names: dict[str, str]) -> list[Pi
         return draw
 
     count, ratio = len(fits), panels(swept, "budget", lambda row: row["over"]["plain"][0], "times plain decoding", 1)
-    used = panels(
-        swept, "budget", lambda row: row["verified_per_iteration"] / row["budget"], "share of K_max used", None
-    )
+    used = panels(by_load, "batch", _used, "tokens verified over K_max", None)
     depth = panels(by_load, "batch", lambda row: row["draft_levels_per_iteration"], "draft passes per iteration", None)
     return [
         Picture("paper-budget", "Speedup by K_max", "3 levels, top-k 3.", ratio, wide=True, panels=count),
-        Picture("paper-used", "Share of K_max that is used", "3 levels, top-k 3.", used, wide=True, panels=count),
+        Picture("paper-used", "Share of K_max that is used", "8 levels, top-k 10.", used, wide=True, panels=count),
         Picture("paper-depth", "Depth by load", "8 levels, top-k 10.", depth, wide=True, panels=count),
     ]
 
