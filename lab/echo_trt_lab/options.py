@@ -31,13 +31,17 @@ def _fractions(_: object, tokens: Sequence[Token]) -> tuple[float, ...]:
         raise UserError(f"{option} is {shown(text)}; give numbers, separated by commas.") from None
 
 
-def _gates(_: object, tokens: Sequence[Token]) -> dict[int, float]:
-    text = tokens[-1].value
+def gates_of(text: str) -> dict[int, float]:
+    """Read thresholds by depth from a text such as ``1:0.2,4:0.3``. Raises UserError."""
     try:
-        pairs = [part.split(":") for part in text.split(",")]
-        return {int(depth): float(threshold) for depth, threshold in pairs}
+        gates = {int(depth): float(threshold) for depth, threshold in (part.split(":") for part in text.split(","))}
     except ValueError:
-        raise UserError(f"--gates is {shown(text)}; give depths and thresholds, such as 1:0.2,4:0.3.") from None
+        gates = {}
+    if not gates or min(gates) < 1 or not all(0 <= threshold <= 1 for threshold in gates.values()):
+        raise UserError(
+            f"--gates is {shown(text)}; give depths of 1 or more and thresholds from 0 to 1, such as 1:0.2,4:0.3."
+        )
+    return gates
 
 
 def _targets(_: object, tokens: Sequence[Token]) -> tuple[float, ...]:
@@ -59,7 +63,6 @@ def _by_commas(values: Sequence[object]) -> str:
 WORDS = Parameter(converter=_words, metavar="NAMES", show_default=_by_commas)
 FRACTIONS = Parameter(converter=_fractions, metavar="NUMBERS", show_default=_by_commas)
 NUMBERS = Parameter(converter=_numbers, metavar="NUMBERS", show_default=_by_commas)
-GATES = Parameter(converter=_gates, metavar="DEPTH:THRESHOLD,...", show_default=False)
 PromptFiles = Annotated[
     list[Path], Parameter("--prompts", help="JSONL: id and prompt, or turns, per line; may be given again.")
 ]

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from echo_trt_lab.pictures.by_load import Rows
 from echo_trt_lab.pictures.palette import GREY, colours_of
 from echo_trt_lab.pictures.style import MARKERS, Picture, load_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Rows = Sequence[dict[str, Any]]
 LINES = ("echo", "fixed", "dense")
 
 
 def pictures(rows: Rows, fits: dict[str, int], names: dict[str, str]) -> list[Picture]:
     """Draw the ratio and the used share over K_max, and drafts by load: a panel for each machine of ``fits``."""
-    first, most = rows[0]["answers"], max(row["batch"] for row in rows)
+    first, maximum = rows[0]["answers"], max(row["batch"] for row in rows)
     calibrated = [row for row in rows if row["answers"] == first and row["gates"] == "calibrated"]
-    swept = [row for row in calibrated if row["levels"] == "high" and row["batch"] == most]
+    swept = [row for row in calibrated if row["levels"] == "high" and row["batch"] == maximum]
     by_load = [row for row in calibrated if row["levels"] == "low"]
 
     def panels(
@@ -40,7 +40,7 @@ def pictures(rows: Rows, fits: dict[str, int], names: dict[str, str]) -> list[Pi
                 load_axis(axes, [row[x] for row in rows])
                 axes.set_title(f"{names.get(machine, machine)}; our fit {fit:,}", fontsize=12.5)
                 if x == "budget":
-                    axes.set_xlabel(f"K_max, tokens, at {most} requests")
+                    axes.set_xlabel(f"K_max, tokens, at {maximum} requests")
             all_axes[0].set(ylabel=label, ylim=(0, None))
 
         return draw

@@ -28,7 +28,7 @@ from echo_trt.speculation.policies import POLICIES, goodput_settings, make_plann
 from echo_trt.speculation.policy_names import DEFAULT, PLAIN
 from echo_trt_lab.bootstrap import interval
 from echo_trt_lab.calibration.trees import Trees
-from echo_trt_lab.options import tree_named
+from echo_trt_lab.options import gates_of, tree_named
 from echo_trt_lab.simulation.adaserve import AdaServePlanner
 from echo_trt_lab.simulation.loads import run_loads
 from echo_trt_lab.simulation.machines import Machine, machine_named
@@ -151,7 +151,7 @@ def settings_for(
         "width": recording.width,
         "per_request": Decoding().per_request,
         "budget": _budget(job, machine),
-        "gates": job.gates or calibration.sparse_gates,
+        "gates": gates_of(job.gates) if job.gates else calibration.sparse_gates,
         "calibration": None if job.gates else calibration,
         "static": {"depth": depth, "top_k": top_k, "tokens": nodes},
     }
@@ -217,8 +217,8 @@ def _check(job: SimulateOptions) -> None:
         value = getattr(job, option)
         if value is not None and not 1 <= value <= maximum:
             raise UserError(f"--{option} is {value}; give a whole number from 1 to {maximum}.")
-    if any(depth < 1 or not 0 <= threshold <= 1 for depth, threshold in job.gates.items()):
-        raise UserError(f"--gates is {job.gates}; give depths of 1 or more and thresholds from 0 to 1, as 1:0.2,4:0.3.")
+    if job.gates:
+        gates_of(job.gates)
     if job.static and (len(job.static) != 3 or min(job.static) < 1 or job.static[2] < 2):
         given = ",".join(map(str, job.static))
         raise UserError(f"--static is {given}; give depth, top_k (1 or more) and tokens (2 or more), such as 6,4,8.")

@@ -136,11 +136,11 @@ _DEVICE = DeviceCosts(launch=10e-6, wait=30e-6)
 _HEAD_KV_BYTES = 8 * 128 * 2 * 2  # of a cached token
 
 
-class Part(BaseModel, extra="forbid"):
+class MachinePart(BaseModel, extra="forbid"):
     """A part of a machine's file; what it does not know is an error."""
 
 
-class Cards(Part):
+class Cards(MachinePart):
     """Peaks of a card: bytes/s, dense bf16 FLOP/s, bytes of memory, bytes/s to another card in one direction."""
 
     bandwidth: PositiveFloat
@@ -151,7 +151,7 @@ class Cards(Part):
     link: PositiveFloat = 1.0
 
 
-class Target(Part):
+class ModelShape(MachinePart):
     """A model: parameters of the input ``embedding``, of one ``expert`` over all layers, and the other ``dense`` ones.
 
     kv_values           of a cached token on one card
@@ -171,11 +171,11 @@ class Target(Part):
     experts_per_token: NonNegativeInt = 0
 
 
-class MachineFile(Part):
+class MachineFile(MachinePart):
     """``cards`` alike that hold a model, tensor parallel, and each the whole of an EAGLE-3 head in bf16."""
 
     chip: Cards
-    target: Target
+    target: ModelShape
     head: PositiveFloat
     cards: PositiveInt = 1
     assumptions: tuple[str, ...] = ()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from echo_trt.engine.options import PolicyFile, bounds
-from echo_trt_lab.options import FRACTIONS, GATES, NUMBERS, WORDS, HtmlFile, JsonFile, LatencyTargets
+from echo_trt_lab.options import FRACTIONS, NUMBERS, WORDS, HtmlFile, JsonFile, LatencyTargets
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class SimulateOptions:
 
     costs   file of measured costs, for the machine "this" alone
     budget  K_max; None: the knee of the machine's curve
-    gates   depth -> threshold, instead of the calibration's
+    gates   depths and thresholds, instead of the calibration's
     seeds   orders of the answers that are walked, all pooled
     static  depth, top_k and tokens of that policy; empty: the default pair's, as far as recorded
     prompt  cached tokens before every answer
@@ -45,9 +45,7 @@ class SimulateOptions:
     policy_file: PolicyFile = None
     prompt: Annotated[int, Parameter(help="Cached tokens before each answer.", validator=bounds(1))] = 256
     budget: Annotated[int | None, Parameter(help="K_max. Default: the machine's knee.", validator=bounds(1))] = None
-    gates: Annotated[dict[int, float], GATES, Parameter(help="Of echo, as 1:0.2,4:0.3. Default: calibrated.")] = field(
-        default_factory=dict
-    )
+    gates: Annotated[str | None, Parameter(help="Of echo, as 1:0.2,4:0.3. Default: calibrated.")] = None
     seeds: Annotated[int, Parameter(help="Orders of the answers, pooled.", validator=bounds(1, 1000))] = 1
     static: Annotated[
         tuple[int, ...],

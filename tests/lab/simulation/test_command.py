@@ -4,7 +4,6 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from cyclopts import Token
 from ngram_tables import table
 from refusal import refused
 from rich.console import Console
@@ -13,7 +12,7 @@ from synthetic import recorded
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt_lab.calibration.fit import fit
 from echo_trt_lab.ngram_tables import write_ngrams
-from echo_trt_lab.options import GATES
+from echo_trt_lab.options import gates_of
 from echo_trt_lab.simulation.command import POLICIES, run
 from echo_trt_lab.simulation.options import SimulateOptions
 
@@ -63,13 +62,12 @@ def test_more_seeds_walk_more_of_the_answers(job):
 
 def test_gates_of_the_command_line(job):
     """A threshold that nothing passes leaves plain decoding; one that all pass drafts as deep as the trees go."""
-    results = {gate: simulate(job, policies=("echo",), gates={1: gate})[0]["results"][1] for gate in (0.0, 1.0)}
-    assert results[1.0]["accepted_length"] < results[0.0]["accepted_length"]
-    assert GATES.converter(None, [Token(keyword="--gates", value="1:0.2,4:0.3")]) == {1: 0.2, 4: 0.3}
-    with refused("--gates", "1=2", "1:0.2"):
-        GATES.converter(None, [Token(keyword="--gates", value="1=2")])
-    with refused("--gates", "thresholds from 0 to 1"):
-        simulate(job, gates={0: 0.3})
+    results = {gate: simulate(job, policies=("echo",), gates=f"1:{gate}")[0]["results"][1] for gate in (0, 1)}
+    assert results[1]["accepted_length"] < results[0]["accepted_length"]
+    assert gates_of("1:0.2,4:0.3") == {1: 0.2, 4: 0.3}
+    for wrong in ("1=2", "0:0.3", "1:2", ""):
+        with refused("--gates", "1:0.2,4:0.3"):
+            gates_of(wrong)
 
 
 def test_a_report_has_the_plots_and_all_rows(job, tmp_path):
