@@ -114,12 +114,16 @@ class Tuning:
                 self._note(
                     f"{self._folder} has no {CALIBRATION}: gates are the usual {reported}; run echo-trt calibrate."
                 )
-            if settings["budget"] is None:
-                settings["budget"] = next_size(self.costs.sizes, self.costs.hinge.k_max)  # padded to it anyway
+            settings["budget"] = settings["budget"] or self._k_max
         part = networks or self._networks
         planner = make_planner(name, settings, lambda name, numbers: self._goodput(name, numbers, part))
         part.prepare(planner)
         return planner
+
+    @property
+    def _k_max(self) -> int:
+        """The knee of the measured costs, raised to the size that passes are padded to anyway."""
+        return next_size(self.costs.sizes, self.costs.hinge.k_max)
 
     def _goodput(self, name: str, settings: GoodputSettings, networks: Networks) -> GoodputPlanner:
         calibration = networks.calibration
@@ -138,7 +142,7 @@ class Tuning:
             networks.batch.count,
             sources(networks, settings, acceptance),
             head=networks.drafter is not networks.copier,
-            budget=self.costs.hinge.k_max,
+            budget=self._k_max,
             block=networks.drafter.block if networks.drafter else 0,
             chain_alone=networks.target.rounds_trees,
         )

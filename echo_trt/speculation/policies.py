@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from echo_trt.errors import UserError, described, shown
 from echo_trt.speculation.echo.planner import EchoPlanner
 from echo_trt.speculation.echo.settings import EchoSettings
@@ -30,18 +32,21 @@ MakePlanner = Callable[[str, Settings, MakeGoodput], Planner]
 class Policy:
     """A registered policy.
 
-    summary        one clause for the list in docs/policies.md
-    make           makes a planner, from the policy's name, a recipe's settings, and a function that makes a goodput
-                   planner with this machine's costs and the draft's calibration
-    shape          the largest trees that the policy drafts and verifies, from a recipe's settings; None: no drafts
-    shares_budget  whether the batch shares K_max tokens per verification: settings then have it as "budget"
+    summary  one clause for the list in docs/policies.md
+    make     makes a planner, from the policy's name, a recipe's settings, and a function that makes a goodput planner
+             with this machine's costs and the draft's calibration
+    shape    the largest trees that the policy drafts and verifies, from a recipe's settings; None: no drafts
     """
 
     name: str
     summary: str
     make: MakePlanner
     shape: Callable[[Settings], EchoSettings] | None
-    shares_budget: bool = False
+
+    @property
+    def shares_budget(self) -> bool:
+        """Whether the batch may share K_max, which is ``settings["budget"]``: not so of the built-in ones but echo."""
+        return self.name == "echo" or self.name not in BUILT_IN
 
 
 POLICIES: dict[str, Policy] = {}
@@ -49,16 +54,16 @@ _LOADED: set[Path] = set()  # files of policies
 
 
 def policy(
-    name: str, summary: str, shape: Callable[[Settings], EchoSettings] | None = None, **more: bool
+    name: str, summary: str, shape: Callable[[Settings], EchoSettings] | None = None
 ) -> Callable[[MakePlanner], MakePlanner]:
-    """Register the decorated function as ``Policy.make``; ``more`` are fields of ``Policy``. Raises UserError."""
+    """Register the decorated function as ``Policy.make``. Raises UserError."""
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise UserError(f"the policy's name is {shown(name)}; give lower-case letters, digits and hyphens.")
     if name in POLICIES:
         raise UserError(f"the policy's name is {name!r}, which another policy has; give another name.")
 
     def register(make: MakePlanner) -> MakePlanner:
-        POLICIES[name] = Policy(name, summary, make, shape, **more)
+        POLICIES[name] = Policy(name, summary, make, shape)
         return make
 
     return register
@@ -94,23 +99,35 @@ def policy_named(name: str, option: str = "policy") -> Policy:
 
 
 def make_planner(name: str, settings: Settings, make_goodput: MakeGoodput) -> Planner:
-    """Make a policy's planner. Raises UserError for an unknown policy, and for trees that a bundle has no rows for."""
+    """Make a policy's planner. Raises UserError for an unknown policy, for one that fails, and for trees that a bundle
+    has no rows for.
+    """
     chosen = policy_named(name)
-    if chosen.shape:
-        rows, reserved = chosen.shape(settings).rows_per_request, reserve_for(settings)
-        if rows > reserved:
-            raise UserError(
-                f"policy {name} needs {rows} KV rows per request beyond its tokens, but bundles keep {reserved}; make "
-                "its trees smaller, or raise decoding.per_request in the recipe and build again."
-            )
-    if not chosen.shares_budget:
-        settings = {key: value for key, value in settings.items() if key != "budget"}
     try:
-        return chosen.make(name, settings, make_goodput)
+        rows = chosen.shape(settings).rows_per_request if chosen.shape else 0
+        planner = chosen.make(name, settings, make_goodput)
+        if name not in BUILT_IN:
+            _try_members(planner)
     except Exception as error:
         if isinstance(error, UserError) or name in BUILT_IN:
             raise
-        raise UserError(f"policy is {name}, whose function fails ({described(error)}); mend its file.") from error
+        file = getattr(sys.modules.get(chosen.make.__module__), "__file__", None) or "its file"
+        raise UserError(f"policy is {name}, which fails ({described(error)}); mend {file}.") from error
+    if rows and rows > (reserved := reserve_for(settings)):
+        raise UserError(
+            f"policy {name} needs {rows} KV rows per request beyond its tokens, but bundles keep {reserved}; make "
+            "its trees smaller, or raise decoding.per_request in the recipe and build again."
+        )
+    return planner
+
+
+def _try_members(planner: Planner) -> None:
+    """Ask a new planner what the engine asks of it outside iterations: what raises there would end the engine."""
+    if not isinstance(planner.name, str) or not callable(planner.plan):
+        raise TypeError("a planner has a name and a function plan")
+    if not isinstance(planner.budget, int | np.integer):
+        raise TypeError(f"budget is {planner.budget!r}, which is no whole number")
+    planner.level_shapes(1), planner.totals(), planner.gain()
 
 
 def echo_settings(name: str, settings: Settings) -> EchoSettings:
@@ -145,7 +162,6 @@ def _plain(name: str, settings: Settings, make_goodput: MakeGoodput) -> Planner:
     "echo",
     "the paper: gates at a few depths with a threshold each, one token budget K_max for the batch",
     _elastic,
-    shares_budget=True,
 )
 @policy("static", "EAGLE-3's tree: fixed depth, width and tokens for every request", partial(echo_settings, "static"))
 def _paper(name: str, settings: Settings, make_goodput: MakeGoodput) -> Planner:

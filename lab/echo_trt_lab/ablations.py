@@ -14,7 +14,7 @@ from echo_trt.speculation.echo.planner import EchoPlanner
 from echo_trt.speculation.policies import echo_settings, goodput_settings, policy, policy_named
 
 
-@policy("dense", "ECHO with a gate at every depth", policy_named("echo").shape, shares_budget=True)
+@policy("dense", "ECHO with a gate at every depth", policy_named("echo").shape)
 def dense(name, settings, make_goodput):
     known, gates, depths = settings.get("calibration"), settings["gates"], range(1, settings["max_depth"] + 1)
     if known:
@@ -25,7 +25,7 @@ def dense(name, settings, make_goodput):
     return EchoPlanner(name, replace(echo_settings("echo", settings), gates=gates))
 
 
-@policy("fixed", "ECHO with one threshold for all gates", policy_named("echo").shape, shares_budget=True)
+@policy("fixed", "ECHO with one threshold for all gates", policy_named("echo").shape)
 def fixed(name, settings, make_goodput):
     known, gates = settings.get("calibration"), settings["gates"]
     threshold = known.fixed_threshold if known else gates[min(gates)] if gates else 0.0

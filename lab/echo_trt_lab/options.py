@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +29,19 @@ def _fractions(_: object, tokens: Sequence[Token]) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"{option} is {shown(text)}; give numbers, separated by commas.") from None
+
+
+def gates_of(text: str) -> dict[int, float]:
+    """Read thresholds by depth from a text such as ``1:0.2,4:0.3``. Raises UserError."""
+    try:
+        gates = {int(depth): float(threshold) for depth, threshold in (part.split(":") for part in text.split(","))}
+    except ValueError:
+        gates = {}
+    if not gates or min(gates) < 1 or not all(0 <= threshold <= 1 for threshold in gates.values()):
+        raise UserError(
+            f"--gates is {shown(text)}; give depths of 1 or more and thresholds from 0 to 1, such as 1:0.2,4:0.3."
+        )
+    return gates
 
 
 def _targets(_: object, tokens: Sequence[Token]) -> tuple[float, ...]:
@@ -64,6 +77,11 @@ LatencyTargets = Annotated[
         help="Give a quarter of the requests these latency targets, in ms, such as 500,25, and show who keeps them.",
     ),
 ]
+
+
+def tree_named(tree: Mapping[str, int]) -> str:
+    """Name the policy static's tree by its depth, top_k and tokens."""
+    return f"static {tree['depth']}/{tree['top_k']}/{tree['tokens']}"
 
 
 def latency_of(targets: Sequence[float]) -> dict[str, float]:

@@ -11,6 +11,9 @@ from refusal import refused
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import MAX_STOP_TOKENS, SamplingParams
+from echo_trt.speculation import policies
+from echo_trt.speculation.arrays import next_size
+from echo_trt.speculation.echo.planner import EchoPlanner
 from echo_trt.speculation.pack import BLOCK
 
 CONTEXT, CHUNK = LIMITS["context"], LIMITS["prefill_chunk"]
@@ -317,3 +320,18 @@ def test_a_policy_that_comes_back_goes_on_with_what_it_has_learnt(open_llm):
     llm.set_policy("echo", 9)
     assert (llm.loop.planner.name, llm.loop.planner.budget) == ("echo", 9)
     assert first.budget == 24
+
+
+def test_a_policy_of_ones_own_gets_the_measured_k_max(open_llm, monkeypatch):
+    """As ``echo`` does, where the recipe has none."""
+    monkeypatch.setattr(policies, "POLICIES", dict(policies.POLICIES))
+
+    @policies.policy("mine", "echo's", policies.policy_named("echo").shape)
+    def mine(name, settings, make_goodput):
+        return EchoPlanner(name, policies.echo_settings(name, settings))
+
+    llm = open_llm("lookup", "autoregressive")
+    monkeypatch.setitem(vars(llm.manifest.recipe.decoding), "budget", None)
+    llm.set_policy("mine")
+    costs = llm.tuning.costs
+    assert llm.loop.planner.budget == next_size(costs.sizes, costs.hinge.k_max)

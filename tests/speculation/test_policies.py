@@ -7,11 +7,13 @@ from machines import Server, linear
 
 from echo_trt.errors import UserError
 from echo_trt.speculation import policies
+from echo_trt.speculation.echo.planner import EchoPlanner
 from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt.speculation.goodput.model.costs import Costs
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.goodput.settings import GoodputSettings
-from echo_trt.speculation.policies import BUILT_IN, POLICIES, load_policies, make_planner
+from echo_trt.speculation.planner import PlainPlanner
+from echo_trt.speculation.policies import BUILT_IN, POLICIES, echo_settings, load_policies, make_planner
 
 SETTINGS = {
     "budget": 2,
@@ -34,24 +36,45 @@ def test_an_unknown_policy_is_named():
         made("eco")
 
 
-@pytest.mark.parametrize("shares", [True, False])
-def test_a_policy_gets_the_budget_that_it_asks_for(shares, registry):
+def test_a_policy_of_ones_own_gets_the_budget(registry):
     given = []
 
-    @registry.policy("mine", "a policy", shares_budget=shares)
-    def mine(name, settings, make_goodput):
-        given.append(dict(settings))
-
-    registry.make_planner("mine", SETTINGS, None)
-    assert given == [SETTINGS if shares else {key: each for key, each in SETTINGS.items() if key != "budget"}]
-
-
-def test_a_policys_function_that_fails_is_named(registry):
     @registry.policy("mine", "a policy")
     def mine(name, settings, make_goodput):
-        return settings["budget"] + 1
+        given.append(settings["budget"])
+        return EchoPlanner(name, echo_settings(name, settings))
 
-    with pytest.raises(UserError, match=r"policy is mine, whose function fails .*budget"):
+    assert registry.make_planner("mine", SETTINGS, None).budget == SETTINGS["budget"] == given[0]
+    assert registry.policy_named("mine").shares_budget
+    assert not registry.policy_named("static").shares_budget
+
+
+class NoBudget(PlainPlanner):
+    budget = None
+
+
+class Raises(PlainPlanner):
+    def totals(self):
+        raise OSError("totals")
+
+
+def fails(settings):
+    raise OSError("shape")
+
+
+@pytest.mark.parametrize(
+    ("shape", "make", "reason"),
+    [
+        (None, lambda *given: given[1]["no such"], "no such"),
+        (None, lambda *given: None, "name"),
+        (None, lambda *given: NoBudget(), "budget is None"),
+        (None, lambda *given: Raises(), "totals"),
+        (fails, lambda *given: PlainPlanner(), "shape"),
+    ],
+)
+def test_a_policy_that_fails_is_named_with_its_file(shape, make, reason, registry):
+    registry.policy("mine", "a policy", shape)(make)
+    with pytest.raises(UserError, match=rf"policy is mine, which fails .*{reason}.*; mend .*test_policies\.py\."):
         registry.make_planner("mine", SETTINGS, None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -57,6 +57,7 @@ class StepSample:
     progress  tokens per iteration of a request
     accepted  draft tokens by source, where the policy counts them
     texts     request -> token ids
+    by_prompt prompt -> its tokens, and its share of the seconds, of iterations in which every slot decoded
     targeted  (seconds to the first token, per token behind it) of the requests with latency targets
     """
 
@@ -69,6 +70,7 @@ class StepSample:
     progress: list[float] = field(default_factory=list)
     accepted: Counter[str] = field(default_factory=Counter)
     texts: dict[int, list[int]] = field(default_factory=dict)
+    by_prompt: dict[int, tuple[float, float]] = field(default_factory=dict)
     targeted: list[tuple[float, float]] = field(default_factory=list)
 
     @property
@@ -78,7 +80,7 @@ class StepSample:
 
 
 class ClosedLoop:
-    """Answers ``prompts`` greedily under the current policy, ``batch`` at once; the next begins as one ends.
+    """Answers ``prompts`` under the current policy, ``batch`` at once; the next begins as one ends.
 
     After the last prompt they begin again, so that all slots are full until every prompt has an answer. Without that,
     the last iterations, of long texts with a low acceptance rate, would run at a smaller batch. Second answers are not
@@ -90,14 +92,14 @@ class ClosedLoop:
         loop: EngineCore,
         prompts: list[list[int]],
         batch: int,
-        max_tokens: int,
+        params: SamplingParams,
         latency: dict[str, float] | None = None,
     ):
         """``latency``: targets of every TARGETED-th request; None: the policy is told of none."""
         self.loop, self.batch, self.sample = loop, batch, StepSample()
-        self._targeted = SamplingParams(max_tokens, latency=latency)
+        self._targeted = replace(params, latency=latency)
         self.seconds, self.emitted = 0.0, 0
-        self._prompts, self._params = [np.asarray(ids) for ids in prompts], SamplingParams(max_tokens)
+        self._prompts, self._params = [np.asarray(ids) for ids in prompts], params
         self._begun = 0
         self._running: dict[Request, _Clock] = {}
         self._accepted = _accepted(loop)
@@ -130,6 +132,10 @@ class ClosedLoop:
         sample.prompts += loop.counters.prompt_tokens - before.prompt_tokens
         if loop.counters.prompt_tokens == before.prompt_tokens:
             sample.decode.add(before, loop.counters, elapsed)
+            for request, tokens in emissions:
+                prompt = request.id % len(self._prompts)
+                done = sample.by_prompt.get(prompt, (0.0, 0.0))
+                sample.by_prompt[prompt] = done[0] + len(tokens), done[1] + elapsed / len(emissions)
         for request, tokens in emissions:
             self.emitted += len(tokens)
             running[request].emitted(self.seconds, len(tokens), sample)

@@ -33,6 +33,7 @@ from echo_trt_lab.benchmark.peer import Peer, PeerRun
 from echo_trt_lab.benchmark.peers import check_peers, open_peer
 from echo_trt_lab.benchmark.report import html_report, latency_table, results_table
 from echo_trt_lab.calibration.record import record
+from echo_trt_lab.options import tree_named
 from echo_trt_lab.side_by_side import side_by_side
 from echo_trt_lab.synthetic_engine import SyntheticNetworks, rates_given
 
@@ -67,6 +68,8 @@ def run(job: BenchOptions, out: Console, messages: Console) -> dict[str, Any]:
             "bundle": llm.manifest.name,
             "precision": computes_in(llm.manifest),
             "max_tokens": job.max_tokens,
+            "texts": f"temperature {job.temperature:g}, seed {job.seed}" if job.temperature else "greedy",
+            "static": tree_named(llm.manifest.recipe.decoding.static.model_dump()),
             **({"synthetic_text": nets.text.rates.sentence} if isinstance(nets, SyntheticNetworks) else {}),
             "prompts": {name: len(rows) for name, rows in sets.items()},
             "hinge": llm.tuning.costs.hinge.model_dump(),
@@ -147,8 +150,9 @@ def _cell(
             if not beside:
                 llm.set_policy(policy.removesuffix(WITH_TARGETS), job.budget)
             loop = loops[policy] if beside else llm.loop
-            budgets[policy] = loop.planner.budget
-            runs.append(ClosedLoop(loop, prompts, batch, job.max_tokens, latency))
+            shares = policy_named(policy.removesuffix(WITH_TARGETS)).shares_budget
+            budgets[policy] = loop.planner.budget * shares
+            runs.append(ClosedLoop(loop, prompts, batch, job.params, latency))
             samples[policy].append(runs[-1].sample)
             if not beside:
                 runs.pop().run()

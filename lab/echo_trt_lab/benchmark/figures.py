@@ -11,6 +11,7 @@ import numpy as np
 from echo_trt.speculation.pacer import Latency
 from echo_trt_lab.benchmark.closed_loop import PHASES, PhaseSums, StepSample
 from echo_trt_lab.benchmark.peer import PeerRun, Work
+from echo_trt_lab.bootstrap import interval, pooled
 
 
 def figures(policy: str, batch: int, rounds: list[StepSample], plain: list[StepSample], k_max: int) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def figures(policy: str, batch: int, rounds: list[StepSample], plain: list[StepS
         "rounds": len(rounds),
         **_speed(rounds, plain),
         "ratio_spread": _spread(ratios),
+        "ratio_interval": _interval(rounds, plain),
         "accepted_length": round(sum(t.tokens for t in decode) / verifications, 4) if verifications else None,
         "draft_utilisation": round(accepted / drafted, 4) if drafted else None,
         "verified_per_iteration": round(verified / max(iterations, 1), 2),
@@ -125,6 +127,12 @@ def _median(values: list[float | None]) -> float | None:
 def _spread(values: list[float | None]) -> list[float] | None:
     measured = [v for v in values if v is not None]
     return [round(min(measured), 4), round(max(measured), 4)] if measured else None
+
+
+def _interval(rounds: list[StepSample], plain: list[StepSample]) -> list[float] | None:
+    """Bound the ratio by a bootstrap over prompts, 95 %; None where no iteration decoded alone."""
+    ours, base = (pooled(sample.by_prompt for sample in samples) for samples in (rounds, plain))
+    return [round(bound, 4) for bound in interval(ours, base)] if ours and base else None
 
 
 def _rate(tally: PhaseSums | Work) -> float | None:

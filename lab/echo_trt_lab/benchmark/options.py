@@ -10,6 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter, Token
 
 from echo_trt.engine.options import Bundle, Flag, PolicyFile, bounds
+from echo_trt.engine.params import SamplingParams
 from echo_trt_lab.options import NUMBERS, WORDS, HtmlFile, JsonFile, LatencyTargets, PromptFiles, latency_of
 from echo_trt_lab.synthetic_text import Rates
 
@@ -48,6 +49,8 @@ class BenchOptions:
         int, Parameter(help="Requests of a run, at least; two per slot.", validator=bounds(2, 1_000_000))
     ] = 32
     each_file: Annotated[Flag, Parameter(help="Also run each prompts file by itself.")] = False
+    temperature: Annotated[float, Parameter(help="0 is greedy.", validator=bounds(0, 2))] = 0.0
+    seed: Annotated[int, Parameter(help="Of sampled texts.", validator=bounds(0))] = 0
     budget: Annotated[int | None, Parameter(help="K_max of echo. Default: the recipe's, else measured.")] = None
     peers: Annotated[
         tuple[str, ...],
@@ -74,6 +77,10 @@ class BenchOptions:
     record_file: Annotated[
         Path | None, Parameter("--record", help="Write the draft trees of the prompts here, for simulate.")
     ] = None
+
+    @property
+    def params(self) -> SamplingParams:
+        return SamplingParams(self.max_tokens, self.temperature, seed=self.seed)
 
     @property
     def latency(self) -> dict[str, float]:

@@ -17,6 +17,7 @@ COLUMNS = {
     "decode_tokens_per_s": "decode tokens/s",
     "ratio": "to plain",
     "ratio_spread": "spread",
+    "ratio_interval": "95 % interval",
     "end_to_end_tokens_per_s": "with prompts, tokens/s",
     "end_to_end_ratio": "to plain, with prompts",
     "prefill_tokens_per_s": "prefill tokens/s",
@@ -47,8 +48,9 @@ LATENCY_HEADS = tuple(
 SPEED_HEADS = tuple(head for head in COLUMNS.values() if head not in LATENCY_HEADS)
 SPEED_WORDS = (
     "Decoding",
-    "Iterations without prompts. Spread: the slowest and the fastest round. Draft used: the share of verified draft "
-    "tokens that was accepted. Verified: tokens per iteration over all requests.",
+    "Iterations without prompts. Spread: the slowest and the fastest round. Interval: of the ratio, bootstrapped over "
+    "prompts. Draft used: the share of verified draft tokens that was accepted. Verified: tokens per iteration over "
+    "all requests.",
 )
 LATENCY_WORDS = (
     "Latency and whole requests",
@@ -58,7 +60,7 @@ KEYS = {"set": "prompts", "batch": "batch", "policy": "policy"}
 SPEED = {
     "decode_tokens_per_s": "tokens/s",
     "ratio": "ratio",
-    "ratio_spread": "spread",
+    "ratio_interval": "95 %",
     "accepted_length": "accepted",
     "same_texts": "texts",
 }
@@ -76,7 +78,8 @@ LATENCY = {
 def results_table(result: dict[str, Any]) -> Table:
     """Tabulate the speed of decoding; the HTML report has all columns."""
     stated = f"; {result['synthetic_text']}" if "synthetic_text" in result else ""
-    return _table(result, SPEED, f"{result['bundle']} {result['precision']}, greedy, {result['machine']}{stated}")
+    about = ", ".join(result[key] for key in ("texts", "static", "machine"))
+    return _table(result, SPEED, f"{result['bundle']} {result['precision']}, {about}{stated}")
 
 
 def latency_table(result: dict[str, Any]) -> Table:
@@ -139,8 +142,8 @@ def _lead(result: dict[str, Any]) -> list[str]:
     stated = [f"{result['synthetic_text'].capitalize()}."] if "synthetic_text" in result else []
     return [
         *stated,
-        f"Greedy, up to {result['max_tokens']} new tokens per request, every slot kept busy (closed loop). {turns}. "
-        "Rates and ratios are of all rounds as one.",
+        f"{result['texts'].capitalize()}, up to {result['max_tokens']} new tokens per request, every slot kept busy "
+        f"(closed loop). {turns}. Rates and ratios are of all rounds as one.",
     ]
 
 
@@ -148,6 +151,7 @@ def _facts(result: dict[str, Any]) -> dict[str, str]:
     hinge = result["hinge"]
     return {
         "machine": result["machine"],
+        "static": result["static"],
         "prompts": ", ".join(f"{count} of {name}" for name, count in result["prompts"].items()),
         "a pass of the target": f"{1e3 * hinge['t_ar']:.1f} ms up to {hinge['k_max']:.0f} tokens (K_max), then "
         f"{hinge['gamma']:.1%} more for each token",

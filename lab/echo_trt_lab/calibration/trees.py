@@ -214,8 +214,10 @@ class TreeRecorder:
 class RecordedDraft(KnownTrees):
     """A draft that reads recorded trees: request i of the batch is at ``positions[i]``."""
 
-    def __init__(self, trees: Trees, positions: np.ndarray, width: int):
-        """``width``: children of a node that are read, at most."""
+    def __init__(self, trees: Trees, positions: np.ndarray, width: int | None = None):
+        """``width``: children of a node that are read, at most; None: all."""
         first, count = trees.first_child
-        roots = trees.node_begins[positions], np.minimum(trees.root_children[positions], width)
-        super().__init__(trees.token, trees.log_q, first, np.minimum(count, width), roots)
+        roots = trees.node_begins[positions], trees.root_children[positions]
+        if width is not None:
+            count, roots = np.minimum(count, width), (roots[0], np.minimum(roots[1], width))
+        super().__init__(trees.token, trees.log_q, first, count, roots)

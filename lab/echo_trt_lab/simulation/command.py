@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt.speculation.planner import ChainSource, Planner
 from echo_trt.speculation.policies import POLICIES, goodput_settings, make_planner, policy_named
 from echo_trt.speculation.policy_names import DEFAULT, PLAIN
+from echo_trt_lab.bootstrap import interval
 from echo_trt_lab.calibration.trees import Trees
+from echo_trt_lab.options import gates_of, tree_named
 from echo_trt_lab.simulation.loads import run_loads
 from echo_trt_lab.simulation.machines import Machine, machine_named
 from echo_trt_lab.simulation.options import SimulateOptions
@@ -46,7 +50,9 @@ def run(job: SimulateOptions, out: Console, messages: Console) -> dict[str, Any]
     _check(job)
     machine = machine_named(job.machine, job.costs)
     calibration = read_calibration(job.calibration)
-    recording = Recording(Trees.read(job.recording))
+    trees = Trees.read(job.recording)
+    recordings = [Recording(trees, seed) for seed in range(job.seeds)]
+    recording = recordings[0]
     ngrams = job.ngrams and _read_ngrams(job.ngrams, calibration)
     names = list(dict.fromkeys((PLAIN, *job.policies)))
     settings = settings_for(job, recording, calibration, machine)
@@ -58,6 +64,7 @@ def run(job: SimulateOptions, out: Console, messages: Console) -> dict[str, Any]
         "machine": machine.name,
         "recording": {"answers": len(recording.answers), "positions": len(recording.trees)},
         "budget": _budget(job, machine),
+        "static": tree_named(settings["static"]),
         "assumptions": [*machine.assumptions, *_assumptions(job, recording, machine, ngrams)],
         "results": [],
     }
@@ -75,12 +82,14 @@ def run(job: SimulateOptions, out: Console, messages: Console) -> dict[str, Any]
     ):
         with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
             task = progress.add_task("simulating", total=len(job.batches) * len(names))
+            plain = Tally(np.zeros(0))
             for batch in job.batches:
-                plain = 0.0
                 for name in names:
-                    tally = simulate(name, settings, recording, calibration, machine, batch, job, ngrams)
-                    plain = tally.rate if name == PLAIN else plain
-                    row = {"policy": name, "batch": batch, "ratio": tally.rate / plain}  # of rates that may round to 0
+                    runs = (simulate(name, settings, r, calibration, machine, batch, job, ngrams) for r in recordings)
+                    tally = reduce(add, runs)
+                    plain = tally if name == PLAIN else plain
+                    row = {"policy": name, "batch": batch, "ratio": tally.rate / plain.rate}  # which may round to 0
+                    row["ratio_interval"] = list(interval(tally.by_answer, plain.by_answer))
                     result["results"].append(row | tally.figures())
                     progress.advance(task)
         out.print(table(result))
@@ -141,8 +150,8 @@ def settings_for(
         "width": recording.width,
         "per_request": Decoding().per_request,
         "budget": _budget(job, machine),
-        "gates": calibration.sparse_gates,
-        "calibration": calibration,
+        "gates": gates_of(job.gates) if job.gates else calibration.sparse_gates,
+        "calibration": None if job.gates else calibration,
         "static": {"depth": depth, "top_k": top_k, "tokens": nodes},
     }
 
@@ -207,6 +216,8 @@ def _check(job: SimulateOptions) -> None:
         value = getattr(job, option)
         if value is not None and not 1 <= value <= maximum:
             raise UserError(f"--{option} is {value}; give a whole number from 1 to {maximum}.")
+    if job.gates:
+        gates_of(job.gates)
     if job.static and (len(job.static) != 3 or min(job.static) < 1 or job.static[2] < 2):
         given = ",".join(map(str, job.static))
         raise UserError(f"--static is {given}; give depth, top_k (1 or more) and tokens (2 or more), such as 6,4,8.")

@@ -6,15 +6,24 @@ knows nothing of kernels: its values are rough, and ratios of values are better.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import yaml
+from pydantic import (
+    BaseModel,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from echo_trt.backends.cuda.sizes import SIZES
 from echo_trt.bundle.costs import CostTable
 from echo_trt.bundle.stored import read_stored
-from echo_trt.errors import UserError
+from echo_trt.errors import UserError, first_mistake
 from echo_trt.speculation.arrays import next_size
 from echo_trt.speculation.echo.budget import fit_hinge
 from echo_trt.speculation.goodput.model.costs import Costs, Curve
@@ -122,91 +131,106 @@ def _table(
     return sizes, roofline(network, chip, sizes, fixed, per_token), per_context, 0.0
 
 
-# H100 SXM5 80 GB, NVIDIA's data sheet: 3.35 TB/s, 989 TFLOP/s in bf16 and 1,979 in fp8, both dense; NVLink 900 GB/s.
-H100 = Chip(bandwidth=3.35e12, flops=989e12, memory=80e9, bandwidth_share=0.88)
-H100_FP8 = Chip(bandwidth=3.35e12, flops=1979e12, memory=80e9, bandwidth_share=0.88, flops_share=0.45)
-NVLINK = 450e9  # bytes/s in one direction
-
-# Qwen3-8B's config.json: 36 layers, hidden 4096, 8 KV heads of 128, vocabulary 151,936; 8.2 B parameters.
-_EMBEDDING = 151_936 * 4096
-QWEN3_8B = NetworkShare(
-    dense=8.2e9 - _EMBEDDING, parameter_bytes=2, active=8.2e9 - _EMBEDDING, kv_bytes=36 * 8 * 128 * 2 * 2
-)
-# EAGLE-3's head for it: fc 4096x12288, q 8192x4096, k and v 8192x1024, o 4096x4096, MLP 3x4096x12288, and an lm_head
-# of 32000x4096.
-_HEAD = 4096 * (12288 + 8192 + 2 * 2048 + 4096 + 3 * 12288 + 32000)
-EAGLE3_HEAD = NetworkShare(dense=_HEAD, parameter_bytes=2, active=_HEAD, kv_bytes=8 * 128 * 2 * 2)
-# Qwen3-235B-A22B's config.json: 94 layers, hidden 4096, 64 query and 4 KV heads of 128, 128 experts of 3x4096x1536 of
-# which 8 per token. One of 8 GPUs holds an eighth of every matrix, and one KV head: two GPUs hold the same head.
-_GPUS, _LAYERS = 8, 94
-_ATTENTION = 4096 * 128 * (2 * 64 + 2 * 4) * _LAYERS
-_EXPERT = 3 * 4096 * 1536 * _LAYERS
-QWEN3_235B = NetworkShare(
-    dense=(_ATTENTION + _EMBEDDING) / _GPUS,
-    parameter_bytes=1,
-    active=(_ATTENTION + _EMBEDDING + 8 * _EXPERT) / _GPUS,
-    kv_bytes=_LAYERS * 128 * 2 * 2,
-    expert=_EXPERT / _GPUS,
-    experts=128,
-    experts_per_token=8,
-)
 _SMALL_KERNELS, _DRAFT_SMALL_KERNELS, _ALL_REDUCE = 0.3e-3, 0.1e-3, 10e-6
 _DEVICE = DeviceCosts(launch=10e-6, wait=30e-6)
-
-_ON_DEVICE = (
-    f"small kernels take {1e3 * _SMALL_KERNELS:g} ms of a target pass and {1e3 * _DRAFT_SMALL_KERNELS:g} ms of a draft "
-    f"pass, starting a CUDA graph {1e6 * _DEVICE.launch:g} us and waiting for results {1e6 * _DEVICE.wait:g} us "
-    "(assumed)",
-    "levels between gates run in one go, and passes are padded, as on a GPU; every recorded child comes to the host",
-)
+_HEAD_KV_BYTES = 8 * 128 * 2 * 2  # of a cached token
 
 
-def h100_qwen3_8b() -> Machine:
-    free = 0.9 * H100.memory - 2 * 8.2e9 - 2 * _HEAD
-    return Machine(
-        "h100-qwen3-8b",
-        _table(QWEN3_8B, H100, _SMALL_KERNELS),
-        _table(EAGLE3_HEAD, H100, _DRAFT_SMALL_KERNELS),
-        HOST_SECONDS,
-        LEVEL_SECONDS,
-        (
-            "H100 SXM, NVIDIA's data sheet: 3.35 TB/s of which kernels reach 88 %, 989 bf16 TFLOP/s of which 60 %",
-            "Qwen3-8B in bf16: a pass reads and multiplies its 8.2 B parameters but the input embedding's 0.62 B",
-            "a cached token is 36 layers x 8 heads x 128 x 2 x 2 bytes; the arithmetic of attention is left out",
-            f"EAGLE-3 head of {_HEAD / 1e9:.2f} B parameters in bf16, with 32,000 tokens of vocabulary",
-            *_ON_DEVICE,
-        ),
-        int(free / (QWEN3_8B.kv_bytes + EAGLE3_HEAD.kv_bytes)),
-        padded=SIZES,
-        candidate_seconds=NODE_SECONDS,
-        node_seconds=NODE_SECONDS,
-        device=_DEVICE,
+class MachinePart(BaseModel, extra="forbid"):
+    """A part of a machine's file; what it does not know is an error."""
+
+
+class Cards(MachinePart):
+    """Peaks of a card: bytes/s, dense bf16 FLOP/s, bytes of memory, bytes/s to another card in one direction."""
+
+    bandwidth: PositiveFloat
+    flops: PositiveFloat
+    memory: PositiveFloat
+    bandwidth_share: PositiveFloat = 0.8
+    flops_share: PositiveFloat = 0.6
+    link: PositiveFloat = 1.0
+
+
+class ModelShape(MachinePart):
+    """A model: parameters of the input ``embedding``, of one ``expert`` over all layers, and the other ``dense`` ones.
+
+    kv_values           of a cached token on one card
+    flops, flops_share  of its precision; None: the card's in bf16
+    """
+
+    layers: PositiveInt
+    hidden: PositiveInt
+    kv_values: PositiveInt
+    embedding: PositiveFloat
+    dense: PositiveFloat
+    parameter_bytes: PositiveFloat
+    flops: PositiveFloat | None = None
+    flops_share: PositiveFloat | None = None
+    expert: NonNegativeFloat = 0
+    experts: NonNegativeInt = 0
+    experts_per_token: NonNegativeInt = 0
+
+
+class MachineFile(MachinePart):
+    """``cards`` alike that hold a model, tensor parallel, and each the whole of an EAGLE-3 head in bf16."""
+
+    chip: Cards
+    target: ModelShape
+    head: PositiveFloat
+    cards: PositiveInt = 1
+    assumptions: tuple[str, ...] = ()
+
+
+def from_machine_file(path: Path) -> Machine:
+    """Compute the machine of a file such as those in ``cards/``. Raises UserError."""
+    remedy = "name a machine's file, such as those in lab/echo_trt_lab/simulation/cards"
+    try:
+        given = MachineFile.model_validate(yaml.safe_load(path.read_text("utf-8")))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is no YAML; {remedy}.") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_mistake(error)}; {remedy}.") from error
+    card, model, cards = given.chip, given.target, given.cards
+    bf16 = Chip(card.bandwidth, card.flops, card.memory, card.bandwidth_share, card.flops_share)
+    peaks = replace(bf16, flops=model.flops or card.flops, flops_share=model.flops_share or card.flops_share)
+    target = NetworkShare(
+        model.dense / cards,
+        model.parameter_bytes,
+        (model.dense + model.experts_per_token * model.expert) / cards,
+        2 * model.kv_values,
+        model.expert / cards,
+        model.experts,
+        model.experts_per_token,
     )
-
-
-def h100x8_qwen3_235b() -> Machine:
-    """Eight GPUs: two all-reduces a layer, of a latency and 2 * 7/8 of N x 4096 bf16 values over NVLink."""
-    reduces = 2 * _LAYERS
-    per_token = reduces * 2 * (1 - 1 / _GPUS) * 4096 * 2 / NVLINK
-    weights = QWEN3_235B.dense + 128 * QWEN3_235B.expert + _EMBEDDING / _GPUS
-    free = 0.9 * H100.memory - weights - 2 * _HEAD
+    head = NetworkShare(given.head, 2, given.head, _HEAD_KV_BYTES)
+    reduces = 2 * model.layers if cards > 1 else 0
+    per_token = reduces * 2 * (1 - 1 / cards) * model.hidden * 2 / card.link
+    facts = f"EAGLE-3 head of {given.head / 1e9:.2f} B parameters in bf16, with 32,000 tokens of vocabulary"
+    assumptions = [*given.assumptions, facts + (", whole on each GPU: it needs no all-reduce" if reduces else "")]
+    if reduces:
+        assumptions.append(
+            f"two all-reduces a layer, {1e6 * _ALL_REDUCE:g} us each (assumed) and their bytes at "
+            f"{card.link / 1e9:g} GB/s"
+        )
+    weights = model.parameter_bytes * (model.dense + model.embedding + model.experts * model.expert) / cards
+    free = 0.9 * card.memory - weights - 2 * given.head
     return Machine(
-        "8xh100-qwen3-235b",
-        _table(QWEN3_235B, H100_FP8, _SMALL_KERNELS + reduces * _ALL_REDUCE, per_token),
-        _table(EAGLE3_HEAD, H100, _DRAFT_SMALL_KERNELS),
+        path.stem,
+        _table(target, peaks, _SMALL_KERNELS + reduces * _ALL_REDUCE, per_token),
+        _table(head, bf16, _DRAFT_SMALL_KERNELS),
         HOST_SECONDS,
         LEVEL_SECONDS,
         (
-            "8 H100 SXM, NVIDIA's data sheet: 3.35 TB/s each, 88 % of it reached, 1,979 fp8 TFLOP/s, 45 % of it",
-            "Qwen3-235B-A22B in fp8, tensor parallel: each GPU reads an eighth of the weights that a pass touches",
-            "N tokens touch 128 (1 - (1 - 8/128)^N) experts per layer: routing is taken as uniform and independent, "
-            "where real routing is skewed and a tree's tokens alike, so that fewer are touched",
-            f"two all-reduces a layer, {1e6 * _ALL_REDUCE:g} us each (assumed) and their bytes at 450 GB/s (NVLink)",
-            "the KV cache is bf16, 4 heads stand twice on 8 GPUs; the arithmetic of attention is left out",
-            f"EAGLE-3 head of {_HEAD / 1e9:.2f} B parameters in bf16, whole on each GPU: it needs no all-reduce",
-            *_ON_DEVICE,
+            *assumptions,
+            f"small kernels take {1e3 * _SMALL_KERNELS:g} ms of a target pass and {1e3 * _DRAFT_SMALL_KERNELS:g} ms of "
+            f"a draft pass, starting a CUDA graph {1e6 * _DEVICE.launch:g} us and waiting for results "
+            f"{1e6 * _DEVICE.wait:g} us (assumed)",
+            "levels between gates run in one go, and passes are padded, as on a GPU; every recorded child comes to the "
+            "host",
         ),
-        int(free / (QWEN3_235B.kv_bytes + EAGLE3_HEAD.kv_bytes)),
+        max(int(free / (target.kv_bytes + head.kv_bytes)), 0),
         padded=SIZES,
         candidate_seconds=NODE_SECONDS,
         node_seconds=NODE_SECONDS,
@@ -234,18 +258,18 @@ def from_costs_file(path: Path) -> Machine:
     )
 
 
-ROOFLINES = {"h100-qwen3-8b": h100_qwen3_8b, "8xh100-qwen3-235b": h100x8_qwen3_235b}
+ROOFLINES = {file.stem: file for file in sorted(Path(__file__).with_name("cards").glob("*.yaml"))}
 NAMES = (THIS, *ROOFLINES)
 
 
 def machine_named(name: str, costs: Path | None) -> Machine:
-    """Return the machine of one of NAMES; ``costs`` is the measured table of "this"."""
-    if name not in NAMES:
-        raise UserError(f"--machine is {name!r}; choose one of {', '.join(NAMES)}.")
+    """Return the machine of one of NAMES or of a file; ``costs`` is the measured table of "this"."""
+    if name not in NAMES and Path(name).suffix not in (".yaml", ".yml"):
+        raise UserError(f"--machine is {name!r}; choose one of {', '.join(NAMES)}, or name a machine's YAML file.")
     if name != THIS:
         if costs is not None:
             raise UserError(f"--costs {costs} is not used with --machine {name}; leave one of them out.")
-        return ROOFLINES[name]()
+        return from_machine_file(ROOFLINES.get(name, Path(name)))
     if costs is None:
         raise UserError("--costs is missing, and --machine this needs it; name the costs.json of a bundle.")
     return from_costs_file(costs)

@@ -18,6 +18,8 @@ class SimulateOptions:
 
     costs   file of measured costs, for the machine "this" alone
     budget  K_max; None: the knee of the machine's curve
+    gates   depths and thresholds, instead of the calibration's
+    seeds   orders of the answers that are walked, all pooled
     static  depth, top_k and tokens of that policy; empty: the default pair's, as far as recorded
     prompt  cached tokens before every answer
     tokens  measured for a policy and batch; None: by the batch
@@ -29,7 +31,7 @@ class SimulateOptions:
     recording: Annotated[Path, Parameter(help="Draft trees, as echo-trt bench --record wrote them.")]
     _: KW_ONLY
     calibration: Annotated[Path, Parameter(help="calibration.json of the bundle that was recorded.")]
-    machine: Annotated[str, Parameter(help="this, h100-qwen3-8b or 8xh100-qwen3-235b.")] = "this"
+    machine: Annotated[str, Parameter(help="this, h100-qwen3-8b, 8xh100-qwen3-235b or a YAML file.")] = "this"
     costs: Annotated[Path | None, Parameter(help="costs.json, for the machine this.")] = None
     batches: Annotated[tuple[int, ...], NUMBERS, Parameter("--batch", help="Requests at once, by commas.")] = (
         *(4**power for power in range(6)),
@@ -43,6 +45,8 @@ class SimulateOptions:
     policy_file: PolicyFile = None
     prompt: Annotated[int, Parameter(help="Cached tokens before each answer.", validator=bounds(1))] = 256
     budget: Annotated[int | None, Parameter(help="K_max. Default: the machine's knee.", validator=bounds(1))] = None
+    gates: Annotated[str | None, Parameter(help="Of echo, as 1:0.2,4:0.3. Default: calibrated.")] = None
+    seeds: Annotated[int, Parameter(help="Orders of the answers, pooled.", validator=bounds(1, 1000))] = 1
     static: Annotated[
         tuple[int, ...],
         NUMBERS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from echo_trt.speculation.pacer import Pace
 from echo_trt.speculation.pack import LevelShape
 from echo_trt.speculation.planner import RECENT, ChainSource, Iteration, Plan, Planner, StepContext
 from echo_trt.speculation.super_tree import SuperTree
+from echo_trt_lab.bootstrap import pooled
 from echo_trt_lab.calibration.observe import recorded_chains
 from echo_trt_lab.calibration.trees import RecordedDraft
 from echo_trt_lab.simulation.machines import DeviceCosts, Machine
@@ -41,9 +42,16 @@ class Step:
         return self.kept.tokens
 
 
+COUNTS = ("iterations", "verified", "accepted", "levels", "seconds")
+
+
 @dataclass
 class Tally:
-    """Sums over iterations; ``progress``, int64 [B], are the slots' tokens."""
+    """Sums over iterations.
+
+    progress   int64 [B], the slots' tokens
+    by_answer  answer -> its tokens, and its share of the seconds in which it was walked
+    """
 
     progress: np.ndarray
     iterations: int = 0
@@ -51,14 +59,23 @@ class Tally:
     accepted: int = 0
     levels: int = 0
     seconds: float = 0.0
+    by_answer: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def add(self, step: Step) -> None:
+        share = step.seconds / max(len(step.tokens), 1)
+        for answer, count in zip(step.kept.answers.tolist(), step.tokens.tolist(), strict=True):
+            tokens, seconds = self.by_answer.get(answer, (0.0, 0.0))
+            self.by_answer[answer] = tokens + count, seconds + share
         self.progress += step.tokens
         self.iterations += 1
         self.verified += step.verified
         self.accepted += step.accepted
         self.levels += step.levels
         self.seconds += step.seconds
+
+    def __add__(self, other: Tally) -> Tally:
+        sums = [getattr(self, name) + getattr(other, name) for name in ("progress", *COUNTS)]
+        return Tally(*sums, pooled((self.by_answer, other.by_answer)))
 
     @property
     def tokens(self) -> int:
@@ -189,8 +206,9 @@ class Replay:
         self._draft = DeviceDraft if machine.device and not block else ClockedDraft
 
     def run(self, tokens: int) -> Tally:
-        """Warm up, then iterate from the beginning until ``tokens`` are committed."""
-        for _ in range(WARM_UP):
+        """Warm up a planner that learns, then iterate from the beginning until ``tokens`` are committed."""
+        learns = type(self.planner).observe is not Planner.observe
+        for _ in range(WARM_UP * learns):
             self.step()
         self.walk.restart()  # every policy is measured on the same texts
         tally = Tally(np.zeros(self.walk.batch, np.int64))
@@ -205,7 +223,7 @@ class Replay:
         max_draft_len, recent = walk.max_draft_len.clip(0), walk.recent(RECENT)
         draft_lag, epoch = walk.draft_lag[slots].clip(1), walk.epoch[slots]
         load = StepContext(slots, max_draft_len, draft_lag, context, recent, epoch, prompt_tokens, pace)
-        known, device = RecordedDraft(trees, positions, walk.recording.width), self._machine.device
+        known, device = RecordedDraft(trees, positions), self._machine.device
         draft = self._draft(known, walk, self._clock, self._block, device)
         plan = self.planner.plan(walk.roots, draft, load) if batch else Plan.undrafted(walk.roots)
         tree = plan.tree

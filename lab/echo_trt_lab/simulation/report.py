@@ -9,11 +9,13 @@ from rich.table import Table
 from echo_trt_lab.pictures.by_load import accepted_length, drafted, speedup
 from echo_trt_lab.pictures.page import Figures, Report
 
-COLUMNS = ("tokens/s", "ratio", "accepted length", "of drafts used", "verified", "levels", "spread")
+COLUMNS = ("tokens/s", "ratio", "95 %", "accepted length", "of drafts used", "verified", "levels", "spread")
 
 
 def table(result: dict[str, Any]) -> Table:
-    shown = Table(title=f"simulated on {result['machine']}, K_max {result['budget']}", title_justify="left")
+    shown = Table(
+        title=f"simulated on {result['machine']}, K_max {result['budget']}, {result['static']}", title_justify="left"
+    )
     shown.add_column("batch", justify="right", style="bold")
     shown.add_column("policy")
     for column in COLUMNS:
@@ -47,6 +49,7 @@ def html_report(result: dict[str, Any]) -> bytes:
         {
             "recording": f"{recording['answers']:,} answers, {recording['positions']:,} draft trees",
             "K_max": str(result["budget"]),
+            "static": result["static"],
             "assumed": "; ".join(result["assumptions"]),
         },
     ).html()
@@ -57,6 +60,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         f"{row['tokens_per_s']:,.1f}",
         f"{row['ratio']:.3f}x",
+        "-".join(f"{bound:.2f}" for bound in row["ratio_interval"]),
         f"{row['accepted_length']:.2f}",
         "-" if used is None else f"{used:.0%}",
         f"{row['verified_per_iteration']:,.1f}",

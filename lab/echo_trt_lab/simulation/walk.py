@@ -15,16 +15,16 @@ _GOLDEN = 0.6180339887498949
 
 
 class Recording:
-    """Recorded trees by place in the answers; ``answers``, int [m], can be walked, in an order that mixes groups."""
+    """Recorded trees by place in the answers; ``answers``, int [m], can be walked, in ``seed``'s order."""
 
-    def __init__(self, trees: Trees):
+    def __init__(self, trees: Trees, seed: int = 0):
         self.trees = trees
         self.lengths = np.diff(trees.answer_begins)
         self.longest = int(self.lengths.max(initial=0))
         inside = np.flatnonzero(trees.left >= 1)
         self._position = np.full(len(trees.answers) + 1, -1)
         self._position[trees.answer_begins[trees.request[inside]] + trees.index[inside]] = inside
-        self.answers = np.random.default_rng(0).permutation(np.flatnonzero(self.lengths >= 2))
+        self.answers = np.random.default_rng(seed).permutation(np.flatnonzero(self.lengths >= 2))
         if len(self.answers) == 0:
             raise UserError("the recording has no answer of 2 tokens or more; record more with bench --record.")
         if self.levels == 0:
@@ -66,10 +66,14 @@ class Recording:
 
 @dataclass(frozen=True)
 class Kept:
-    """An iteration's commit: ``tokens`` of the running slots, int [B], and slots whose answers ``ended``, int [m]."""
+    """An iteration's commit: ``tokens`` of the running slots, int [B], and slots whose answers ``ended``, int [m].
+
+    ``answers`` are those that the slots walked, int [B].
+    """
 
     tokens: np.ndarray
     ended: np.ndarray
+    answers: np.ndarray
 
 
 class Walk:
@@ -137,13 +141,13 @@ class Walk:
 
     def advance(self, counts: np.ndarray) -> Kept:
         """Emit ``counts``, int [B], tokens of the running slots; tokens beyond an answer's end are dropped."""
-        kept = np.minimum(counts, self.left)
+        kept, answers = np.minimum(counts, self.left), self.answer[self.running]
         self.index[self.running] += kept
         self.draft_lag[self.running] += kept
         ended = self.running[self.left == 0]
         for slot in ended:
             self._end(int(slot))
-        return Kept(kept, ended)
+        return Kept(kept, ended, answers)
 
     def _end(self, slot: int) -> None:
         """Take up another answer."""

@@ -10,6 +10,7 @@ import pytest
 from refusal import refused
 from rich.console import Console
 
+from echo_trt.engine.params import SamplingParams
 from echo_trt.files.prompts import Prompt
 from echo_trt_lab.benchmark import command
 from echo_trt_lab.benchmark.closed_loop import ClosedLoop, StepSample, run_side_by_side
@@ -47,10 +48,27 @@ def test_a_budget_bounds_the_policies_that_share_one(bundle_of, prompts):
     assert 2 < echo["verified_per_iteration"] <= 5 < static["verified_per_iteration"]
     assert 0.4 < echo["budget_used"] <= 1
     assert static["budget_used"] is None
+    low, high = echo["ratio_interval"]
+    assert 0 < low < high
     with refused("--budget is 0", "1 or more"):
         bench(job(bundle_of("close"), prompts, budget=0))
     with refused("--budget is 8", "none of goodput shares one", "add echo to --policies"):
         bench(job(bundle_of("close"), prompts, policies=["goodput"], budget=8))
+
+
+def test_sampled_texts_are_plain_decodings(bundle_of, prompts):
+    given = {"policies": ["static"], "batches": [2], "rounds": 1}
+    cells = [bench(job(bundle_of("close"), prompts, **given, **p)) for p in ({}, {"temperature": 1.0, "seed": 3})]
+    lengths = [cell["results"][1]["accepted_length"] for cell in cells]
+    assert [cell["results"][1]["same_texts"] for cell in cells] == ["4 of 4"] * 2
+    assert lengths[0] != lengths[1]
+
+
+def test_a_measured_budget_is_the_planners(bundle_of, prompts):
+    """A pass is padded to the next size, and so is the budget."""
+    result = bench(job(bundle_of("close"), prompts, policies=["echo"], batches=[2], rounds=1))
+    (echo,) = (row for row in result["results"] if row["policy"] == "echo")
+    assert 0 < echo["budget_used"] <= 1
 
 
 def test_targets_are_shown_beside_the_policy_that_knows_of_none(bundle_of, prompts):
@@ -97,7 +115,7 @@ def test_every_policy_has_a_row_at_every_batch_and_the_texts_of_plain_decoding(b
 def test_every_slot_is_busy_until_the_last_prompt_is_answered(open_llm):
     """Were slots left empty at the end, the slowest texts would be those that are not counted."""
     llm = open_llm("close", "autoregressive", batch=3)
-    run = ClosedLoop(llm.loop, [[5, 6, 7]] * 4, 3, 12)
+    run = ClosedLoop(llm.loop, [[5, 6, 7]] * 4, 3, SamplingParams(12))
     run.run()
     sample = run.sample
     assert sample.decode.verifications == 3 * sample.decode.iterations
@@ -108,7 +126,7 @@ def test_every_slot_is_busy_until_the_last_prompt_is_answered(open_llm):
     assert sample.whole.tokens > sum(map(len, sample.texts.values()))  # second answers, which end with the last first
     assert sample.whole.elapsed == pytest.approx(run.seconds)
     assert not llm.loop.scheduler.busy
-    again = ClosedLoop(llm.loop, [[5, 6, 7]] * 4, 3, 12)
+    again = ClosedLoop(llm.loop, [[5, 6, 7]] * 4, 3, SamplingParams(12))
     again.run()
     assert again.sample.texts == sample.texts
 
@@ -123,12 +141,12 @@ def test_prompts_are_drawn_evenly_over_every_file():
 def test_side_by_side_each_emits_what_it_does_alone_in_blocks_of_its_own(open_llm, monkeypatch):
     llm = open_llm("close", "static", batch=3)
     prompts = [[5, 6, 7], [8, 9], [4] * 40, [3, 3, 3], [11, 12]]
-    alone = ClosedLoop(llm.loop, prompts, 2, 20)
+    alone = ClosedLoop(llm.loop, prompts, 2, SamplingParams(20))
     alone.run()
     assert not alone.busy
     monkeypatch.setattr("echo_trt_lab.benchmark.closed_loop.SLICE", 0.0)  # turns of one iteration
     loops, held = side_by_side(llm, ("static", "autoregressive", "echo"), budget=6), []
-    runs = [ClosedLoop(loop, prompts, 2, 20) for loop in loops]
+    runs = [ClosedLoop(loop, prompts, 2, SamplingParams(20)) for loop in loops]
     for run in runs:
         for _ in range(3):
             run.run(0.0)

@@ -25,7 +25,7 @@ from echo_trt.speculation.drafts import Pass
 from echo_trt.speculation.goodput.learner.costs import correct
 from echo_trt.speculation.goodput.model.costs import Curve
 from echo_trt.speculation.goodput.settings import GoodputTuning
-from echo_trt_lab.simulation.machines import h100_qwen3_8b
+from echo_trt_lab.simulation.machines import machine_named
 
 
 def check(table, sizes):
@@ -96,7 +96,7 @@ def measured(bundle_of) -> Callable[..., CostTable]:
 @pytest.mark.parametrize("count", [8, 256])
 def test_sizes_go_on_for_as_long_as_passes_hardly_take_longer(count, measured, clock):
     """On an H100 as on two cores: the knee is within the table, and so is enough of what is behind it."""
-    truth = h100_qwen3_8b()
+    truth = machine_named("h100-qwen3-8b", None)
     target = Clocked(truth.costs().target, clock, 8192)
     table = measured(target, count, 4096, 128)
     curve = table.costs().target
@@ -123,7 +123,7 @@ class Capturing(Clocked):
 
 @pytest.mark.parametrize(("count", "capture"), [(8, 0.05), (64, 5.0)])
 def test_costs_have_no_part_of_a_graphs_capture(count, capture, measured, clock):
-    truth = h100_qwen3_8b()
+    truth = machine_named("h100-qwen3-8b", None)
     target = Capturing(truth.costs().target, clock, 8192, capture)
     table = measured(target, count, 4096, 128)
     curve = table.costs().target

@@ -12,6 +12,7 @@ from synthetic import recorded
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt_lab.calibration.fit import fit
 from echo_trt_lab.ngram_tables import write_ngrams
+from echo_trt_lab.options import gates_of
 from echo_trt_lab.simulation.command import POLICIES, run
 from echo_trt_lab.simulation.options import SimulateOptions
 
@@ -43,10 +44,30 @@ def test_a_row_for_each_policy_and_batch_and_plain_decoding_first(job, tmp_path)
     assert rows == [(b, p) for b in (1, 16) for p in ("autoregressive", "oracle", "goodput")]
     assert [r["ratio"] for r in result["results"] if r["policy"] == "autoregressive"] == [1, 1]
     assert json.loads((tmp_path / "out.json").read_text()) == result
-    assert "h100-qwen3-8b" in shown
+    assert "h100-qwen3-8b, K_max 192, static 4/2/8" in shown
     assert "3.35 TB/s" in " ".join(result["assumptions"])
     assert "above batch 12 several requests walk one recorded answer" in " ".join(result["assumptions"])
     assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]
+
+
+def test_more_seeds_walk_more_of_the_answers(job):
+    """Plain decoding's rate is the same in any order, and the interval of a ratio to itself is a point."""
+    once, thrice = simulate(job)[0]["results"], simulate(job, seeds=3)[0]["results"]
+    for few, many in zip(once, thrice, strict=True):
+        low, high = many["ratio_interval"]
+        assert low <= many["ratio"] <= high
+        assert many["iterations"] > 2 * few["iterations"]
+        assert (low == high) == (few["policy"] == "autoregressive")
+
+
+def test_gates_of_the_command_line(job):
+    """A threshold that nothing passes leaves plain decoding; one that all pass drafts as deep as the trees go."""
+    results = {gate: simulate(job, policies=("echo",), gates=f"1:{gate}")[0]["results"][1] for gate in (0, 1)}
+    assert results[1]["accepted_length"] < results[0]["accepted_length"]
+    assert gates_of("1:0.2,4:0.3") == {1: 0.2, 4: 0.3}
+    for wrong in ("1=2", "0:0.3", "1:2", ""):
+        with refused("--gates", "1:0.2,4:0.3"):
+            gates_of(wrong)
 
 
 def test_a_report_has_the_plots_and_all_rows(job, tmp_path):
