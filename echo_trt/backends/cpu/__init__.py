@@ -1,1 +1,1 @@
-"""The CPU engine: products for a few rows, with the bits of plain decoding at any batch."""
+"""Compute networks by kernels of our own on a CPU: few rows of tokens against packed weights."""
