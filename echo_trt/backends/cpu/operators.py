@@ -20,6 +20,7 @@ from echo_trt.backends.cpu.vectors import (
     divide,
     exp,
     fma,
+    integer,
     larger,
     largest,
     load,
@@ -33,9 +34,11 @@ from echo_trt.backends.cpu.vectors import (
     store,
     store_bf16,
     total,
+    value_of,
     within,
     word,
 )
+from echo_trt.backends.cpu.formats import GROUP, SUPER
 from echo_trt.speculation.arrays import compiled
 from echo_trt.speculation.pack import BLOCK
 
@@ -78,16 +81,61 @@ def _inverse_root(squares, size, eps):
     return _ONE / np.sqrt(squares / np.float32(size) + eps)
 
 
+@part
+def _quad(quants, lanes, lane, bits, index):
+    """Return four integers of a column, a byte each: numbers 4 ``index`` and on of a group (``formats.PackedWeights``)."""
+    step = lanes * 4
+    if bits == 8:
+        return integer(quants + index * step + lane * 4)
+    low = (integer(quants + index // 2 * step + lane * 4) >> (index % 2 * 4)) & 0x0F0F0F0F
+    if bits == 4:
+        return low
+    above = bits - 4
+    high = integer(quants + (4 + index * above // 8) * step + lane * 4) >> (index * above % 8)
+    return low | (high & (0x01010101 if above == 1 else 0x03030303)) << 4
+
+
 @operator
 def embed(args, thread, threads):
-    """Look up embeddings in a table of bf16 or float32 numbers: rows, tokens, table, out, size, scale, whether wide."""
-    tokens, table, out, size, wide = word(args, 1), word(args, 2), word(args, 3), word(args, 4), word(args, 6)
-    scale = same(number(args + 40))
+    """Look up embeddings in packed weights: see ``Network``.
+
+    rows, tokens, integers, scales, out, size, factor, lanes, bits, offset, whether there are minimums, integer scales
+    of a group, kind (0: integers, 1: float32, 2: bf16, 3: float16)
+    """
+    tokens, quants, scales, out, size = word(args, 1), word(args, 2), word(args, 3), word(args, 4), word(args, 5)
+    factor, lanes, bits, offset, has_minimum = number(args + 48), word(args, 7), word(args, 8), word(args, 9), word(args, 10)
+    integers, kind = word(args, 11), word(args, 12)
     for row in _share(word(word(args, 0), 0), thread, threads):
-        source, target = table + word(tokens, row) * size * (4 if wide else 2), out + row * size * 4
-        for i in range(0, size, 16):
-            x = load(source + 4 * i) if wide else load_bf16(source + 2 * i)
-            store(target + 4 * i, mul(x, scale))
+        token, target = word(tokens, row), out + row * size * 4
+        block, lane = token // lanes, token % lanes
+        if kind:
+            bytes_ = 4 if kind == 1 else 2
+            at = quants + (block * size * lanes + lane) * bytes_
+            for i in range(size):
+                put(target + 4 * i, value_of(at + i * lanes * bytes_, kind) * factor)
+            continue
+        count, parts = size // GROUP, max(integers, 1)
+        every = SUPER if integers else 1
+        group_bytes = GROUP * bits * lanes // 8
+        step = lanes * ((2 + 2 * has_minimum) + (SUPER * (integers + has_minimum) if integers else 0))
+        for group in range(count):
+            at = quants + (block * count + group) * group_bytes
+            above = scales + (block * (count // every) + group // every) * step
+            own = above + lanes * (2 + 2 * has_minimum) + group % every * (integers + has_minimum) * lanes + lane
+            low = np.float32(0)
+            if has_minimum:
+                low = value_of(above + 2 * (lanes + lane), 3)
+                if integers:
+                    low = low * np.float32(integer(own + integers * lanes) & 0xFF)
+            for index in range(8):
+                scale = value_of(above + 2 * lane, 3)
+                if integers:
+                    whole = integer(own + index * parts // 8 * lanes) & 0xFF
+                    scale = scale * np.float32(whole - 256 if integers == 2 and whole > 127 else whole)
+                quad = _quad(at, lanes, lane, bits, index)
+                for i in range(4):
+                    value = np.float32(((quad >> (8 * i)) & 0xFF) - offset) * scale - low
+                    put(target + 4 * (group * GROUP + 4 * index + i), value * factor)
 
 
 @operator
@@ -95,10 +143,10 @@ def add_norm(args, thread, threads):
     """Add to the residual and norm the sum: see ``Norm`` in ``network``."""
     x, delta, post, weight = word(args, 1), word(args, 2), word(args, 3), word(args, 4)
     out, stride, size, true_size = word(args, 5), word(args, 6), word(args, 7), word(args, 8)
-    eps, kept, kept_stride, index = number(args + 72), word(args, 10), word(args, 11), word(args, 12)
+    eps, kept, kept_stride, index, x_stride = number(args + 72), word(args, 10), word(args, 11), word(args, 12), word(args, 13)
     for row in _share(word(word(args, 0), 0), thread, threads):
         source = word(index, row) if index else row
-        at, target = x + source * size * 4, out + row * stride
+        at, target = x + source * x_stride, out + row * stride
         summed = target if index else at
         if delta:
             more, factor = delta + source * size * 4, same(_ONE)
@@ -139,21 +187,18 @@ def activate(args, thread, threads):
 
 @operator
 def place(args, thread, threads):
-    """Bias, norm and rotate queries and keys, in place, and write keys and values to the pool.
+    """Norm and rotate queries and keys, in place, and write keys and values to the pool.
 
-    rows, projected, bias, positions, cos, sin, norms of queries and of keys, eps, heads, KV heads, a head's size and
-    its true one, the rows' places in the pool, keys, values, whether these are float32
+    rows, projected, positions, cos, sin, norms of queries and of keys, eps, heads, KV heads, a head's size and its true
+    one, the rows' places in the pool, keys, values, whether these are float32
     """
-    projected, bias, positions, cos, sin = (word(args, 1), word(args, 2), word(args, 3), word(args, 4), word(args, 5))
-    query_norm, key_norm, eps, heads, kv_heads = word(args, 6), word(args, 7), number(args + 64), word(args, 9), word(args, 10)
-    dim, true_dim, places, keys, values, wide = word(args, 11), word(args, 12), word(args, 13), word(args, 14), word(args, 15), word(args, 16)
+    projected, positions, cos, sin = word(args, 1), word(args, 2), word(args, 3), word(args, 4)
+    query_norm, key_norm, eps, heads, kv_heads = word(args, 5), word(args, 6), number(args + 56), word(args, 8), word(args, 9)
+    dim, true_dim, places, keys, values, wide = word(args, 10), word(args, 11), word(args, 12), word(args, 13), word(args, 14), word(args, 15)
     count, half, bytes_ = heads + 2 * kv_heads, 2 * dim, 4 if wide else 2
     for unit in _share(word(word(args, 0), 0) * count, thread, threads):
         row, head = unit // count, unit % count
         at = projected + unit * dim * 4
-        if bias:
-            for i in range(0, 4 * dim, 64):
-                store(at + i, add(load(at + i), load(bias + head * dim * 4 + i)))
         pool_row = word(places, row)
         kv_head = head - heads - (kv_heads if head >= heads + kv_heads else 0)
         block = (pool_row // BLOCK * kv_heads + kv_head) * BLOCK * dim * bytes_

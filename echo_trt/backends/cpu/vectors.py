@@ -234,3 +234,32 @@ def move(context: Any, target: Any, source: Any, size: Any) -> Any:
         return None
 
     return _built(types.void(types.int64, types.int64, types.int64), build)
+
+
+@intrinsic
+def integer(context: Any, address: Any) -> Any:
+    """Return the uint32 number at an address, which may be any."""
+
+    def build(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+        return b.zext(b.load(_at(b, address, ir.IntType(32)), align=1), ir.IntType(64))
+
+    return _built(types.int64(types.int64), build)
+
+
+@intrinsic
+def value_of(context: Any, address: Any, kind: Any) -> Any:
+    """Return the number at an address: of kind 1 float32, 2 bf16, 3 float16."""
+
+    def build(b: ir.IRBuilder, address: ir.Value, kind: ir.Value) -> ir.Value:
+        out = cgutils.alloca_once(b, _FLOAT)
+        with b.if_else(b.icmp_signed("==", kind, kind.type(1))) as (is_wide, is_half):
+            with is_wide:
+                b.store(b.load(_at(b, address, _FLOAT), align=4), out)
+            with is_half:
+                bits = b.load(_at(b, address, ir.IntType(16)), align=2)
+                high = b.bitcast(b.shl(b.zext(bits, ir.IntType(32)), ir.IntType(32)(16)), _FLOAT)
+                half = b.fpext(b.bitcast(bits, ir.HalfType()), _FLOAT)
+                b.store(b.select(b.icmp_signed("==", kind, kind.type(2)), high, half), out)
+        return b.load(out)
+
+    return _built(types.float32(types.int64, types.int64), build)
