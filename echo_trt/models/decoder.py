@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +43,13 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder over packed tokens; ``positions``, the rotary table's length, covers context and deepest tree."""
+    """A decoder over packed tokens; ``positions``, the rotary table's length, covers context and deepest tree.
+
+    stored  takes a matrix's name and the number of its part, and returns how the checkpoint has that
+            (``checkpoint.HasBlocks``); None: in no blocks
+    """
+
+    stored: Callable[[str, int], tuple[str, Tensor]] | None = None
 
     def __init__(self, config: DecoderConfig, positions: int):
         super().__init__()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from echo_trt.errors import UserError
-from echo_trt.models.checkpoint import Checkpoint
+from echo_trt.models.checkpoint import Checkpoint, HasBlocks
 from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
@@ -61,6 +61,8 @@ def load_decoder(
     _assign(model, checkpoint, sources, dtype, undivided, shard, others)
     _complete_norms(model)
     model.rotary = Rotary(config, positions)
+    if isinstance(checkpoint, HasBlocks) and shard.ranks == 1:
+        model.stored = lambda name, part: checkpoint.stored(sources[name][part])
     return model.eval()
 
 

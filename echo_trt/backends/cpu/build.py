@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from echo_trt.backends.cpu.engine import CPUEngine
-from echo_trt.backends.cpu.formats import FORMATS, PackedWeights, Weights, pack
+from echo_trt.backends.cpu.formats import FORMATS, PackedWeights, Weights, from_gguf, pack, quantised
 from echo_trt.backends.cpu.network_file import NetworkWriter, network_writer
 from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.kind import CompiledRole
@@ -134,7 +134,7 @@ class _Writing:
             yield _Part(name, to_rows=self._hidden if is_norm else None, to_columns=None if is_norm else self._hidden)
 
     def _packed(self, name: str, index: int, part: _Part, tensor: torch.Tensor) -> PackedWeights:
-        weights = self._stored(name, index) if self._precision.startswith("int") else None
+        weights = self._stored(name, index, part, tensor.shape) if self._precision.startswith("int") else None
         if weights is None:
             tensor = tensor if self._precision == "bf16" and tensor.dtype == torch.bfloat16 else tensor.float()
             weights = self._rounded(name, tensor, part)
@@ -150,10 +150,13 @@ class _Writing:
         values = _placed(_placed(values, part.to_rows, 0), part.to_columns, 1)
         if kind:
             return Weights(FORMATS[kind], values)
-        from echo_trt.backends.cpu.formats import quantised
-
         return quantised(values, "q4_0" if self._precision == "int4" and not name.endswith(EIGHT_BITS) else "q8_0")
 
-    def _stored(self, name: str, index: int) -> Weights | None:
-        """Return a matrix as its GGUF file has it; None: there is none, or it has to be padded."""
-        return None
+    def _stored(self, name: str, index: int, part: _Part, shape: torch.Size) -> Weights | None:
+        """Return a matrix as its GGUF file has it; None: there is none, it is no integers, or it has to be padded."""
+        stored = getattr(self._network, "stored", None)
+        padded = any(to and to[1] != size for to, size in zip((part.to_rows, part.to_columns), shape, strict=True))
+        if padded or stored is None:
+            return None
+        kind, blocks = stored(name, index)
+        return from_gguf(kind, blocks.numpy()) if kind in FORMATS and not FORMATS[kind].kind else None
