@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from echo_trt.backends.cpu.engine import CPUEngine
-from echo_trt.backends.cpu.formats import FORMATS, PackedWeights, Weights, from_gguf, pack, quantised
+from echo_trt.backends.cpu.formats import FORMATS, PackedWeights, Weights, pack
 from echo_trt.backends.cpu.network_file import NetworkWriter, network_writer
 from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.kind import CompiledRole
@@ -71,7 +71,7 @@ class _Part:
     """A part of a parameter that has a name of its own in the file, and where its rows and columns are put."""
 
     name: str
-    rows: slice = slice(None)
+    rows: slice = dataclasses.field(default_factory=lambda: slice(None))
     to_rows: tuple[np.ndarray, int] | None = None
     to_columns: tuple[np.ndarray, int] | None = None
 

@@ -49,6 +49,8 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 #: Words of a job: its first token, its tokens, where the request's blocks begin, the request's cached tokens, and
 #: whether its tokens are a tree's, so that behind whole blocks of cached tokens keys are gathered token by token.
 JOB_WORDS = 5
+#: Words of a pass's cells: counts, and addresses of what is planned for it.
+TOKENS, LOGIT_ROWS, JOB_COUNT, JOBS, COSTS, LIMITS, TABLE, PATHS, PATH_BEGINS, FEATURE_ROWS = range(10)
 
 
 def operator(function: Callable[..., None]) -> Any:
@@ -476,8 +478,6 @@ def candidates(args, thread, threads):
             put(target + 4 * i, number(target + 4 * i) - logsum)
 
 
-#: Words of a pass's cells: counts, and addresses of what is planned for it.
-TOKENS, LOGIT_ROWS, JOB_COUNT, JOBS, COSTS, LIMITS, TABLE, PATHS, PATH_BEGINS, FEATURE_ROWS = range(10)
 _PLANNED = ", ".join(["i8[::1]"] * 7)
 
 
@@ -517,7 +517,8 @@ def plan_pass(past_lens, seq_begins, block_indices, block_begins, mask, mask_beg
             limits[begin + token] = past + end - path_begins[begin + token]
         for first in range(begin, begin + tokens, JOB):
             last = min(first + JOB, begin + tokens)
-            jobs[count * JOB_WORDS : (count + 1) * JOB_WORDS] = first, last - first, blocks, past, is_tree
+            job = jobs[count * JOB_WORDS : (count + 1) * JOB_WORDS]
+            job[0], job[1], job[2], job[3], job[4] = first, last - first, blocks, past, is_tree
             costs[count + 1] = costs[count] + limits[first:last].sum()
             count += 1
     return count
