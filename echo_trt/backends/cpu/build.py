@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from echo_trt.backends.cpu.blocks import from_gguf
 from echo_trt.backends.cpu.engine import CPUEngine
 from echo_trt.backends.cpu.formats import FORMATS, PackedWeights, Weights, pack
 from echo_trt.backends.cpu.network_file import NetworkWriter, network_writer
