@@ -45,6 +45,9 @@ class Checkpoint(Protocol):
 class HasBlocks(Protocol):
     """A checkpoint whose matrices may be stored in blocks of few bits."""
 
+    def in_blocks(self, name: str) -> bool:
+        """Return whether a tensor is stored so."""
+
     def stored(self, name: str) -> tuple[str, torch.Tensor]:
         """Return the type of a matrix, such as q4_k, and its rows of blocks as they are, uint8 [rows, bytes]."""
 

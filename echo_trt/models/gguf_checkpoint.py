@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from gguf.quants import dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -69,9 +70,12 @@ class GgufCheckpoint:
             raise UserError(f"{self.path}: tensor {stored.name} is {kind}, which cannot be read; use Q8_0.") from None
         return self._with_halves(name, data)[part]
 
+    def in_blocks(self, name: str) -> bool:
+        return gguf.GGML_QUANT_SIZES[self._tensors[name].tensor_type][0] > 1
+
     def stored(self, name: str) -> tuple[str, torch.Tensor]:
         tensor = self._tensors[name]
-        data = torch.from_numpy(tensor.data).view(torch.uint8)
+        data = torch.from_numpy(np.array(tensor.data)).view(torch.uint8)
         return tensor.tensor_type.name.lower(), self._with_halves(name, data)
 
     def _with_halves(self, name: str, rows: torch.Tensor) -> torch.Tensor:
