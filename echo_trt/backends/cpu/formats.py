@@ -14,6 +14,8 @@ from echo_trt.backends.cpu.program import aligned
 
 #: Values along K that share a scale, of weights and of activations.
 GROUP = 32
+#: Bytes of weights that kernels ask the memory for in advance. Half of it costs 8 % where memory is the limit.
+AHEAD = 4096
 #: Groups under one pair of 16-bit factors, where the groups' own scales are integers.
 SUPER = 8
 
@@ -134,12 +136,39 @@ class PackedWeights:
 
 def pack(weights: Weights, lanes: int) -> PackedWeights:
     """Pack a matrix for a kernel whose vectors hold ``lanes`` int32; N is padded to a multiple of it by zeros."""
-    shape, (rows, columns) = weights.format, weights.values.shape
+    packed = _empty(weights.format, *weights.values.shape, lanes)
+    _fill(packed, 0, weights)
+    return packed
+
+
+def pack_gguf(name: str, rows: np.ndarray, lanes: int) -> PackedWeights:
+    """Pack a matrix of a GGUF file, as ``from_gguf`` reads it, part by part, so that parts stay in the CPU's cache."""
+    shape = FORMATS[name]
+    columns = rows.shape[1] // GGUF_BYTES[name] * (GROUP * SUPER if shape.integers else GROUP)
+    packed = _empty(shape, len(rows), columns, lanes)
+    part = max(1, PART // columns // lanes) * lanes
+    for begin in range(0, len(rows), part):
+        _fill(packed, begin // lanes, from_gguf(name, rows[begin : begin + part]))
+    return packed
+
+
+#: Weights that are packed at a time.
+PART = 256 * 1024
+
+
+def _empty(shape: Format, rows: int, columns: int, lanes: int) -> PackedWeights:
     if columns % shape.multiple:
         raise ValueError(f"a matrix in {shape.name} has {columns} columns, must be a multiple of {shape.multiple}")
+    blocks = -(-rows // lanes)
+    quants = aligned(blocks * columns // GROUP * shape.quant_bytes(lanes) + AHEAD)
+    scales = aligned(blocks * columns // shape.multiple * shape.scale_bytes(lanes))
+    return PackedWeights(shape, rows, columns, lanes, quants, scales)
+
+
+def _fill(packed: PackedWeights, first: int, weights: Weights) -> None:
+    """Pack rows of a matrix into the blocks from ``first`` on."""
+    shape, lanes, (rows, columns) = packed.format, packed.lanes, weights.values.shape
     blocks, groups = -(-rows // lanes), columns // GROUP
-    quants = aligned(blocks * groups * shape.quant_bytes(lanes) + 8192)  # kernels prefetch beyond the end
-    scales = aligned(blocks * columns // shape.multiple * shape.scale_bytes(lanes) + 64)
 
     def padded(values: np.ndarray) -> np.ndarray:
         """Return [blocks, lanes, ...]."""
@@ -148,21 +177,25 @@ def pack(weights: Weights, lanes: int) -> PackedWeights:
         return values.reshape(blocks, lanes, *values.shape[1:])
 
     values = padded(weights.values)
+    quants = packed.quants[:-AHEAD].reshape(-1, groups * shape.quant_bytes(lanes))[first : first + blocks]
     if shape.kind:
-        out = quants[: values.nbytes].view(values.dtype).reshape(blocks, columns, lanes)
-        out[:] = values.swapaxes(1, 2)
-        return PackedWeights(shape, rows, columns, lanes, quants, scales)
-    words = quants[: blocks * groups * shape.quant_bytes(lanes)].view(np.uint32).reshape(blocks, groups, -1, lanes)
+        quants.view(values.dtype).reshape(blocks, columns, lanes)[:] = values.swapaxes(1, 2)
+        return
     quads = np.ascontiguousarray(values).view(np.uint32).reshape(blocks, lanes, groups, 8)
-    words[:] = _vectors(quads, shape.bits).transpose(0, 2, 3, 1)
-    if shape.integers:
-        _pack_super(weights, padded, scales, lanes)
-    else:
-        out = scales[: scales.size - 64].view(np.float16).reshape(blocks, groups, -1, lanes)
-        out[:, :, 0] = padded(weights.scale).swapaxes(1, 2)
-        if weights.minimum is not None:
-            out[:, :, 1] = padded(weights.minimum).swapaxes(1, 2)
-    return PackedWeights(shape, rows, columns, lanes, quants, scales)
+    quants.view(np.uint32).reshape(blocks, groups, -1, lanes)[:] = _vectors(quads, shape.bits).transpose(0, 2, 3, 1)
+    steps, width = columns // shape.multiple, shape.scale_bytes(lanes)
+    scales = packed.scales.reshape(-1, steps, width)[first : first + blocks]
+    factors = [weights.scale] if weights.minimum is None else [weights.scale, weights.minimum]
+    size = 2 * lanes * len(factors)
+    stacked = np.stack([padded(each).swapaxes(1, 2) for each in factors], 2)  # [blocks, steps, 1 or 2, lanes]
+    halves = np.ascontiguousarray(stacked)
+    scales[..., :size] = halves.view(np.uint8).reshape(blocks, steps, size)
+    if weights.scales is not None:
+        integers = [padded(weights.scales.view(np.uint8)).reshape(blocks, lanes, steps, SUPER, -1)]
+        if weights.minimums is not None:
+            integers.append(padded(weights.minimums).reshape(blocks, lanes, steps, SUPER, 1))
+        tail = np.concatenate(integers, 4).transpose(0, 2, 3, 4, 1)
+        scales[..., size:] = tail.reshape(blocks, steps, -1)
 
 
 def _vectors(quads: np.ndarray, bits: int) -> np.ndarray:
@@ -178,22 +211,6 @@ def _vectors(quads: np.ndarray, bits: int) -> np.ndarray:
     shifts = np.arange(8, dtype=np.uint32) * step % 8
     above = np.bitwise_or.reduce((high << shifts).reshape(*high.shape[:-1], step, -1), axis=-1)
     return np.concatenate([halves, above], axis=-1)
-
-
-def _pack_super(weights: Weights, padded, scales: np.ndarray, lanes: int) -> None:  # noqa: ANN001
-    shape = weights.format
-    width, factors = shape.scale_bytes(lanes), 2 * lanes * (1 + shape.minimum)
-    out = scales[: scales.size - 64].reshape(-1, weights.scale.shape[1], width)
-    head = np.ascontiguousarray(out[..., :factors]).view(np.float16).reshape(*out.shape[:2], -1, lanes)
-    tail = out[..., factors:].reshape(*out.shape[:2], SUPER, -1, lanes)
-    head[:, :, 0] = padded(weights.scale).swapaxes(1, 2)
-    integers = padded(weights.scales.view(np.uint8)).reshape(len(out), lanes, -1, SUPER, shape.integers)
-    tail[..., : shape.integers, :] = integers.transpose(0, 2, 3, 4, 1)
-    if shape.minimum:
-        head[:, :, 1] = padded(weights.minimum).swapaxes(1, 2)
-        tail[..., shape.integers, :] = padded(weights.minimums).reshape(len(out), lanes, -1, SUPER).transpose(0, 2, 3, 1)
-    out[..., :factors] = head.view(np.uint8).reshape(*out.shape[:2], -1)
-    out[..., factors:] = tail.reshape(*out.shape[:2], -1)
 
 
 def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -251,3 +268,72 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     step = np.where((error > 0) == (total > 0), 1, -1)
     odd = np.where((error != 0) & (bits & 1 == 0), bits + step, bits)
     return odd.view(np.float64).astype(np.float32)
+
+
+def quantised(matrix: np.ndarray, name: str) -> Weights:
+    """Round float [N, K] to "q8_0" or "q4_0" per group of 32; 4 bits with the scale of the least squared error."""
+    shape = FORMATS[name]
+    grouped = matrix.astype(np.float32).reshape(len(matrix), -1, GROUP)
+    if name == "q8_0":
+        scale = (np.abs(grouped).max(2) / np.float32(127)).astype(np.float16)
+    else:  # the largest value becomes -8; then the scale that suits the integers best
+        largest = np.take_along_axis(grouped, np.abs(grouped).argmax(2)[..., None], 2)[..., 0]
+        integers = _integers(grouped, (largest / np.float32(-8)).astype(np.float16), shape)
+        squares = (integers * integers).sum(2)
+        scale = ((integers * grouped).sum(2) / np.where(squares > 0, squares, 1)).astype(np.float16)
+    integers = _integers(grouped, scale, shape) + np.float32(shape.offset)
+    return Weights(shape, integers.astype(np.uint8).reshape(matrix.shape), scale)
+
+
+def _integers(grouped: np.ndarray, scale: np.ndarray, shape: Format) -> np.ndarray:
+    divisor = np.where(scale == 0, np.float32(1), scale.astype(np.float32))[..., None]
+    return np.rint(grouped / divisor).clip(-shape.offset, shape.offset - 1)
+
+
+#: Bytes of a block of GGUF's formats; K-quants have 256 values in a block, the others 32.
+GGUF_BYTES = {"q4_0": 18, "q4_1": 20, "q5_0": 22, "q5_1": 24, "q8_0": 34, "q4_k": 144, "q5_k": 176, "q6_k": 210}
+
+
+def from_gguf(name: str, rows: np.ndarray) -> Weights:
+    """Read a matrix of a GGUF file: uint8 [N, bytes of a row], in the format ``name``; nothing is rounded."""
+    shape = FORMATS[name]
+    blocks = rows.reshape(len(rows), -1, GGUF_BYTES[name])
+    if name == "q6_k":
+        return _q6_k(shape, blocks)
+    heads = np.ascontiguousarray(blocks[..., : 2 * (1 + shape.minimum)]).view(np.float16)
+    scale, minimum = heads[..., 0], heads[..., 1] if shape.minimum else None
+    rest = blocks[..., 2 * heads.shape[2] :]
+    if shape.integers:
+        return _q4_k(shape, rest, scale, minimum)
+    if name == "q8_0":
+        return Weights(shape, (rest ^ 0x80).reshape(len(rows), -1), scale)
+    values = np.concatenate([rest[..., -16:] & 15, rest[..., -16:] >> 4], axis=-1)
+    if shape.bits == 5:
+        values |= np.unpackbits(rest[..., :4], axis=-1, bitorder="little") << 4
+    return Weights(shape, values.reshape(len(rows), -1), scale, None if minimum is None else -minimum)
+
+
+def _q4_k(shape: Format, rest: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> Weights:
+    """Read q4_k and q5_k: 8 scales and minimums of 6 bits in 12 bytes, a bit of each value, then 4 bits."""
+    rows, first, second, third = len(rest), rest[..., :4], rest[..., 4:8], rest[..., 8:12]
+    scales = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=-1)
+    minimums = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], axis=-1)
+    low = rest[..., -128:].reshape(rows, -1, 4, 1, 32)
+    values = np.concatenate([low & 15, low >> 4], axis=3).reshape(rows, -1, 8, 32)
+    if shape.bits == 5:
+        values |= (rest[..., 12:44][..., None, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1) << 4
+    return Weights(
+        shape, values.reshape(rows, -1), scale, minimum, scales.reshape(rows, -1, 1), minimums.reshape(rows, -1)
+    )
+
+
+def _q6_k(shape: Format, blocks: np.ndarray) -> Weights:
+    """Read q6_k: per 128 values 64 bytes of 4 bits and 32 of 2 bits; then 16 scales, and their factor."""
+    rows = len(blocks)
+    low = blocks[..., :128].reshape(rows, -1, 2, 1, 64)
+    values = np.concatenate([low & 15, low >> 4], axis=3).reshape(rows, -1, 2, 4, 32)
+    high = blocks[..., 128:192].reshape(rows, -1, 2, 1, 32)
+    values |= (high >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3) << 4
+    scale = np.ascontiguousarray(blocks[..., 208:]).view(np.float16)[..., 0]
+    scales = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8).reshape(rows, -1, 2)
+    return Weights(shape, values.reshape(rows, -1), scale, scales=scales)

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 from llvmlite import ir
 
-from echo_trt.backends.cpu.formats import FORMATS, GROUP, SUPER, TINY, Format, PackedWeights
+from echo_trt.backends.cpu.formats import AHEAD, FORMATS, GROUP, SUPER, TINY, Format, PackedWeights
 from echo_trt.backends.cpu.machine_code import MachineCode, host_features
 from echo_trt.backends.cpu.program import Op, aligned
 
@@ -22,8 +22,6 @@ from echo_trt.backends.cpu.program import Op, aligned
 TILE = 8
 #: Bytes of activations that stay in a core's cache while weights go by; more rows than fit read the weights again.
 CACHED = 512 * 1024
-#: Bytes of weights that are asked for in advance. Half of it costs 8 % where memory is the limit.
-AHEAD = 4096
 #: What is subtracted from products of unsigned integers: offset x sum of the activations, kept per group in planes.
 #: 6-bit weights have scales per 16 values, and two planes.
 PLANES = {8: 0, 16: 1, 128: 2, 32: 3}
@@ -130,7 +128,9 @@ def _product_op(
 ) -> Op:
     weights, out, plus = product.weights, product.out, product.plus
     if weights.lanes != using.lanes or weights.columns != x.shape[1]:
-        raise ValueError(f"weights [{weights.rows}, {weights.columns}] for {weights.lanes} lanes do not fit the product")
+        raise ValueError(
+            f"weights [{weights.rows}, {weights.columns}] for {weights.lanes} lanes do not fit the product"
+        )
     code = _machine_code(weights.format.name, using)
     if weights.format.kind:
         inputs = [x.ctypes.data, 0, 0, x.strides[0]]
@@ -301,9 +301,7 @@ def _product(module: ir.Module, shape: Format, using: InstructionSet) -> None:
                 b.at(each, b.mul(groups_before, I64(TILE * size)))
                 for each, size in ((x, GROUP), (factors, 4), (planes, 4))
             ]
-        added = b.select(
-            b.icmp_unsigned("==", plus, PTR(None)), plus, b.at(plus, b.add(b.mul(row, plus_stride), at))
-        )
+        added = b.select(b.icmp_unsigned("==", plus, PTR(None)), plus, b.at(plus, b.add(b.mul(row, plus_stride), at)))
         args = [
             b.at(quants, b.mul(block, quant_bytes)), b.at(scales, b.mul(block, scale_bytes)), steps, *inputs, plane,
             b.at(out, b.add(b.mul(row, stride), at)), stride, added, plus_stride, b.sub(columns, column),
@@ -346,7 +344,7 @@ class _Tile:
     def _fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         return self.b.intrinsic(f"llvm.fma.v{self.lanes}f32", self.floats, a, b, c)
 
-    def _store(self, sums: list[ir.Value], out, stride, plus, plus_stride, left) -> None:  # noqa: ANN001
+    def _store(self, sums: list[ir.Value], out, stride, plus, plus_stride, left) -> None:
         """Add ``plus`` where there is something, and store the columns that exist."""
         b, name = self.b, f"v{self.lanes}f32.p0"
         lane = ir.Constant(self.ints, list(range(self.lanes)))
