@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from echo_trt.backends.cpu.blocks import from_gguf
 from echo_trt.backends.cpu.engine import CPUEngine
-from echo_trt.backends.cpu.formats import FORMATS, PackedWeights, Weights, pack
+from echo_trt.backends.cpu.formats import FORMATS, PackedWeights, Weights, pack, pack_gguf, quantised
 from echo_trt.backends.cpu.network_file import NetworkWriter, network_writer
 from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.kind import CompiledRole
@@ -135,11 +134,12 @@ class _Writing:
             yield _Part(name, to_rows=self._hidden if is_norm else None, to_columns=None if is_norm else self._hidden)
 
     def _packed(self, name: str, index: int, part: _Part, tensor: torch.Tensor) -> PackedWeights:
-        weights = self._stored(name, index, part, tensor.shape) if self._precision.startswith("int") else None
-        if weights is None:
+        lanes = instruction_set().lanes
+        packed = self._stored(name, index, part, tensor.shape, lanes) if self._precision.startswith("int") else None
+        if packed is None:
             tensor = tensor if self._precision == "bf16" and tensor.dtype == torch.bfloat16 else tensor.float()
-            weights = self._rounded(name, tensor, part)
-        return pack(weights, instruction_set().lanes)
+            packed = pack(self._rounded(name, tensor, part), lanes)
+        return packed
 
     def _rounded(self, name: str, tensor: torch.Tensor, part: _Part) -> Weights:
         """Return a matrix in the format that the precision asks for."""
@@ -153,11 +153,11 @@ class _Writing:
             return Weights(FORMATS[kind], values)
         return quantised(values, "q4_0" if self._precision == "int4" and not name.endswith(EIGHT_BITS) else "q8_0")
 
-    def _stored(self, name: str, index: int, part: _Part, shape: torch.Size) -> Weights | None:
+    def _stored(self, name: str, index: int, part: _Part, shape: torch.Size, lanes: int) -> PackedWeights | None:
         """Return a matrix as its GGUF file has it; None: there is none, it is no integers, or it has to be padded."""
         stored = getattr(self._network, "stored", None)
         padded = any(to and to[1] != size for to, size in zip((part.to_rows, part.to_columns), shape, strict=True))
         if padded or stored is None:
             return None
         kind, blocks = stored(name, index)
-        return from_gguf(kind, blocks.numpy()) if kind in FORMATS and not FORMATS[kind].kind else None
+        return pack_gguf(kind, blocks.numpy(), lanes) if kind in FORMATS and not FORMATS[kind].kind else None
