@@ -70,6 +70,7 @@ class EngineKind:
     host         whether it runs on a CPU; one that has a ``card``, too, does where there is no GPU
     preference   the engine with the highest one that suits a machine is taken there where nobody names one
     states       whether it keeps the states of delta-net layers
+    experts      whether it runs mixtures of experts
     divides      whether it divides a target among GPUs
     fixed_pool   whether the KV pool's size is compiled in
     tools        packages whose versions a bundle states
@@ -88,6 +89,7 @@ class EngineKind:
     host: bool = True
     preference: int = 0
     states: bool = False
+    experts: bool = True
     divides: bool = False
     fixed_pool: bool = False
     tools: tuple[str, ...] = ()

@@ -15,7 +15,6 @@ from echo_trt.backends.cpu.formats import FORMATS, PackedWeights, Weights, pack,
 from echo_trt.backends.cpu.network_file import NetworkWriter, network_writer
 from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.kind import CompiledRole
-from echo_trt.errors import UserError
 from echo_trt.models.layers import Rotary
 from echo_trt.models.roles import ROLES, HeadModule, Role, TargetModule
 from echo_trt.models.weights import heights
@@ -30,8 +29,6 @@ def compile_role(role: Role, path: Path, precision: str) -> CompiledRole:
     """Write ``role`` to ``path`` in ``precision``."""
     kind = next(name for name, (role_class, *_) in ROLES.items() if type(role) is role_class)
     config = role.network.config
-    if kind not in ("target", "draft", "head") or getattr(config, "num_experts", 0):
-        raise UserError(f"engine cpu runs no networks of this kind ({kind}); build with --engine openvino.")
     header = {
         "role": kind,
         "config": dataclasses.asdict(config),

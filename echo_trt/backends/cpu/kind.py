@@ -9,6 +9,7 @@ from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.kind import Compile, Detail, EngineKind
 from echo_trt.bundle.recipe import Recipe
+from echo_trt.errors import UserError
 
 
 def _open(
@@ -25,10 +26,23 @@ def _compiler(recipe: Recipe, folder: Path, detail: Detail) -> tuple[Compile, di
     return lambda role, name, precision: compile_role(role, folder / f"{name}.cpu", precision), {}
 
 
+def _check(recipe: Recipe) -> None:
+    if recipe.draft.kind in ("block", "mtp"):
+        raise UserError(f"draft.kind is {recipe.draft.kind}, which engine cpu does not run; build with --engine openvino.")
+    try:
+        from echo_trt.backends.cpu.products import instruction_set
+
+        instruction_set()
+    except (ImportError, OSError) as error:
+        raise UserError(f"engine cpu cannot run here ({error}); build with --engine openvino.") from error
+
+
 KIND = EngineKind(
     name="cpu",
     precisions=("fp32", "bf16", "int8", "int4"),
     open=_open,
     compiler=_compiler,
+    experts=False,
     tools=("numba", "llvmlite", "torch"),
+    check=_check,
 )
