@@ -117,7 +117,8 @@ class _OpenedPair:
     def role(self, rank: int, feature_layers: tuple[int, ...]) -> TargetModule:
         """Load a rank of the target."""
         dtype, shard = _loaded_type(self.recipe, self.recipe.precision), Shard(rank, self.recipe.tensor_parallel)
-        return TargetModule(load_decoder(self.target, self.positions, dtype, shard), feature_layers)
+        in_blocks = self.recipe.precision in engine_kind(self.recipe.engine).blocks
+        return TargetModule(load_decoder(self.target, self.positions, dtype, shard, in_blocks), feature_layers)
 
 
 def _opened(recipe: Recipe, folder: Path, work: Path) -> _OpenedPair:

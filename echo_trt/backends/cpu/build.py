@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 
 from echo_trt.backends.cpu.engine import CPUEngine
-from echo_trt.backends.cpu.formats import FORMATS, PackedWeights, Weights, pack, pack_gguf, quantised
+from echo_trt.backends.cpu.formats import FORMATS, GGUF_BYTES, PackedWeights, Weights, pack, pack_gguf, quantised
 from echo_trt.backends.cpu.network_file import NetworkWriter, network_writer
 from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.kind import CompiledRole
@@ -26,7 +28,7 @@ EIGHT_BITS = ("embed.weight", "lm_head.weight", "router.weight")
 
 
 def compile_role(role: Role, path: Path, precision: str) -> CompiledRole:
-    """Write ``role`` to ``path`` in ``precision``."""
+    """Write ``role`` to ``path`` in ``precision``; one whose matrices stay in blocks has no reference to be checked by."""
     kind = next(name for name, (role_class, *_) in ROLES.items() if type(role) is role_class)
     config = role.network.config
     header = {
@@ -37,7 +39,8 @@ def compile_role(role: Role, path: Path, precision: str) -> CompiledRole:
     }
     with network_writer(path, header) as writer:
         _Writing(role, writer, precision).write()
-    return CompiledRole(path.name, partial(CPUEngine, path, precision))
+    in_blocks = any(parameter.is_meta for parameter in role.parameters())
+    return CompiledRole(path.name, None if in_blocks else partial(CPUEngine, path, precision))
 
 
 def spread(size: int, parts: int = 1, halves: bool = False) -> tuple[np.ndarray, int]:
@@ -131,12 +134,18 @@ class _Writing:
             yield _Part(name, to_rows=self._hidden if is_norm else None, to_columns=None if is_norm else self._hidden)
 
     def _packed(self, name: str, index: int, part: _Part, tensor: torch.Tensor) -> PackedWeights:
-        lanes = instruction_set().lanes
-        packed = self._stored(name, index, part, tensor.shape, lanes) if self._precision.startswith("int") else None
-        if packed is None:
-            tensor = tensor if self._precision == "bf16" and tensor.dtype == torch.bfloat16 else tensor.float()
-            packed = pack(self._rounded(name, tensor, part), lanes)
-        return packed
+        """Pack a part of a matrix, as its GGUF file has it where that has blocks of few bits and nothing is padded."""
+        lanes, stored = instruction_set().lanes, getattr(self._network, "stored", None)
+        if stored is not None and self._precision.startswith("int"):
+            kind, blocks = stored(name, index)
+            places = zip((part.to_rows, part.to_columns), tensor.shape, strict=True)
+            padded = any(to and to[1] != size for to, size in places)
+            if kind in GGUF_BYTES and not padded:
+                return pack_gguf(kind, blocks.numpy(), lanes)
+            if tensor.is_meta:
+                tensor = torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType[kind.upper()]))
+        tensor = tensor if self._precision == "bf16" and tensor.dtype == torch.bfloat16 else tensor.float()
+        return pack(self._rounded(name, tensor, part), lanes)
 
     def _rounded(self, name: str, tensor: torch.Tensor, part: _Part) -> Weights:
         """Return a matrix in the format that the precision asks for."""
@@ -149,12 +158,3 @@ class _Writing:
         if kind:
             return Weights(FORMATS[kind], values)
         return quantised(values, "q4_0" if self._precision == "int4" and not name.endswith(EIGHT_BITS) else "q8_0")
-
-    def _stored(self, name: str, index: int, part: _Part, shape: torch.Size, lanes: int) -> PackedWeights | None:
-        """Return a matrix as its GGUF file has it; None: there is none, it is no integers, or it has to be padded."""
-        stored = getattr(self._network, "stored", None)
-        padded = any(to and to[1] != size for to, size in zip((part.to_rows, part.to_columns), shape, strict=True))
-        if padded or stored is None:
-            return None
-        kind, blocks = stored(name, index)
-        return pack_gguf(kind, blocks.numpy(), lanes) if kind in FORMATS and not FORMATS[kind].kind else None

@@ -14,7 +14,9 @@ from echo_trt.backends.cpu import operators
 from echo_trt.backends.cpu.network import KVArrays, Network
 from echo_trt.backends.cpu.network_file import NetworkFile
 from echo_trt.backends.cpu.operators import JOB_WORDS
+from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.cpu.program import Pool
+from echo_trt.errors import UserError
 from echo_trt.speculation.pack import ForwardBatch
 
 CAPACITY = 64  # tokens of a pass that a network is prepared for at first; more: it is prepared again for twice as many
@@ -28,6 +30,10 @@ class CPUEngine(Engine):
     def __init__(self, path: Path, precision: str, num_blocks: int, threads: int = 0):
         self.num_blocks = num_blocks
         self._file = file = NetworkFile(path)
+        lanes = next(iter(file.header["matrices"].values()))[3]
+        if lanes != instruction_set().lanes:
+            have = "with AVX-512" if lanes > instruction_set().lanes else "without AVX-512"
+            raise UserError(f"{path} was built for CPUs {have}, and this is none; build the bundle again on this machine.")
         config = file.header["config"]
         self._target = file.header["role"] == "target"
         self._hidden: int = config["hidden_size"]

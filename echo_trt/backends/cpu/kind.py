@@ -43,6 +43,7 @@ KIND = EngineKind(
     open=_open,
     compiler=_compiler,
     experts=False,
+    blocks=("int8", "int4"),
     tools=("numba", "llvmlite", "torch"),
     check=_check,
 )
