@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from echo_trt.models.config import BlockConfig, DecoderConfig
-from echo_trt.models.layers import MLP, Attend, Attention, Experts, Linear, RMSNorm, Rotary, widened
+from echo_trt.models.layers import MLP, Attend, Attention, Experts, Linear, ReadBlocks, RMSNorm, Rotary, widened
 from echo_trt.models.ranks import all_gather
 
 
@@ -45,11 +46,10 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """A decoder over packed tokens; ``positions``, the rotary table's length, covers context and deepest tree.
 
-    stored  takes a matrix's name and the number of its part, and returns how the checkpoint has that
-            (``checkpoint.HasBlocks``); None: in no blocks
+    stored  reads the matrices, by name, that the checkpoint has in blocks of few bits
     """
 
-    stored: Callable[[str, int], tuple[str, Tensor]] | None = None
+    stored: Mapping[str, ReadBlocks] = MappingProxyType({})
 
     def __init__(self, config: DecoderConfig, positions: int):
         super().__init__()

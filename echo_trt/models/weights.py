@@ -21,7 +21,7 @@ from echo_trt.models.families.family import NORMS
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, takes
 from echo_trt.models.hybrid_config import OTHERS, HybridConfig, mtp_config
-from echo_trt.models.layers import Config, Linear, RMSNorm, Rotary
+from echo_trt.models.layers import Config, Linear, ReadBlocks, RMSNorm, Rotary
 from echo_trt.models.mtp import MtpHead
 from echo_trt.models.qwen3_5 import HybridDecoder, delta_net_sources
 from echo_trt.models.ranks import Shard
@@ -67,8 +67,13 @@ def load_decoder(
     _complete_norms(model)
     model.rotary = Rotary(config, positions)
     if isinstance(checkpoint, HasBlocks) and shard.ranks == 1:
-        model.stored = lambda name, part: checkpoint.stored(sources[name][part])
+        plain = {name: parts for name, parts in sources.items() if isinstance(parts[0], str)}
+        model.stored = {name: _reader(checkpoint, parts) for name, parts in plain.items() if checkpoint.in_blocks(parts[0])}
     return model.eval()
+
+
+def _reader(checkpoint: HasBlocks, names: list[str]) -> ReadBlocks:
+    return lambda part: checkpoint.stored(names[part])
 
 
 def decoder_class(config: DecoderConfig) -> type[Decoder]:
@@ -107,6 +112,7 @@ def load_eagle3(
                 f"target's {target.config.hidden_size}; use a head with its own embeddings."
             )
         model.embed.weight = target.embed.weight
+        model.stored = {name: read for name, read in target.stored.items() if name == "embed.weight"}
     _assign(model, checkpoint, sources, dtype)
     model.rotary = Rotary(config, positions)
     model.target_ids = _target_ids(config, checkpoint, names)

@@ -135,12 +135,12 @@ class _Writing:
 
     def _packed(self, name: str, index: int, part: _Part, tensor: torch.Tensor) -> PackedWeights:
         """Pack a part of a matrix, as its GGUF file has it where that has blocks of few bits and nothing is padded."""
-        lanes, stored = instruction_set().lanes, getattr(self._network, "stored", None)
-        if stored is not None and self._precision.startswith("int"):
-            kind, blocks = stored(name, index)
+        lanes, few = instruction_set().lanes, self._precision.startswith("int")
+        if (read := self._network.stored.get(name)) and (few or tensor.is_meta):
+            kind, blocks = read(index)
             places = zip((part.to_rows, part.to_columns), tensor.shape, strict=True)
             padded = any(to and to[1] != size for to, size in places)
-            if kind in GGUF_BYTES and not padded:
+            if few and kind in GGUF_BYTES and not padded:
                 return pack_gguf(kind, blocks.numpy(), lanes)
             if tensor.is_meta:
                 tensor = torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType[kind.upper()]))
