@@ -155,7 +155,7 @@ def test_a_gguf_files_matrices_keep_their_bits(storage, tmp_path):
     rows = np.arange(20)
     call = packed(rows + 1, rows, np.zeros(1, np.int64), np.array([20]), np.arange(2)[None], rows)
     wanted, got = TorchEngine(role, 2).run(call)["logits"], engine.run(call)["logits"]
-    assert np.abs(got - wanted).max() < 0.03 * np.abs(wanted).max()
+    assert np.square(got - wanted).mean() < 0.05**2 * np.square(wanted).mean()
 
 
 def written(llm: LLM, policy: str, requests: str) -> list[tuple[list[int], list[float]]]:
