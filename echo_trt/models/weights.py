@@ -68,7 +68,9 @@ def load_decoder(
     model.rotary = Rotary(config, positions)
     if isinstance(checkpoint, HasBlocks) and shard.ranks == 1:
         plain = {name: parts for name, parts in sources.items() if isinstance(parts[0], str)}
-        model.stored = {name: _reader(checkpoint, parts) for name, parts in plain.items() if checkpoint.in_blocks(parts[0])}
+        model.stored = {
+            name: _reader(checkpoint, parts) for name, parts in plain.items() if checkpoint.in_blocks(parts[0])
+        }
     return model.eval()
 
 

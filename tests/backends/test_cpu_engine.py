@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +25,8 @@ from echo_trt.engine.llm import LLM
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.roles import TargetModule
 from echo_trt.models.weights import load_decoder
-from echo_trt.speculation.pack import BLOCK, pack as packed
+from echo_trt.speculation.pack import BLOCK
+from echo_trt.speculation.pack import pack as packed
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 
 LENGTH, REQUESTED = 70, 3
@@ -72,7 +72,9 @@ def in_chunks(engine: CPUEngine, texts: np.ndarray, table: np.ndarray, rng: np.r
         every = np.arange(len(owner))
         call = packed(texts[owner, positions], positions, at[live], counts[live], table[live], every)
         logits = engine.run(call)["logits"]
-        rows |= {tuple(texts[r][: p + 1]): logits[i].copy() for i, (r, p) in enumerate(zip(owner, positions, strict=True))}
+        rows |= {
+            tuple(texts[r][: p + 1]): logits[i].copy() for i, (r, p) in enumerate(zip(owner, positions, strict=True))
+        }
         at += counts
     return rows
 
@@ -124,7 +126,9 @@ def _weights(name: str) -> Weights:
     if name == "f32":
         return Weights(FORMATS[name], matrix)
     if name in ("f16", "bf16"):
-        bits = matrix.astype(np.float16).view(np.uint16) if name == "f16" else (matrix.view(np.uint32) >> 16).astype("u2")
+        bits = (
+            matrix.astype(np.float16).view(np.uint16) if name == "f16" else (matrix.view(np.uint32) >> 16).astype("u2")
+        )
         return Weights(FORMATS[name], bits)
     return quantised(matrix, name)
 
@@ -136,7 +140,9 @@ def test_embeddings_are_the_packed_matrix_rows(name, lanes):
     table, rows = pack(weights, lanes), np.array([4])
     kind = table.format
     addresses = [array.ctypes.data for array in (rows, tokens, table.quants, table.scales, out)]
-    record = np.array([*addresses, 512, 0, lanes, kind.bits, kind.offset, kind.minimum, kind.integers, KINDS[kind.kind]])
+    record = np.array(
+        [*addresses, 512, 0, lanes, kind.bits, kind.offset, kind.minimum, kind.integers, KINDS[kind.kind]]
+    )
     record[6:7].view(np.float32)[0] = 2
     operators.embed.ctypes(record.ctypes.data, 0, 1)
     np.testing.assert_array_equal(out, 2 * weights.dequantise()[tokens])

@@ -1,4 +1,4 @@
-"""A role to the file of a CPU engine: matrices in their formats, packed for the kernels, and what stands beside them."""
+"""A role to the file of a CPU engine: matrices in their formats, packed for the kernels, and what is beside them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ EIGHT_BITS = ("embed.weight", "lm_head.weight", "router.weight")
 
 
 def compile_role(role: Role, path: Path, precision: str) -> CompiledRole:
-    """Write ``role`` to ``path`` in ``precision``; one whose matrices stay in blocks has no reference to be checked by."""
+    """Write ``role`` to ``path`` in ``precision``.
+
+    One whose matrices stayed in their file's blocks has no reference that it could be checked by.
+    """
     kind = next(name for name, (role_class, *_) in ROLES.items() if type(role) is role_class)
     config = role.network.config
     header = {

@@ -33,7 +33,9 @@ class CPUEngine(Engine):
         lanes = next(iter(file.header["matrices"].values()))[3]
         if lanes != instruction_set().lanes:
             have = "with AVX-512" if lanes > instruction_set().lanes else "without AVX-512"
-            raise UserError(f"{path} was built for CPUs {have}, and this is none; build the bundle again on this machine.")
+            raise UserError(
+                f"{path} was built for CPUs {have}, and this is none; build the bundle again on this machine."
+            )
         config = file.header["config"]
         self._target = file.header["role"] == "target"
         self._hidden: int = config["hidden_size"]
@@ -49,7 +51,9 @@ class CPUEngine(Engine):
         self._arrays = {"limits": np.zeros(capacity, np.int64), "path_begins": np.zeros(capacity, np.int64)}
         self._reserve(jobs=capacity * JOB_WORDS, costs=capacity + 1, table=capacity, paths=capacity)
         hidden, outputs = self._hidden, network.outputs
-        self.widths = {"logits": outputs["logits"].shape[1]} if self._target else {"candidates": outputs["candidates"].shape[1]}
+        self.widths = (
+            {"logits": outputs["logits"].shape[1]} if self._target else {"candidates": outputs["candidates"].shape[1]}
+        )
         if "features" in outputs:
             self.widths["features"] = outputs["features"].shape[1] * hidden
         if "features" in network.inputs:
@@ -77,7 +81,7 @@ class CPUEngine(Engine):
         return self._read(tokens, rows)
 
     def _feed(self, inputs: dict[str, np.ndarray], tokens: int) -> int:
-        """Put in a head's features, and behind their rows the states that it goes on from; returns how many there are."""
+        """Put in a head's features, and behind their rows the states that it goes on from; returns their number."""
         features, hidden = inputs["features"], inputs["hidden"]
         given, theirs = len(features), features.shape[1] // 3
         self._network.inputs["features"][:given, :, :theirs] = features.reshape(given, 3, theirs)
@@ -93,7 +97,14 @@ class CPUEngine(Engine):
             call.past_lens, call.seq_begins, call.block_indices, call.block_begins, call.tree_mask,
             call.tree_mask_begins, self._network.places, *(arrays[name] for name in names),
         )  # fmt: skip
-        words = operators.LIMITS, operators.JOBS, operators.COSTS, operators.TABLE, operators.PATHS, operators.PATH_BEGINS
+        words = (
+            operators.LIMITS,
+            operators.JOBS,
+            operators.COSTS,
+            operators.TABLE,
+            operators.PATHS,
+            operators.PATH_BEGINS,
+        )
         for index, name in zip(words, names, strict=True):
             cells[index] = arrays[name].ctypes.data
         return jobs

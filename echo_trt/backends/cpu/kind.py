@@ -28,7 +28,9 @@ def _compiler(recipe: Recipe, folder: Path, detail: Detail) -> tuple[Compile, di
 
 def _check(recipe: Recipe) -> None:
     if recipe.draft.kind in ("block", "mtp"):
-        raise UserError(f"draft.kind is {recipe.draft.kind}, which engine cpu does not run; build with --engine openvino.")
+        raise UserError(
+            f"draft.kind is {recipe.draft.kind}, which engine cpu does not run; build with --engine openvino."
+        )
     try:
         from echo_trt.backends.cpu.products import instruction_set
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ class Network:
     def _norm(
         self, weight: str | None, out: np.ndarray, delta: np.ndarray | None = None, post: str = "", **more: Any
     ) -> None:
-        """Add ``delta`` to the residual, itself normed with a weight ``post``, and write the norm of the sum to ``out``.
+        """Add ``delta`` to the residual, normed itself with a weight ``post``, and write the sum's norm to ``out``.
 
         x      the residual; ``index`` int64: the rows of it that are normed, as many as ``rows`` holds
         kept   where a copy of the sum goes
@@ -145,7 +146,7 @@ class Network:
         config, dim, kv = self._config, self._dim, self._kv
         ends = np.cumsum([0, self._heads, self._kv_heads, self._kv_heads]) * dim
         # A matrix whose heads are not padded in the file fills them whole.
-        parts = [self._projected[:, begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
+        parts = [self._projected[:, begin:end] for begin, end in pairwise(ends)]
         names = [f"{prefix}.{name}" for name in ("query", "key", "value")]
         self._multiply(self._normed, *zip(names, parts, strict=True))
         window = self._file.header["windows"][layer]
@@ -196,7 +197,7 @@ class Network:
             self.outputs["features"] = kept
 
     def _head(self) -> None:
-        """Compute an EAGLE-3 head (``models.eagle3``): its residual is ``state``, the combined features to begin with."""
+        """Compute an EAGLE-3 head (``models.eagle3``); its residual, which begins as the features, becomes ``state``."""
         config, width, hidden = self._config, self._width, self._config["hidden_size"]
         theirs = config["target_hidden_size"]
         self.inputs["features"] = features = np.zeros((self.capacity, 3, _padded(theirs)), np.float32)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numba import cfunc, njit
 
+from echo_trt.backends.cpu.formats import GROUP, SUPER
 from echo_trt.backends.cpu.vectors import (
     add,
     divide,
@@ -38,7 +39,6 @@ from echo_trt.backends.cpu.vectors import (
     within,
     word,
 )
-from echo_trt.backends.cpu.formats import GROUP, SUPER
 from echo_trt.speculation.arrays import compiled
 from echo_trt.speculation.pack import BLOCK
 
@@ -85,7 +85,7 @@ def _inverse_root(squares, size, eps):
 
 @part
 def _quad(quants, lanes, lane, bits, index):
-    """Return four integers of a column, a byte each: numbers 4 ``index`` and on of a group (``formats.PackedWeights``)."""
+    """Return four integers of a column, a byte each, from 4 ``index`` on in a group (``formats.PackedWeights``)."""
     step = lanes * 4
     if bits == 8:
         return integer(quants + index * step + lane * 4)
@@ -105,7 +105,13 @@ def embed(args, thread, threads):
     of a group, kind (0: integers, 1: float32, 2: bf16, 3: float16)
     """
     tokens, quants, scales, out, size = word(args, 1), word(args, 2), word(args, 3), word(args, 4), word(args, 5)
-    factor, lanes, bits, offset, has_minimum = number(args + 48), word(args, 7), word(args, 8), word(args, 9), word(args, 10)
+    factor, lanes, bits, offset, has_minimum = (
+        number(args + 48),
+        word(args, 7),
+        word(args, 8),
+        word(args, 9),
+        word(args, 10),
+    )
     integers, kind = word(args, 11), word(args, 12)
     for row in _share(word(word(args, 0), 0), thread, threads):
         token, target = word(tokens, row), out + row * size * 4
@@ -145,7 +151,13 @@ def add_norm(args, thread, threads):
     """Add to the residual and norm the sum: see ``Norm`` in ``network``."""
     x, delta, post, weight = word(args, 1), word(args, 2), word(args, 3), word(args, 4)
     out, stride, size, true_size = word(args, 5), word(args, 6), word(args, 7), word(args, 8)
-    eps, kept, kept_stride, index, x_stride = number(args + 72), word(args, 10), word(args, 11), word(args, 12), word(args, 13)
+    eps, kept, kept_stride, index, x_stride = (
+        number(args + 72),
+        word(args, 10),
+        word(args, 11),
+        word(args, 12),
+        word(args, 13),
+    )
     for row in _share(word(word(args, 0), 0), thread, threads):
         source = word(index, row) if index else row
         at, target = x + source * x_stride, out + row * stride
@@ -195,8 +207,21 @@ def place(args, thread, threads):
     one, the rows' places in the pool, keys, values, whether these are float32
     """
     projected, positions, cos, sin = word(args, 1), word(args, 2), word(args, 3), word(args, 4)
-    query_norm, key_norm, eps, heads, kv_heads = word(args, 5), word(args, 6), number(args + 56), word(args, 8), word(args, 9)
-    dim, true_dim, places, keys, values, wide = word(args, 10), word(args, 11), word(args, 12), word(args, 13), word(args, 14), word(args, 15)
+    query_norm, key_norm, eps, heads, kv_heads = (
+        word(args, 5),
+        word(args, 6),
+        number(args + 56),
+        word(args, 8),
+        word(args, 9),
+    )
+    dim, true_dim, places, keys, values, wide = (
+        word(args, 10),
+        word(args, 11),
+        word(args, 12),
+        word(args, 13),
+        word(args, 14),
+        word(args, 15),
+    )
     count, half, bytes_ = heads + 2 * kv_heads, 2 * dim, 4 if wide else 2
     for unit in _share(word(word(args, 0), 0) * count, thread, threads):
         row, head = unit // count, unit % count
@@ -248,7 +273,12 @@ def _scores(q0, q1, q2, q3, keys, dim, out, wide):
     step = BLOCK * (4 if wide else 2)
     for i in range(dim):
         x, y = _two(keys + i * step, wide)
-        a, b, c, d = same(number(q0 + 4 * i)), same(number(q1 + 4 * i)), same(number(q2 + 4 * i)), same(number(q3 + 4 * i))
+        a, b, c, d = (
+            same(number(q0 + 4 * i)),
+            same(number(q1 + 4 * i)),
+            same(number(q2 + 4 * i)),
+            same(number(q3 + 4 * i)),
+        )
         a0, a1, b0, b1 = fma(a, x, a0), fma(a, y, a1), fma(b, x, b0), fma(b, y, b1)
         c0, c1, d0, d1 = fma(c, x, c0), fma(c, y, c1), fma(d, x, d0), fma(d, y, d1)
     store(out, a0)
@@ -267,8 +297,18 @@ def _mix(o0, o1, o2, o3, f0, f1, f2, f3, weights, values, count, dim, wide):
     size = 4 if wide else 2
     for i in range(0, dim, 32):
         at = 4 * i
-        a0, a1, b0, b1 = mul(load(o0 + at), f0), mul(load(o0 + at + 64), f0), mul(load(o1 + at), f1), mul(load(o1 + at + 64), f1)
-        c0, c1, d0, d1 = mul(load(o2 + at), f2), mul(load(o2 + at + 64), f2), mul(load(o3 + at), f3), mul(load(o3 + at + 64), f3)
+        a0, a1, b0, b1 = (
+            mul(load(o0 + at), f0),
+            mul(load(o0 + at + 64), f0),
+            mul(load(o1 + at), f1),
+            mul(load(o1 + at + 64), f1),
+        )
+        c0, c1, d0, d1 = (
+            mul(load(o2 + at), f2),
+            mul(load(o2 + at + 64), f2),
+            mul(load(o3 + at), f3),
+            mul(load(o3 + at + 64), f3),
+        )
         for key in range(count):
             x, y = _two(values + (key * dim + i) * size, wide)
             w = weights + 4 * key
@@ -482,7 +522,21 @@ _PLANNED = ", ".join(["i8[::1]"] * 7)
 
 
 @compiled(f"i8(i4[::1], i4[::1], i4[::1], i4[::1], u1[::1], i4[::1], {_PLANNED})")
-def plan_pass(past_lens, seq_begins, block_indices, block_begins, mask, mask_begins, places, limits, jobs, costs, table, paths, path_begins):
+def plan_pass(
+    past_lens,
+    seq_begins,
+    block_indices,
+    block_begins,
+    mask,
+    mask_begins,
+    places,
+    limits,
+    jobs,
+    costs,
+    table,
+    paths,
+    path_begins,
+):
     """Plan a pass: see ``attend``; returns the number of jobs.
 
     places       int64 [N], of the tokens' rows in the pool
@@ -522,5 +576,3 @@ def plan_pass(past_lens, seq_begins, block_indices, block_begins, mask, mask_beg
             costs[count + 1] = costs[count] + limits[first:last].sum()
             count += 1
     return count
-
-
