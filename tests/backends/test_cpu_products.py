@@ -25,8 +25,8 @@ from echo_trt.backends.cpu.formats import (
     quantised,
     reference,
 )
-from echo_trt.backends.cpu.machine_code import host_features
-from echo_trt.backends.cpu.products import INSTRUCTION_SETS, InstructionSet, Product, instruction_set, products
+from echo_trt.backends.cpu.machine_code import INSTRUCTION_SETS, InstructionSet, host_features, instruction_set
+from echo_trt.backends.cpu.products import Product, products
 from echo_trt.backends.cpu.program import Op, Pool, Program
 
 RNG = np.random.default_rng(0)
