@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import threading
@@ -112,6 +113,16 @@ def test_products_share_activations_and_add_what_is_asked(pools: list[Pool]):
     pools[1].run(Program(ops))
     plain = [reference(x, each) for each in weights]
     assert np.array_equal(out, np.stack([plain[0] + bias, plain[1] + before[1], plain[2]]))
+
+
+def test_a_thread_that_comes_late_leaves_its_columns_to_others():
+    x, rows, out = RNG.standard_normal((2, 64)).astype(np.float32), np.array([2]), np.empty((2, 400), np.float32)
+    weights = random_weights(FORMATS["q8_0"], 400, 64)
+    ops = products(x, rows, [Product(pack(weights, instruction_set().lanes), out)])
+    Pool(1).run(Program(ops[:1]))
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(ops[1].address)
+    function(ops[1].args.ctypes.data, 1, 3)
+    assert np.array_equal(out, reference(x, weights))
 
 
 @pytest.mark.parametrize("name", GGUF_BYTES)

@@ -76,6 +76,29 @@ class Builder(ir.IRBuilder):
         with self.if_then(self.icmp_signed(">", count, I64(0))):
             self.loop(count, [], step)
 
+    def claims(
+        self, cell: ir.Value, total: ir.Value, threads: ir.Value, body: Callable[[ir.Value, ir.Value], None]
+    ) -> None:
+        """Repeat ``body`` for ranges of ``total`` things that no other thread has: long ones first, short ones last.
+
+        A core that is slow, or that another process wants, takes fewer. ``cell`` is an int64 that was 0 before.
+        """
+        look, take, work, done = (self.append_basic_block() for _ in range(4))
+        self.branch(look)
+        self.position_at_end(look)
+        begin = self.load_atomic(cell, "monotonic", 8, typ=I64)
+        left = self.sub(total, begin)
+        self.cbranch(self.icmp_signed(">", left, I64(0)), take, done)
+        self.position_at_end(take)
+        share = self.sdiv(left, self.mul(threads, I64(2)))
+        end = self.add(begin, self.select(self.icmp_signed(">", share, I64(0)), share, I64(1)))
+        taken = self.extract_value(self.cmpxchg(cell, begin, end, "monotonic"), 1)
+        self.cbranch(taken, work, look)
+        self.position_at_end(work)
+        body(begin, end)
+        self.branch(look)
+        self.position_at_end(done)
+
     def smaller(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """Return the smaller of two integers."""
         return self.select(self.icmp_signed("<", a, b), a, b)
@@ -138,11 +161,11 @@ def quantise(module: ir.Module) -> None:
 
 
 def product(module: ir.Module, shape: Format, using: InstructionSet) -> None:
-    """Write ``product``: each thread has a range of column blocks, and takes them once per so many rows."""
+    """Write ``product``: threads take ranges of column blocks, and go through them once per so many rows."""
     tiles = [_Tile(module, shape, using, rows).function for rows in range(1, TILE + 1)]
     # 32 registers hold the sums of two tiles, which then share an unpacking
     wide = _Tile(module, shape, using, 2 * TILE).function if using.lanes == 16 and not shape.kind else None
-    b, (record, thread, threads) = _begin(module, "product", [PTR, I64, I64])
+    b, (record, _, threads) = _begin(module, "product", [PTR, I64, I64])
     cell, quants, scales = (b.read(record, 8 * n, PTR) for n in range(3))
     blocks, steps, columns = (b.read(record, 8 * n, I64) for n in range(3, 6))
     x, factors, planes = (b.read(record, 8 * n, PTR) for n in range(6, 9))
@@ -153,7 +176,6 @@ def product(module: ir.Module, shape: Format, using: InstructionSet) -> None:
     groups = b.mul(steps, I64(shape.multiple // GROUP))
     quant_bytes = b.mul(groups, I64(shape.quant_bytes(using.lanes)))
     scale_bytes = b.mul(steps, I64(shape.scale_bytes(using.lanes)))
-    begin, end = b.share(blocks, thread, threads)
 
     def tile(index: ir.Value, block: ir.Value, pair: bool = False) -> None:
         row, column = b.mul(index, I64(TILE)), b.mul(block, I64(using.lanes))
@@ -186,7 +208,7 @@ def product(module: ir.Module, shape: Format, using: InstructionSet) -> None:
             b.branch(after)
         b.position_at_end(after)
 
-    def rows_of(index: ir.Value) -> None:
+    def rows_of(index: ir.Value, begin: ir.Value, end: ir.Value) -> None:
         first = b.mul(index, chunk)
         last = b.smaller(b.add(first, chunk), row_tiles)
         full = b.sdiv(b.sub(b.smaller(b.mul(last, I64(TILE)), rows), b.mul(first, I64(TILE))), I64(2 * TILE))
@@ -199,7 +221,11 @@ def product(module: ir.Module, shape: Format, using: InstructionSet) -> None:
 
         b.each(begin, end, block_of)
 
-    b.each(I64(0), b.sdiv(b.add(row_tiles, b.sub(chunk, I64(1))), chunk), rows_of)
+    def columns_of(begin: ir.Value, end: ir.Value) -> None:
+        b.each(I64(0), chunks, lambda index: rows_of(index, begin, end))
+
+    chunks = b.sdiv(b.add(row_tiles, b.sub(chunk, I64(1))), chunk)
+    b.claims(b.at(record, 120), blocks, threads, columns_of)
     b.ret_void()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cache
 
@@ -46,8 +47,8 @@ INSTRUCTION_SETS = {
 def instruction_set() -> InstructionSet:
     """Return the fastest of this CPU."""
     found = [each for each in INSTRUCTION_SETS.values() if host_features().issuperset(each.needs)]
-    if not found:
-        raise OSError("this CPU has no AVX2, which the engine needs; use another engine")
+    if not found or sys.platform != "linux":
+        raise OSError("engine 'cpu' needs Linux on a CPU with AVX2; use another engine")
     return found[0]
 
 

@@ -97,10 +97,10 @@ def _product_op(
     args = [
         rows.ctypes.data, weights.quants.ctypes.data, weights.scales.ctypes.data, -(-weights.rows // weights.lanes),
         weights.columns // weights.format.multiple, weights.rows, *inputs, out.ctypes.data, out.strides[0], *added,
-        max(1, CACHED // (weights.columns * TILE)),
+        max(1, CACHED // (weights.columns * TILE)), 0,
     ]  # fmt: skip
     keeps = (rows, weights, x, rounded, out, plus, code)
-    return Op(code.address("product"), np.array(args, np.int64), joins, keeps)
+    return Op(code.address("product"), np.array(args, np.int64), joins, keeps, claims=len(args) - 1)
 
 
 @cache
