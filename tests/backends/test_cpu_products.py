@@ -125,6 +125,16 @@ def test_a_thread_that_comes_late_leaves_its_columns_to_others():
     assert np.array_equal(out, reference(x, weights))
 
 
+def test_a_row_that_is_no_number_spoils_itself_alone(pools: list[Pool]):
+    x, rows, out = RNG.standard_normal((3, 64)).astype(np.float32), np.array([3]), np.empty((3, 16), np.float32)
+    weights = random_weights(FORMATS["q4_1"], 16, 64)
+    wanted = reference(x, weights)
+    x[0, 3], x[2, 60] = np.nan, -np.inf
+    pools[0].run(Program(products(x, rows, [Product(pack(weights, instruction_set().lanes), out)])))
+    assert np.array_equal(np.isnan(out), [[True] * 16, [False] * 16, [True] * 16])
+    assert np.array_equal(out[1], wanted[1])
+
+
 @pytest.mark.parametrize("name", GGUF_BYTES)
 def test_a_gguf_file_is_read_as_it_stands(name: str):
     size, shape = GGUF_BYTES[name], FORMATS[name]

@@ -321,6 +321,7 @@ class _Tile:
     def _group(
         self, index: ir.Value, scales: list[ir.Value], minimums: list[ir.Value], sums: list[ir.Value]
     ) -> list[ir.Value]:
+        """Add the products of one group; the integers of a row are exact, then come its scale and minimum."""
         b = self.b
         quants = b.at(self.quants, b.mul(index, I64(self.shape.quant_bytes(self.lanes))))
         for ahead in range(0, self.shape.quant_bytes(self.lanes), 64):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from weakref import WeakValueDictionary
 
 import numpy as np
 from llvmlite import ir
@@ -43,11 +44,12 @@ def products(
     """Return the ops that multiply ``x`` by several matrices.
 
     x     float32 [max rows, K], rows of any stride
-    rows  int64 [1], how many rows of ``x`` there are, read in each pass
+    rows  int64 [1], how many rows of ``x`` there are, read in each pass. Ops of one array take turns: they share
+          memory for what is rounded, so that a network needs it once
     """
     using = using or instruction_set()
     integers = any(not product.weights.format.kind for product in wanted)
-    rounded = _Rounded(x) if integers else None
+    rounded = _rounded(x, rows) if integers else None
     ops = [_quantise_op(x, rows, rounded, using)] if rounded else []
     for product in wanted:
         joins = product is wanted[-1]
@@ -63,12 +65,23 @@ class _Rounded:
     planes   int32 [6, tiles, K/32, 8 rows]
     """
 
-    def __init__(self, x: np.ndarray) -> None:
-        tiles, groups = -(-len(x) // TILE), x.shape[1] // GROUP
+    def __init__(self, tiles: int, groups: int) -> None:
         self.values = aligned(tiles * groups * TILE * GROUP)
         self.factors = aligned(tiles * groups * TILE * 4)
         self.plane = tiles * groups * TILE * 4
         self.planes = aligned(6 * self.plane)
+
+
+#: By the address of ``rows`` and the size, as long as there are ops.
+_SHARED: WeakValueDictionary[tuple[int, int, int], _Rounded] = WeakValueDictionary()
+
+
+def _rounded(x: np.ndarray, rows: np.ndarray) -> _Rounded:
+    tiles, groups = -(-len(x) // TILE), x.shape[1] // GROUP
+    key = (rows.ctypes.data, tiles, groups)
+    rounded = _SHARED.get(key) or _Rounded(tiles, groups)
+    _SHARED[key] = rounded
+    return rounded
 
 
 def _quantise_op(x: np.ndarray, rows: np.ndarray, rounded: _Rounded, using: InstructionSet) -> Op:
@@ -97,7 +110,7 @@ def _product_op(
     args = [
         rows.ctypes.data, weights.quants.ctypes.data, weights.scales.ctypes.data, -(-weights.rows // weights.lanes),
         weights.columns // weights.format.multiple, weights.rows, *inputs, out.ctypes.data, out.strides[0], *added,
-        max(1, CACHED // (weights.columns * TILE)), 0,
+        max(2, CACHED // (weights.columns * TILE) // 2 * 2), 0,
     ]  # fmt: skip
     keeps = (rows, weights, x, rounded, out, plus, code)
     return Op(code.address("product"), np.array(args, np.int64), joins, keeps, claims=len(args) - 1)
