@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import threading
@@ -25,8 +26,8 @@ from echo_trt.backends.cpu.formats import (
     quantised,
     reference,
 )
-from echo_trt.backends.cpu.machine_code import host_features
-from echo_trt.backends.cpu.products import INSTRUCTION_SETS, InstructionSet, Product, instruction_set, products
+from echo_trt.backends.cpu.machine_code import INSTRUCTION_SETS, InstructionSet, host_features, instruction_set
+from echo_trt.backends.cpu.products import Product, products
 from echo_trt.backends.cpu.program import Op, Pool, Program
 
 RNG = np.random.default_rng(0)
@@ -112,6 +113,26 @@ def test_products_share_activations_and_add_what_is_asked(pools: list[Pool]):
     pools[1].run(Program(ops))
     plain = [reference(x, each) for each in weights]
     assert np.array_equal(out, np.stack([plain[0] + bias, plain[1] + before[1], plain[2]]))
+
+
+def test_a_thread_that_comes_late_leaves_its_columns_to_others():
+    x, rows, out = RNG.standard_normal((2, 64)).astype(np.float32), np.array([2]), np.empty((2, 400), np.float32)
+    weights = random_weights(FORMATS["q8_0"], 400, 64)
+    ops = products(x, rows, [Product(pack(weights, instruction_set().lanes), out)])
+    Pool(1).run(Program(ops[:1]))
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(ops[1].address)
+    function(ops[1].args.ctypes.data, 1, 3)
+    assert np.array_equal(out, reference(x, weights))
+
+
+def test_a_row_that_is_no_number_spoils_itself_alone(pools: list[Pool]):
+    x, rows, out = RNG.standard_normal((3, 64)).astype(np.float32), np.array([3]), np.empty((3, 16), np.float32)
+    weights = random_weights(FORMATS["q4_1"], 16, 64)
+    wanted = reference(x, weights)
+    x[0, 3], x[2, 60] = np.nan, -np.inf
+    pools[0].run(Program(products(x, rows, [Product(pack(weights, instruction_set().lanes), out)])))
+    assert np.array_equal(np.isnan(out), [[True] * 16, [False] * 16, [True] * 16])
+    assert np.array_equal(out[1], wanted[1])
 
 
 @pytest.mark.parametrize("name", GGUF_BYTES)

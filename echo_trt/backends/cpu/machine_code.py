@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from functools import cache
 
 import llvmlite.binding as llvm
@@ -11,6 +13,43 @@ import llvmlite.binding as llvm
 def host_features() -> frozenset[str]:
     """Return the features of this CPU that LLVM knows, for example ``avx512vnni``."""
     return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """Name what a CPU has for products of 8-bit integers.
+
+    lanes     int32 of a vector, columns of a block
+    dot       LLVM's intrinsic that adds four products to an int32; "": made of multiplications of pairs, without
+              saturation
+    cpu       LLVM's name of a CPU that has no more; None: the one at hand
+    needs     features that it needs
+    """
+
+    name: str
+    lanes: int
+    dot: str
+    cpu: str | None
+    needs: tuple[str, ...]
+
+
+INSTRUCTION_SETS = {
+    each.name: each
+    for each in (
+        InstructionSet("avx512_vnni", 16, "llvm.x86.avx512.vpdpbusd.512", None, ("avx512vnni", "avx512bw", "f16c")),
+        InstructionSet("avx_vnni", 8, "llvm.x86.avx512.vpdpbusd.256", "x86-64-v3", ("avxvnni", "fma", "f16c")),
+        InstructionSet("avx2", 8, "", "x86-64-v3", ("avx2", "fma", "f16c")),
+    )
+}
+
+
+@cache
+def instruction_set() -> InstructionSet:
+    """Return the fastest of this CPU."""
+    found = [each for each in INSTRUCTION_SETS.values() if host_features().issuperset(each.needs)]
+    if not found or sys.platform != "linux":
+        raise OSError("engine 'cpu' needs Linux on a CPU with AVX2; use another engine")
+    return found[0]
 
 
 class MachineCode:

@@ -91,7 +91,7 @@ head:
   %more = icmp slt i64 %i, %count
   br i1 %more, label %body, label %done
 body:
-  %op = getelementptr [3 x i64], ptr %ops, i64 %i
+  %op = getelementptr [4 x i64], ptr %ops, i64 %i
   %args.at = getelementptr i64, ptr %op, i64 1
   %joins.at = getelementptr i64, ptr %op, i64 2
   %function = load ptr, ptr %op
@@ -111,6 +111,19 @@ done:
 }
 
 define void @run(ptr %pool, ptr %ops, i64 %count) {
+entry:
+  br label %head
+head:
+  %i = phi i64 [0, %entry], [%next, %body]
+  %more = icmp slt i64 %i, %count
+  br i1 %more, label %body, label %begin
+body:
+  %cell.at = getelementptr [4 x i64], ptr %ops, i64 %i, i64 3
+  %cell = load ptr, ptr %cell.at
+  store i64 0, ptr %cell
+  %next = add i64 %i, 1
+  br label %head
+begin:
   %ops.at = getelementptr i8, ptr %pool, i64 192
   %count.at = getelementptr i8, ptr %pool, i64 200
   %threads.at = getelementptr i8, ptr %pool, i64 208
@@ -153,12 +166,14 @@ class Op:
     args   int64 [...], read by the function; its values may change between passes
     joins  whether threads wait for each other after it; not where the next op reads nothing that this one writes
     keeps  what must live as long as the op: arrays whose addresses stand in ``args``, machine code
+    claims index in ``args`` of what threads have taken of the op's work; 0 at the beginning of each pass
     """
 
     address: int
     args: np.ndarray
     joins: bool = True
     keeps: tuple[object, ...] = ()
+    claims: int | None = None
 
 
 class Program:
@@ -166,8 +181,13 @@ class Program:
 
     def __init__(self, ops: Sequence[Op]) -> None:
         self.ops = tuple(ops)
-        rows = [(op.address, op.args.ctypes.data, int(op.joins)) for op in self.ops]
-        self.table = np.array(rows, np.int64).reshape(-1, 3)
+        self._unclaimed = np.zeros(1, np.int64)
+        cells = [self._unclaimed if op.claims is None else op.args[op.claims :] for op in self.ops]
+        rows = [
+            (op.address, op.args.ctypes.data, int(op.joins), cell.ctypes.data)
+            for op, cell in zip(self.ops, cells, strict=True)
+        ]
+        self.table = np.array(rows, np.int64).reshape(-1, 4)
         self.table[-1:, 2] = 1
 
 
