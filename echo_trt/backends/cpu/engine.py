@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from echo_trt.backends.base import Engine
-from echo_trt.backends.cpu import operators
+from echo_trt.backends.cpu import attention
 from echo_trt.backends.cpu.network import KVArrays, Network
 from echo_trt.backends.cpu.network_file import NetworkFile
-from echo_trt.backends.cpu.operators import JOB_WORDS
 from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.cpu.program import Pool
 from echo_trt.errors import UserError
@@ -49,7 +48,7 @@ class CPUEngine(Engine):
     def _prepare(self, capacity: int) -> None:
         self._network = network = Network(self._file, self._kv, self._pool, capacity)
         self._arrays = {"limits": np.zeros(capacity, np.int64), "path_begins": np.zeros(capacity, np.int64)}
-        self._reserve(jobs=capacity * JOB_WORDS, costs=capacity + 1, table=capacity, paths=capacity)
+        self._reserve(jobs=capacity * attention.JOB_WORDS, costs=capacity + 1, table=capacity, paths=capacity)
         hidden, outputs = self._hidden, network.outputs
         self.widths = (
             {"logits": outputs["logits"].shape[1]} if self._target else {"candidates": outputs["candidates"].shape[1]}
@@ -75,8 +74,8 @@ class CPUEngine(Engine):
             network.inputs[name][: len(values)] = values
         given = self._feed(inputs, tokens) if "features" in network.inputs else 0
         jobs = self._plan(call)
-        network.cells[: operators.JOBS] = tokens, rows, jobs
-        network.cells[operators.FEATURE_ROWS] = given
+        network.cells[: attention.JOBS] = tokens, rows, jobs
+        network.cells[attention.FEATURE_ROWS] = given
         network.run()
         return self._read(tokens, rows)
 
@@ -91,19 +90,19 @@ class CPUEngine(Engine):
     def _plan(self, call: ForwardBatch) -> int:
         arrays, cells = self._arrays, self._network.cells
         count = len(call.past_lens) + len(call.token_ids)
-        self._reserve(jobs=count * JOB_WORDS, costs=count + 1, table=len(call.block_indices), paths=len(call.tree_mask))
+        self._reserve(jobs=count * attention.JOB_WORDS, costs=count + 1, table=len(call.block_indices), paths=len(call.tree_mask))
         names = ("limits", "jobs", "costs", "table", "paths", "path_begins")
-        jobs: int = operators.plan_pass(
+        jobs: int = attention.plan_pass(
             call.past_lens, call.seq_begins, call.block_indices, call.block_begins, call.tree_mask,
             call.tree_mask_begins, self._network.places, *(arrays[name] for name in names),
         )  # fmt: skip
         words = (
-            operators.LIMITS,
-            operators.JOBS,
-            operators.COSTS,
-            operators.TABLE,
-            operators.PATHS,
-            operators.PATH_BEGINS,
+            attention.LIMITS,
+            attention.JOBS,
+            attention.COSTS,
+            attention.TABLE,
+            attention.PATHS,
+            attention.PATH_BEGINS,
         )
         for index, name in zip(words, names, strict=True):
             cells[index] = arrays[name].ctypes.data

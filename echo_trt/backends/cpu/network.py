@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from echo_trt.backends.cpu import operators
+from echo_trt.backends.cpu import attention, operators
 from echo_trt.backends.cpu.network_file import NetworkFile
 from echo_trt.backends.cpu.products import Product, products
 from echo_trt.backends.cpu.program import Op, Pool, Program
@@ -41,7 +41,7 @@ class KVArrays:
 class Network:
     """A network of a file, prepared for passes of up to ``capacity`` tokens.
 
-    cells       int64 [16], what a pass sets: see ``operators``
+    cells       int64 [16], what a pass sets: see ``attention``
     inputs      arrays that it fills, by name; tokens, positions and logit_rows are int64, a head's features and hidden
                 states float32
     outputs     arrays that it leaves, by name
@@ -52,8 +52,8 @@ class Network:
         self._config: dict[str, Any] = file.header["config"]
         self.cells = np.zeros(16, np.int64)
         cells = [self.cells[i : i + 1] for i in range(len(self.cells))]
-        self._rows, self._wanted = cells[operators.TOKENS], cells[operators.LOGIT_ROWS]
-        self._given = cells[operators.FEATURE_ROWS]
+        self._rows, self._wanted = cells[attention.TOKENS], cells[attention.LOGIT_ROWS]
+        self._given = cells[attention.FEATURE_ROWS]
         integers = {name: np.zeros(capacity, np.int64) for name in ("token_ids", "positions", "logit_rows")}
         self.inputs: dict[str, np.ndarray] = dict(integers)
         self.places = np.zeros(capacity, np.int64)
@@ -79,7 +79,7 @@ class Network:
         self._attended = self._buffer(self._heads * self._dim)
         self._both, self._active = self._buffer(2 * self._gated), self._buffer(self._gated)
         self._delta = self._buffer(width) if config["post_norms"] else None
-        rows = _padded(config["num_heads"] // config["num_kv_heads"] * operators.JOB + operators.ROWS, 8)
+        rows = _padded(config["num_heads"] // config["num_kv_heads"] * attention.JOB + attention.ROWS, 8)
         size = 4 if self._kv.wide else 2
         self._scratch_bytes = _padded(576 + 4 * self._dim + 2 * BLOCK * self._dim * size + 8 * rows, 128)
         self._scratch = np.zeros((self._pool.threads, self._scratch_bytes), np.uint8)
@@ -161,7 +161,7 @@ class Network:
             kv.keys[layer], kv.values[layer], wide,
         )  # fmt: skip
         self._add(
-            operators.attend, self.cells, self._projected, self._attended, kv.keys[layer], kv.values[layer],
+            attention.attend, self.cells, self._projected, self._attended, kv.keys[layer], kv.values[layer],
             self._scratch, self._heads, self._kv_heads, dim, float(head**-0.5), window, wide, self._scratch_bytes,
         )  # fmt: skip
 
