@@ -6,7 +6,6 @@ chain, or in a tree, whose nodes' own blocks are gathered. So a node has the bit
 
 from __future__ import annotations
 
-import numpy as np
 from numba import njit
 
 from echo_trt.backends.cpu.operators import LOWEST, ONE, ZERO, operator, part

@@ -197,7 +197,7 @@ class Network:
             self.outputs["features"] = kept
 
     def _head(self) -> None:
-        """Compute an EAGLE-3 head (``models.eagle3``); its residual, which begins as the features, becomes ``state``."""
+        """Compute an EAGLE-3 head (``models.eagle3``); its residual, which begins as features, becomes ``state``."""
         config, width, hidden = self._config, self._width, self._config["hidden_size"]
         theirs = config["target_hidden_size"]
         self.inputs["features"] = features = np.zeros((self.capacity, 3, _padded(theirs)), np.float32)
