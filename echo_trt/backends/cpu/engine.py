@@ -18,9 +18,7 @@ from echo_trt.backends.cpu.program import Pool
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import ForwardBatch
 
-CAPACITY = (
-    512  # tokens of a pass that a network is prepared for at first; more: it is prepared again, for twice as many
-)
+CAPACITY = 512  # tokens of a pass that a network is prepared for at first. Larger: more address space
 
 
 class CPUEngine(Engine):
@@ -92,9 +90,8 @@ class CPUEngine(Engine):
     def _plan(self, call: ForwardBatch) -> int:
         arrays, cells = self._arrays, self._network.cells
         count = len(call.past_lens) + len(call.token_ids)
-        self._reserve(
-            jobs=count * attention.JOB_WORDS, costs=count + 1, table=len(call.block_indices), paths=len(call.tree_mask)
-        )
+        self._reserve(jobs=count * attention.JOB_WORDS, costs=count + 1)
+        self._reserve(table=len(call.block_indices), paths=len(call.tree_mask))
         names = ("limits", "jobs", "costs", "table", "paths", "path_begins")
         jobs: int = attention.plan_pass(
             call.past_lens, call.seq_begins, call.block_indices, call.block_begins, call.tree_mask,
