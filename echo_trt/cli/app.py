@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -125,7 +126,10 @@ def _bundle_of(path: Path) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "echo-trt"
     folder = cache / f"{path.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
     if not (folder / "manifest.json").exists():
-        build(str(path), engine="cpu", precision="int4", output=folder)
+        # In a process of its own, whose memory a server does not keep.
+        words = ["build", str(path), "--engine", "cpu", "--precision", "int4", "-o", str(folder)]
+        if code := subprocess.run([sys.executable, "-m", "echo_trt", *words], check=False).returncode:
+            sys.exit(code)
     return folder
 
 
