@@ -366,35 +366,35 @@ class _Tile:
 
     def _dot(self, weights: list[ir.Value], x: list[ir.Value], start: ir.Value | None) -> ir.Value:
         """Add the products of unsigned weights and signed activations, four to a column, to ``start``."""
-        b, zero = self.b, _const(self.ints, 0)
-        vectors = [b.vector(each, self.lanes) for each in x]
-        if self.using.dot:
-            totals = [zero if start is None else start, zero]
-            for n, (weight, value) in enumerate(zip(weights, vectors, strict=True)):
-                weight = b.bitcast(weight, self.ints)
-                totals[n % 2] = b.intrinsic(self.using.dot, self.ints, totals[n % 2], weight, value)
-            return b.add(*totals)
-        return self._dot_of_pairs(weights, [b.bitcast(each, self.bytes) for each in vectors], start)
+        b, using = self.b, self.using
+        x = [b.bitcast(b.vector(each, self.lanes), self.bytes) for each in x]
+        if self.shape.bits == 8 and (using.signed or not using.dot):  # with a sign there is nothing to subtract
+            weights, start = [b.xor(each, _const(self.bytes, -128)) for each in weights], None
+        zero = _const(self.ints, 0)
+        if not using.dot:
+            return self._dot_of_pairs(weights, x, zero if start is None else start)
+        totals, kind = [zero if start is None else start, zero], self.bytes if using.signed else self.ints
+        for n, (weight, value) in enumerate(zip(weights, x, strict=True)):
+            operands = b.bitcast(weight, kind), b.bitcast(value, kind)
+            totals[n % 2] = b.intrinsic(using.dot, self.ints, totals[n % 2], *operands)
+        return b.add(*totals)
 
-    def _dot_of_pairs(self, weights: list[ir.Value], x: list[ir.Value], start: ir.Value | None) -> ir.Value:
+    def _dot_of_pairs(self, weights: list[ir.Value], x: list[ir.Value], total: ir.Value) -> ir.Value:
         """Do the same by sums of two products in 16 bits, which hold: 254 x the largest weight, so many times."""
         b, bits = self.b, self.shape.bits
-        if bits == 8:  # too large without a sign: the weight's goes to the activation, and there is nothing to subtract
-            signed = [b.xor(each, _const(self.bytes, -128)) for each in weights]
-            weights = [b.intrinsic("llvm.abs.v32i8", self.bytes, each, ir.IntType(1)(0)) for each in signed]
-            moved = zip(x, signed, strict=True)
+        if bits == 8:  # too large without a sign, which goes to the activation
+            moved = zip(x, weights, strict=True)
             x = [b.intrinsic("llvm.x86.avx2.psign.b", self.bytes, value, sign) for value, sign in moved]
-            start = None
+            weights = [b.intrinsic("llvm.abs.v32i8", self.bytes, each, ir.IntType(1)(0)) for each in weights]
         pairs = [
             b.intrinsic("llvm.x86.avx2.pmadd.ub.sw", self.words, weight, value)
             for weight, value in zip(weights, x, strict=True)
         ]
         fit = 1 if bits == 8 else 32767 // (254 * (2**bits - 1))
-        total = start
         for n in range(0, len(pairs), fit):
             pair = pairs[n]
             for each in pairs[n + 1 : n + fit]:
                 pair = b.add(pair, each)
             quad = b.intrinsic("llvm.x86.avx2.pmadd.wd", self.ints, pair, _const(self.words, 1))
-            total = quad if total is None else b.add(total, quad)
+            total = b.add(total, quad)
         return total
