@@ -19,7 +19,7 @@ import numpy as np
 from llvmlite import ir
 
 from echo_trt.backends.cpu import kernels
-from echo_trt.backends.cpu.formats import FORMATS, Format, Weights, pack, reference
+from echo_trt.backends.cpu.formats import FORMATS, WeightFormat, Weights, pack, reference
 from echo_trt.backends.cpu.machine_code import INSTRUCTION_SETS
 
 TRIPLE, COLUMNS, OUT, COUNTS = "aarch64-linux-gnu", 512, 45, (1, 2, 3, 5, 8, 9, 16, 17, 40)
@@ -49,7 +49,7 @@ int main(int count, char **files) { // rows, K, N, groups of factors, blocks, wh
 """
 
 
-def random_weights(shape: Format, random: np.random.Generator) -> Weights:
+def random_weights(shape: WeightFormat, random: np.random.Generator) -> Weights:
     """Draw a matrix [OUT, COLUMNS] with integers and scales of the whole range."""
 
     def bytes_of(*size: int) -> np.ndarray:
@@ -81,7 +81,7 @@ def compile_to(file: Path, write: Callable[[ir.Module], None]) -> Path:
     return file
 
 
-def same_bits(shape: Format, folder: Path) -> bool:
+def same_bits(shape: WeightFormat, folder: Path) -> bool:
     """Run a format's kernel on all numbers of rows, and say whether it has the reference's bits."""
     random, using = np.random.default_rng(0), INSTRUCTION_SETS["dotprod"]
     objects = [

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
-from echo_trt.backends.cpu.formats import AHEAD, GROUP, SUPER, TINY, Format
+from echo_trt.backends.cpu.formats import AHEAD, GROUP, SUPER, TINY, WeightFormat
 from echo_trt.backends.cpu.machine_code import InstructionSet
 
 #: Rows that share an unpacking of the weights; more spill registers.
@@ -134,7 +134,7 @@ def quantise(module: ir.Module) -> None:
     def group(index: ir.Value) -> None:
         row, g = b.sdiv(index, groups), b.srem(index, groups)
         tile = b.add(b.mul(b.sdiv(row, I64(TILE)), groups), g)
-        place = b.add(b.mul(tile, I64(TILE)), b.srem(row, I64(TILE)))
+        slot = b.add(b.mul(tile, I64(TILE)), b.srem(row, I64(TILE)))
         read = b.read(x, b.add(b.mul(row, stride), b.mul(g, I64(4 * GROUP))), floats)
         bits = b.and_(b.bitcast(read, ints), _const(ints, 0x7FFFFFFF))  # ordered as the sizes are, and NaN above them
         largest = b.bitcast(b.intrinsic("llvm.vector.reduce.umax.v32i32", I32, bits), F32)
@@ -143,8 +143,8 @@ def quantise(module: ir.Module) -> None:
         factor = b.select(some, b.fdiv(largest, F32(127)), F32(0))
         nearest = b.intrinsic("llvm.rint.v32f32", floats, b.fmul(read, b.vector(inverse, GROUP)))
         integers = b.fptosi(nearest, ints)
-        b.store(b.trunc(integers, _vec(I8, GROUP)), b.at(values, b.mul(place, I64(GROUP))), align=1)
-        at = b.mul(place, I64(4))
+        b.store(b.trunc(integers, _vec(I8, GROUP)), b.at(values, b.mul(slot, I64(GROUP))), align=1)
+        at = b.mul(slot, I64(4))
         b.store(factor, b.at(factors, at))
         halves = []
         for half in (0, 16):
@@ -160,7 +160,7 @@ def quantise(module: ir.Module) -> None:
     b.ret_void()
 
 
-def product(module: ir.Module, shape: Format, using: InstructionSet) -> None:
+def product(module: ir.Module, shape: WeightFormat, using: InstructionSet) -> None:
     """Write ``product``: threads take ranges of column blocks, and go through them once per so many rows."""
     tiles = [_Tile(module, shape, using, rows).function for rows in range(1, TILE + 1)]
     # 32 registers hold the sums of two tiles, which then share an unpacking
@@ -232,7 +232,7 @@ def product(module: ir.Module, shape: Format, using: InstructionSet) -> None:
 class _Tile:
     """Write the product of ``rows`` rows by one block of columns."""
 
-    def __init__(self, module: ir.Module, shape: Format, using: InstructionSet, rows: int) -> None:
+    def __init__(self, module: ir.Module, shape: WeightFormat, using: InstructionSet, rows: int) -> None:
         self.shape, self.using, self.rows, self.lanes = shape, using, rows, using.lanes
         kinds = [PTR, PTR, I64, PTR, PTR, PTR, I64, PTR, I64, PTR, I64, I64]
         self.b, args = _begin(module, f"tile{rows}", kinds, internal=True)
@@ -327,14 +327,14 @@ class _Tile:
         for ahead in range(0, self.shape.quant_bytes(self.lanes), 64):
             self._prefetch(quants, ahead)
         weights = self._unpack(quants)
-        places = [b.mul(index, I64(TILE))]
-        places.append(b.add(places[0], self.next_tile))
+        slots = [b.mul(index, I64(TILE))]
+        slots.append(b.add(slots[0], self.next_tile))
         negated = [b.fneg(each) for each in minimums]
         result = []
         for row, total in enumerate(sums):
-            place = b.add(places[row // TILE], I64(row % TILE))
-            at = b.mul(place, I64(4))
-            values = b.at(self.x, b.mul(place, I64(GROUP)))
+            slot = b.add(slots[row // TILE], I64(row % TILE))
+            at = b.mul(slot, I64(4))
+            values = b.at(self.x, b.mul(slot, I64(GROUP)))
             factor = b.vector(b.read(self.factors, at, F32), self.lanes)
             x = [b.read(values, 4 * quad, I32) for quad in range(8)]
             part = 8 // len(scales)
