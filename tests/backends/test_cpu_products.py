@@ -17,7 +17,7 @@ from numba import cfunc, types
 from echo_trt.backends.cpu.formats import (
     FORMATS,
     GGUF_BYTES,
-    Format,
+    WeightFormat,
     Weights,
     fma,
     from_gguf,
@@ -34,7 +34,7 @@ RNG = np.random.default_rng(0)
 SETS = {name: each for name, each in INSTRUCTION_SETS.items() if host_features().issuperset(each.needs)}
 
 
-def random_weights(shape: Format, rows: int, columns: int) -> Weights:
+def random_weights(shape: WeightFormat, rows: int, columns: int) -> Weights:
     """Draw a matrix with all integers and scales that the format can hold."""
     if shape.kind:
         floats = RNG.standard_normal((rows, columns)).astype(np.float32)

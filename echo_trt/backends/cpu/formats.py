@@ -21,7 +21,7 @@ SUPER = 8
 
 
 @dataclass(frozen=True)
-class Format:
+class WeightFormat:
     """Describe how a matrix is stored.
 
     bits      of an integer, 4 to 8; 16 or 32: floats, ``kind`` says which
@@ -58,17 +58,17 @@ class Format:
 FORMATS = {
     each.name: each
     for each in (
-        Format("q4_0", 4, 8),
-        Format("q4_1", 4, minimum=True),
-        Format("q5_0", 5, 16),
-        Format("q5_1", 5, minimum=True),
-        Format("q8_0", 8, 128),
-        Format("q4_k", 4, minimum=True, integers=1),
-        Format("q5_k", 5, minimum=True, integers=1),
-        Format("q6_k", 6, 32, integers=2),
-        Format("bf16", 16, kind="bf16"),
-        Format("f16", 16, kind="f16"),
-        Format("f32", 32, kind="f32"),
+        WeightFormat("q4_0", 4, 8),
+        WeightFormat("q4_1", 4, minimum=True),
+        WeightFormat("q5_0", 5, 16),
+        WeightFormat("q5_1", 5, minimum=True),
+        WeightFormat("q8_0", 8, 128),
+        WeightFormat("q4_k", 4, minimum=True, integers=1),
+        WeightFormat("q5_k", 5, minimum=True, integers=1),
+        WeightFormat("q6_k", 6, 32, integers=2),
+        WeightFormat("bf16", 16, kind="bf16"),
+        WeightFormat("f16", 16, kind="f16"),
+        WeightFormat("f32", 32, kind="f32"),
     )
 }
 
@@ -84,7 +84,7 @@ class Weights:
     minimums  uint8 [N, K/32]
     """
 
-    format: Format
+    format: WeightFormat
     values: np.ndarray
     scale: np.ndarray = field(default_factory=lambda: np.empty(0, np.float16))
     minimum: np.ndarray | None = None
@@ -126,7 +126,7 @@ class PackedWeights:
     scales  uint8 [blocks, K/multiple, scale_bytes]: 16-bit factors, then each group's integer scales and minimum
     """
 
-    format: Format
+    format: WeightFormat
     rows: int
     columns: int
     lanes: int
@@ -156,7 +156,7 @@ def pack_gguf(name: str, rows: np.ndarray, lanes: int) -> PackedWeights:
 PART = 256 * 1024
 
 
-def _empty(shape: Format, rows: int, columns: int, lanes: int) -> PackedWeights:
+def _empty(shape: WeightFormat, rows: int, columns: int, lanes: int) -> PackedWeights:
     if columns % shape.multiple:
         raise ValueError(f"a matrix in {shape.name} has {columns} columns, must be a multiple of {shape.multiple}")
     blocks = -(-rows // lanes)
@@ -285,7 +285,7 @@ def quantised(matrix: np.ndarray, name: str) -> Weights:
     return Weights(shape, integers.astype(np.uint8).reshape(matrix.shape), scale)
 
 
-def _integers(grouped: np.ndarray, scale: np.ndarray, shape: Format) -> np.ndarray:
+def _integers(grouped: np.ndarray, scale: np.ndarray, shape: WeightFormat) -> np.ndarray:
     divisor = np.where(scale == 0, np.float32(1), scale.astype(np.float32))[..., None]
     return np.rint(grouped / divisor).clip(-shape.offset, shape.offset - 1)
 
@@ -313,7 +313,7 @@ def from_gguf(name: str, rows: np.ndarray) -> Weights:
     return Weights(shape, values.reshape(len(rows), -1), scale, None if minimum is None else -minimum)
 
 
-def _q4_k(shape: Format, rest: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> Weights:
+def _q4_k(shape: WeightFormat, rest: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> Weights:
     """Read q4_k and q5_k: 8 scales and minimums of 6 bits in 12 bytes, a bit of each value, then 4 bits."""
     rows, first, second, third = len(rest), rest[..., :4], rest[..., 4:8], rest[..., 8:12]
     scales = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=-1)
@@ -327,7 +327,7 @@ def _q4_k(shape: Format, rest: np.ndarray, scale: np.ndarray, minimum: np.ndarra
     )
 
 
-def _q6_k(shape: Format, blocks: np.ndarray) -> Weights:
+def _q6_k(shape: WeightFormat, blocks: np.ndarray) -> Weights:
     """Read q6_k: per 128 values 64 bytes of 4 bits and 32 of 2 bits; then 16 scales, and their factor."""
     rows = len(blocks)
     low = blocks[..., :128].reshape(rows, -1, 2, 1, 64)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
-from echo_trt.backends.cpu.formats import AHEAD, GROUP, SUPER, TINY, Format
+from echo_trt.backends.cpu.formats import AHEAD, GROUP, SUPER, TINY, WeightFormat
 from echo_trt.backends.cpu.machine_code import InstructionSet
 
 #: Rows that share an unpacking of the weights; more spill registers.
@@ -134,7 +134,7 @@ def quantise(module: ir.Module) -> None:
     def group(index: ir.Value) -> None:
         row, g = b.sdiv(index, groups), b.srem(index, groups)
         tile = b.add(b.mul(b.sdiv(row, I64(TILE)), groups), g)
-        place = b.add(b.mul(tile, I64(TILE)), b.srem(row, I64(TILE)))
+        slot = b.add(b.mul(tile, I64(TILE)), b.srem(row, I64(TILE)))
         read = b.read(x, b.add(b.mul(row, stride), b.mul(g, I64(4 * GROUP))), floats)
         bits = b.and_(b.bitcast(read, ints), _const(ints, 0x7FFFFFFF))  # ordered as the sizes are, and NaN above them
         largest = b.bitcast(b.intrinsic("llvm.vector.reduce.umax.v32i32", I32, bits), F32)
@@ -143,8 +143,8 @@ def quantise(module: ir.Module) -> None:
         factor = b.select(some, b.fdiv(largest, F32(127)), F32(0))
         nearest = b.intrinsic("llvm.rint.v32f32", floats, b.fmul(read, b.vector(inverse, GROUP)))
         integers = b.fptosi(nearest, ints)
-        b.store(b.trunc(integers, _vec(I8, GROUP)), b.at(values, b.mul(place, I64(GROUP))), align=1)
-        at = b.mul(place, I64(4))
+        b.store(b.trunc(integers, _vec(I8, GROUP)), b.at(values, b.mul(slot, I64(GROUP))), align=1)
+        at = b.mul(slot, I64(4))
         b.store(factor, b.at(factors, at))
         halves = []
         for half in (0, 16):
@@ -160,7 +160,7 @@ def quantise(module: ir.Module) -> None:
     b.ret_void()
 
 
-def product(module: ir.Module, shape: Format, using: InstructionSet) -> None:
+def product(module: ir.Module, shape: WeightFormat, using: InstructionSet) -> None:
     """Write ``product``: threads take ranges of column blocks, and go through them once per so many rows."""
     tiles = [_Tile(module, shape, using, rows).function for rows in range(1, TILE + 1)]
     # 32 registers hold the sums of two tiles, which then share an unpacking
@@ -232,7 +232,7 @@ def product(module: ir.Module, shape: Format, using: InstructionSet) -> None:
 class _Tile:
     """Write the product of ``rows`` rows by one block of columns."""
 
-    def __init__(self, module: ir.Module, shape: Format, using: InstructionSet, rows: int) -> None:
+    def __init__(self, module: ir.Module, shape: WeightFormat, using: InstructionSet, rows: int) -> None:
         self.shape, self.using, self.rows, self.lanes = shape, using, rows, using.lanes
         kinds = [PTR, PTR, I64, PTR, PTR, PTR, I64, PTR, I64, PTR, I64, I64]
         self.b, args = _begin(module, f"tile{rows}", kinds, internal=True)
@@ -327,14 +327,14 @@ class _Tile:
         for ahead in range(0, self.shape.quant_bytes(self.lanes), 64):
             self._prefetch(quants, ahead)
         weights = self._unpack(quants)
-        places = [b.mul(index, I64(TILE))]
-        places.append(b.add(places[0], self.next_tile))
+        slots = [b.mul(index, I64(TILE))]
+        slots.append(b.add(slots[0], self.next_tile))
         negated = [b.fneg(each) for each in minimums]
         result = []
         for row, total in enumerate(sums):
-            place = b.add(places[row // TILE], I64(row % TILE))
-            at = b.mul(place, I64(4))
-            values = b.at(self.x, b.mul(place, I64(GROUP)))
+            slot = b.add(slots[row // TILE], I64(row % TILE))
+            at = b.mul(slot, I64(4))
+            values = b.at(self.x, b.mul(slot, I64(GROUP)))
             factor = b.vector(b.read(self.factors, at, F32), self.lanes)
             x = [b.read(values, 4 * quad, I32) for quad in range(8)]
             part = 8 // len(scales)
@@ -366,35 +366,35 @@ class _Tile:
 
     def _dot(self, weights: list[ir.Value], x: list[ir.Value], start: ir.Value | None) -> ir.Value:
         """Add the products of unsigned weights and signed activations, four to a column, to ``start``."""
-        b, zero = self.b, _const(self.ints, 0)
-        vectors = [b.vector(each, self.lanes) for each in x]
-        if self.using.dot:
-            totals = [zero if start is None else start, zero]
-            for n, (weight, value) in enumerate(zip(weights, vectors, strict=True)):
-                weight = b.bitcast(weight, self.ints)
-                totals[n % 2] = b.intrinsic(self.using.dot, self.ints, totals[n % 2], weight, value)
-            return b.add(*totals)
-        return self._dot_of_pairs(weights, [b.bitcast(each, self.bytes) for each in vectors], start)
+        b, using = self.b, self.using
+        x = [b.bitcast(b.vector(each, self.lanes), self.bytes) for each in x]
+        if self.shape.bits == 8 and (using.signed or not using.dot):  # with a sign there is nothing to subtract
+            weights, start = [b.xor(each, _const(self.bytes, -128)) for each in weights], None
+        zero = _const(self.ints, 0)
+        if not using.dot:
+            return self._dot_of_pairs(weights, x, zero if start is None else start)
+        totals, kind = [zero if start is None else start, zero], self.bytes if using.signed else self.ints
+        for n, (weight, value) in enumerate(zip(weights, x, strict=True)):
+            operands = b.bitcast(weight, kind), b.bitcast(value, kind)
+            totals[n % 2] = b.intrinsic(using.dot, self.ints, totals[n % 2], *operands)
+        return b.add(*totals)
 
-    def _dot_of_pairs(self, weights: list[ir.Value], x: list[ir.Value], start: ir.Value | None) -> ir.Value:
+    def _dot_of_pairs(self, weights: list[ir.Value], x: list[ir.Value], total: ir.Value) -> ir.Value:
         """Do the same by sums of two products in 16 bits, which hold: 254 x the largest weight, so many times."""
         b, bits = self.b, self.shape.bits
-        if bits == 8:  # too large without a sign: the weight's goes to the activation, and there is nothing to subtract
-            signed = [b.xor(each, _const(self.bytes, -128)) for each in weights]
-            weights = [b.intrinsic("llvm.abs.v32i8", self.bytes, each, ir.IntType(1)(0)) for each in signed]
-            moved = zip(x, signed, strict=True)
+        if bits == 8:  # too large without a sign, which goes to the activation
+            moved = zip(x, weights, strict=True)
             x = [b.intrinsic("llvm.x86.avx2.psign.b", self.bytes, value, sign) for value, sign in moved]
-            start = None
+            weights = [b.intrinsic("llvm.abs.v32i8", self.bytes, each, ir.IntType(1)(0)) for each in weights]
         pairs = [
             b.intrinsic("llvm.x86.avx2.pmadd.ub.sw", self.words, weight, value)
             for weight, value in zip(weights, x, strict=True)
         ]
         fit = 1 if bits == 8 else 32767 // (254 * (2**bits - 1))
-        total = start
         for n in range(0, len(pairs), fit):
             pair = pairs[n]
             for each in pairs[n + 1 : n + fit]:
                 pair = b.add(pair, each)
             quad = b.intrinsic("llvm.x86.avx2.pmadd.wd", self.ints, pair, _const(self.words, 1))
-            total = quad if total is None else b.add(total, quad)
+            total = b.add(total, quad)
         return total

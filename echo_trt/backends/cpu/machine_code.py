@@ -24,6 +24,7 @@ class InstructionSet:
               saturation
     cpu       LLVM's name of a CPU that has no more; None: the one at hand
     needs     features that it needs
+    signed    whether the intrinsic takes weights with a sign, as bytes
     """
 
     name: str
@@ -31,6 +32,7 @@ class InstructionSet:
     dot: str
     cpu: str | None
     needs: tuple[str, ...]
+    signed: bool = False
 
 
 INSTRUCTION_SETS = {
@@ -39,6 +41,7 @@ INSTRUCTION_SETS = {
         InstructionSet("avx512_vnni", 16, "llvm.x86.avx512.vpdpbusd.512", None, ("avx512vnni", "avx512bw", "f16c")),
         InstructionSet("avx_vnni", 8, "llvm.x86.avx512.vpdpbusd.256", "x86-64-v3", ("avxvnni", "fma", "f16c")),
         InstructionSet("avx2", 8, "", "x86-64-v3", ("avx2", "fma", "f16c")),
+        InstructionSet("dotprod", 4, "llvm.aarch64.neon.sdot.v4i32.v16i8", None, ("dotprod",), signed=True),
     )
 }
 
@@ -48,7 +51,7 @@ def instruction_set() -> InstructionSet:
     """Return the fastest of this CPU."""
     found = [each for each in INSTRUCTION_SETS.values() if host_features().issuperset(each.needs)]
     if not found or sys.platform != "linux":
-        raise OSError("engine 'cpu' needs Linux on a CPU with AVX2; use another engine")
+        raise OSError("engine 'cpu' needs Linux on a CPU with AVX2 or dotprod; use another engine")
     return found[0]
 
 
