@@ -141,7 +141,7 @@ def _step(sizes, queries, outputs, state, scratch, row, rows, limits, block, key
     q0, q1 = _row(queries, row, group, jump, dim), _row(queries, r1, group, jump, dim)
     q2, q3 = _row(queries, r2, group, jump, dim), _row(queries, r3, group, jump, dim)
     _scores(q0, q1, q2, q3, keys, dim, scratch, wide)
-    most, factors, spare = 0, scratch + 512, scratch + 576
+    maximum, factors, spare = 0, scratch + 512, scratch + 576
     for i in range(ROWS):
         high = low = 0
         if row + i < rows:
@@ -149,12 +149,12 @@ def _step(sizes, queries, outputs, state, scratch, row, rows, limits, block, key
             high = min(limit - block * BLOCK, BLOCK)
             low = max(limit - window - block * BLOCK, 0) if window else 0
         put(factors + 4 * i, _soften(scratch + 128 * i, scale, low, high, state + 8 * (row + i)))
-        most = max(most, high)
+        maximum = max(maximum, high)
     o0 = _row(outputs, row, group, out_jump, dim)
     o1 = _row(outputs, r1, group, out_jump, dim) if row + 1 < rows else spare
     o2 = _row(outputs, r2, group, out_jump, dim) if row + 2 < rows else spare
     o3 = _row(outputs, r3, group, out_jump, dim) if row + 3 < rows else spare
-    _mix(o0, o1, o2, o3, factors, scratch, values, most, dim, wide)
+    _mix(o0, o1, o2, o3, factors, scratch, values, maximum, dim, wide)
 
 
 @part
@@ -198,17 +198,17 @@ def _unit(args, job, head, scratch):
     own_keys = scratch + 576 + dim * 4
     own_values = own_keys + bytes_
     state = own_values + bytes_
-    least = most = word(limits, 0)
+    minimum = maximum = word(limits, 0)
     for row in range(rows):
         token = row // group
-        least, most = min(least, word(limits, token)), max(most, word(limits, token))
+        minimum, maximum = min(minimum, word(limits, token)), max(maximum, word(limits, token))
         put(state + 8 * row, LOWEST)
         put(state + 8 * row + 4, ZERO)
         out = _row(outputs, row, group, sizes[3], dim)
         for i in range(0, 4 * dim, 64):
             store(out + i, same(ZERO))
-    begin = max(least - window, 0) // BLOCK if window else 0
-    shared = past // BLOCK if is_tree else (most + BLOCK - 1) // BLOCK
+    begin = max(minimum - window, 0) // BLOCK if window else 0
+    shared = past // BLOCK if is_tree else (maximum + BLOCK - 1) // BLOCK
     for block in range(begin, shared):
         at = word(table, block) * jump
         for row in range(0, rows, ROWS):
@@ -266,7 +266,7 @@ def plan_pass(
     block_begins,
     mask,
     mask_begins,
-    places,
+    pool_rows,
     limits,
     jobs,
     costs,
@@ -276,7 +276,7 @@ def plan_pass(
 ):
     """Plan a pass: see ``attend``; returns the number of jobs.
 
-    places       int64 [N], of the tokens' rows in the pool
+    pool_rows       int64 [N], of the tokens' rows in the pool
     limits       int64 [N], keys that a token sees, without a window
     jobs, costs  int64 [J * JOB_WORDS] and [J + 1], the sums of what they cost
     table        int64 of the blocks
@@ -292,7 +292,7 @@ def plan_pass(
         earlier, is_tree = max(width - tokens, 0), False
         for token in range(tokens):
             row = past + earlier + token
-            places[begin + token] = table[blocks + row // BLOCK] * BLOCK + row % BLOCK
+            pool_rows[begin + token] = table[blocks + row // BLOCK] * BLOCK + row % BLOCK
             limits[begin + token] = row + 1
             if width:
                 seen = mask[section + token * width : section + (token + 1) * width]

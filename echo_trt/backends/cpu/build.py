@@ -59,7 +59,7 @@ def spread(size: int, parts: int = 1, halves: bool = False) -> tuple[np.ndarray,
 
 
 def _placed(values: np.ndarray, where: tuple[np.ndarray, int] | None, axis: int) -> np.ndarray:
-    """Move rows or columns to their padded places."""
+    """Move rows or columns to their padded positions."""
     if where is None or where[1] == values.shape[axis]:
         return values
     shape = list(values.shape)
@@ -141,8 +141,8 @@ class _Writing:
         lanes, few = instruction_set().lanes, self._precision.startswith("int")
         if (read := self._network.stored.get(name)) and (few or tensor.is_meta):
             kind, blocks = read(index)
-            places = zip((part.to_rows, part.to_columns), tensor.shape, strict=True)
-            padded = any(to and to[1] != size for to, size in places)
+            moved = zip((part.to_rows, part.to_columns), tensor.shape, strict=True)
+            padded = any(to and to[1] != size for to, size in moved)
             if few and kind in GGUF_BYTES and not padded:
                 return pack_gguf(kind, blocks.numpy(), lanes)
             if tensor.is_meta:

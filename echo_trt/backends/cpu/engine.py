@@ -95,7 +95,7 @@ class CPUEngine(Engine):
         names = ("limits", "jobs", "costs", "table", "paths", "path_begins")
         jobs: int = attention.plan_pass(
             call.past_lens, call.seq_begins, call.block_indices, call.block_begins, call.tree_mask,
-            call.tree_mask_begins, self._network.places, *(arrays[name] for name in names),
+            call.tree_mask_begins, self._network.pool_rows, *(arrays[name] for name in names),
         )  # fmt: skip
         words = (
             attention.LIMITS,

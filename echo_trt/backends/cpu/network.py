@@ -56,7 +56,7 @@ class Network:
         self._given = cells[attention.FEATURE_ROWS]
         integers = {name: np.zeros(capacity, np.int64) for name in ("token_ids", "positions", "logit_rows")}
         self.inputs: dict[str, np.ndarray] = dict(integers)
-        self.places = np.zeros(capacity, np.int64)
+        self.pool_rows = np.zeros(capacity, np.int64)
         self.outputs: dict[str, np.ndarray] = {}
         self._ops: list[Op] = []
         self._build()
@@ -109,11 +109,11 @@ class Network:
 
     def _multiply(self, x: np.ndarray, *wanted: tuple[str, np.ndarray], plus: Any = None, rows: Any = None) -> None:
         """Multiply ``x`` by matrices of the file."""
-        asked = []
+        requested = []
         for name, out in wanted:
             weights, bias = self._file.matrix(f"{name}.weight"), self._array(f"{name}.bias")
-            asked.append(Product(weights, out, bias if plus is None else plus))
-        self._ops += products(x, self._rows if rows is None else rows, asked)
+            requested.append(Product(weights, out, bias if plus is None else plus))
+        self._ops += products(x, self._rows if rows is None else rows, requested)
 
     def _norm(
         self, weight: str | None, out: np.ndarray, delta: np.ndarray | None = None, post: str = "", **more: Any
@@ -154,10 +154,10 @@ class Network:
         rotated = layer not in config["unrotated_layers"]
         wide, head = int(kv.wide), config["head_dim"]
         self._add(
-            operators.place, self._rows, self._projected, self.inputs["positions"],
+            operators.keep, self._rows, self._projected, self.inputs["positions"],
             self._array(f"{local}.cos") if rotated else None, self._array(f"{local}.sin") if rotated else None,
             self._array(f"{prefix}.query_norm.weight"), self._array(f"{prefix}.key_norm.weight"),
-            float(config["norm_eps"]), self._heads, self._kv_heads, dim, head, self.places,
+            float(config["norm_eps"]), self._heads, self._kv_heads, dim, head, self.pool_rows,
             kv.keys[layer], kv.values[layer], wide,
         )  # fmt: skip
         self._add(
@@ -181,9 +181,9 @@ class Network:
         for layer in range(config["num_layers"]):
             name = f"layers.{layer}"
             before = delta if layer else None
-            place = kept[:, list(feature_layers).index(layer)] if layer in feature_layers else None
+            into_features = kept[:, list(feature_layers).index(layer)] if layer in feature_layers else None
             after = f"layers.{layer - 1}.mlp_post_norm.weight" if post else ""
-            self._norm(f"{name}.attention_norm", self._normed, before, after, kept=place)
+            self._norm(f"{name}.attention_norm", self._normed, before, after, kept=into_features)
             self._attend(layer, f"{name}.attention")
             self._multiply(self._attended, (f"{name}.attention.out", out), **into)
             after = f"{name}.attention_post_norm.weight" if post else ""
@@ -231,7 +231,7 @@ class Network:
         self.outputs["logits"] = logits[:, :vocab]
 
     def _candidates(self, count: int) -> None:
-        """Leave a draft's best next tokens in the place of logits."""
+        """Leave a draft's best next tokens instead of logits."""
         logits = self.outputs.pop("logits")
         found = self._buffer(2 * count)
         stride, vocab = logits.strides[0], logits.shape[1]

@@ -183,21 +183,21 @@ def activate(args, thread, threads):
 
 
 @operator
-def place(args, thread, threads):
+def keep(args, thread, threads):
     """Norm and rotate queries and keys, in place, and write keys and values to the pool.
 
     rows, projected, positions, cos, sin, norms of queries and of keys, eps, heads, KV heads, a head's size and its true
-    one, the rows' places in the pool, keys, values, whether these are float32
+    one, pool rows, keys, values, whether these are float32
     """
     projected, positions, cos, sin = four(args, 1)
     query_norm, key_norm, eps, heads = word(args, 5), word(args, 6), number(args + 56), word(args, 8)
-    kv_heads, dim, true_dim, places = four(args, 9)
+    kv_heads, dim, true_dim, pool_rows = four(args, 9)
     keys, values, wide = word(args, 13), word(args, 14), word(args, 15)
     count, half, bytes_ = heads + 2 * kv_heads, 2 * dim, 4 if wide else 2
     for unit in _share(word(word(args, 0), 0) * count, thread, threads):
         row, head = unit // count, unit % count
         at = projected + unit * dim * 4
-        pool_row = word(places, row)
+        pool_row = word(pool_rows, row)
         kv_head = head - heads - (kv_heads if head >= heads + kv_heads else 0)
         block = (pool_row // BLOCK * kv_heads + kv_head) * BLOCK * dim * bytes_
         if head >= heads + kv_heads:
@@ -237,24 +237,24 @@ def candidates(args, thread, threads):
     """
     (logits, stride, vocab, k), out = four(args, 1), word(args, 5)
     for row in _share(word(word(args, 0), 0), thread, threads):
-        at, target, found, least = logits + row * stride, out + row * k * 8, 0, LOWEST
+        at, target, found, minimum = logits + row * stride, out + row * k * 8, 0, LOWEST
         for i in range(0, vocab, 16):
             x = within(load(at + 4 * i), 0, vocab - i, LOWEST)
-            if found == k and not largest(x) > least:
+            if found == k and not largest(x) > minimum:
                 continue
             for token in range(i, min(i + 16, vocab)):
                 value = number(at + 4 * token)
-                if found == k and not value > least:
+                if found == k and not value > minimum:
                     continue
-                place_ = found if found < k else k - 1
-                while place_ > 0 and number(target + 4 * (place_ - 1)) < value:
-                    put(target + 4 * place_, number(target + 4 * (place_ - 1)))
-                    put(target + 4 * (k + place_), number(target + 4 * (k + place_ - 1)))
-                    place_ -= 1
-                put(target + 4 * place_, value)
-                put(target + 4 * (k + place_), np.float32(token))
+                rank = found if found < k else k - 1
+                while rank > 0 and number(target + 4 * (rank - 1)) < value:
+                    put(target + 4 * rank, number(target + 4 * (rank - 1)))
+                    put(target + 4 * (k + rank), number(target + 4 * (k + rank - 1)))
+                    rank -= 1
+                put(target + 4 * rank, value)
+                put(target + 4 * (k + rank), np.float32(token))
                 found = min(found + 1, k)
-                least = number(target + 4 * (k - 1)) if found == k else LOWEST
+                minimum = number(target + 4 * (k - 1)) if found == k else LOWEST
         peak, sums = number(target), same(ZERO)
         for i in range(0, vocab, 16):
             weights = exp(add(load(at + 4 * i), same(-peak)))
