@@ -127,7 +127,7 @@ def _bundle_of(path: Path) -> Path:
     folder = cache / f"{path.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
     if not (folder / "manifest.json").exists():
         # In a process of its own, whose memory a server does not keep.
-        words = ["build", str(path), "--engine", "cpu", "--precision", "int4", "-o", str(folder)]
+        words = ["build", str(path), "--engine", "cpu", "--precision", "int4", "--max-num-seqs", "8", "-o", str(folder)]
         if code := subprocess.run([sys.executable, "-m", "echo_trt", *words], check=False).returncode:
             sys.exit(code)
     return folder
