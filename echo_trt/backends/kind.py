@@ -73,6 +73,8 @@ class EngineKind:
     host         whether it runs on a CPU; one that has a ``card``, too, does where there is no GPU
     preference   the engine with the highest one that suits a machine is taken there where nobody names one
     states       whether it keeps the states of delta-net layers
+    experts      whether it runs mixtures of experts
+    blocks       precisions in which it takes matrices in a file's blocks of few bits as they are
     divides      whether it divides a target among GPUs
     fixed_pool   whether the KV pool's size is compiled in
     tools        packages whose versions a bundle states
@@ -93,6 +95,8 @@ class EngineKind:
     host: bool = True
     preference: int = 0
     states: bool = False
+    experts: bool = True
+    blocks: tuple[str, ...] = ()
     divides: bool = False
     fixed_pool: bool = False
     tools: tuple[str, ...] = ()

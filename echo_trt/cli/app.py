@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +15,13 @@ from cyclopts import App, Parameter
 
 from echo_trt import __version__
 from echo_trt.adapters.dynamo.options import WorkerOptions
+from echo_trt.bundle.sources import cache_folder
 from echo_trt.cli.options import BuildOptions, GenerateOptions
 from echo_trt.cli.terminal import Screen, messages, run_app, screen_of
 from echo_trt.engine.options import DEFAULTS, command
 from echo_trt.errors import UserError
 from echo_trt.files.extras import BUILD, absent_commands, check_modules, of_lab, registered
+from echo_trt.files.inputs import is_gguf
 from echo_trt.supervision.options import ServeOptions
 
 app = App(
@@ -99,10 +104,13 @@ def generate(options: GenerateOptions) -> None:
 def serve(options: ServeOptions) -> int:
     """Serve a bundle by OpenAI's API; with Triton Inference Server beside it, or with several workers of Dynamo.
 
+    A GGUF file is served without a build of its own, on the CPU: its bundle is kept in the user's cache.
+
     Prints where it listens once a real answer has come. What dies starts again. SIGTERM lets requests in flight finish.
 
     Example: `echo-trt serve bundles/smollm2-135m`
     """
+    options = replace(options, bundle=_bundle_of(options.bundle))
     if options.replicas:
         from echo_trt.adapters.dynamo.replicas import run as run_replicas
 
@@ -110,6 +118,21 @@ def serve(options: ServeOptions) -> int:
     from echo_trt.cli.serve import run
 
     return run(options)
+
+
+def _bundle_of(path: Path) -> Path:
+    """Return the bundle to serve; a GGUF file's is made where the cache has none of the file as it is now."""
+    if not is_gguf(path):
+        return path
+    stat = path.stat()
+    facts = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {__version__}"
+    folder = cache_folder() / f"{path.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+    if not (folder / "manifest.json").exists():
+        # In a process of its own, whose memory a server does not keep.
+        words = ["build", str(path), "--engine", "cpu", "--precision", "int4", "--max-num-seqs", "8", "-o", str(folder)]
+        if code := subprocess.run([sys.executable, "-m", "echo_trt", *words], check=False).returncode:
+            sys.exit(code)
+    return folder
 
 
 @app.command(sort_key=3)

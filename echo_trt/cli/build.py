@@ -24,7 +24,7 @@ from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.recipe import Precision, Recipe, Source
 from echo_trt.bundle.sources import locate
 from echo_trt.bundle.stored import CALIBRATION, write
-from echo_trt.cli.build_checks import check_fp8, check_settings, check_states
+from echo_trt.cli.build_checks import check_experts, check_fp8, check_settings, check_states
 from echo_trt.cli.stated import end_tokens, recommended_sampling
 from echo_trt.engine.drafters.kind import DraftSource, draft_kind
 from echo_trt.errors import UserError
@@ -117,7 +117,8 @@ class _OpenedPair:
     def role(self, rank: int, feature_layers: tuple[int, ...]) -> TargetModule:
         """Load a rank of the target."""
         dtype, shard = _loaded_type(self.recipe, self.recipe.precision), Shard(rank, self.recipe.tensor_parallel)
-        return TargetModule(load_decoder(self.target, self.positions, dtype, shard), feature_layers)
+        in_blocks = self.recipe.precision in engine_kind(self.recipe.engine).blocks
+        return TargetModule(load_decoder(self.target, self.positions, dtype, shard, in_blocks), feature_layers)
 
 
 def _opened(recipe: Recipe, folder: Path, work: Path) -> _OpenedPair:
@@ -135,6 +136,7 @@ def _opened(recipe: Recipe, folder: Path, work: Path) -> _OpenedPair:
     if recipe.tensor_parallel > 1:
         check_space(recipe, folder, work)
     check_states(recipe, config, engine_kind(recipe.engine))
+    check_experts(recipe, config, engine_kind(recipe.engine))
     return _OpenedPair(recipe, folder, target, config, draft)
 
 

@@ -35,6 +35,13 @@ def check_fp8(key: str, precision: Precision, checkpoint: Checkpoint) -> None:
         raise UserError(f"{key} is 'fp8', but {checkpoint.path} has no FP8 weights; use bf16, or an FP8 checkpoint.")
 
 
+def check_experts(recipe: Recipe, config: DecoderConfig, kind: EngineKind) -> None:
+    if config.num_experts and not kind.experts:
+        raise UserError(
+            f"engine is {recipe.engine}, but a mixture of experts runs on {_names('experts')} alone; use one of these."
+        )
+
+
 def check_states(recipe: Recipe, config: DecoderConfig, kind: EngineKind) -> None:
     """Refuse what a target with delta-net layers does not have."""
     if not config.states.shapes:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,6 +40,17 @@ class Checkpoint(Protocol):
 
     def get(self, name: str, part: Part = ()) -> torch.Tensor:
         """Read a tensor or a part of it, in its stored type (GGUF: float32)."""
+
+
+@runtime_checkable
+class HasBlocks(Protocol):
+    """A checkpoint whose matrices may be stored in blocks of few bits."""
+
+    def in_blocks(self, name: str) -> bool:
+        """Return whether a tensor is stored so."""
+
+    def stored(self, name: str) -> tuple[str, torch.Tensor]:
+        """Return the type of a matrix, such as q4_k, and its rows of blocks as they are, uint8 [rows, bytes]."""
 
 
 class SafetensorsCheckpoint:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 
 from echo_trt.models.config import DecoderConfig, Eagle3Config
-from echo_trt.models.layers import MLP, Attend, Attention, Experts, Linear, RMSNorm, Rotary, widened
+from echo_trt.models.layers import MLP, Attend, Attention, Experts, Linear, ReadBlocks, RMSNorm, Rotary, widened
 from echo_trt.models.ranks import all_gather
 
 
@@ -41,7 +44,12 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder over packed tokens; ``positions``, the rotary table's length, covers context and deepest tree."""
+    """A decoder over packed tokens; ``positions``, the rotary table's length, covers context and deepest tree.
+
+    stored  reads the matrices, by name, that the checkpoint has in blocks of few bits
+    """
+
+    stored: Mapping[str, ReadBlocks] = MappingProxyType({})
 
     def __init__(self, config: DecoderConfig, positions: int):
         super().__init__()

@@ -6,15 +6,23 @@ the head where the target has not seen token j yet.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 
 from echo_trt.models.config import Eagle3Config
-from echo_trt.models.layers import MLP, Attend, Attention, Linear, RMSNorm, Rotary, widened
+from echo_trt.models.layers import MLP, Attend, Attention, Linear, ReadBlocks, RMSNorm, Rotary, widened
 
 
 class Eagle3Head(nn.Module):
-    """The head as a network. ``embed`` may be the target's table, which a head without embeddings shares."""
+    """The head as a network. ``embed`` may be the target's table, which a head without embeddings shares.
+
+    stored  as a ``Decoder``'s
+    """
+
+    stored: Mapping[str, ReadBlocks] = MappingProxyType({})
 
     def __init__(self, config: Eagle3Config, positions: int, embed: nn.Embedding):
         super().__init__()

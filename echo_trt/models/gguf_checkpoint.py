@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from gguf.quants import dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -82,10 +83,22 @@ class GgufCheckpoint:
         except NotImplementedError:
             kind = stored.tensor_type.name
             raise UserError(f"{self.path}: tensor {stored.name} is {kind}, which cannot be read; use Q8_0.") from None
+        return self._with_halves(name, data)[part]
+
+    def in_blocks(self, name: str) -> bool:
+        return gguf.GGML_QUANT_SIZES[self._tensors[name][0].tensor_type][0] > 1
+
+    def stored(self, name: str) -> tuple[str, torch.Tensor]:
+        tensor, expert = self._tensors[name]
+        chosen = tensor.data if expert is None else tensor.data[expert]
+        data = torch.from_numpy(np.array(chosen)).view(torch.uint8)
+        return tensor.tensor_type.name.lower(), self._with_halves(name, data)
+
+    def _with_halves(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Put the two halves of each head's rotary dimensions apart, which llama.cpp interleaves."""
         if self._family.interleaved and (heads := self._permuted_heads(name)):
-            # llama.cpp interleaves the two halves of each head's rotary dimensions; Hugging Face keeps them apart.
-            data = data.view(heads, -1, 2, data.shape[-1]).transpose(1, 2).reshape(data.shape)
-        return data[part]
+            return rows.view(heads, -1, 2, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)
+        return rows
 
     def field(self, key: str, default: Any = None) -> Any:
         entry = self._reader.get_field(key)

@@ -20,6 +20,8 @@ from echo_trt.models.ranks import all_reduce
 #: (layer, query [N, Hq*D], key [N, Hk*D], value [N, Hk*D]) -> output [N, Hq*D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Config = DecoderConfig | Eagle3Config
+#: Takes the number of a part of a matrix, and returns how its checkpoint has that: ``checkpoint.HasBlocks.stored``.
+ReadBlocks = Callable[[int], tuple[str, Tensor]]
 
 
 def sum_ranks(part: Tensor, ranks: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from echo_trt.errors import UserError
-from echo_trt.models.checkpoint import Checkpoint
+from echo_trt.models.checkpoint import Checkpoint, HasBlocks
 from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
@@ -21,7 +21,7 @@ from echo_trt.models.families.family import NORMS
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, takes
 from echo_trt.models.hybrid_config import OTHERS, HybridConfig, mtp_config
-from echo_trt.models.layers import Config, Linear, RMSNorm, Rotary
+from echo_trt.models.layers import Config, Linear, ReadBlocks, RMSNorm, Rotary
 from echo_trt.models.mtp import MtpHead
 from echo_trt.models.qwen3_5 import HybridDecoder, delta_net_sources
 from echo_trt.models.ranks import Shard
@@ -40,13 +40,18 @@ IGNORED = r"^(lm_head\.weight|t2d|d2t|draft_id_to_target_id)$|\.rotary_emb\.inv_
 
 
 def load_decoder(
-    checkpoint: Checkpoint, positions: int, dtype: torch.dtype | None = torch.float32, shard: Shard = WHOLE
+    checkpoint: Checkpoint,
+    positions: int,
+    dtype: torch.dtype | None = torch.float32,
+    shard: Shard = WHOLE,
+    in_blocks: bool = False,
 ) -> Decoder:
     """Load a target or a standalone draft, or the bytes of one rank's ``shard``.
 
     positions  the rotary table's length
     dtype      of the weights; None: float32, with matrices in their stored type where it is narrower; E4M3: as None,
                and a layer's matrices that are stored in FP8 stay FP8, of rows with a scale each
+    in_blocks  whether matrices of blocks of few bits stay in the checkpoint, to be read by ``Decoder.stored``
     """
     whole = decoder_config(checkpoint.config, str(checkpoint.path))
     config = rank_config(whole, shard.ranks)
@@ -58,10 +63,19 @@ def load_decoder(
     if whole.tie_embeddings and not config.tie_embeddings:
         sources["lm_head.weight"] = sources["embed.weight"]
     others = [name for name in checkpoint.names() if isinstance(config, HybridConfig) and name.startswith(OTHERS)]
-    _assign(model, checkpoint, sources, dtype, undivided, shard, others)
+    _assign(model, checkpoint, sources, dtype, undivided, shard, others, in_blocks)
     _complete_norms(model)
     model.rotary = Rotary(config, positions)
+    if isinstance(checkpoint, HasBlocks) and shard.ranks == 1:
+        plain = {name: parts for name, parts in sources.items() if isinstance(parts[0], str)}
+        model.stored = {
+            name: _reader(checkpoint, parts) for name, parts in plain.items() if checkpoint.in_blocks(parts[0])
+        }
     return model.eval()
+
+
+def _reader(checkpoint: HasBlocks, names: list[str]) -> ReadBlocks:
+    return lambda part: checkpoint.stored(names[part])
 
 
 def decoder_class(config: DecoderConfig) -> type[Decoder]:
@@ -100,6 +114,7 @@ def load_eagle3(
                 f"target's {target.config.hidden_size}; use a head with its own embeddings."
             )
         model.embed.weight = target.embed.weight
+        model.stored = {name: read for name, read in target.stored.items() if name == "embed.weight"}
     _assign(model, checkpoint, sources, dtype)
     model.rotary = Rotary(config, positions)
     model.target_ids = _target_ids(config, checkpoint, names)
@@ -247,12 +262,14 @@ def _assign(
     whole: nn.Module | None = None,
     shard: Shard = WHOLE,
     read_apart: Collection[str] = (),
+    in_blocks: bool = False,
 ) -> None:
     """Fill the model's meta parameters, which are allocated once and filled part by part.
 
     whole       the undivided network, whose shapes the checkpoint must have; None: the model
     shard       the part that is read
     read_apart  tensors of the checkpoint that others read
+    in_blocks   whether matrices of blocks stay where they are
     """
     filling = _Filling(checkpoint, set(checkpoint.names()), model, whole or model, shard)
     read, in_rows = set(read_apart), dtype == E4M3
@@ -266,6 +283,9 @@ def _assign(
                 model.set_submodule(module_path, Fp8Linear(*found, module.bias))
                 read.update(parts)
                 continue
+        if in_blocks and len(shape) == 2 and filling.blocks(parts):
+            read.update(parts)
+            continue
         value = torch.empty(shape, dtype=_stored_type(filling, shape, parts) if in_rows or dtype is None else dtype)
         stored = filling.whole.get_parameter(ours).shape
         if isinstance(parts[0], list):
@@ -321,6 +341,11 @@ class _Filling:
             scale[begin : begin + len(part)] = found[1]
             begin += len(part)
         return weight, scale
+
+    def blocks(self, names: list[str]) -> bool:
+        """Return whether the named tensors are all stored in blocks."""
+        checkpoint = self.checkpoint
+        return isinstance(checkpoint, HasBlocks) and all(checkpoint.in_blocks(name) for name in names)
 
     def _parts(self, slot: Tensor, shape: torch.Size, names: list[str]) -> Iterator[tuple[str, Tensor, int]]:
         """Yield the named tensors, which are checked, their parts of ``slot`` and their stored heights."""

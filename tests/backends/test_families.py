@@ -15,6 +15,8 @@ from pairs import SIZES, VOCAB
 from transformers import AutoModelForCausalLM
 
 from echo_trt.backends.base import METADATA, Engine
+from echo_trt.backends.cpu.build import compile_role
+from echo_trt.backends.cpu.engine import CPUEngine
 from echo_trt.backends.kind import engine_kinds
 from echo_trt.backends.onnx_export import export
 from echo_trt.backends.openvino.cpu import has_bf16
@@ -74,7 +76,13 @@ def _tensorrt(role: TargetModule, path: Path, precision: str) -> PackedGraph:
     return PackedGraph(path)
 
 
+def _cpu(role: TargetModule, path: Path, precision: str) -> CPUEngine:
+    compile_role(role, path, precision)
+    return CPUEngine(path, precision, BLOCKS)
+
+
 ENGINES: dict[str, Callable[[TargetModule, Path, str], Any]] = {
+    "cpu": _cpu,
     "openvino": _openvino,
     "torch": _torch,
     "tensorrt": _tensorrt,
@@ -82,8 +90,9 @@ ENGINES: dict[str, Callable[[TargetModule, Path, str], Any]] = {
 
 
 def engines_of(family: Family) -> list[str]:
-    hybrid = issubclass(family.config, HybridConfig)
-    return [kind.name for kind in engine_kinds() if kind.states or not hybrid]
+    hybrid, mixture = issubclass(family.config, HybridConfig), family.name == "qwen3_moe"
+    fitting = (kind for kind in engine_kinds() if (kind.states or not hybrid) and (kind.experts or not mixture))
+    return [kind.name for kind in fitting]
 
 
 CASES = [(family.name, engine) for family in FAMILIES.values() for engine in engines_of(family)]
@@ -144,7 +153,7 @@ def test_logits_are_transformers_in_fp32(family, engine, written, tmp_path):
     np.testing.assert_allclose(got, wanted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("family", "engine"), [case for case in CASES if case[1] == "openvino"])
+@pytest.mark.parametrize(("family", "engine"), [case for case in CASES if case[1] in ("cpu", "openvino")])
 def test_the_best_token_is_transformers_in_bf16(family, engine, written, tmp_path):
     """Wherever it leads by more than what rounding moves; in a mixture, rounding may also choose another expert."""
     wanted, got = logits_of_both(written(family), engine, tmp_path / "target.onnx", "bf16")

@@ -1,0 +1,163 @@
+"""A role to the file of a CPU engine: matrices in their formats, packed for the kernels, and what is beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from echo_trt.backends.cpu.engine import CPUEngine
+from echo_trt.backends.cpu.formats import FORMATS, GGUF_BYTES, PackedWeights, Weights, pack, pack_gguf, quantised
+from echo_trt.backends.cpu.network_file import NetworkWriter, network_writer
+from echo_trt.backends.cpu.products import instruction_set
+from echo_trt.backends.kind import CompiledRole
+from echo_trt.models.layers import Rotary
+from echo_trt.models.roles import ROLES, HeadModule, Role, TargetModule
+from echo_trt.models.weights import heights
+
+UNIT = 32  # to a multiple of which widths are padded, and a head's halves to one of half of it
+FLOATS = {"fp32": "f32", "bf16": "bf16"}
+#: Matrices that have 8 bits in int4, too, since 4 change the choice of tokens most there.
+EIGHT_BITS = ("embed.weight", "lm_head.weight", "router.weight")
+
+
+def compile_role(role: Role, path: Path, precision: str) -> CompiledRole:
+    """Write ``role`` to ``path`` in ``precision``.
+
+    One whose matrices stayed in their file's blocks has no reference that it could be checked by.
+    """
+    kind = next(name for name, (role_class, *_) in ROLES.items() if type(role) is role_class)
+    config = role.network.config
+    header = {
+        "role": kind,
+        "config": dataclasses.asdict(config),
+        "windows": [config.window_of(layer) for layer in range(role.num_layers)],
+        "setting": list(role.feature_layers) if isinstance(role, TargetModule) else role.top_k,
+    }
+    with network_writer(path, header) as writer:
+        _Writing(role, writer, precision).write()
+    in_blocks = any(parameter.is_meta for parameter in role.parameters())
+    return CompiledRole(path.name, None if in_blocks else partial(CPUEngine, path, precision))
+
+
+def spread(size: int, parts: int = 1, halves: bool = False) -> tuple[np.ndarray, int]:
+    """Return where ``parts`` of ``size`` numbers stand when each is padded, int64 [parts * size], and the whole length.
+
+    halves  whether a part's first half and its second one are padded apart, as heads are
+    """
+    pieces, unit = (2 * parts, UNIT // 2) if halves else (parts, UNIT)
+    piece = size * parts // pieces
+    padded = -(-piece // unit) * unit
+    begin = np.arange(pieces)[:, None] * padded
+    return (begin + np.arange(piece)).reshape(-1), pieces * padded
+
+
+def _placed(values: np.ndarray, where: tuple[np.ndarray, int] | None, axis: int) -> np.ndarray:
+    """Move rows or columns to their padded positions."""
+    if where is None or where[1] == values.shape[axis]:
+        return values
+    shape = list(values.shape)
+    shape[axis] = where[1]
+    out = np.zeros(shape, values.dtype)
+    out[(slice(None),) * axis + (where[0],)] = values
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part of a parameter that has a name of its own in the file, and where its rows and columns are put."""
+
+    name: str
+    rows: slice = dataclasses.field(default_factory=lambda: slice(None))
+    to_rows: tuple[np.ndarray, int] | None = None
+    to_columns: tuple[np.ndarray, int] | None = None
+
+
+class _Writing:
+    def __init__(self, role: Role, writer: NetworkWriter, precision: str):
+        self._network, self._writer, self._precision = role.network, writer, precision
+        self._config = config = role.network.config
+        self._hidden = spread(config.hidden_size)
+        self._head = isinstance(role, HeadModule)
+
+    def write(self) -> None:
+        for name, tensor in self._network.state_dict().items():
+            for index, part in enumerate(self._parts(name)):
+                if tensor.dim() == 2:
+                    self._writer.matrix(part.name, self._packed(name, index, part, tensor[part.rows]))
+                else:
+                    values = tensor[part.rows].float().numpy() if tensor.is_floating_point() else tensor.numpy()
+                    self._writer.array(part.name, _placed(values, part.to_rows, 0))
+        self._write_angles("rotary", self._network.rotary)
+        if self._network.rotary.local:
+            self._write_angles("local", self._network.rotary.local)
+
+    def _write_angles(self, name: str, rotary: Rotary) -> None:
+        half = rotary.cos.shape[1] // 2
+        for part in ("cos", "sin"):
+            table = getattr(rotary, part)[:, :half].numpy()
+            self._writer.array(f"{name}.{part}", _placed(table, (np.arange(half), -(-half // 16) * 16), 1))
+
+    def _parts(self, name: str) -> Iterator[_Part]:
+        """Yield the parts of a parameter."""
+        config, (stem, _, leaf) = self._config, name.rpartition(".")
+        above, _, module = stem.rpartition(".")
+        above += "." if above else ""
+        ends = np.cumsum([0, *heights(config)])
+        if module == "qkv":
+            columns = spread(config.hidden_size, 2) if self._head else self._hidden
+            counts = {"query": config.num_heads, "key": config.num_kv_heads, "value": config.num_kv_heads}
+            for i, (kind, count) in enumerate(counts.items()):
+                rows = spread(config.head_dim, count, halves=True)
+                yield _Part(f"{above}{kind}.{leaf}", slice(ends[i], ends[i + 1]), rows, columns)
+        elif module == "gate_up":
+            size = config.intermediate_size
+            yield _Part(f"{above}gate.{leaf}", slice(size), None, self._hidden)
+            yield _Part(f"{above}up.{leaf}", slice(size, None), None, self._hidden)
+        elif module == "out":
+            yield _Part(name, to_columns=spread(config.head_dim, config.num_heads, halves=True))
+        elif module == "down":
+            yield _Part(name, to_columns=spread(config.intermediate_size))
+        elif module == "fc":
+            yield _Part(name, to_columns=spread(config.target_hidden_size, 3))
+        elif module in ("query_norm", "key_norm"):
+            yield _Part(name, to_rows=spread(config.head_dim, halves=True))
+        elif above == "fc_norms.":
+            yield _Part(name, to_rows=spread(config.target_hidden_size))
+        elif leaf == "target_ids":
+            yield _Part(name)
+        else:  # norms of hidden states, embedding and output matrix
+            is_norm = module.endswith("norm")
+            yield _Part(name, to_rows=self._hidden if is_norm else None, to_columns=None if is_norm else self._hidden)
+
+    def _packed(self, name: str, index: int, part: _Part, tensor: torch.Tensor) -> PackedWeights:
+        """Pack a part of a matrix, as its GGUF file has it where that has blocks of few bits and nothing is padded."""
+        lanes, few = instruction_set().lanes, self._precision.startswith("int")
+        if (read := self._network.stored.get(name)) and (few or tensor.is_meta):
+            kind, blocks = read(index)
+            moved = zip((part.to_rows, part.to_columns), tensor.shape, strict=True)
+            padded = any(to and to[1] != size for to, size in moved)
+            if few and kind in GGUF_BYTES and not padded:
+                return pack_gguf(kind, blocks.numpy(), lanes)
+            if tensor.is_meta:
+                tensor = torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType[kind.upper()]))
+        tensor = tensor if self._precision == "bf16" and tensor.dtype == torch.bfloat16 else tensor.float()
+        return pack(self._rounded(name, tensor, part), lanes)
+
+    def _rounded(self, name: str, tensor: torch.Tensor, part: _Part) -> Weights:
+        """Return a matrix in the format that the precision asks for."""
+        kind = FLOATS.get(self._precision)
+        if kind == "bf16":
+            values = tensor.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        else:
+            values = tensor.numpy()
+        values = _placed(_placed(values, part.to_rows, 0), part.to_columns, 1)
+        if kind:
+            return Weights(FORMATS[kind], values)
+        return quantised(values, "q4_0" if self._precision == "int4" and not name.endswith(EIGHT_BITS) else "q8_0")

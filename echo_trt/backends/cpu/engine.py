@@ -1,0 +1,139 @@
+"""The CPU engine: a network's program, its KV pool, and what a pass plans for attention."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from echo_trt.backends.base import Engine
+from echo_trt.backends.cpu import attention
+from echo_trt.backends.cpu.network import KVArrays, Network
+from echo_trt.backends.cpu.network_file import NetworkFile
+from echo_trt.backends.cpu.products import instruction_set
+from echo_trt.backends.cpu.program import Pool
+from echo_trt.errors import UserError
+from echo_trt.speculation.pack import ForwardBatch
+
+CAPACITY = 512  # tokens of a pass that a network is prepared for at first. Larger: more address space
+
+
+class CPUEngine(Engine):
+    """A network and a KV pool of ``num_blocks`` blocks, whose memory is taken as it fills. Passes are not padded."""
+
+    sizes = ()
+
+    def __init__(self, path: Path, precision: str, num_blocks: int, threads: int = 0):
+        self.num_blocks = num_blocks
+        self._file = file = NetworkFile(path)
+        lanes = next(iter(file.header["matrices"].values()))[3]
+        if lanes != instruction_set().lanes:
+            have = "with AVX-512" if lanes > instruction_set().lanes else "without AVX-512"
+            raise UserError(
+                f"{path} was built for CPUs {have}, and this is none; build the bundle again on this machine."
+            )
+        config = file.header["config"]
+        self._target = file.header["role"] == "target"
+        self._hidden: int = config["hidden_size"]
+        self._ids = file.array("target_ids") if "target_ids" in file.names() else None
+        dim = 2 * -(-config["head_dim"] // 32) * 16
+        layers = len(file.header["windows"])
+        self._kv = KVArrays(layers, num_blocks, config["num_kv_heads"], dim, precision == "fp32")
+        self._pool = _pool(threads or _threads())
+        self._prepare(CAPACITY)
+
+    def _prepare(self, capacity: int) -> None:
+        self._network = network = Network(self._file, self._kv, self._pool, capacity)
+        self._arrays = {"limits": np.zeros(capacity, np.int64), "path_begins": np.zeros(capacity, np.int64)}
+        self._reserve(jobs=capacity * attention.JOB_WORDS, costs=capacity + 1, table=capacity, paths=capacity)
+        hidden, outputs = self._hidden, network.outputs
+        self.widths = (
+            {"logits": outputs["logits"].shape[1]} if self._target else {"candidates": outputs["candidates"].shape[1]}
+        )
+        if "features" in outputs:
+            self.widths["features"] = outputs["features"].shape[1] * hidden
+        if "features" in network.inputs:
+            self.widths |= {"features": 3 * self._file.header["config"]["target_hidden_size"], "hidden": hidden}
+
+    def _reserve(self, **sizes: int) -> None:
+        """Let the arrays of a pass's plan have at least these many numbers."""
+        for name, size in sizes.items():
+            if name not in self._arrays or len(self._arrays[name]) < size:
+                self._arrays[name] = np.zeros(2 * size, np.int64)
+
+    def run(self, call: ForwardBatch, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        tokens, rows = len(call.token_ids), len(call.logit_rows)
+        if tokens > self._network.capacity:
+            self._prepare(1 << (tokens - 1).bit_length())
+        network = self._network
+        for name in ("token_ids", "positions", "logit_rows"):
+            values = getattr(call, name)
+            network.inputs[name][: len(values)] = values
+        given = self._feed(inputs, tokens) if "features" in network.inputs else 0
+        jobs = self._plan(call)
+        network.cells[: attention.JOBS] = tokens, rows, jobs
+        network.cells[attention.FEATURE_ROWS] = given
+        network.run()
+        return self._read(tokens, rows)
+
+    def _feed(self, inputs: dict[str, np.ndarray], tokens: int) -> int:
+        """Put in a head's features, and behind their rows the states that it goes on from; returns their number."""
+        features, hidden = inputs["features"], inputs["hidden"]
+        given, theirs = len(features), features.shape[1] // 3
+        self._network.inputs["features"][:given, :, :theirs] = features.reshape(given, 3, theirs)
+        self._network.inputs["hidden"][given:tokens] = hidden
+        return given
+
+    def _plan(self, call: ForwardBatch) -> int:
+        arrays, cells = self._arrays, self._network.cells
+        count = len(call.past_lens) + len(call.token_ids)
+        self._reserve(jobs=count * attention.JOB_WORDS, costs=count + 1)
+        self._reserve(table=len(call.block_indices), paths=len(call.tree_mask))
+        names = ("limits", "jobs", "costs", "table", "paths", "path_begins")
+        jobs: int = attention.plan_pass(
+            call.past_lens, call.seq_begins, call.block_indices, call.block_begins, call.tree_mask,
+            call.tree_mask_begins, self._network.pool_rows, *(arrays[name] for name in names),
+        )  # fmt: skip
+        words = (
+            attention.LIMITS,
+            attention.JOBS,
+            attention.COSTS,
+            attention.TABLE,
+            attention.PATHS,
+            attention.PATH_BEGINS,
+        )
+        for index, name in zip(words, names, strict=True):
+            cells[index] = arrays[name].ctypes.data
+        return jobs
+
+    def _read(self, tokens: int, rows: int) -> dict[str, np.ndarray]:
+        outputs = self._network.outputs
+        if self._target:
+            read = {"logits": outputs["logits"][:rows]}
+            if "features" in outputs:
+                features = outputs["features"][:tokens, :, : self._hidden]
+                read["features"] = features.reshape(tokens, -1)
+            return read
+        found = outputs["candidates"][:rows].astype(np.int64)
+        read = {"scores": outputs["scores"][:rows], "candidates": found if self._ids is None else self._ids[found]}
+        if "state" in outputs:
+            read["state"] = outputs["state"][:tokens]
+        return read
+
+    def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
+        self._kv.move(source, target)
+
+
+@cache
+def _pool(threads: int) -> Pool:
+    """Return the threads that all networks of this process share, one pass at a time."""
+    return Pool(threads)
+
+
+def _threads() -> int:
+    """Return OMP_NUM_THREADS, by which a share of a machine's cores is set, or the cores that this process may use."""
+    requested: Any = os.environ.get("OMP_NUM_THREADS", "")
+    return int(requested) if requested.isdecimal() and int(requested) else len(os.sched_getaffinity(0))

@@ -1,0 +1,79 @@
+"""Compile LLVM IR to machine code of the CPU at hand, by the LLVM that numba brings: no compiler is installed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import cache
+
+import llvmlite.binding as llvm
+
+
+@cache
+def host_features() -> frozenset[str]:
+    """Return the features of this CPU that LLVM knows, for example ``avx512vnni``."""
+    return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """Name what a CPU has for products of 8-bit integers.
+
+    lanes     int32 of a vector, columns of a block
+    dot       LLVM's intrinsic that adds four products to an int32; "": made of multiplications of pairs, without
+              saturation
+    cpu       LLVM's name of a CPU that has no more; None: the one at hand
+    needs     features that it needs
+    signed    whether the intrinsic takes weights with a sign, as bytes
+    """
+
+    name: str
+    lanes: int
+    dot: str
+    cpu: str | None
+    needs: tuple[str, ...]
+    signed: bool = False
+
+
+INSTRUCTION_SETS = {
+    each.name: each
+    for each in (
+        InstructionSet("avx512_vnni", 16, "llvm.x86.avx512.vpdpbusd.512", None, ("avx512vnni", "avx512bw", "f16c")),
+        InstructionSet("avx_vnni", 8, "llvm.x86.avx512.vpdpbusd.256", "x86-64-v3", ("avxvnni", "fma", "f16c")),
+        InstructionSet("avx2", 8, "", "x86-64-v3", ("avx2", "fma", "f16c")),
+        InstructionSet("dotprod", 4, "llvm.aarch64.neon.sdot.v4i32.v16i8", None, ("dotprod",), signed=True),
+    )
+}
+
+
+@cache
+def instruction_set() -> InstructionSet:
+    """Return the fastest of this CPU."""
+    found = [each for each in INSTRUCTION_SETS.values() if host_features().issuperset(each.needs)]
+    if not found or sys.platform != "linux":
+        raise OSError("engine 'cpu' needs Linux on a CPU with AVX2 or dotprod; use another engine")
+    return found[0]
+
+
+class MachineCode:
+    """Hold the functions of a module of IR as machine code, for as long as this object lives.
+
+    ir        text of the module
+    cpu       LLVM's name of a CPU to compile for, with ``features`` as in "+avxvnni"; None: the one at hand
+    """
+
+    def __init__(self, ir: str, cpu: str | None = None, features: str = "") -> None:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        if cpu is None:
+            cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+        target = llvm.Target.from_default_triple()
+        self.machine = target.create_target_machine(cpu=cpu, features=features, opt=3)
+        module = llvm.parse_assembly(ir)
+        module.verify()
+        self._engine = llvm.create_mcjit_compiler(module, self.machine)
+        self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        """Return where a function of the module begins."""
+        return self._engine.get_function_address(name)

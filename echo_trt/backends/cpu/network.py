@@ -1,0 +1,243 @@
+"""The program of a network: its products and the steps between them, as one list that a pool of threads runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from echo_trt.backends.cpu import attention, operators
+from echo_trt.backends.cpu.network_file import NetworkFile
+from echo_trt.backends.cpu.products import Product, products
+from echo_trt.backends.cpu.program import Op, Pool, Program
+from echo_trt.speculation.pack import BLOCK
+
+KINDS = {"": 0, "f32": 1, "bf16": 2, "f16": 3}  # of weights, for look-ups
+Argument = np.ndarray | int | float | None
+
+
+class KVArrays:
+    """Keys and values of all layers, whose memory is taken as they are written.
+
+    keys    bf16 in uint16, or float32 [layers, blocks, KV heads, D, BLOCK]
+    values  likewise [layers, blocks, KV heads, BLOCK, D]
+    """
+
+    def __init__(self, layers: int, blocks: int, heads: int, dim: int, wide: bool):
+        kind = np.float32 if wide else np.uint16
+        self.keys = np.zeros((layers, blocks, heads, dim, BLOCK), kind)
+        self.values = np.zeros((layers, blocks, heads, BLOCK, dim), kind)
+        self.wide = wide
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Copy rows of all layers; all sources are read before a target is written."""
+        old, new = (source // BLOCK, source % BLOCK), (target // BLOCK, target % BLOCK)
+        self.keys[:, new[0], :, :, new[1]] = self.keys[:, old[0], :, :, old[1]]
+        self.values[:, new[0], :, new[1]] = self.values[:, old[0], :, old[1]]
+
+
+class Network:
+    """A network of a file, prepared for passes of up to ``capacity`` tokens.
+
+    cells       int64 [16], what a pass sets: see ``attention``
+    inputs      arrays that it fills, by name; tokens, positions and logit_rows are int64, a head's features and hidden
+                states float32
+    outputs     arrays that it leaves, by name
+    """
+
+    def __init__(self, file: NetworkFile, kv: KVArrays, pool: Pool, capacity: int):
+        self._file, self._kv, self._pool, self.capacity = file, kv, pool, capacity
+        self._config: dict[str, Any] = file.header["config"]
+        self.cells = np.zeros(16, np.int64)
+        cells = [self.cells[i : i + 1] for i in range(len(self.cells))]
+        self._rows, self._wanted = cells[attention.TOKENS], cells[attention.LOGIT_ROWS]
+        self._given = cells[attention.FEATURE_ROWS]
+        integers = {name: np.zeros(capacity, np.int64) for name in ("token_ids", "positions", "logit_rows")}
+        self.inputs: dict[str, np.ndarray] = dict(integers)
+        self.pool_rows = np.zeros(capacity, np.int64)
+        self.outputs: dict[str, np.ndarray] = {}
+        self._ops: list[Op] = []
+        self._build()
+        self.program = Program(self._ops)
+
+    def run(self) -> None:
+        self._pool.run(self.program)
+
+    def _build(self) -> None:
+        config, role, setting = self._config, self._file.header["role"], self._file.header["setting"]
+        hidden = config["hidden_size"]
+        self._width = width = _padded(hidden)
+        self._dim = 2 * _padded(config["head_dim"] // 2, 16)
+        self._heads, self._kv_heads = config["num_heads"], config["num_kv_heads"]
+        self._gated = _padded(config["intermediate_size"])
+        everything = (self._heads + 2 * self._kv_heads) * self._dim
+        self._x = self._buffer(width)
+        self._normed = self._buffer(2 * width if role == "head" else width)
+        self._projected = self._buffer(everything)
+        self._attended = self._buffer(self._heads * self._dim)
+        self._both, self._active = self._buffer(2 * self._gated), self._buffer(self._gated)
+        self._delta = self._buffer(width) if config["post_norms"] else None
+        rows = _padded(config["num_heads"] // config["num_kv_heads"] * attention.JOB + attention.ROWS, 8)
+        size = 4 if self._kv.wide else 2
+        self._scratch_bytes = _padded(576 + 4 * self._dim + 2 * BLOCK * self._dim * size + 8 * rows, 128)
+        self._scratch = np.zeros((self._pool.threads, self._scratch_bytes), np.uint8)
+        if role == "head":
+            self._head()
+        else:
+            self._decoder(setting if role == "target" else [])
+        if role != "target":
+            self._candidates(setting)
+
+    def _buffer(self, width: int, kind: Any = np.float32) -> np.ndarray:
+        return np.zeros((self.capacity, width), kind)
+
+    def _add(self, operator: Any, *args: Argument, keeps: Sequence[Any] = ()) -> None:
+        """Add an operator with its record: addresses of arrays, integers, and float32 numbers; None is no array."""
+        record = np.zeros(len(args), np.int64)
+        for i, value in enumerate(args):
+            if isinstance(value, float):
+                record[i : i + 1].view(np.float32)[0] = value
+            else:
+                record[i] = value.ctypes.data if isinstance(value, np.ndarray) else value or 0
+        kept = (operator, *(value for value in args if isinstance(value, np.ndarray)), *keeps)
+        self._ops.append(Op(operator.address, record, keeps=kept))
+
+    def _array(self, name: str) -> np.ndarray | None:
+        return self._file.array(name) if name in self._file.header["arrays"] else None
+
+    def _multiply(self, x: np.ndarray, *wanted: tuple[str, np.ndarray], plus: Any = None, rows: Any = None) -> None:
+        """Multiply ``x`` by matrices of the file."""
+        requested = []
+        for name, out in wanted:
+            weights, bias = self._file.matrix(f"{name}.weight"), self._array(f"{name}.bias")
+            requested.append(Product(weights, out, bias if plus is None else plus))
+        self._ops += products(x, self._rows if rows is None else rows, requested)
+
+    def _norm(
+        self, weight: str | None, out: np.ndarray, delta: np.ndarray | None = None, post: str = "", **more: Any
+    ) -> None:
+        """Add ``delta`` to the residual, normed itself with a weight ``post``, and write the sum's norm to ``out``.
+
+        x      the residual; ``index`` int64: the rows of it that are normed, as many as ``rows`` holds
+        kept   where a copy of the sum goes
+        """
+        x, index, kept = more.get("x", self._x), more.get("index"), more.get("kept")
+        rows = self._rows if index is None else self._wanted
+        strides = out.strides[0], 0 if kept is None else kept.strides[0]
+        self._add(
+            operators.add_norm, more.get("rows", rows), x, delta, self._array(post), self._array(f"{weight}.weight"),
+            out, strides[0], more.get("size", self._width), more.get("true_size", self._config["hidden_size"]),
+            float(self._config["norm_eps"]), kept, strides[1], index, x.strides[0],
+        )  # fmt: skip
+
+    def _embed(self, out: np.ndarray, scale: float = 1.0) -> None:
+        table = self._file.matrix("embed.weight")
+        kind = table.format
+        self._add(
+            operators.embed, self._rows, self.inputs["token_ids"], table.quants, table.scales, out, table.columns,
+            scale, table.lanes, kind.bits, kind.offset, int(kind.minimum), kind.integers, KINDS[kind.kind],
+            keeps=(table,),
+        )  # fmt: skip
+
+    def _attend(self, layer: int, prefix: str) -> None:
+        """Project to queries, keys and values, and attend."""
+        config, dim, kv = self._config, self._dim, self._kv
+        ends = np.cumsum([0, self._heads, self._kv_heads, self._kv_heads]) * dim
+        # A matrix whose heads are not padded in the file fills them whole.
+        parts = [self._projected[:, begin:end] for begin, end in pairwise(ends)]
+        names = [f"{prefix}.{name}" for name in ("query", "key", "value")]
+        self._multiply(self._normed, *zip(names, parts, strict=True))
+        window = self._file.header["windows"][layer]
+        local = "local" if window and config["local_rope_theta"] else "rotary"
+        rotated = layer not in config["unrotated_layers"]
+        wide, head = int(kv.wide), config["head_dim"]
+        self._add(
+            operators.keep, self._rows, self._projected, self.inputs["positions"],
+            self._array(f"{local}.cos") if rotated else None, self._array(f"{local}.sin") if rotated else None,
+            self._array(f"{prefix}.query_norm.weight"), self._array(f"{prefix}.key_norm.weight"),
+            float(config["norm_eps"]), self._heads, self._kv_heads, dim, head, self.pool_rows,
+            kv.keys[layer], kv.values[layer], wide,
+        )  # fmt: skip
+        self._add(
+            attention.attend, self.cells, self._projected, self._attended, kv.keys[layer], kv.values[layer],
+            self._scratch, self._heads, self._kv_heads, dim, float(head**-0.5), window, wide, self._scratch_bytes,
+        )  # fmt: skip
+
+    def _activate(self, prefix: str, x: np.ndarray) -> None:
+        size = self._config["intermediate_size"]
+        gate, up = self._both[:, :size], self._both[:, self._gated : self._gated + size]
+        self._multiply(x, (f"{prefix}.gate", gate), (f"{prefix}.up", up))
+        self._add(operators.activate, self._rows, self._both, self._active, self._gated, int(self._config["gelu"]))
+
+    def _decoder(self, feature_layers: Sequence[int]) -> None:
+        config, hidden = self._config, self._config["hidden_size"]
+        x, delta, post = self._x[:, :hidden], self._delta, config["post_norms"]
+        into = {"plus": x} if delta is None else {}
+        out = x if delta is None else delta[:, :hidden]
+        kept = np.zeros((self.capacity, len(feature_layers), self._width), np.float32)
+        self._embed(self._x, float(config["embedding_scale"]))
+        for layer in range(config["num_layers"]):
+            name = f"layers.{layer}"
+            before = delta if layer else None
+            into_features = kept[:, list(feature_layers).index(layer)] if layer in feature_layers else None
+            after = f"layers.{layer - 1}.mlp_post_norm.weight" if post else ""
+            self._norm(f"{name}.attention_norm", self._normed, before, after, kept=into_features)
+            self._attend(layer, f"{name}.attention")
+            self._multiply(self._attended, (f"{name}.attention.out", out), **into)
+            after = f"{name}.attention_post_norm.weight" if post else ""
+            self._norm(f"{name}.mlp_norm", self._normed, delta, after)
+            self._activate(f"{name}.mlp", self._normed)
+            self._multiply(self._active, (f"{name}.mlp.down", out), **into)
+        after = f"{name}.mlp_post_norm.weight" if post else ""
+        self._norm("norm", self._normed, delta, after, index=self.inputs["logit_rows"])
+        self._logits("lm_head" if "lm_head.weight" in self._file.header["matrices"] else "embed", self._normed)
+        if feature_layers:
+            self.outputs["features"] = kept
+
+    def _head(self) -> None:
+        """Compute an EAGLE-3 head (``models.eagle3``); its residual, which begins as features, becomes ``state``."""
+        config, width, hidden = self._config, self._width, self._config["hidden_size"]
+        theirs = config["target_hidden_size"]
+        self.inputs["features"] = features = np.zeros((self.capacity, 3, _padded(theirs)), np.float32)
+        self.inputs["hidden"] = self._x[:, :hidden]  # behind the rows that features give
+        self.outputs["state"] = self._x[:, :hidden]
+        for i in range(3 if config["fc_norm"] else 0):
+            part = features[:, i]
+            self._norm(f"fc_norms.{i}", part, x=part, rows=self._given, size=part.shape[1], true_size=theirs)
+        self._multiply(features.reshape(self.capacity, -1), ("fc", self._x[:, :hidden]), rows=self._given)
+        embedded = self._buffer(width)
+        self._embed(embedded)
+        self._norm("embed_norm", self._normed[:, :width], x=embedded)
+        self._norm("hidden_norm", self._normed[:, width:])
+        self._attend(0, "attention")
+        out = self._x[:, :hidden]
+        residual = self._normed[:, width : width + hidden] if config["norm_before_residual"] else out
+        self._multiply(self._attended, ("attention.out", out), plus=residual)
+        self._norm("mlp_norm", self._normed[:, :width])
+        self._activate("mlp", self._normed[:, :width])
+        self._multiply(self._active, ("mlp.down", out), plus=out)
+        if config["norm_output"]:
+            self._norm("norm", self._x)
+        last = None if config["norm_output"] else "norm"
+        self._norm(last, self._normed[:, :width], index=self.inputs["logit_rows"])
+        self._logits("lm_head", self._normed[:, :width])
+
+    def _logits(self, name: str, rows: np.ndarray) -> None:
+        vocab = self._file.matrix(f"{name}.weight").rows
+        logits = self._buffer(_padded(vocab))
+        self._multiply(rows, (name, logits[:, :vocab]), rows=self._wanted)
+        self.outputs["logits"] = logits[:, :vocab]
+
+    def _candidates(self, count: int) -> None:
+        """Leave a draft's best next tokens instead of logits."""
+        logits = self.outputs.pop("logits")
+        found = self._buffer(2 * count)
+        stride, vocab = logits.strides[0], logits.shape[1]
+        self._add(operators.candidates, self._wanted, logits, stride, vocab, count, found)
+        self.outputs |= {"scores": found[:, :count], "candidates": found[:, count:]}
+
+
+def _padded(size: int, unit: int = 32) -> int:
+    return -(-size // unit) * unit
