@@ -22,12 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 FEATURES: dict[str, tuple[str, int]] = {
     "latency targets": (  # not what forecasts acceptance, nor the price of time or the targets of passes
         r"tpot|ttft|\b(latency|Latency\w*|ExpectedLatency|Forecaster|[Pp]acer?|Prices|usual_price|sat_out)\b",
-        36,
+        35,
     ),
     "block drafters": (  # not blocks of the KV pool, nor of a checkpoint's scales
         r"Block(Drafter|Facts|Shape|Module|Config|Network)|block_(config|facts|shape)"
-        r"|\b(model|search\.model|drafter|draft|kind|self|facts)\.block\b|[Mm]arkov",
-        17,
+        r"|\b(model|search\.model|drafter|draft|kind|facts)\.block\b|[Mm]arkov",
+        16,
     ),
     "hybrids": (r"Hybrid|state_slots|commit_states|state_values|RequestStates|MAX_ROWS|tree_context|divisible", 12),
     "tensor parallelism": (  # not what ranks before what

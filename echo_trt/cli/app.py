@@ -15,6 +15,7 @@ from cyclopts import App, Parameter
 
 from echo_trt import __version__
 from echo_trt.adapters.dynamo.options import WorkerOptions
+from echo_trt.backends.kind import engine_kinds
 from echo_trt.bundle.sources import cache_folder
 from echo_trt.cli.options import BuildOptions, GenerateOptions
 from echo_trt.cli.terminal import Screen, messages, run_app, screen_of
@@ -23,6 +24,9 @@ from echo_trt.errors import UserError
 from echo_trt.files.extras import BUILD, absent_commands, check_modules, of_lab, registered
 from echo_trt.files.inputs import is_gguf
 from echo_trt.supervision.options import ServeOptions
+
+FEW_BITS = "int4"  # the precision of a GGUF file that is served: matrices keep the file's own bits
+FILE_SLOTS = 8  # requests of such a server at once; larger: its KV pool takes more of the memory
 
 app = App(
     name="echo-trt",
@@ -128,8 +132,10 @@ def _bundle_of(path: Path) -> Path:
     facts = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {__version__}"
     folder = cache_folder() / f"{path.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
     if not (folder / "manifest.json").exists():
+        engine = next(kind.name for kind in engine_kinds() if FEW_BITS in kind.blocks)
+        words = ["build", str(path), "--engine", engine, "--precision", FEW_BITS, "-o", str(folder)]
+        words += ["--max-num-seqs", str(FILE_SLOTS)]
         # In a process of its own, whose memory a server does not keep.
-        words = ["build", str(path), "--engine", "cpu", "--precision", "int4", "--max-num-seqs", "8", "-o", str(folder)]
         if code := subprocess.run([sys.executable, "-m", "echo_trt", *words], check=False).returncode:
             sys.exit(code)
     return folder

@@ -135,23 +135,23 @@ class PrefixCache:
 
 
 class KVBlocks:
-    """Which slots hold which of ``count`` blocks, at most ``table.shape[1]`` each.
+    """Which slots hold which of ``count`` blocks, at per_slot ``table.shape[1]`` each.
 
     A block is free, or held by slots (by several only where it is full of committed text that they share), or cached:
     full of text that a slot may find there again. The target never writes to shared or cached blocks, because it writes
     after the committed text. A draft's prefill may write to them: it writes the values that they hold, since the text
     is the same.
 
-    table    int32 [S, most], blocks of a slot's text in order; ``held`` int64 [S]: how many
+    table    int32 [S, per_slot], blocks of a slot's text in order; ``held`` int64 [S]: how many
     drafted  bool [blocks], whether the draft's KV of a block's text is in it, too
     keys     of each slot's text's blocks, as far as they are known, with the ``salts`` of these keys
     found    int64 [S], tokens of a slot's text that were in the cache
     looked   int64 [S], ``added`` of the cache when a slot last searched it
     """
 
-    def __init__(self, slots: int, most: int, count: int, prefix_cache: bool, first: int):
+    def __init__(self, slots: int, per_slot: int, count: int, prefix_cache: bool, first: int):
         """Begin with all blocks free; they are the engine's from block ``first`` on."""
-        self.table, self.held, self.count = np.zeros((slots, most), np.int32), np.zeros(slots, np.int64), count
+        self.table, self.held, self.count = np.zeros((slots, per_slot), np.int32), np.zeros(slots, np.int64), count
         self.free = count  # blocks that hold nothing
         self._free = (first + np.arange(count, dtype=np.int32))[::-1].copy()  # a stack
         self.cache, self.drafted = PrefixCache(prefix_cache), np.zeros(first + count, bool)

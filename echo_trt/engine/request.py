@@ -68,7 +68,7 @@ class Event(Struct, tag=True, omit_defaults=True, kw_only=True):
     queue_seconds: float | None = None
     first_token_seconds: float | None = None
 
-    def behind(self, earlier: Event) -> Event:
+    def appended_to(self, earlier: Event) -> Event:
         """Put ``earlier`` news of the answer before these; returns these."""
         self.token_ids, self.logprobs = earlier.token_ids + self.token_ids, earlier.logprobs + self.logprobs
         self.sources = earlier.sources + self.sources

@@ -46,7 +46,7 @@ class ServeOptions(ApiOptions, HostedOptions):
     ] = 0
 
     def keeping_costs(self, work: Path) -> ServeOptions:
-        """Let costs that a read-only bundle cannot keep outlive an engine in ``work``, until this server ends."""
+        """Let costs that a read-only bundle cannot keep outlive an engine: in ``work``, until this server ends."""
         return self if self.costs or os.access(self.bundle, os.W_OK) else replace(self, costs=work / "costs.json")
 
     @property

@@ -56,7 +56,7 @@ class DynamoAnswer(Pending):
         while not event.reason:
             event = await self.events.get()
             while not self.events.empty():
-                event = self.events.get_nowait().behind(event)
+                event = self.events.get_nowait().appended_to(event)
             if self.text:
                 self._stop_at(self.text, event)
             chunk: dict[str, Any] = {"token_ids": event.token_ids, "index": 0}

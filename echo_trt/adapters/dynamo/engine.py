@@ -155,9 +155,9 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
         with self._refusals():
             eos, metadata = service.loop.scheduler.eos, dict(context.metadata.items())
             answer = read(request, metadata, self._recommended, eos, self._classes)
-            asked = answer.job.request
-            if asked.params.stop:
-                answer.text = AnswerText(self._tokenizer.backend_tokenizer, asked.params, asked.generated)
+            ours = answer.job.request
+            if ours.params.stop:
+                answer.text = AnswerText(self._tokenizer.backend_tokenizer, ours.params, ours.generated)
         self._open[answer] = context
         answer.arrived = arrived
         try:

@@ -98,8 +98,8 @@ def read(
     )
     urgency = int((request.get("routing") or {}).get("priority") or 0)  # higher where Dynamo serves it first
     priority = FIRST if request.get(HEALTH_CHECK) else -max(min(urgency, INT32), -INT32)
-    asked = Request(-1, np.asarray(prompt, np.int64), params, prior_tokens, priority=priority)
-    job = Job(asked, seconds=_seconds(metadata.get(DEADLINE)))
+    ours = Request(-1, np.asarray(prompt, np.int64), params, prior_tokens, priority=priority)
+    job = Job(ours, seconds=_seconds(metadata.get(DEADLINE)))
     return DynamoAnswer(job=job, boundary=Boundary(length, first))
 
 

@@ -246,13 +246,13 @@ def candidates(args, thread, threads):
                 value = number(at + 4 * token)
                 if found == k and not value > minimum:
                     continue
-                rank = found if found < k else k - 1
-                while rank > 0 and number(target + 4 * (rank - 1)) < value:
-                    put(target + 4 * rank, number(target + 4 * (rank - 1)))
-                    put(target + 4 * (k + rank), number(target + 4 * (k + rank - 1)))
-                    rank -= 1
-                put(target + 4 * rank, value)
-                put(target + 4 * (k + rank), np.float32(token))
+                slot = found if found < k else k - 1
+                while slot > 0 and number(target + 4 * (slot - 1)) < value:
+                    put(target + 4 * slot, number(target + 4 * (slot - 1)))
+                    put(target + 4 * (k + slot), number(target + 4 * (k + slot - 1)))
+                    slot -= 1
+                put(target + 4 * slot, value)
+                put(target + 4 * (k + slot), np.float32(token))
                 found = min(found + 1, k)
                 minimum = number(target + 4 * (k - 1)) if found == k else LOWEST
         peak, sums = number(target), same(ZERO)

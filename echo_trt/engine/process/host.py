@@ -75,7 +75,7 @@ class OpenAnswer(Pending):
     unsent: Event = field(default_factory=Event)
 
     def add(self, event: Event) -> None:
-        self.unsent = event.behind(self.unsent)
+        self.unsent = event.appended_to(self.unsent)
 
     @property
     def due(self) -> bool:
