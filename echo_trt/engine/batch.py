@@ -128,7 +128,7 @@ class InputBatch:
     def set_params(self, slot: int, params: SamplingParams) -> None:
         self.sampling[slot] = _row(params)
         self.biased[slot] = biased = len(params.logit_bias)
-        self.prediction[slot] = np.array(params.prediction, np.int64)
+        self.prediction[slot] = np.array(params.prediction_ids, np.int64)
         self.bias_tokens[slot, :biased], self.bias[slot, :biased] = [*params.logit_bias], [*params.logit_bias.values()]
 
     def release(self, slot: int) -> None:

@@ -230,7 +230,7 @@ class LLM:
         ``compiled``: false leaves its grammar to ``set_grammar``. Raises UserError.
         """
         params = request.params = with_prediction_ids(request.params, self.tokenizer)
-        self.checked(params.prediction, "prediction")
+        self.checked(params.prediction_ids, "prediction")
         largest = max(params.logit_bias, default=0)
         if largest >= self.manifest.target.vocab_size:
             raise UserError(

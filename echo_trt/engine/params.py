@@ -220,6 +220,12 @@ class SamplingParams:
                 raise UserError(sentence, "min_tokens")
 
     @property
+    def prediction_ids(self) -> Sequence[int]:
+        """The prediction's tokens; a door has made them of its text."""
+        assert not isinstance(self.prediction, str)
+        return self.prediction
+
+    @property
     def adjusts_logits(self) -> bool:
         """Whether anything comes between the target's logits and the choice of a token."""
         return self.penalises or self._changes("logits")

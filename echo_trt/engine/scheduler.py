@@ -65,7 +65,7 @@ class Scheduler:
                 f"the request may need {needed} KV blocks, but there are {batch.blocks.count}; lower its "
                 "max_tokens, or raise limits.kv_blocks in the recipe and build again."
             )
-        if (predicted := len(request.params.prediction)) > batch.context:
+        if (predicted := len(request.params.prediction_ids)) > batch.context:
             raise UserError(too_long(f"{predicted} tokens", batch.context), "prediction")
         requested = len(request.params.stop_token_ids)
         maximum = MAX_STOP_TOKENS - len(self._stop_tokens(request.params)) + requested

@@ -345,7 +345,7 @@ class Service:
         job.reported = min(job.reported, self._stopped.pop(job, job.reported))
         event.cached_tokens, event.completion_tokens = request.cached_tokens or 0, job.reported
         event.verifications, event.drafted, event.accepted = request.verifications, request.drafted, request.accepted
-        event.predicted = accepted(request.params.prediction, request.generated[: job.reported])
+        event.predicted = accepted(request.params.prediction_ids, request.generated[: job.reported])
         event.queue_seconds = job.taken and job.taken - request.submitted
         event.first_token_seconds = job.first_token and job.first_token - request.submitted
         if not request.probe:

@@ -15,8 +15,8 @@ from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt.speculation.planner import ChainSource, StepContext
 from echo_trt.speculation.sources import PREDICTION
 
-MATCHED = 4  # tokens that agree behind the next one, beyond which more are no surer; a sure place is not left
-PLACE, AGREES, SURE, SINCE, RIGHT, WRONG = 0, 1, 2, 3, 4, 5 + MATCHED
+MATCHED = 4  # tokens that agree behind the next one, beyond which more are no surer; a sure position is not left
+POSITION, AGREES, SURE, SINCE, RIGHT, WRONG = 0, 1, 2, 3, 4, 5 + MATCHED
 STATE = 6 + 2 * MATCHED
 
 
@@ -50,7 +50,8 @@ class PredictionSource(ChainSource):
 
     def _stand(self, slot: int, epoch: int) -> np.ndarray:
         """Return the state of the text in ``slot``, which may be another than before."""
-        batch, state = self._batch, self._state[slot]
+        batch = self._batch
+        state: np.ndarray = self._state[slot]
         first, length = int(batch.prompt_length[slot]), int(batch.length[slot])
         if self._epoch[slot] != epoch:
             self._epoch[slot], self._followed[slot], state[:] = epoch, first, 0
@@ -75,39 +76,39 @@ def accepted(prediction: Sequence[int], answer: Sequence[int]) -> int:
 def _follow(predicted: np.ndarray, text: np.ndarray, first: int, begin: int, end: int, state: np.ndarray) -> None:
     """Follow tokens ``begin`` to ``end`` of a ``text``, whose answer begins at ``first``.
 
-    In ``state`` stand the place of the next token in the prediction, how many tokens before it agree, the last place
-    that was sure, the tokens since then, and how often the next token was right and wrong after 0, 1, ... MATCHED that
-    agreed. Behind a wrong one the longest match of the last tokens ahead of the sure place goes on, of several the
-    first; without any, so many tokens are taken to be replaced as have come.
+    In ``state`` stand the position of the next token in the prediction, how many tokens before it agree, the last
+    position that was sure, the tokens since then, and how often the next token was right and wrong after 0, 1, ...
+    MATCHED that agreed. Behind a wrong one the longest match of the last tokens ahead of the sure position goes on, of
+    several the first; without any, so many tokens are taken to be replaced as have come.
     """
     for i in range(begin, end):
-        place, agrees = state[PLACE], min(state[AGREES], MATCHED)
+        position, agrees = state[POSITION], min(state[AGREES], MATCHED)
         state[SINCE] += 1
-        if place < len(predicted) and predicted[place] == text[i]:
+        if position < len(predicted) and predicted[position] == text[i]:
             state[RIGHT + agrees] += 1
-            state[PLACE] += 1
+            state[POSITION] += 1
             state[AGREES] += 1
         else:
-            state[WRONG + agrees] += place < len(predicted)
-            state[PLACE], state[AGREES] = state[SURE] + state[SINCE], 0
+            state[WRONG + agrees] += position < len(predicted)
+            state[POSITION], state[AGREES] = state[SURE] + state[SINCE], 0
             for ahead in range(state[SURE], len(predicted)):
                 run = 0
                 while run < min(MATCHED, i - first + 1, ahead + 1) and predicted[ahead - run] == text[i - run]:
                     run += 1
                 if run > state[AGREES]:
-                    state[PLACE], state[AGREES] = ahead + 1, run
+                    state[POSITION], state[AGREES] = ahead + 1, run
                 if run == MATCHED:
                     break
         if state[AGREES] >= MATCHED:
-            state[SURE], state[SINCE] = state[PLACE], 0
+            state[SURE], state[SINCE] = state[POSITION], 0
 
 
 @compiled("void(i8[::1], i8[::1], i8[::1], f8[::1])")
 def _chain(predicted: np.ndarray, state: np.ndarray, tokens: np.ndarray, log_p: np.ndarray) -> None:
     """Write the next tokens, and their log P(accept), into ``tokens`` int64 [L] and ``log_p`` float64 [L]."""
-    place, agrees, sure = state[PLACE], state[AGREES], 0
-    for level in range(min(len(tokens), len(predicted) - place)):
+    position, agrees, sure = state[POSITION], state[AGREES], 0
+    for level in range(min(len(tokens), len(predicted) - position)):
         known = min(agrees + level, MATCHED)
         right, wrong = state[RIGHT + known] + known + 1 + sure, state[WRONG + known] + 1
-        tokens[level], log_p[level] = predicted[place + level], np.log(right / (right + wrong))
+        tokens[level], log_p[level] = predicted[position + level], np.log(right / (right + wrong))
         sure += known == MATCHED

@@ -167,7 +167,7 @@ class OutgoingText:
         self, reader: PromptReader, prompt: PromptInput, ids: list[int], params: SamplingParams, echoes: bool = False
     ):
         """``echoes``: whether the prompt's text precedes the answer's."""
-        self.ids, self.in_thought, self.prediction = ids, reader.in_thought(ids), len(params.prediction)
+        self.ids, self.in_thought, self.prediction = ids, reader.in_thought(ids), len(params.prediction_ids)
         echoed = reader.echoed(prompt) if echoes else ""
         self.unsent, self.tokens = echoed, list[int]()
         self._params, self._text, self._began = params, AnswerText(reader.tokenizer.backend_tokenizer, params), False
