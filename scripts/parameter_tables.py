@@ -105,7 +105,9 @@ def python_table() -> str:
 
 
 def type_and_bounds(schema: dict[str, Any]) -> tuple[str, str]:
-    kinds = [each for each in schema.get("anyOf", ()) if each["type"] != "null"]
+    kinds = [each for each in schema.get("anyOf", ()) if each.get("type") != "null"]
+    if any("$ref" in each for each in kinds):
+        return "object", ""
     if {each["type"] for each in kinds} == {"string", "object"}:  # a name, or what it stands for
         return "string or object", ""
     schema = next(iter(kinds), schema)

@@ -16,6 +16,7 @@ _TRAITS = {"limited": "limits_tokens", "penalised": "penalises", "adjusted": "ad
 SAMPLING = np.dtype(
     [(name, _TYPES[known.kind]) for name, known in SINGLE.items()] + [(name, np.bool_) for name in _TRAITS], align=True
 )
+NO_PREDICTION = np.zeros(0, np.int64)
 LEAST_SHARED = 8  # tokens of a chunk that two prompts may share; less: what is left may be one token, for ever
 
 
@@ -54,6 +55,8 @@ class InputBatch:
         self.biased = ints(count)
         self.bias_tokens, self.bias = ints(count, MAX_BIASED), np.zeros((count, MAX_BIASED), np.float32)
         self.grammar = np.full(count, None, object)  # grammar.state.State of each text, None where all may follow
+        self.prediction = np.empty(count, object)  # tokens int64 [n] that a slot's client expects
+        self.prediction.fill(NO_PREDICTION)
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
         self.blocks = KVBlocks(count, blocks_for(context + reserve), num_blocks, prefix_cache, first_block)
 
@@ -125,12 +128,13 @@ class InputBatch:
     def set_params(self, slot: int, params: SamplingParams) -> None:
         self.sampling[slot] = _row(params)
         self.biased[slot] = biased = len(params.logit_bias)
+        self.prediction[slot] = np.array(params.prediction_ids, np.int64)
         self.bias_tokens[slot, :biased], self.bias[slot, :biased] = [*params.logit_bias], [*params.logit_bias.values()]
 
     def release(self, slot: int) -> None:
         """Free the slot and its blocks; those of committed text stay in the cache."""
         self.blocks.release(slot, self.publish(slot))
-        self.grammar[slot] = None
+        self.grammar[slot], self.prediction[slot] = None, NO_PREDICTION
         self.active[slot] = False
 
     def append(

@@ -22,6 +22,7 @@ from echo_trt.engine.params import (
     TokenSource,
 )
 from echo_trt.engine.request import Request
+from echo_trt.engine.text.prompts import with_prediction_ids
 from echo_trt.engine.text.stream import AnswerText
 from echo_trt.engine.tuning import Tuning
 from echo_trt.errors import UserError, encodable, shown
@@ -230,7 +231,8 @@ class LLM:
         Log-probabilities and sources of generated tokens are not known here.
         ``compiled``: false leaves its grammar to ``set_grammar``. Raises UserError.
         """
-        params = request.params
+        params = request.params = with_prediction_ids(request.params, self.tokenizer)
+        self.checked(params.prediction_ids, "prediction")
         largest = max(params.logit_bias, default=0)
         if largest >= self.manifest.target.vocab_size:
             raise UserError(
@@ -280,13 +282,13 @@ class LLM:
             return None
         return ReasoningState.following(prompt.tolist(), *self._marks, params.thinking_token_budget)
 
-    def checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    def checked(self, ids: Sequence[int] | np.ndarray, name: str = "prompt") -> np.ndarray:
         """Return token ids as the engine core takes them [n] int64; ids that the target does not have are refused."""
         array = np.asarray(ids, np.int64).reshape(-1)
         size = self.manifest.target.vocab_size
         unknown = array[(array < 0) | (array >= size)]
         if len(unknown):
-            raise UserError(f"prompt holds token id {unknown[0]}; give ids from 0 to {size - 1}.", "prompt")
+            raise UserError(f"{name} holds token id {unknown[0]}; give ids from 0 to {size - 1}.", name)
         return array
 
 

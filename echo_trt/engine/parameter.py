@@ -27,6 +27,7 @@ class Parameter:
     recommended  whether a checkpoint may recommend a value (``bundle.manifest.Sampling``)
     option       whether ``echo-trt generate`` has it
     tensor       Triton's input, where it has another name
+    text         whether a text may stand for the token ids
     openai       what OpenAI's field has otherwise (default, low, high); None: no field of one value
     """
 
@@ -43,6 +44,7 @@ class Parameter:
     recommended: bool = False
     option: bool = False
     tensor: str = ""
+    text: bool = False
     openai: Mapping[str, Any] | None = field(default_factory=dict)
 
     @property
@@ -77,6 +79,8 @@ class Parameter:
                 and all(map(self._holds, value.values()))
             )
         if isinstance(self.default, tuple):
+            if self.text and isinstance(value, str):
+                return True
             return isinstance(value, tuple | list) and all(map(self._holds, value))  # a string is no list of strings
         return (value is None and self.default is None) or self._holds(value)
 

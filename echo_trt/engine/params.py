@@ -63,6 +63,9 @@ class SamplingParams:
     ``logprobs`` asks for the log-probability of every emitted token and of this number of best tokens at its position;
     None is off. They are the log-softmax of the target's own logits, before all of these and temperature.
 
+    ``prediction`` is a text, or its tokens, that the answer is likely to repeat, in whole or in parts, such as a file
+    that is edited. The policies goodput and goodput-exact draft from it; the text does not depend on it.
+
     ``token_sources`` asks who proposed each emitted token (``TokenSource``). Without ``speculate`` nothing is drafted
     for the request, whatever the policy; its text is the same, as far as a policy cannot change it.
     """
@@ -191,6 +194,13 @@ class SamplingParams:
         rule=f"{RULE_OF_LATENCY}, or None",
         kind=dict,
     )
+    prediction: str | Sequence[int] = parameter(
+        (),
+        "a text that the answer is likely to repeat, which is drafted from ([how](openai-api.md#predicted-outputs))",
+        rule="a text, or token ids from 0 to 2^31 - 1",
+        kind=int,
+        text=True,
+    )
     token_sources: bool = parameter(False, "tells who proposed each token of the answer, with which probability")
     speculate: bool = parameter(True, "false: the request decodes plainly, one token per pass")
 
@@ -208,6 +218,12 @@ class SamplingParams:
             if self.min_tokens:
                 sentence = f"min_tokens is {self.min_tokens}, but a structured text ends by its grammar; leave it out."
                 raise UserError(sentence, "min_tokens")
+
+    @property
+    def prediction_ids(self) -> Sequence[int]:
+        """The prediction's tokens; a door has made them of its text."""
+        assert not isinstance(self.prediction, str)
+        return self.prediction
 
     @property
     def adjusts_logits(self) -> bool:
@@ -344,6 +360,14 @@ class Counters:
     def accepted_length(self) -> float:
         """Tokens emitted per request and verification."""
         return self.emitted_tokens / self.verifications if self.verifications else 0.0
+
+
+def too_long(size: str, context: int) -> str:
+    """Say that a prediction of this ``size`` is longer than any answer."""
+    return (
+        f"prediction has {size}, but this model's maximum context length is {context} tokens; give the part of it "
+        "that comes first."
+    )
 
 
 def check_prompt_logprobs(field: str, tokens: int, n: int, alternatives: int) -> None:

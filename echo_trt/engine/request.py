@@ -47,6 +47,7 @@ class Event(Struct, tag=True, omit_defaults=True, kw_only=True):
     message              why the request failed or is invalid
     cached_tokens        prompt tokens that the prefix cache had
     drafted, accepted    draft tokens of each verification that had any, and those that the text went on behind
+    predicted            tokens that were the prediction's next
     queue_seconds        from submission until the engine took the request; None: it never did
     first_token_seconds  from submission until the first token; None: it never came
     """
@@ -65,6 +66,7 @@ class Event(Struct, tag=True, omit_defaults=True, kw_only=True):
     verifications: int = 0
     drafted: list[int] = []
     accepted: list[int] = []
+    predicted: int = 0
     queue_seconds: float | None = None
     first_token_seconds: float | None = None
 

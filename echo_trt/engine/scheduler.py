@@ -10,7 +10,7 @@ import numpy as np
 
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.kv_blocks import blocks_for
-from echo_trt.engine.params import MAX_STOP_TOKENS, Counters, SamplingParams
+from echo_trt.engine.params import MAX_STOP_TOKENS, Counters, SamplingParams, too_long
 from echo_trt.engine.request import Request
 from echo_trt.errors import TooLong, UserError
 from echo_trt.speculation.pacer import Latency, Pacer
@@ -65,6 +65,8 @@ class Scheduler:
                 f"the request may need {needed} KV blocks, but there are {batch.blocks.count}; lower its "
                 "max_tokens, or raise limits.kv_blocks in the recipe and build again."
             )
+        if (predicted := len(request.params.prediction_ids)) > batch.context:
+            raise UserError(too_long(f"{predicted} tokens", batch.context), "prediction")
         requested = len(request.params.stop_token_ids)
         maximum = MAX_STOP_TOKENS - len(self._stop_tokens(request.params)) + requested
         if requested > maximum:

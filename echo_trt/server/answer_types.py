@@ -114,8 +114,10 @@ class CachedTokens(TypedDict):
     cached_tokens: int
 
 
-class ReasoningTokens(TypedDict):
+class CompletionDetails(TypedDict, total=False):
     reasoning_tokens: int
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
 
 
 class Usage(TypedDict):
@@ -123,7 +125,7 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: NotRequired[CachedTokens]
-    completion_tokens_details: NotRequired[ReasoningTokens]
+    completion_tokens_details: NotRequired[CompletionDetails]
 
 
 class DraftAcceptance(TypedDict):

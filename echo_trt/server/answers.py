@@ -22,6 +22,7 @@ from echo_trt.server.answer_types import (
     ChatLogprobs,
     ChatToken,
     ChunkChoice,
+    CompletionDetails,
     DraftAcceptance,
     FinishReason,
     MessageDelta,
@@ -164,9 +165,8 @@ class ApiAnswer(Answer[OpenAIRequest]):
         prompt = sum(turn.prompt_tokens for turn in self._prompts)
         body = _counts(prompt, sum(turn.completion_tokens for turn in self._turns))
         body["prompt_tokens_details"] = {"cached_tokens": sum(turn.cached_tokens for turn in self._prompts)}
-        if self._turn.thinks:
-            reasoning = sum(turn.reasoning_tokens for turn in self._turns)
-            body["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+        if details := completion_details(self._turns):
+            body["completion_tokens_details"] = details
         return body
 
     def _ended(self) -> AnswerHead:
@@ -303,6 +303,17 @@ def _by_token(entry: TokenLogprob) -> dict[str, float] | None:
     if entry["logprob"] is None:  # a prompt's first token
         return None
     return {each["token"]: each["logprob"] for each in (*entry["top_logprobs"], entry)}
+
+
+def completion_details(turns: Sequence[OutputParser]) -> CompletionDetails:
+    """Count tokens of thoughts, where the model thinks, and of predictions, where there are any."""
+    details: CompletionDetails = {}
+    if turns[0].thinks:
+        details["reasoning_tokens"] = sum(turn.reasoning_tokens for turn in turns)
+    if predicted := sum(turn.prediction for turn in turns):
+        details["accepted_prediction_tokens"] = sum(turn.predicted for turn in turns)
+        details["rejected_prediction_tokens"] = predicted - details["accepted_prediction_tokens"]
+    return details
 
 
 def _counts(prompt: int, completion: int) -> Usage:

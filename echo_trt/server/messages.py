@@ -29,6 +29,25 @@ def few_calls(messages: Any) -> Any:
     return messages
 
 
+def joined(content: Any) -> str:
+    """Return the text of a content, which is a string or parts. Raises ValueError."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise ValueError("give a string, or parts of type text")
+    if len(content) > MESSAGES:
+        raise ValueError(f"give at most {MESSAGES} parts")
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("text") if kind == "text" else None
+        if not isinstance(text, str):
+            found = f"part {index} is {f'of type {shown(kind)}' if isinstance(kind, str) else shown(part)}"
+            raise ValueError(f"{found}; give a string, or parts of type text: this model reads nothing else")
+        texts.append(text)
+    return "".join(texts)
+
+
 class CalledFunction(Strict):
     PATH = "messages.tool_calls.function."
 
@@ -96,25 +115,11 @@ class Message(Strict):
     @field_validator("content", mode="before")
     @classmethod
     def _joined(cls, content: Any, info: ValidationInfo) -> Any:
-        if isinstance(content, str):
-            return content
         if content in (None, []) and info.data.get("tool_calls"):
             return None
         if content is None and info.data.get("role") == "assistant":  # an answer of a thought alone, sent back
             return ""
-        if not isinstance(content, list) or not content:
-            raise ValueError("give a string, or parts of type text")
-        if len(content) > MESSAGES:
-            raise ValueError(f"give at most {MESSAGES} parts")
-        texts = []
-        for index, part in enumerate(content):
-            kind = part.get("type") if isinstance(part, dict) else None
-            text = part.get("text") if kind == "text" else None
-            if not isinstance(text, str):
-                found = f"part {index} is {f'of type {shown(kind)}' if isinstance(kind, str) else shown(part)}"
-                raise ValueError(f"{found}; give a string, or parts of type text: this model reads nothing else")
-            texts.append(text)
-        return "".join(texts)
+        return joined(content)
 
     @model_validator(mode="after")
     def _calls_by_assistants(self) -> Message:

@@ -24,7 +24,7 @@ from echo_trt.engine.params import MAX_ANSWER_LOGPROBS, MAX_STOP_TOKENS, PARAMET
 from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.errors import ApiError, shown
 from echo_trt.server.fields import FIELDS, MESSAGES, RequestBody, Strict, at_most, ignore, within
-from echo_trt.server.messages import Message, few_calls
+from echo_trt.server.messages import Message, few_calls, joined
 from echo_trt.server.structured import STRUCTURED, Structured, structured_of
 from echo_trt.server.text_client import ModelFacts
 from echo_trt.server.tools import Allowed, Choice, Tool, check
@@ -92,6 +92,15 @@ def _field(name: str) -> tuple[Any, Any]:
     return (kind if default is not None else kind | None), default
 
 
+class Prediction(Strict):
+    """What the answer is likely to repeat."""
+
+    PATH = "prediction."
+
+    type: Literal["content"]
+    content: Annotated[str, BeforeValidator(joined)]
+
+
 class Thinking(Strict):
     """Whether the model is to think, in Anthropic's and DeepSeek's words."""
 
@@ -146,6 +155,7 @@ class Params(Sampled):
     )
     n: Annotated[int, Field(ge=1, le=CHOICES)] = 1
     latency: LatencyField = None
+    prediction: Prediction | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=LONGEST_SALT)] | None = None
     priority: Annotated[int, Field(ge=0, le=INT32)] | None = None
     deadline_ms: Annotated[int, Field(ge=1, le=INT32)] | None = None
@@ -219,6 +229,8 @@ class Params(Sampled):
             if name in self.model_fields_set or (value != SINGLE[name].default and name not in recommended):
                 given[name] = value
         lists = {"stop": tuple(self.stop), "stop_token_ids": tuple(self.stop_token_ids), "logit_bias": self.logit_bias}
+        if self.prediction:
+            lists["prediction"] = self.prediction.content
         own = {"max_tokens": self.limit, "logprobs": self.alternatives, "seed": 0}
         return SamplingParams(**given | lists | own | more)
 

@@ -30,6 +30,7 @@ class TextPiece:
 
     logprobs, sources  where asked for, entries of tokens whose text is in ``text``
     in_thought         whether the prompt has opened a thought
+    prediction         tokens of the prediction, of which the answer has ``predicted``
     stop_string        of the last piece: the stop string that ended the text, if one did
     others             as of ``Event``
     """
@@ -45,6 +46,8 @@ class TextPiece:
     cached_tokens: int = 0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    predicted: int = 0
+    prediction: int = 0
     stop_string: str = ""
     queue_ms: float | None = None
     first_token_ms: float | None = None
@@ -103,6 +106,8 @@ class TextClient(Client):
         reader, _ = await self._model()
         prompt, submit = question.prompt, question.submit
         submit.prompt = await self._on_thread(lambda: reader.ids(prompt))
+        if submit.params.prediction:
+            submit.params = await self._on_thread(lambda: reader.predicted(submit.params))
         out = OutgoingText(reader, prompt, submit.prompt, submit.params, question.echoes)
         async with aclosing(self.submit(submit)) as answers:
             async for event in answers:
@@ -145,6 +150,7 @@ def _piece(out: OutgoingText, event: Event) -> TextPiece:
         piece.finish_reason, piece.stop_string = event.reason, out.stopped
         piece.completion_tokens, piece.cached_tokens = event.completion_tokens, event.cached_tokens
         piece.drafted, piece.accepted = event.drafted, event.accepted
+        piece.predicted, piece.prediction = event.predicted, out.prediction
         piece.queue_ms, piece.first_token_ms = _ms(event.queue_seconds), _ms(event.first_token_seconds)
     return piece
 

@@ -25,6 +25,7 @@ CHAT_FIELDS = (
     "priority",
     "deadline_ms",
     "latency",
+    "prediction",
     "cache_salt",
     "structured_outputs",
     "chat_template_kwargs",

@@ -28,7 +28,7 @@ class OutputParser:
     logprobs, sources                    entries of tokens, until ``take_details``
     prompt_tokens, completion_tokens     of the text so far
     finish_reason, cached_tokens, times  once the last piece has come
-    drafted, accepted                    likewise, as of ``TextPiece``
+    drafted, accepted                    likewise, as of ``TextPiece``; so are ``predicted`` and ``prediction``
     """
 
     def __init__(self, reasoning: ThinkTokens | None = None, parser: Parser | None = None):
@@ -44,6 +44,7 @@ class OutputParser:
         self.drafted: list[int] = []
         self.accepted: list[int] = []
         self.reasoning_tokens = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
+        self.predicted = self.prediction = 0
         self.queue_ms: float | None = None
         self.first_token_ms: float | None = None
 
@@ -70,6 +71,7 @@ class OutputParser:
             self.cached_tokens = piece.cached_tokens
             self.queue_ms, self.first_token_ms = piece.queue_ms, piece.first_token_ms
             self.drafted, self.accepted = piece.drafted, piece.accepted
+            self.predicted, self.prediction = piece.predicted, piece.prediction
         if self._reasoning:
             self._count(piece)
         self.logprobs += map(logprob_object, piece.logprobs)

@@ -155,7 +155,7 @@ class ChainSource:
     """
 
     def forces(self, load: StepContext) -> bool:
-        """Say whether its tokens are worth a verification even where the batch decodes plainly."""
+        """Say whether its tokens are worth a verification even where the batch decodes plainly, and a larger one."""
         return False
 
     def propose(self, load: StepContext) -> Chains:

@@ -44,7 +44,11 @@ DRAFT_SOURCES = (
            "#c2760c", ("#a85400", "#f0a04b"), "dotted", maker="echo_trt.engine.sources.ngrams:continuations"),
     Proposer("grammar", "grammar", "the grammar, where it allows a single token",
            "#d1568f", ("#b3245f", "#ff8ab5"), "solid", 3, "echo_trt.engine.sources.grammars:GrammarSource", True),
+    Proposer("prediction", "prediction", "the client's own prediction of the answer",
+           "#13889c", ("#0b6e80", "#4fc3d9"), "dashed", 3, "echo_trt.engine.sources.predictions:predictions"),
 )
 # fmt: on
 SOURCES = tuple(source.name for source in DRAFT_SOURCES)
-DRAFT, LOOKUP, BOTH, NGRAM, GRAMMAR = map(SOURCES.index, ("head", "lookup", "both", "ngram", "grammar"))
+DRAFT, LOOKUP, BOTH, NGRAM, GRAMMAR, PREDICTION = map(
+    SOURCES.index, ("head", "lookup", "both", "ngram", "grammar", "prediction")
+)

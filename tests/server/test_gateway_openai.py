@@ -387,3 +387,45 @@ def test_usage_tells_what_of_the_prompt_was_known(client):
     }
     cached = [client.completions.create(**requested).usage.prompt_tokens_details.cached_tokens for _ in range(2)]
     assert cached == [0, 64]
+
+
+def test_a_prediction_changes_no_text_and_is_counted(client):
+    """In chats, for several choices, as string and parts; in completions and Responses as an extension."""
+    asked = {"model": "echo", "messages": CHAT, "max_completion_tokens": 40, "seed": 3, "temperature": 0.7, "n": 2}
+    plain = client.chat.completions.create(**asked)
+    assert plain.usage.completion_tokens_details is None
+    text = "".join(choice.message.content for choice in plain.choices)
+    predicted = [{"type": "text", "text": part} for part in (text[:5], text[5:])]
+    for content in (text, predicted):
+        answer = client.chat.completions.create(**asked, prediction={"type": "content", "content": content})
+        assert [each.message for each in answer.choices] == [each.message for each in plain.choices]
+        counted = answer.usage.completion_tokens_details
+        assert counted.accepted_prediction_tokens > 0
+        assert counted.rejected_prediction_tokens > 0
+    extra = {"prediction": {"type": "content", "content": text}}
+    completion = {"model": "echo", "prompt": TURN, "max_tokens": 20, "seed": 3}
+    again = client.completions.create(**completion, extra_body=extra)
+    assert again.choices[0].text == client.completions.create(**completion).choices[0].text
+    counted = again.usage.completion_tokens_details
+    assert counted.accepted_prediction_tokens + counted.rejected_prediction_tokens > 40
+    answer = client.responses.create(model="echo", input=TURN, max_output_tokens=20, extra_body=extra)
+    details = answer.usage.output_tokens_details.model_dump()
+    assert details["reasoning_tokens"] == 0
+    assert details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"] > 40
+
+
+@pytest.mark.parametrize(
+    ("prediction", "words"),
+    [
+        ({"type": "content", "content": "word " * 100_000}, ["500000 characters", "1600 tokens", "give the part"]),
+        ({"type": "content", "content": "word " * 500}, ["2000 tokens", "1600 tokens", "give the part"]),
+        ({"type": "content", "content": [{"type": "image_url"}]}, ["parts of type text"]),
+        ({"type": "diff", "content": "x"}, ["content"]),
+        ("x", ["prediction"]),
+    ],
+)
+def test_a_prediction_that_cannot_be_taken_is_one_sentence(client, prediction, words):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="echo", messages=CHAT, max_tokens=4, prediction=prediction)
+    assert refused.value.param.startswith("prediction")
+    assert all(word in refused.value.message for word in words), refused.value.message

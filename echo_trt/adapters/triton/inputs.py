@@ -38,14 +38,14 @@ def _sampling(name: str) -> Tensor:
     """Make the tensor of a sampling parameter."""
     known = PARAMETERS[name]
     many = isinstance(known.default, tuple | dict)
-    datatype = "UINT64" if known.high > INT32 else DATATYPES[known.kind]
     facts: dict[str, Any] = {
+        "datatype": "UINT64" if known.high > INT32 else DATATYPES[known.kind],
         "default": None if many else known.default,
         "doc": known.doc,
         "values": known.values,
         "many": many,
     }
-    return Tensor(known.tensor or name, datatype, **(facts | DIFFERENT.get(name, {})))
+    return Tensor(known.tensor or name, **(facts | DIFFERENT.get(name, {})))
 
 
 #: What the tensors of some sampling parameters say otherwise.
@@ -53,6 +53,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     "stop": {"doc": f"up to {MAX_STOP_WORDS}; {PARAMETERS['stop'].doc}"},
     "structured": {"doc": f"JSON: {PARAMETERS['structured'].doc}"},
     "latency": {"doc": f"JSON, or a class's name: {PARAMETERS['latency'].doc}"},
+    "prediction": {"datatype": "BYTES", "default": "", "values": "", "many": False},
     "logprobs": {
         "default": 0,
         "doc": "log-probabilities of this number of best tokens at each position, with `return_log_probs`",

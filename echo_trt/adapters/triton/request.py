@@ -80,9 +80,11 @@ class Reader:
                 "logprobs": _logprobs(inputs),
                 "logit_bias": _logit_bias(inputs),
                 "structured": _json(inputs, "structured"),
+                "prediction": _value(inputs, "prediction"),
                 "latency": self._classes.read(inputs.get("latency", "")),
             }
         )
+        params = self._prompts.predicted(params)
         request = Request(-1, np.asarray(ids, np.int64), params, priority=_value(inputs, "priority"))
         echoes = not _value(inputs, "exclude_input_in_output")
         return Reply(

@@ -26,6 +26,7 @@ from echo_trt.engine.service.forecast import Forecaster
 from echo_trt.engine.service.grammars import GrammarQueue
 from echo_trt.engine.service.job import ExpectedLatency, FairQueue, Job, Overloaded
 from echo_trt.engine.service.metrics import KEPT, Statistics
+from echo_trt.engine.sources.predictions import accepted
 from echo_trt.errors import described
 
 log = logging.getLogger(__name__)
@@ -344,6 +345,7 @@ class Service:
         job.reported = min(job.reported, self._stopped.pop(job, job.reported))
         event.cached_tokens, event.completion_tokens = request.cached_tokens or 0, job.reported
         event.verifications, event.drafted, event.accepted = request.verifications, request.drafted, request.accepted
+        event.predicted = accepted(request.params.prediction_ids, request.generated[: job.reported])
         event.queue_seconds = job.taken and job.taken - request.submitted
         event.first_token_seconds = job.first_token and job.first_token - request.submitted
         if not request.probe:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from echo_trt.errors import TooLong, UserError
+from echo_trt.engine.params import SamplingParams, too_long
+from echo_trt.errors import TooLong, UserError, encodable
 from echo_trt.grammar.state import AT_END
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.messages import checked_messages, checked_tools
@@ -56,6 +57,14 @@ class ChatFacts:
     thinking: ThinkTokens | None
 
 
+def with_prediction_ids(params: SamplingParams, tokenizer: BundleTokenizer) -> SamplingParams:
+    """Return the parameters with token ids in the place of a prediction's text. Raises UserError."""
+    if not isinstance(params.prediction, str):
+        return params
+    text = encodable(params.prediction, "prediction")
+    return replace(params, prediction=tuple(tokenizer.encode(text, add_special_tokens=False)))
+
+
 class PromptReader:
     """Reads prompts for a bundle. It has a tokenizer of its own: the engine's thread uses another."""
 
@@ -82,6 +91,12 @@ class PromptReader:
             return self._chat_ids(prompt)
         self._check_length(len(prompt))
         return self.tokenizer.encode(prompt, add_special_tokens=special_tokens)
+
+    def predicted(self, params: SamplingParams) -> SamplingParams:
+        """Return the parameters with the prediction's token ids in the place of its text. Raises UserError."""
+        if isinstance(params.prediction, str) and len(params.prediction) > self._max_characters:
+            raise UserError(too_long(f"{len(params.prediction)} characters", self.context), "prediction")
+        return with_prediction_ids(params, self.tokenizer)
 
     def echoed(self, prompt: PromptInput) -> str:
         """Return the text of a prompt as its client may want to see it; a chat has none."""

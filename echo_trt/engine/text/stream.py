@@ -158,6 +158,7 @@ class OutgoingText:
 
     ids                         the prompt's
     in_thought                  whether the prompt ends inside a thought; None for a model that does not think
+    prediction                  tokens that the client expects
     unsent, tokens              text and tokens that the sender has not taken yet
     logprobs, sources           likewise; None where the request does not ask for them
     """
@@ -166,7 +167,7 @@ class OutgoingText:
         self, reader: PromptReader, prompt: PromptInput, ids: list[int], params: SamplingParams, echoes: bool = False
     ):
         """``echoes``: whether the prompt's text precedes the answer's."""
-        self.ids, self.in_thought = ids, reader.in_thought(ids)
+        self.ids, self.in_thought, self.prediction = ids, reader.in_thought(ids), len(params.prediction_ids)
         echoed = reader.echoed(prompt) if echoes else ""
         self.unsent, self.tokens = echoed, list[int]()
         self._params, self._text, self._began = params, AnswerText(reader.tokenizer.backend_tokenizer, params), False

@@ -55,5 +55,6 @@ export const SOURCES = [
   { name: "both", label: "draft and copy", about: "the draft network and prompt lookup, which agree" },
   { name: "ngram", label: "n-gram", about: "the table of the target's earlier answers" },
   { name: "grammar", label: "grammar", about: "the grammar, where it allows a single token" },
+  { name: "prediction", label: "prediction", about: "the client's own prediction of the answer" },
 ];
 export const sourceOf = (name) => SOURCES.find((each) => each.name === name) || SOURCES[0];

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from echo_trt.server.answer_types import ChatToken, MessageDelta
-from echo_trt.server.answers import Answer, AnswerEvent, TokenLogprob, chat_logprobs
+from echo_trt.server.answers import Answer, AnswerEvent, TokenLogprob, chat_logprobs, completion_details
 from echo_trt.server.errors import ApiError
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.responses.request import ResponsesRequest
@@ -111,7 +111,7 @@ def _counted(turn: OutputParser) -> ResponseUsage:
         "input_tokens": turn.prompt_tokens,
         "input_tokens_details": {"cached_tokens": turn.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": turn.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": turn.reasoning_tokens},
+        "output_tokens_details": {"reasoning_tokens": turn.reasoning_tokens, **completion_details([turn])},
         "total_tokens": turn.prompt_tokens + turn.completion_tokens,
     }
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from echo_trt.server.answer_types import CachedTokens, ChatToken, ReasoningTokens
+from echo_trt.server.answer_types import CachedTokens, ChatToken, CompletionDetails
 
 ResponseStatus = Literal["in_progress", "completed", "incomplete", "failed"]
 
@@ -81,7 +81,7 @@ class ResponseUsage(TypedDict):
     input_tokens: int
     input_tokens_details: InputTokens
     output_tokens: int
-    output_tokens_details: ReasoningTokens
+    output_tokens_details: CompletionDetails
     total_tokens: int
 
 

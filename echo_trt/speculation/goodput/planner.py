@@ -15,6 +15,8 @@ worth its expected tokens less the price of its passes; plain decoding is the pl
    weighed once, with all its levels; its trees are then grown best first, at no cost (``Candidates.promising``).
 3. after the last level: how many of all candidates are verified, best first over the batch (``select``). Where a pass
    of another size than the last one costs extra (OpenVINO) the size is filled, elsewhere as many as pay are taken.
+   Beyond the ladder's size go tokens that pay, where a source has sure ones (``ChainSource.forces``): the ladder
+   compares what a draft brings, and these bring the same beside any draft.
 """
 
 from __future__ import annotations
@@ -77,9 +79,11 @@ class GoodputPlanner:
         self.learner.forget_departed(load)
         model = self.learner.model(load, self._alone if len(roots) == 1 else self.settings)
         settings, count = model.settings, len(roots)
-        size, may_draft = self._size(model)
+        forced = any(source.forces(load) for source in self.sources)
+        size, may_draft = self._size(model, forced)
         if size == UNDRAFTED:
             return Plan.undrafted(roots)
+        largest = max(size, model.largest) if forced and not model.for_prompts else size
         fills = may_draft and self._fills_size
         weights, time_price = self._weights(model)
         candidates = Candidates(
@@ -91,18 +95,23 @@ class GoodputPlanner:
             one_path=settings.one_path,
             continue_leaves=lambda tree, chances: [source.extend(tree, chances, load) for source in self.sources],
         )
-        search = LevelSearch(model, candidates, model.verifying(size - count, fills), time_price)
+        filled = size - count if fills else 0
+        search = LevelSearch(model, candidates, model.verifying(size - count, filled), time_price)
         if may_draft and self._head and load.max_draft_len.any():
             self._draft(draft, search)
         candidates.append_continuations()
-        chosen = select(candidates.value, candidates.tree, settings.per_request, search.verification, search.time_price)
+        seconds = model.verifying(largest - count, filled)
+        chosen = select(candidates.value, candidates.tree, settings.per_request, seconds, time_price)
         tree, nodes = candidates.tree.sorted_by_request(chosen)
         padded_to = model.costs.padding_target(len(tree), size) if fills else 0
         chances = candidates.probability
         return Plan(tree, chances[nodes], Explanation(candidates.tree, chances, nodes, size), padded_to)
 
-    def _size(self, model: IterationModel) -> tuple[int, bool]:
-        """Return the tokens to verify at most, or UNDRAFTED, and whether the draft may be asked for candidates."""
+    def _size(self, model: IterationModel, forced: bool) -> tuple[int, bool]:
+        """Return the tokens to verify at most, or UNDRAFTED, and whether the draft may be asked for candidates.
+
+        ``forced``: whether a source has tokens that are worth it even so.
+        """
         costs, count = model.costs, model.requests
         if model.for_prompts:  # what is free may pay even so; the ladder's sizes are those of other passes
             return costs.padded(TOKENS_PER_REQUEST * count), False
@@ -110,7 +119,6 @@ class GoodputPlanner:
         size = self.ladder.size(count, lambda: self._forecast(model), priced)
         if size != UNDRAFTED:
             return max(size, costs.padded(count + 1)), True
-        forced = any(source.forces(model.load) for source in self.sources)
         return costs.padded(TOKENS_PER_REQUEST * count) if forced else UNDRAFTED, False
 
     def _weights(self, model: IterationModel) -> tuple[np.ndarray, float]:

@@ -111,6 +111,8 @@ def drawn(name: str, known: Parameter, draw: random.Random) -> Any:
 
     if not many:
         return None if known.default is None and draw.random() < 0.3 else one()
+    if known.text:
+        return tuple(draw.choices(range(VOCAB), k=draw.choice((1, 30, 150))))
     count = draw.choice((1, 2, 3, min(known.entries, MAX_STOP_TOKENS if known.kind is int else VOCAB)))
     tokens = draw.sample(range(VOCAB), min(count, VOCAB))
     tokens[0] = known.high if known.kind is int and draw.random() < 0.1 else tokens[0]
@@ -185,6 +187,7 @@ FIELDS: dict[str, Callable[[random.Random], Any]] = {
     "thinking": _thinking,
     "reasoning": lambda draw: draw.choice(({"effort": draw.choice(EFFORTS)}, {"enabled": draw.random() < 0.5})),
     "cache_salt": lambda draw: draw.choice(("a", "b", "é" * LONGEST_SALT)),
+    "prediction": lambda draw: {"type": "content", "content": _sentence(draw)},
 }
 #: Fields that mean nothing without another.
 NEEDS = {"stream_options": "stream", "top_logprobs": "logprobs", "tool_choice": "tools", "parallel_tool_calls": "tools"}

@@ -72,3 +72,12 @@ def test_tensors_are_parameters(reader):
 def test_a_prompt_comes_back_where_it_is_wanted(reader, prompt):
     answer = reader.read({**prompt, "exclude_input_in_output": False})
     assert answer.out.unsent == prompt.get("text_input", "bc") or answer.out.unsent
+
+
+def test_a_prediction_is_a_text_whose_tokens_the_engine_gets(reader):
+    reply = reader.read(request(prediction="the theme of a thing"))
+    ids = reader.read(request(text_input="the theme of a thing", add_special_tokens=False)).out.ids
+    assert list(reply.job.request.params.prediction) == ids
+    assert not reader.read(request()).job.request.params.prediction
+    with pytest.raises(UserError, match="prediction has 500000 characters"):
+        reader.read(request(prediction="word " * 100_000))

@@ -229,7 +229,7 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
     time_price = model.time_price
     frontier = -np.sort(-rng.uniform(0, 1.1, size))
     entries = np.cumsum(rng.integers(1, 4, size))
-    search = LevelSearch(model, candidates, model.verifying(200, fills=False), time_price)
+    search = LevelSearch(model, candidates, model.verifying(200), time_price)
     got = search.worth_expanding(frontier, depth, entries)
 
     now = [(float(v), 1.0) for v in candidates.value[count:]]

@@ -156,10 +156,14 @@ class IterationModel:
     def forecast(self, levels: int) -> Forecast:
         return self.acceptance.forecast(self.settings.width, levels)
 
+    @property
+    def largest(self) -> int:
+        """The tokens up to which verifications are tried."""
+        return TOKENS_PER_REQUEST * self.requests + 64
+
     def verification_sizes(self) -> np.ndarray:
         """Return the verification sizes that are worth telling apart: int64 [R], ascending."""
-        largest = TOKENS_PER_REQUEST * self.requests + 64
-        return self.costs.verification_sizes(self.requests, largest, self.settings.tuning.size_ratio)
+        return self.costs.verification_sizes(self.requests, self.largest, self.settings.tuning.size_ratio)
 
     def log_gains(self, sizes: np.ndarray) -> np.ndarray:
         """Forecast the log gains over plain decoding of verification ``sizes`` int64 [R]: float64 [R]."""
@@ -176,18 +180,16 @@ class IterationModel:
         log_gains: np.ndarray = np.log(tokens * plain / (seconds + self.host_seconds))
         return log_gains
 
-    def verifying(self, nodes: int, fills: bool) -> np.ndarray:
+    def verifying(self, nodes: int, filled: int = 0) -> np.ndarray:
         """Return the additional seconds of verifying 0, 1, ... ``nodes`` nodes: float64 [nodes + 1].
 
-        ``fills``: the size is filled, whatever its nodes are worth.
+        ``filled``: so many are verified whatever they are worth.
         """
         costs, load, number = self.costs, self.load, np.arange(nodes + 1)
-        if fills:
-            return np.zeros(nodes + 1)
         seconds: np.ndarray = costs.verifications(self.requests + load.prompt_tokens, number)
         seconds += costs.target.per_node * load.context / self.requests * number
-        seconds[1:] += 2 * costs.change  # there and back
-        seconds -= seconds[0]
+        seconds = seconds - seconds[filled] + 2 * costs.change  # there and back
+        seconds[: filled + 1] = 0.0
         return seconds
 
     def draft_passes(self, entries: np.ndarray, ends: np.ndarray) -> np.ndarray:
