@@ -15,8 +15,6 @@ from cyclopts import App, Parameter
 
 from echo_trt import __version__
 from echo_trt.adapters.dynamo.options import WorkerOptions
-from echo_trt.backends.kind import engine_kinds
-from echo_trt.bundle.sources import cache_folder
 from echo_trt.cli.options import BuildOptions, GenerateOptions
 from echo_trt.cli.terminal import Screen, messages, run_app, screen_of
 from echo_trt.engine.options import DEFAULTS, command
@@ -128,6 +126,9 @@ def _bundle_of(path: Path) -> Path:
     """Return the bundle to serve; a GGUF file's is made where the cache has none of the file as it is now."""
     if not is_gguf(path):
         return path
+    from echo_trt.backends.kind import engine_kinds
+    from echo_trt.bundle.sources import cache_folder
+
     stat = path.stat()
     facts = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {__version__}"
     folder = cache_folder() / f"{path.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
