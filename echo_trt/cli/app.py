@@ -5,21 +5,18 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from echo_trt import __version__
 from echo_trt.adapters.dynamo.options import WorkerOptions
 from echo_trt.cli.options import BuildOptions, GenerateOptions
 from echo_trt.cli.terminal import Screen, messages, run_app, screen_of
 from echo_trt.engine.options import DEFAULTS, command
-from echo_trt.errors import UserError
-from echo_trt.files.extras import BUILD, absent_commands, check_modules, of_lab, registered
+from echo_trt.files.extras import BUILD, check_modules, of_lab, registered
 from echo_trt.files.inputs import is_gguf
 from echo_trt.supervision.options import ServeOptions
 
@@ -157,17 +154,8 @@ def worker(options: WorkerOptions) -> int:
     return run(options)
 
 
-def _absent(name: str) -> Callable[..., None]:
-    def refuse(*words: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
-        raise UserError(f"{name} is a command of echo-trt-lab, not installed here; run pip install ./lab.")
-
-    return refuse
-
-
 for entry in entry_points(group="echo_trt.commands"):  # echo_trt_lab's
     app.command(entry.value, name=entry.name)  # imported where it is run
-for absent in absent_commands():
-    app.command(_absent(absent), name=absent, show=False, help_flags=(), version_flags=())
 
 
 if __name__ == "__main__":

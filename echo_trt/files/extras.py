@@ -59,11 +59,6 @@ def of_lab(command: str, name: str) -> Any:
     return extra(command, name)
 
 
-def absent_commands() -> list[str]:
-    """Return the lab's commands that this environment lacks."""
-    return [name for name in LAB if name not in registered("commands")]
-
-
 def check_modules(what: str, modules: Iterable[str], extra: str) -> None:
     """Refuse ``what`` where a module that it needs is missing; ``extra``: which brings it."""
     if missing := ", ".join(name for name in modules if find_spec(name) is None):

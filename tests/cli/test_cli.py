@@ -256,7 +256,7 @@ def test_a_command_of_the_lab_says_what_brings_it(words):
         "from echo_trt.cli.app import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
-    told = f"error: {words[0]} is a command of echo-trt-lab, not installed here; run pip install ./lab.\n"
+    told = f"error: {words[0]} is a command of echo-trt-lab; run pip install ./lab in the repository.\n"
     assert (done.returncode, done.stderr) == (2, told)
 
 
