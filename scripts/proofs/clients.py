@@ -23,6 +23,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from echo_trt.engine.options import run_alone
+from echo_trt.errors import UserError
 
 PARTS = Path(__file__).with_name("clients_parts")
 OUTCOMES = ("works", "refused", "broken")
@@ -111,6 +112,8 @@ def main(
     """Print one row for each client and feature."""
     facts = {"URL": url, "GRPC": grpc, "HTTP": http, "MODEL": model, "TOKENIZER": str(tokenizer.resolve())}
     folder.mkdir(parents=True, exist_ok=True)
+    if unknown := [name for name in only.split(";") if name not in CLIENTS]:
+        raise UserError(f"--only names {unknown[0]!r}; choose from {', '.join(CLIENTS)}.")
     stored = folder / "rows.json"
     print("| client | version | feature | | said |\n|---|---|---|---|---|")
     broken = 0
