@@ -79,7 +79,9 @@ def run(job: BenchOptions, out: Console, messages: Console) -> dict[str, Any]:
         with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
             kinds = [("all", sets)] + [(name, {name: rows}) for name, rows in sets.items() if job.each_file]
             chosen = [
-                (batch, name, drawn(rows, max(job.requests, 2 * batch))) for batch in job.batches for name, rows in kinds
+                (batch, name, drawn(rows, max(job.requests, 2 * batch)))
+                for batch in job.batches
+                for name, rows in kinds
             ]
             every = {prompt for *_, prompts in chosen for prompt in prompts}
             ids = asked(llm, every, job.turns, job.max_tokens)
