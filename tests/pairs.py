@@ -23,8 +23,16 @@ import torch
 from byte_tokenizer import CORPUS, END, VOCAB, byte_tokenizer
 from models.block_checkpoints import block_raw, block_tensors, write_block
 from models.checkpoints import (
-    BUILDERS, HYBRID_LAYERS, add_tensors, head_config, head_tensors, mtp_tensors, qwen3, qwen3_5, write_head,
-)  # fmt: skip
+    BUILDERS,
+    HYBRID_LAYERS,
+    add_tensors,
+    head_config,
+    head_tensors,
+    mtp_tensors,
+    qwen3,
+    qwen3_5,
+    write_head,
+)
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from echo_trt.backends.cuda.sizes import CallBounds
