@@ -57,7 +57,8 @@ def measure(networks: Networks, seconds: float = 4.0) -> CostTable:
         draft=draft,
         hinge=HingeTable(**asdict(fit_hinge(sizes[near], times[near], ACCURACY))),
         cold=cold,
-        change=_change(networks),
+        # An engine that pads no passes prepares nothing for a size, either.
+        change=_change(networks) if networks.target.sizes else 0.0,
         sizes=networks.target.sizes,
     )
 

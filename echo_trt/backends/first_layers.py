@@ -1,0 +1,82 @@
+"""A reference for networks whose matrices stayed in their file: their first layers, multiplied from there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from torch import Tensor, nn
+
+from echo_trt.models.layers import ReadBlocks
+from echo_trt.models.roles import DraftModule, Role, TargetModule
+
+#: Weights that a check reads of a file, where its first layer and output matrix have fewer. Larger: more layers are
+#: checked, and a build takes a second longer for every 100 million.
+CHECKED = 400_000_000
+PART = 1 << 18  # weights that are dequantised at a time; larger: they leave the CPU's cache
+
+
+def in_blocks(role: Role) -> bool:
+    """Return whether matrices of a role stayed in their file."""
+    return any(parameter.is_meta for parameter in role.parameters())
+
+
+def layers_within(role: Role) -> int:
+    """Return how many layers of a role's network have CHECKED weights with its output matrix: 1 at least."""
+    config = role.network.config
+    layers = getattr(role.network, "layers", ())
+    each = sum(parameter.numel() for parameter in layers[0].parameters()) if layers else 1
+    return min(max((CHECKED - config.vocab_size * config.hidden_size) // each, 1), role.num_layers)
+
+
+def first_layers(role: Role, layers: int) -> Role:
+    """Return a role over the network's first ``layers`` layers, whose matrices are read as they are multiplied."""
+    network = role.network
+    if isinstance(role, TargetModule | DraftModule):
+        network = copy.copy(network)
+        network._modules = {**network._modules, "layers": network.layers[:layers]}
+        network.config = replace(network.config, num_layers=layers)
+        role = TargetModule(network) if isinstance(role, TargetModule) else DraftModule(network, role.top_k)
+    named = dict(network.named_parameters())
+    for name in network.stored.keys() & named.keys():
+        if named[name].is_meta:
+            _read_as_multiplied(network, name)
+    return role
+
+
+def _read_as_multiplied(network: nn.Module, name: str) -> None:
+    module, read = network.get_submodule(name.rpartition(".")[0]), network.stored[name]
+    bias = getattr(module, "bias", None)
+    multiply = partial(_multiplied, read, network.get_parameter(name).shape[0], bias)
+    module.forward = partial(_looked_up, read) if isinstance(module, nn.Embedding) else multiply
+    if name == ("embed.weight" if network.lm_head is None else "lm_head.weight"):
+        network.logits = multiply
+
+
+def _multiplied(read: ReadBlocks, height: int, bias: Tensor | None, x: Tensor) -> Tensor:
+    parts = [nn.functional.linear(x, rows) for rows in _rows(read, height)]
+    return torch.cat(parts, -1) if bias is None else torch.cat(parts, -1) + bias
+
+
+def _rows(read: ReadBlocks, height: int) -> Iterator[Tensor]:
+    """Yield a matrix of ``height`` rows, which is stored in one part or several, as float32 [n, K]."""
+    done, part = 0, 0
+    while done < height:
+        kind, blocks = read(part)
+        step = max(PART // blocks.shape[1], 1)
+        yield from (_dequantised(kind, blocks[begin : begin + step]) for begin in range(0, len(blocks), step))
+        done, part = done + len(blocks), part + 1
+
+
+def _looked_up(read: ReadBlocks, token_ids: Tensor) -> Tensor:
+    kind, blocks = read(0)
+    return _dequantised(kind, blocks[token_ids])
+
+
+def _dequantised(kind: str, blocks: Tensor) -> Tensor:
+    return torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType[kind.upper()]))
