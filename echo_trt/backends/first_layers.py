@@ -13,11 +13,12 @@ from gguf.quants import dequantize
 from torch import Tensor, nn
 
 from echo_trt.models.layers import ReadBlocks
-from echo_trt.models.roles import DraftModule, Role, TargetModule
+from echo_trt.models.roles import DraftModule, HeadModule, Role, TargetModule
 
-#: Weights that a check reads of a file, where its first layer and output matrix have fewer. Larger: more layers are
-#: checked, and a build takes a second longer for every 100 million.
-CHECKED = 400_000_000
+#: Weights that a check reads of a file's layers, where the first has fewer. Larger: more layers are checked, and a build
+#: takes a second longer for every 100 million.
+CHECKED = 150_000_000
+OUTPUTS = 16384  # tokens whose logits are compared; larger: a longer check
 PART = 1 << 18  # weights that are dequantised at a time; larger: they leave the CPU's cache
 
 
@@ -27,35 +28,40 @@ def in_blocks(role: Role) -> bool:
 
 
 def layers_within(role: Role) -> int:
-    """Return how many layers of a role's network have CHECKED weights with its output matrix: 1 at least."""
-    config = role.network.config
+    """Return how many layers of a role's network have CHECKED weights: 1 at least."""
     layers = getattr(role.network, "layers", ())
     each = sum(parameter.numel() for parameter in layers[0].parameters()) if layers else 1
-    return min(max((CHECKED - config.vocab_size * config.hidden_size) // each, 1), role.num_layers)
+    return min(max(CHECKED // each, 1), role.num_layers)
 
 
 def first_layers(role: Role, layers: int) -> Role:
-    """Return a role over the network's first ``layers`` layers, whose matrices are read as they are multiplied."""
-    network = role.network
+    """Return a role over the network's first ``layers`` layers, whose matrices are read as they are multiplied.
+
+    Of a target's logits it has the first OUTPUTS.
+    """
+    role, network = copy.copy(role), copy.copy(role.network)
     if isinstance(role, TargetModule | DraftModule):
-        network = copy.copy(network)
         network._modules = {**network._modules, "layers": network.layers[:layers]}
         network.config = replace(network.config, num_layers=layers)
-        role = TargetModule(network) if isinstance(role, TargetModule) else DraftModule(network, role.top_k)
+    network = copy.deepcopy(network, {id(each): each for each in network.parameters()})  # which are shared
+    outputs = OUTPUTS if isinstance(role, TargetModule) else network.config.vocab_size
     named = dict(network.named_parameters())
     for name in network.stored.keys() & named.keys():
         if named[name].is_meta:
-            _read_as_multiplied(network, name)
-    return role
+            _read_as_multiplied(network, name, outputs)
+    if isinstance(role, TargetModule):
+        return TargetModule(network)
+    return DraftModule(network, role.top_k) if isinstance(role, DraftModule) else HeadModule(network, role.top_k)
 
 
-def _read_as_multiplied(network: nn.Module, name: str) -> None:
+def _read_as_multiplied(network: nn.Module, name: str, outputs: int) -> None:
     module, read = network.get_submodule(name.rpartition(".")[0]), network.stored[name]
-    bias = getattr(module, "bias", None)
-    multiply = partial(_multiplied, read, network.get_parameter(name).shape[0], bias)
-    module.forward = partial(_looked_up, read) if isinstance(module, nn.Embedding) else multiply
+    height, bias = len(module.weight), getattr(module, "bias", None)
+    embeds = isinstance(module, nn.Embedding)
+    module.forward = partial(_looked_up, read) if embeds else partial(_multiplied, read, height, bias)
+    module.weight = None
     if name == ("embed.weight" if network.lm_head is None else "lm_head.weight"):
-        network.logits = multiply
+        network.logits = partial(_multiplied, read, min(outputs, height), None)
 
 
 def _multiplied(read: ReadBlocks, height: int, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -64,10 +70,11 @@ def _multiplied(read: ReadBlocks, height: int, bias: Tensor | None, x: Tensor) -
 
 
 def _rows(read: ReadBlocks, height: int) -> Iterator[Tensor]:
-    """Yield a matrix of ``height`` rows, which is stored in one part or several, as float32 [n, K]."""
+    """Yield the first ``height`` rows of a matrix, which is stored in one part or several, as float32 [n, K]."""
     done, part = 0, 0
     while done < height:
         kind, blocks = read(part)
+        blocks = blocks[: height - done]
         step = max(PART // blocks.shape[1], 1)
         yield from (_dequantised(kind, blocks[begin : begin + step]) for begin in range(0, len(blocks), step))
         done, part = done + len(blocks), part + 1

@@ -180,6 +180,7 @@ def _head_inputs(role: Role, call: ForwardBatch) -> dict[str, np.ndarray]:
 def _compare(want: dict[str, np.ndarray], got: dict[str, np.ndarray]) -> tuple[float, float]:
     """Return the largest error over the largest value of the first output, and the share of equal best tokens."""
     first = "logits" if "logits" in want else "scores"
+    got = got | {first: got[first][:, : want[first].shape[1]]}  # a reference may have the first ones alone
     best, same = (o["logits"].argmax(1) if "logits" in o else o["candidates"][:, 0] for o in (want, got))
     error = np.abs(want[first] - got[first]).max() / np.abs(want[first]).max()
     return float(error), float((best == same).mean())

@@ -102,7 +102,7 @@ class SelfCheck(_Facts):
         if self.measure == "perplexity":
             rises = f"{self.prompt_error:+.1%} on the target's own text, {self.tree_error:+.1%} on a tree"
             return f"a perplexity of {rises} (bound {self.bound:+.0%})"
-        where = f" in its first {self.layers} layers with the output matrix" if self.layers else ""
+        where = f" in its first {self.layers} layers" if self.layers else ""
         return f"an error of {self.error:.1e} of the largest logit{where} (bound {self.bound:g})"
 
 

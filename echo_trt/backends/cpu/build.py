@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,14 +74,16 @@ def _placed(values: np.ndarray, where: tuple[np.ndarray, int] | None, axis: int)
     return out
 
 
-def _ahead(pool: ThreadPoolExecutor, make: Callable[[Any], Any], given: Sequence[Any]) -> Iterator[Any]:
-    """Yield what ``make`` makes of each, in order; THREADS of them are made ahead."""
-    waiting = deque(pool.submit(make, each) for each in given[:THREADS])
-    for each in [*given[THREADS:], *[None] * len(waiting)]:
-        done = waiting.popleft().result()
-        if each is not None:
+def _ahead(make: Callable[[Any], Any], given: Sequence[Any]) -> Iterator[Any]:
+    """Yield what ``make`` makes of each, in order, while THREADS make the next ones."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting = deque[Future[Any]]()
+        for each in given:
             waiting.append(pool.submit(make, each))
-        yield done
+            if len(waiting) > THREADS:
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,18 +106,20 @@ class _Writing:
     def write(self) -> None:
         state = self._network.state_dict()
         parts = [(name, index, part) for name in state for index, part in enumerate(self._parts(name))]
-        matrices = [
-            (name, index, part, state[name][part.rows]) for name, index, part in parts if state[name].dim() == 2
-        ]
-        with ThreadPoolExecutor(THREADS) as pool:  # a matrix a thread is in memory, and one that is written
-            packed = _ahead(pool, lambda given: self._packed(*given), matrices)
-            for name, _, part in parts:
-                tensor = state[name]
-                if tensor.dim() == 2:
-                    self._writer.matrix(part.name, next(packed))
-                else:
-                    values = tensor[part.rows].float().numpy() if tensor.is_floating_point() else tensor.numpy()
-                    self._writer.array(part.name, _placed(values, part.to_rows, 0))
+
+        def packed(given: tuple[str, int, _Part]) -> PackedWeights | np.ndarray:
+            name, index, part = given
+            tensor = state[name]
+            if tensor.dim() == 2:
+                return self._packed(name, index, part, tensor[part.rows])
+            values = tensor[part.rows].float().numpy() if tensor.is_floating_point() else tensor.numpy()
+            return _placed(values, part.to_rows, 0)
+
+        for (_, _, part), values in zip(parts, _ahead(packed, parts), strict=True):
+            if isinstance(values, PackedWeights):
+                self._writer.matrix(part.name, values)
+            else:
+                self._writer.array(part.name, values)
         self._write_angles("rotary", self._network.rotary)
         if self._network.rotary.local:
             self._write_angles("local", self._network.rotary.local)
