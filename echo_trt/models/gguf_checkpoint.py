@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Sequence
 from itertools import chain
@@ -67,7 +68,7 @@ class GgufCheckpoint:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._reader, *others = map(_Reader, gguf_parts(path))
+            self._reader, *others = self._readers = [*map(_Reader, gguf_parts(path))]
         except (ValueError, OSError, LookupError) as error:
             raise UserError(
                 f"checkpoint file {path} is not a complete GGUF file ({error}); download it again."
@@ -116,6 +117,9 @@ class GgufCheckpoint:
         tensor, expert = self._tensors[name]
         chosen = tensor.data if expert is None else tensor.data[expert]
         data = torch.from_numpy(np.array(chosen)).view(torch.uint8)
+        if hasattr(mmap, "MADV_DONTNEED"):  # pages that were read stay in memory with their map
+            for reader in self._readers:
+                reader.data._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
         return tensor.tensor_type.name.lower(), self._with_halves(name, data)
 
     def _with_halves(self, name: str, rows: torch.Tensor) -> torch.Tensor:
