@@ -66,7 +66,7 @@ def build(options: BuildOptions) -> None:
     found, path = recipe_for(options.model, options.draft)  # a mistyped name costs no import of torch
     if options.random_weights:
         found = of_lab("build", "random_weights")(found)
-    settings, why = for_this_machine(found, path, options.engine, options.precision)
+    settings, why = for_this_machine(options.model, found, path, options.engine, options.precision)
     settings = sized(settings, path, options)
     folder = options.output or Path("bundles") / settings.name
     with BuildProgress(messages) as progress:

@@ -11,7 +11,6 @@ from echo_trt.backends.kind import EngineKind, built_as, engine_kind, engine_kin
 from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
 from echo_trt.bundle.recipe import HUB, Recipe
 from echo_trt.bundle.sources import CONFIG, from_hub
-from echo_trt.cli.build_checks import check_engine
 from echo_trt.cli.options import BuildOptions
 from echo_trt.engine.drafters.kind import draft_kinds
 from echo_trt.errors import UserError
@@ -32,7 +31,7 @@ def recipe_for(what: str, draft: str | None = None) -> tuple[Recipe, Path]:
     draft   an id or a checkpoint of the draft, for another one than the recipe's
     """
     path = Path(what).expanduser()
-    if path.suffix in (".yaml", ".yml") or (path.is_file() and not is_gguf(path)):
+    if _is_recipe(path):
         recipe, folder = load_recipe(path), path.parent
         return (_with_draft(recipe, draft) if draft else recipe), folder
     named = shipped_folder() / f"{what}.yaml"
@@ -49,6 +48,10 @@ def recipe_for(what: str, draft: str | None = None) -> tuple[Recipe, Path]:
     recipe = load_recipe(shipped)
     recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"hub": None, **target})})
     return (_with_draft(recipe, draft) if draft else recipe), Path()
+
+
+def _is_recipe(path: Path) -> bool:
+    return path.suffix in (".yaml", ".yml") or (path.is_file() and not is_gguf(path))
 
 
 def source_of(what: str) -> dict[str, str]:
@@ -73,14 +76,17 @@ def shipped_folder() -> Path:
     return folder
 
 
-def for_this_machine(recipe: Recipe, folder: Path, engine: str | None, precision: str | None) -> tuple[Recipe, str]:
-    """Return the recipe with what is named on the command line, and why its engine is taken; "" where it is named.
+def for_this_machine(
+    what: str, recipe: Recipe, folder: Path, engine: str | None, precision: str | None
+) -> tuple[Recipe, str]:
+    """Return a recipe with what is named on the command line, and why its engine is taken; "" where it is named.
 
-    A recipe's own engine is left where it does not suit this machine, or does not have ``precision``.
+    An engine that a recipe's file names is kept. One of a recipe that was found for ``what``, a name, is left where it
+    does not suit this machine, or does not have ``precision``.
     """
     named, kind = built_as(recipe, engine, precision), engine_kind(engine or recipe.engine)
-    own = "engine" in recipe.model_fields_set and kind.suits and (not precision or precision in kind.precisions)
-    if engine or own:
+    suits = _is_recipe(Path(what).expanduser()) or (kind.suits and (not precision or precision in kind.precisions))
+    if engine or ("engine" in recipe.model_fields_set and suits):
         return named, ""
     kind = usual_engine(named, folder)
     return built_as(named, kind.name, None), kind.preference[1]
@@ -91,6 +97,7 @@ def usual_engine(recipe: Recipe, folder: Path) -> EngineKind:
 
     Of those that refuse nothing of the recipe it is the most preferred one; where all refuse, of all.
     """
+    from echo_trt.cli.build_checks import check_engine
     from echo_trt.models.read_config import decoder_config
     from echo_trt.sizing.shapes import config_of
 

@@ -17,8 +17,7 @@ from models.fp8_checkpoints import configure, quantise
 from models.gguf_files import GGUF_SIZES, write_gguf
 from refusal import refused
 
-from echo_trt.backends.cpu import kind as cpu
-from echo_trt.backends.kind import built_as
+from echo_trt.backends.kind import built_as, engine_kinds
 from echo_trt.backends.self_check import BOUNDS
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
@@ -132,7 +131,7 @@ def test_a_gguf_file_s_name_finds_the_head_of_its_model(file, name, tmp_path, mo
     (tmp_path / file).touch()
     recipe, _ = recipe_for(str(tmp_path / file))
     assert (recipe.name, recipe.target.path, recipe.target.hub) == (name, str(tmp_path / file), None)
-    recipe, _ = for_this_machine(recipe, Path(), None, None)
+    recipe, _ = for_this_machine(file, recipe, Path(), None, None)
     assert (recipe.draft.kind, recipe.engine, recipe.limits.kv_blocks) == ("eagle3", "cpu", None)
 
 
@@ -149,17 +148,20 @@ def test_a_gguf_file_is_built_with_what_it_recommends(tmp_path):
 
 
 def test_without_a_gpu_a_name_is_built_for_the_cpu_with_a_pool_that_follows_its_memory(monkeypatch):
-    recipe, folder = recipe_for("Qwen/Qwen3-0.6B")
+    name = "Qwen/Qwen3-0.6B"
+    recipe, folder = recipe_for(name)
     monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: False)
-    here, why = for_this_machine(recipe, folder, None, None)
+    here, why = for_this_machine(name, recipe, folder, None, None)
     assert (here.engine, here.limits.kv_blocks, why) == ("cpu", None, "the fastest on this CPU")
-    named, why = for_this_machine(recipe, folder, "tensorrt", None)
+    named, why = for_this_machine(name, recipe, folder, "tensorrt", None)
     assert (named.engine, named.limits.kv_blocks, why) == ("tensorrt", 4096, "")
     assert built_as(recipe, "openvino", "int8").limits.kv_blocks is None
     assert built_as(recipe, "torch", None).limits.kv_blocks == 4096
     monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: True)
-    assert for_this_machine(recipe, folder, None, None)[0].engine == "tensorrt"
-    assert for_this_machine(recipe, folder, None, "int8")[0].engine == "cpu"  # which cards have not
+    assert for_this_machine(name, recipe, folder, None, None)[0].engine == "tensorrt"
+    assert for_this_machine(name, recipe, folder, None, "int8")[0].engine == "cpu"  # which cards have not
+    file = str(RECIPES / "qwen3-0.6b.yaml")  # its engine is kept
+    assert for_this_machine(file, recipe_for(file)[0], RECIPES, None, "int8")[0].engine == "tensorrt"
 
 
 @pytest.mark.parametrize(
@@ -177,12 +179,12 @@ def test_the_usual_engine_is_the_first_that_refuses_nothing(name, precision, dra
     if draft != "lookup":
         raw["draft"]["source"] = {"hub": "own/head"}
     recipe = parse_recipe(raw, "own.yaml")
-    assert for_this_machine(recipe, Path(), None, None)[0].engine == engine
+    assert for_this_machine("own.yaml", recipe, Path(), None, None)[0].engine == engine
     named = parse_recipe(raw | {"engine": "openvino"}, "own.yaml")
-    assert for_this_machine(named, Path(), None, None) == (named, "")
-    monkeypatch.setattr(cpu, "KIND", replace(cpu.KIND, runs_here=lambda: False))
-    refused_here = for_this_machine(recipe, Path(), None, None)[0].engine
-    assert refused_here == "openvino"
+    assert for_this_machine("own.yaml", named, Path(), None, None) == (named, "")
+    kinds = [replace(kind, runs_here=lambda kind=kind: kind.name != "cpu") for kind in engine_kinds()]
+    monkeypatch.setattr(recipes, "engine_kinds", lambda: kinds)
+    assert for_this_machine("own.yaml", recipe, Path(), None, None)[0].engine == "openvino"  # as on another CPU
 
 
 def test_a_context_keeps_the_recipe_s_kv_blocks_if_one_request_fits():

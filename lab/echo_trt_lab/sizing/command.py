@@ -25,7 +25,7 @@ def run(options: InspectOptions, console: Console) -> int:
     if not path.is_dir() or ((path / "config.json").exists() and not (path / MANIFEST).exists()):
         recipe, folder = recipe_for(options.path)
         engine = options.engine or (recipe.engine if cards else None)  # with cards the recipe's own
-        recipe, why = for_this_machine(recipe, folder, engine, options.precision)
+        recipe, why = for_this_machine(options.path, recipe, folder, engine, options.precision)
         recipe = limited(recipe, options.max_model_len, options.max_num_seqs)
         return 0 if print_recipe(recipe, folder, cards, console, why) else 1
     if cards is not None:
