@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from echo_trt.models.layers import ReadBlocks
 from echo_trt.models.roles import DraftModule, HeadModule, Role, TargetModule
 
-#: Weights of the layers that a check reads from a file; of the first one in any case. Larger: more layers are checked, and
-#: a build takes 2 seconds longer for every 100 million.
+#: Weights of the layers that a check reads from a file; of the first one in any case. Larger: more layers are checked,
+#: and a build takes 2 seconds longer for every 100 million.
 CHECKED = 60_000_000
 OUTPUTS = 8192  # tokens whose logits are compared; larger: a longer check
 PART = 1 << 18  # weights that are dequantised at a time; larger: they leave the CPU's cache
