@@ -1,22 +1,12 @@
-"""Compile LLVM IR to machine code of the CPU at hand, by the LLVM that numba brings: no compiler is installed.
-
-What was compiled is kept in the user's cache.
-"""
+"""Compile LLVM IR to machine code of the CPU at hand, by the LLVM that numba brings: no compiler is installed."""
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-import llvmlite
 import llvmlite.binding as llvm
-
-from echo_trt.bundle.sources import cache_folder
-from echo_trt.bundle.stored import write_whole
 
 
 @cache
@@ -82,29 +72,8 @@ class MachineCode:
         module = llvm.parse_assembly(ir)
         module.verify()
         self._engine = llvm.create_mcjit_compiler(module, self.machine)
-        kept = cache_folder() / "machine-code" / _digest(f"{llvmlite.__version__} {cpu} {features} {ir}".encode()).hex()
-        self._engine.set_object_cache(lambda module, code: _keep(kept, code), lambda module: _kept(kept))
         self._engine.finalize_object()
 
     def address(self, name: str) -> int:
         """Return where a function of the module begins."""
         return self._engine.get_function_address(name)
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
-
-
-def _keep(path: Path, code: bytes) -> None:
-    """Keep an object file, behind its digest: a kernel takes most of a second to compile."""
-    with suppress(OSError):  # a cache that cannot be written
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, _digest(code) + code)
-
-
-def _kept(path: Path) -> bytes | None:
-    with suppress(OSError):
-        digest, code = (data := path.read_bytes())[:32], data[32:]
-        if digest == _digest(code):
-            return code
-    return None
