@@ -16,11 +16,10 @@ LONG_PASS = 10.0  # times what the shortest takes: beside that, what a first pas
 def timed_rounds(run: Callable, calls: list, seconds: float, again: bool = True) -> np.ndarray:
     """Seconds of each call: [rounds, calls], nan where a call's share of the time was used up.
 
-    ``again``: whether a pass is timed behind one of its size, since a change of size takes longer.
-
     So short passes, whose sizes speculation lives on, run in many rounds, and long ones, beside which a warm-up is
     nothing, once. A GPU's first pass of a size compiles kernels and captures a graph, which takes many times as long
-    as the pass, so that what comes first is never what counts.
+    as the pass, so that what comes first is never what counts. ``again``: whether passes are timed behind one of their
+    size, since a change of size takes longer.
     """
     first = np.array([seconds_of(run, call) for call in calls])
     for i in np.flatnonzero(first > LONG_PASS * first.min()):
