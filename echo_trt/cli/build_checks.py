@@ -11,6 +11,14 @@ from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.speculation.paths import MAX_ROWS
 
 
+def check_engine(recipe: Recipe, config: DecoderConfig | None, kind: EngineKind) -> None:
+    """Refuse what an engine does not have for a recipe, or this machine; ``config`` None: of any dense target."""
+    check_settings(recipe, kind)
+    if config is not None:
+        check_states(recipe, config, kind)
+        check_experts(recipe, config, kind)
+
+
 def check_settings(recipe: Recipe, kind: EngineKind) -> None:
     """Refuse what an engine does not have, or this machine."""
     if recipe.tensor_parallel > 1 and not kind.divides:
