@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -41,6 +41,9 @@ class HostFeatureCache:
     def read(self, handles: np.ndarray) -> np.ndarray:
         found: np.ndarray = self._rows[handles]
         return found
+
+    def view(self, rows: slice) -> np.ndarray:
+        return self._rows[rows]
 
 
 class Engine(Protocol):
@@ -87,6 +90,10 @@ class Engine(Protocol):
 
         source, target  int [m], pool rows; row r is in block r // BLOCK at r % BLOCK
         """
+
+    def kv_block(self, index: int) -> Sequence[np.ndarray]:
+        """Return views of all that a KV block holds, of all layers; none where the host cannot reach it."""
+        return ()
 
     def commit(self, rows: np.ndarray, counts: np.ndarray) -> None:
         """Keep what is not in KV blocks of the accepted packed rows of the last run, before a slot's next run.
