@@ -42,7 +42,7 @@ RETRIED = 1.1  # by which a rate that was too low for a text rises, so that one 
 PAUSE = 0.02  # seconds of reading between two passes while requests decode; larger: later tokens for these
 TRIES = 3  # copies of a block while the cache gives up others; larger: more blocks of a full pool are kept
 REST = 60.0  # seconds without writing after the disk has refused it, and between two copies of what was learnt
-PATIENCE = 20.0  # seconds that the end waits for what is not yet written; larger: more of it is kept, a later end
+PATIENCE = 5.0  # seconds that the end waits for what is not yet written; larger: more of it is kept, a later end
 
 Bytes = Callable[[], bytes]
 
@@ -62,7 +62,9 @@ def keep_prefixes(llm: LLM, folder: Path | None, size: str) -> StoredPrefixes | 
     except UserError as error:
         log.warning("--store is not used: %s", error)
         return None
-    return StoredPrefixes(store, llm, llm.tuning.costs.target.curve())
+    prefixes = StoredPrefixes(store, llm, llm.tuning.costs.target.curve())
+    prefixes.keeps(f"learnt by {loop.planner.name}", loop.planner.dump, loop.planner.load)
+    return prefixes
 
 
 def scope_of(manifest: Manifest, networks: Sequence[Sequence[np.ndarray]]) -> bytes:
@@ -123,8 +125,11 @@ class StoredPrefixes:
         ``dump`` is called on the engine's thread, where a request leaves, and at the end.
         """
         content = self._store.state(name)
-        if content is not None:
-            load(content)
+        try:
+            if content:
+                load(content)
+        except (ValueError, KeyError) as error:
+            log.warning("%s is not taken from the store (%s); it is learnt anew.", name, error)
         self._states[name] = dump
 
     def close(self) -> None:

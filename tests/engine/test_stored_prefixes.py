@@ -143,3 +143,24 @@ def test_a_named_state_outlives_the_process(open_llm, stored):
         stored(llm).keeps("counts", lambda text=text: text, loaded.append)
     stored(llm).keeps("counts", bytes, loaded.append)
     assert loaded == [b"first", b"second"]
+
+
+def test_goodput_begins_with_what_it_had_learnt(open_llm, stored):
+    llm, fresh, later = (open_llm("close", "goodput") for _ in range(3))
+    stored(llm)
+    for number in range(4):
+        answers(llm, prompt_ids(20, number))
+    stored(later)
+    learnt, unlearnt, now = (each.loop.planner.acceptance.bias for each in (llm, fresh, later))
+    assert abs(learnt - unlearnt).max() > 0.1
+    assert abs(learnt - now).max() < 0.05
+    costs = [each.loop.planner.costs for each in (llm, fresh, later)]
+    before, measured, after = ([*each.target.correction, *each.draft.correction, each.cold] for each in costs)
+    assert before == after != measured
+
+
+def test_a_state_of_no_use_is_learnt_anew(open_llm, stored, caplog):
+    llm = open_llm("lookup", "goodput")
+    stored(llm)._states[f"learnt by {llm.loop.planner.name}"] = lambda: b"PK of another form"
+    stored(llm)
+    assert "learnt by goodput is not taken from the store" in caplog.text

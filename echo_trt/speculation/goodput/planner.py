@@ -150,6 +150,12 @@ class GoodputPlanner:
     def totals(self) -> dict[str, dict[str, float]]:
         return self.learner.sources.totals()
 
+    def dump(self) -> bytes:
+        return self.learner.dump()
+
+    def load(self, learnt: bytes) -> None:
+        self.learner.load(learnt)
+
     def gain(self) -> float | None:
         return self.ladder.gain
 

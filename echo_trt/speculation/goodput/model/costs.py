@@ -40,6 +40,11 @@ class Curve:
     def __call__(self, tokens: int, context: int = 0) -> float:
         return float(self.base(tokens)[tokens]) + self.per_context * context if tokens else 0.0
 
+    @property
+    def correction(self) -> np.ndarray:
+        """The sum of all corrections, float64 [m]."""
+        return self._correction
+
     def correct(self, log_factors: np.ndarray) -> None:
         """Multiply the seconds of ``sizes`` by exp(``log_factors``), float64 [m]."""
         self._correction += log_factors
