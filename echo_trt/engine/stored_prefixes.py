@@ -30,7 +30,7 @@ from echo_trt.engine.kv_blocks import DIGEST, NEVER, shareable
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.measure import machine
 from echo_trt.errors import UserError
-from echo_trt.files.store import Entry, Store, reason
+from echo_trt.files.store import Store, StoredBlock, reason
 from echo_trt.speculation.goodput.model.costs import Curve
 from echo_trt.speculation.pack import BLOCK
 
@@ -178,12 +178,12 @@ class StoredPrefixes:
             log.warning("blocks of the store are not as they were written, and computed instead; check its disk.")
         return slots[~np.isin(slots, waiting)]
 
-    def _worthwhile(self, slot: int) -> list[tuple[bytes, Entry]]:
+    def _worthwhile(self, slot: int) -> list[tuple[bytes, StoredBlock]]:
         """Return the stored blocks that a slot's text goes on with, or none where computing them takes less."""
         batch, blocks = self._batch, self._blocks
         if blocks.looked[slot] == NEVER or self._declined[slot] == batch.admitted[slot]:
             return []
-        first, run = int(batch.committed[slot]) // BLOCK, list[tuple[bytes, Entry]]()
+        first, run = int(batch.committed[slot]) // BLOCK, list[tuple[bytes, StoredBlock]]()
         drafted = bool(blocks.drafted[blocks.table[slot, :first]].all())
         for key in islice(blocks.keys[slot], first, shareable(int(batch.length[slot]))):
             entry = self._store.find(key)
@@ -202,7 +202,7 @@ class StoredPrefixes:
         tokens, chunk = blocks * BLOCK, self._loop.chunk
         return tokens * (self._costs(chunk) / chunk + self._costs.per_node * (first * BLOCK + tokens / 2))
 
-    def _read(self, block: int, key: bytes, entry: Entry) -> bool:
+    def _read(self, block: int, key: bytes, entry: StoredBlock) -> bool:
         """Read a stored block into the pool; False where it is gone or damaged."""
         begin = time.perf_counter()
         content, views = self._store.read(key, entry), self._views(block, entry.kind)

@@ -31,7 +31,7 @@ CREATE TABLE states (scope BLOB, name TEXT, checksum INTEGER, content BLOB, PRIM
 _EVICTED = 32  # blocks that are looked for at once; larger: fewer look-ups, more blocks than must go
 
 
-class Entry(NamedTuple):
+class StoredBlock(NamedTuple):
     """What the index says of a block. ``kind``: its user's, part of the checksum as the key is."""
 
     bytes: int
@@ -66,17 +66,17 @@ class Store:
         lost = [name for name, _, length, *_ in rows if files.get(name.hex()) != length]
         for file in files.keys() - {name.hex() for name, *_ in rows}:
             (self._folder / BLOCKS / file).unlink(missing_ok=True)
-        self._known = {name: Entry(*entry) for name, scope, *entry in rows if scope == self._scope}
+        self._known = {name: StoredBlock(*entry) for name, scope, *entry in rows if scope == self._scope}
         self._total = sum(length for _, _, length, *_ in rows)
         (self._clock,) = self._index.execute("SELECT ifnull(min(worth), 0) FROM blocks").fetchone()
         self._drop(lost)
         self._evict(0)
 
-    def find(self, key: bytes) -> Entry | None:
+    def find(self, key: bytes) -> StoredBlock | None:
         """Return the index's entry of a block; None: it is not kept."""
         return self._known.get(self._name(key))
 
-    def read(self, key: bytes, entry: Entry) -> bytes | None:
+    def read(self, key: bytes, entry: StoredBlock) -> bytes | None:
         """Return a block's content; None where it is gone, or not as it was written, and is forgotten."""
         try:
             content = self._path(name := self._name(key)).read_bytes()
@@ -96,7 +96,8 @@ class Store:
         name = self._name(key)
         if len(content) > self._size:
             return
-        self._drop([name] if name in self._known else [])
+        if name in self._known:
+            self._drop([name])
         self._evict(len(content))
         path = self._path(name)
         try:
@@ -107,7 +108,7 @@ class Store:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
             raise
-        entry = Entry(len(content), _checksum(name, kind, content), kind)
+        entry = StoredBlock(len(content), _checksum(name, kind, content), kind)
         worth = self._clock + price / len(content)
         row = (name, self._scope, *entry, position, worth)
         columns = "name, scope, bytes, checksum, kind, position, worth"

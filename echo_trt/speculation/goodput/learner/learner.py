@@ -95,7 +95,8 @@ class Learner:
     def dump(self) -> bytes:
         """Return what was learnt of sources and of the machine, for ``load`` of a later process."""
         costs, file = self.costs, io.BytesIO()
-        np.savez(file, target=costs.target.correction, draft=costs.draft.correction, cold=costs.cold, **self.sources.dump())
+        curves = {"target": costs.target.correction, "draft": costs.draft.correction}
+        np.savez(file, cold=costs.cold, **curves, **self.sources.dump())
         return file.getvalue()
 
     def load(self, learnt: bytes) -> None:

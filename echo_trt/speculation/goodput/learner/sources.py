@@ -10,7 +10,6 @@ from echo_trt.speculation.goodput.model.acceptance import DEPTHS, Acceptance, lo
 from echo_trt.speculation.goodput.settings import GoodputTuning
 from echo_trt.speculation.sources import SOURCES
 
-
 LOADED_STEPS = 5  # refits of two bounded steps; larger: a start takes longer, and parameters far away are reached
 
 
