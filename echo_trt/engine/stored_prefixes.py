@@ -163,6 +163,7 @@ class StoredPrefixes:
         """
         begin, waiting = time.perf_counter(), list[int]()
         for slot in slots.tolist():
+            self._loop.counters.cached_tokens += self._batch.skip(np.array([slot]), 1)  # what was read for another
             first, done, start = int(self._batch.committed[slot]) // BLOCK, 0, time.perf_counter()
             for key, entry in self._worthwhile(slot):
                 if not alone and time.perf_counter() - begin > PAUSE:
@@ -240,7 +241,7 @@ class StoredPrefixes:
                 task()
             except (OSError, sqlite3.Error) as error:
                 self._resting = time.monotonic() + REST
-                log.warning("the store takes nothing for %.0f s (%s): make room on its disk.", REST, reason(error))
+                log.warning("the store takes nothing for %.0f s (%s): make room on its disk, or clear it.", REST, reason(error))
 
     def _keep(self, keys: Sequence[bytes]) -> None:
         """Write those blocks of a text that are not kept, or without what a draft has made of them meanwhile."""

@@ -52,11 +52,14 @@ class Store:
         """Open a folder, or make it. ``size``: bytes of blocks at most. Raises UserError where it cannot be used."""
         self._folder, self._size, self._scope = folder, size, scope
         self.damaged = 0  # blocks that were not as they were written
+        self._lock = -1
         try:
             self._lock = _locked(folder)
             self._index = _opened(folder)
             self._read_index()
         except (OSError, sqlite3.Error) as error:
+            with suppress(OSError):
+                os.close(self._lock)
             raise UserError(f"store {folder} cannot be used ({reason(error)}); give another folder.") from error
 
     def _read_index(self) -> None:
