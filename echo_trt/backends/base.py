@@ -33,17 +33,14 @@ class HostFeatureCache:
     """A feature cache in the host's memory, which is taken as rows are written."""
 
     def __init__(self, count: int, width: int):
-        self._rows = np.zeros((count, width), np.float32)  # calloc: only pages that are used take memory
+        self.rows = np.zeros((count, width), np.float32)  # calloc: only pages that are used take memory
 
     def write(self, handles: np.ndarray, outputs: Any, rows: np.ndarray) -> None:
-        self._rows[handles] = outputs[rows]
+        self.rows[handles] = outputs[rows]
 
     def read(self, handles: np.ndarray) -> np.ndarray:
-        found: np.ndarray = self._rows[handles]
+        found: np.ndarray = self.rows[handles]
         return found
-
-    def view(self, rows: slice) -> np.ndarray:
-        return self._rows[rows]
 
 
 class Engine(Protocol):

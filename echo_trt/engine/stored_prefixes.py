@@ -11,11 +11,11 @@ import hashlib
 import logging
 import os
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -28,7 +28,7 @@ from echo_trt.bundle.manifest import Manifest
 from echo_trt.engine.host_memory import bytes_in
 from echo_trt.engine.kv_blocks import DIGEST, NEVER, shareable
 from echo_trt.engine.llm import LLM
-from echo_trt.engine.measure import machine
+from echo_trt.engine.measure import machine, processor_facts
 from echo_trt.errors import UserError
 from echo_trt.files.store import Store, StoredBlock, reason
 from echo_trt.speculation.goodput.model.costs import Curve
@@ -69,35 +69,20 @@ def keep_prefixes(llm: LLM, folder: Path | None, size: str) -> StoredPrefixes | 
 
 def scope_of(manifest: Manifest, networks: Sequence[Sequence[np.ndarray]]) -> bytes:
     """Return what KV blocks depend on beside their text: files, versions, the machine, and how a pool has them."""
-    tools = {*engine_kind(manifest.engine).tools, "numpy", "numba"}
+    loaded = [sys.modules.get(name) for name in (*engine_kind(manifest.engine).tools, "numpy", "numba")]
+    told = processor_facts()
     facts = (
         __version__,
-        [manifest.files[each.file] for each in (manifest.target, manifest.draft) if each],
+        sorted(manifest.files.items()),
         manifest.precision,
         manifest.recipe.draft_precision,
         machine(manifest),
-        _instructions(),
-        sorted((tool, _version(tool)) for tool in tools),
+        told.get("flags") or told.get("Features"),
+        [getattr(module, "__version__", "") for module in loaded],
         os.environ.get("ONEDNN_MAX_CPU_ISA"),
         [[(part.dtype.str, part.shape) for part in network] for network in networks],
     )
     return hashlib.blake2b(repr(facts).encode(), digest_size=DIGEST).digest()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _instructions() -> list[str]:
-    """Return the instructions that the processor knows; nothing where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return []
-    return sorted({word for line in lines if line.startswith(("flags", "Features")) for word in line.split()})
 
 
 class StoredPrefixes:
@@ -241,7 +226,7 @@ class StoredPrefixes:
                 task()
             except (OSError, sqlite3.Error) as error:
                 self._resting = time.monotonic() + REST
-                log.warning("the store takes nothing for %.0f s (%s): make room on its disk, or clear it.", REST, reason(error))
+                log.warning("the store takes nothing for %.0f s (%s): make room on its disk.", REST, reason(error))
 
     def _keep(self, keys: Sequence[bytes]) -> None:
         """Write those blocks of a text that are not kept, or without what a draft has made of them meanwhile."""

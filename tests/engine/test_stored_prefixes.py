@@ -101,6 +101,21 @@ def test_what_is_wrong_with_the_store_costs_warmth_alone(damage, open_llm, store
     assert_all_free(llm.loop)
 
 
+def test_blocks_belong_to_the_files_of_a_bundle_and_to_its_machine(open_llm, monkeypatch):
+    llm = open_llm("close", "static")
+    networks = [llm.loop.target.kv_block(0)]
+
+    def scope(**changes) -> bytes:
+        return stored_prefixes.scope_of(llm.manifest.model_copy(update=changes), networks)
+
+    others = [scope(files=llm.manifest.files | {name: "0"}) for name in llm.manifest.files]  # weights have their own
+    others += [scope(precision="bf16"), scope()]
+    monkeypatch.setattr(stored_prefixes, "processor_facts", lambda: {"flags": "sse2"})
+    others.append(scope())
+    monkeypatch.setattr(stored_prefixes, "__version__", "0.0")
+    assert len({*others, scope()}) == len(llm.manifest.files) + 4
+
+
 def test_one_sender_never_finds_what_another_has_stored(open_llm, stored):
     llm, found = open_llm("lookup", "autoregressive"), []
     for salt in (b"one", b"two", b"one"):

@@ -181,7 +181,7 @@ class Eagle3Drafter(EngineDrafter):
     def kv_block(self, index: int, drafted: bool) -> Sequence[np.ndarray]:
         if drafted or not isinstance(self._features, HostFeatureCache):
             return super().kv_block(index, drafted)
-        return (self._features.view(slice(index * BLOCK, (index + 1) * BLOCK)),)
+        return (self._features.rows[index * BLOCK : (index + 1) * BLOCK],)
 
     def dummy_inputs(self, entries: int) -> dict[str, Any]:
         return {"features": self._features.read(np.zeros(entries, np.int64)), "hidden": self._states.read(NONE)}

@@ -73,6 +73,7 @@ class GoodputPlanner:
         self.sources, self._head = sources, head
         self.costs, self.acceptance = costs, acceptance  # which the learner corrects in place
         self.learner = Learner(costs, acceptance, slots, settings.tuning, block)
+        self.dump, self.load = self.learner.dump, self.learner.load
         self.ladder = Ladder(settings.tuning, acceptance.calibrated)
 
     def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
@@ -149,12 +150,6 @@ class GoodputPlanner:
 
     def totals(self) -> dict[str, dict[str, float]]:
         return self.learner.sources.totals()
-
-    def dump(self) -> bytes:
-        return self.learner.dump()
-
-    def load(self, learnt: bytes) -> None:
-        self.learner.load(learnt)
 
     def gain(self) -> float | None:
         return self.ladder.gain
