@@ -169,6 +169,8 @@ def worker(options: WorkerOptions) -> int:
     return run(options)
 
 
+app.command("echo_trt.cli.store:app", name="store", sort_key=4)
+
 for entry in entry_points(group="echo_trt.commands"):  # echo_trt_lab's
     app.command(entry.value, name=entry.name)  # imported where it is run
 

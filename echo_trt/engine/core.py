@@ -98,6 +98,8 @@ class EngineCore:
         self.pacer = Pacer(batch.count)
         self.scheduler = Scheduler(batch, tuple(eos), self.counters, self.pacer)
         self.drafter = drafter
+        # Takes prefilling slots, and whether nobody decodes; returns those that this pass computes
+        self.restore: Callable[[np.ndarray, bool], np.ndarray] | None = None
         self._blamed = set[tuple[str, str]]()  # policies, and where they failed: told once
         # Gets every iteration, on the thread that steps; None: none
         self.step_callback: Callable[[StepTrace], None] | None = None
@@ -197,6 +199,8 @@ class EngineCore:
     def _plan_chunks(self, seats: Seats) -> Chunks:
         """Divide this iteration's prompt budget among prefilling slots (``InputBatch.divide``)."""
         batch, slots, budget = self.batch, seats.prompts, seats.chunk
+        if self.restore and len(slots):
+            slots = self.restore(slots, len(seats.decoding) == 0)
         if len(slots) == 0:
             return Chunks(slots, slots, slots, slots, slots > 0)
         if len(seats.decoding) == 0:  # no request's next token would wait for a longer call

@@ -205,6 +205,14 @@ class Planner(Protocol):
         """Return sums by source: draft tokens "expected" and "accepted", and "silent" minutes; by default none."""
         return {}
 
+    def dump(self) -> bytes:
+        """Return what it has learnt, for ``load`` in a later process; by default nothing."""
+        return b""
+
+    def load(self, learnt: bytes) -> None:
+        """Begin with what an earlier process has dumped. Raises ValueError or KeyError where that is of no use here."""
+        return
+
     def gain(self) -> float | None:
         """Return the ratio of tokens per second to plain decoding's at the latest load; None, the default: not known.
 

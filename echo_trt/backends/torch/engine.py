@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,12 @@ class TorchEngine(KeepsStates, DeviceEngine):
         if outputs is None:
             outputs = self._forward(Staging(arrays, self.device).upload(arrays))
         return outputs
+
+    def kv_block(self, index: int) -> Sequence[np.ndarray]:
+        if self.device.type != "cpu":
+            return ()
+        bits: np.ndarray = self._pool[:, index].view(torch.uint8).numpy()  # numpy has no bfloat16
+        return (bits,)
 
     @torch.inference_mode()
     def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:

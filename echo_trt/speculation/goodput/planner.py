@@ -73,6 +73,7 @@ class GoodputPlanner:
         self.sources, self._head = sources, head
         self.costs, self.acceptance = costs, acceptance  # which the learner corrects in place
         self.learner = Learner(costs, acceptance, slots, settings.tuning, block)
+        self.dump, self.load = self.learner.dump, self.learner.load
         self.ladder = Ladder(settings.tuning, acceptance.calibrated)
 
     def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
