@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+#: An option of Triton's compiler for every launch: it changes results by rounding, and its default changes with 3.10.
+ROUNDING = {"enable_fp_fusion": True}
 MAX_SPLITS = 32  # splits of one past; larger: a fuller card at batch 1, a longer merge
 MIN_SPLIT_KEYS = 128  # least keys of a split; smaller: more programs, whose merge does not pay
 #: Rows of splits' results (query tokens x heads x splits), of which more than _TAIL_SPLITS a row are kept only up to

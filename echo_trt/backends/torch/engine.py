@@ -21,7 +21,7 @@ from echo_trt.backends.cuda.sizes import (
     Arrays,
     CallBounds,
     capacity_of,
-    empty_calls,
+    empty_call,
     graph_sizes,
     pad,
     size_for,
@@ -112,10 +112,9 @@ class TorchEngine(KeepsStates, DeviceEngine):
 
     @torch.inference_mode()
     def _capture_all(self) -> None:
-        """Capture every size, of entries of each kind, so that no graph is captured while requests wait."""
+        """Capture every size, so that no graph is captured while requests wait."""
         for size in reversed(self._graph_sizes):  # the largest first: the smaller ones find its memory
-            for arrays, capacity in empty_calls(size, self._bounds, self._role.inputs):
-                self._graphs.run(arrays, capacity)
+            self._graphs.run(*empty_call(size, self._bounds, self._role.inputs))
         self._graphs.sealed = True
         self._compile_rest()
 

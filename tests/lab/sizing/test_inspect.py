@@ -43,8 +43,8 @@ def test_a_recipe_says_what_it_would_build_and_need(inspect):
     assert reported["weights"] == "target 16.4 GB, draft 2.0 GB"
     assert reported["KV of a token"] == "target 147,456 bytes, draft 4,096 bytes"
     assert reported["KV pool"] == "8,192 blocks, 262,144 tokens, 39.7 GB"
-    assert reported["features"] == "24,576 bytes of a token of the pool, 6.4 GB"  # 262,144 x 3 x 4,096 x 2 bytes
-    assert reported["taken at the start"].startswith("about 1.3 GB: graphs of the target 0.2 GB, graphs of the draft")
+    assert reported["features"] == "8,192 bytes of a token of the pool, 2.1 GB"  # 262,144 x 4,096 x 2 bytes
+    assert reported["taken at the start"].startswith("about 1.0 GB: graphs of the target 0.2 GB, graphs of the draft")
     assert "host memory" not in reported
     assert reported["H100-80GB"].split(" | ")[:2] == ["1", "yes"]
     assert reported["H100-80GB"].endswith("222")
