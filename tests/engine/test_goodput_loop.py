@@ -17,6 +17,7 @@ from echo_trt.engine.params import SamplingParams
 from echo_trt.speculation.goodput.ladder import Ladder
 
 POLICIES = ("goodput", "goodput-exact")
+DRAFTERS = ("lookup", "model", "close", "dspark")  # one pair of each kind
 #: Every pair at every batch; policies change along the diagonals, so that any two choices meet.
 MATRIX = [
     (pair, batch, POLICIES[(i + j) % 2])
@@ -29,17 +30,18 @@ MATRIX = [
 def test_goodput_writes_the_same_tokens(pair, batch, policy, open_llm, plain_ids):
     llm = open_llm(pair, "autoregressive", batch)
     llm.loop.planner = goodput_planner(llm, machine(), policy)
-    completions = llm.generate(*repeated())
-    assert [c.token_ids for c in completions] == plain_ids(pair)
+    some = slice(None) if batch > 1 else slice(1, None, 2)  # one after another they take long
+    completions = llm.generate(*(part[some] for part in repeated()))
+    assert [c.token_ids for c in completions] == plain_ids(pair)[some]
     assert llm.counters.drafted_tokens > 0
     assert (llm.counters.draft_passes > 0) == (pair != "lookup")
     assert_all_free(llm.loop)
 
 
-@pytest.mark.parametrize(("family", "batch"), [("dflash", 1), ("dspark", 4), ("peagle", 8)])
-def test_block_drafters_of_other_families_write_the_same_tokens(family, batch, open_llm, plain_ids):
+def test_a_block_drafter_of_another_family_writes_the_same_tokens(open_llm, plain_ids):
     """DFlash and DSpark are in PAIRS."""
-    llm = open_llm(family, "autoregressive", batch)
+    family = "peagle"
+    llm = open_llm(family, "autoregressive", 8)
     for policy in ("autoregressive", "echo", "static", "goodput", "goodput-exact"):
         if policy.startswith("goodput"):
             llm.loop.planner = goodput_planner(llm, machine(), policy)
@@ -51,7 +53,7 @@ def test_block_drafters_of_other_families_write_the_same_tokens(family, batch, o
         assert_all_free(llm.loop)
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", DRAFTERS)
 def test_latency_targets_change_no_token(pair, open_llm, plain_ids, monkeypatch):
     """Every fourth request wants more than the machine has, so that others sit out passes, and chunks are small."""
     monkeypatch.setattr("echo_trt.speculation.goodput.model.iteration.MIN_CHUNK", 3)
@@ -110,7 +112,7 @@ def test_much_is_accepted_where_the_draft_is_good(pair, minimum, open_llm):
         assert min(c.accepted_length for c in llm.generate([prompt_ids(5, 0)] * 2, params)) > minimum
 
 
-@pytest.mark.parametrize("pair", [*PAIRS, "gemma3"])
+@pytest.mark.parametrize("pair", [*DRAFTERS, "gemma3"])
 def test_policies_and_costs_may_change_at_every_iteration(pair, open_llm, plain_ids):
     llm = open_llm(pair, "autoregressive", 3)
     planners = {policy: goodput_planner(llm, machine(), policy) for policy in POLICIES}
