@@ -28,6 +28,7 @@ from echo_trt.engine.scheduler import Scheduler
 from echo_trt.errors import UserError, described
 from echo_trt.speculation.accept import accept
 from echo_trt.speculation.arrays import begins, ragged_arange
+from echo_trt.speculation.bill import Bill
 from echo_trt.speculation.drafts import Draft, Pass, TimedDraft
 from echo_trt.speculation.pacer import Pacer, Seats
 from echo_trt.speculation.pack import ForwardBatch, pack
@@ -94,7 +95,7 @@ class EngineCore:
         decodes, an engine may compute more.
         """
         self.target, self.batch, self.planner, self.chunk = target, batch, planner, chunk
-        self.counters = Counters()
+        self.counters, self.bill = Counters(), Bill()
         self.pacer = Pacer(batch.count)
         self.scheduler = Scheduler(batch, tuple(eos), self.counters, self.pacer)
         self.drafter = drafter
@@ -158,6 +159,7 @@ class EngineCore:
             host=seconds - planning - drafting - target.seconds,
         )
         if speculates:
+            self._charge(iteration, emitted[: len(slots)])
             self._ask(lambda: self.planner.observe(iteration))
         if step_callback:
             step_callback(StepTrace(iteration, ids, drafting, sum(len(new) for _, new in emitted), time.time()))
@@ -176,6 +178,16 @@ class EngineCore:
                 reason = str(error) if isinstance(error, UserError) else f"{described(error)}, at {line}"
                 log.warning("policy %s fails (%s); passes where it does go without a draft: mend it.", policy, reason)
             return None
+
+    def _charge(self, iteration: Iteration, emitted: Emitted) -> None:
+        """Add what the requests that decoded have saved against plain decoding, where the policy knows it."""
+        plain = self._ask(lambda: self.planner.plain_cost(iteration.load)) if emitted else None
+        if plain is None:
+            return
+        kept = np.array([len(tokens) for _, tokens in emitted])
+        saved, error = self.bill.charge(iteration, kept, plain, self.proposer)
+        for (request, _), seconds, wrong in zip(emitted, saved.tolist(), error.tolist(), strict=True):
+            request.saved, request.saved_error = (request.saved or 0.0) + seconds, request.saved_error + wrong
 
     def _hold_for_decoding(self) -> np.ndarray:
         """Return decoding slots, which hold KV blocks for their drafts and verifications; the least urgent give way."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -148,6 +148,19 @@ class Iteration:
     host: float
 
 
+class PlainCost(NamedTuple):
+    """What plain decoding of an iteration's requests takes.
+
+    here   seconds of a pass with the iteration's prompts
+    each   seconds of a pass without
+    error  standard error of both, as a share of them
+    """
+
+    here: float
+    each: float
+    error: float
+
+
 class ChainSource:
     """Proposes draft tokens that take no pass of a network; what makes it is named in ``speculation.sources``.
 
@@ -218,6 +231,10 @@ class Planner(Protocol):
 
         Any thread may ask.
         """
+        return None
+
+    def plain_cost(self, load: StepContext) -> PlainCost | None:
+        """Return what plain decoding would take for ``load``; None, the default: not known."""
         return None
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from batches import repeated
-from driving import assert_all_free, goodput_planner, machine, prompt_ids
+from driving import add, assert_all_free, goodput_planner, machine, prompt_ids, run
 from pairs import PAIRS
 from refusal import refused
 
@@ -160,3 +160,27 @@ def test_what_is_learnt_comes_from_what_ran(open_llm):
     assert sum(planner.totals()["accepted"].values()) > 10
     assert planner.learner.history.speedup >= 1
     assert planner.learner.history.host_seconds > 0
+
+
+def test_answers_are_billed_for_what_plain_decoding_would_have_taken(open_llm):
+    """On a machine whose passes take what its costs say, the bill is the difference of the two runs."""
+    llm = open_llm("self", "autoregressive", 3)
+    prompts, params = [prompt_ids(9, seed) for seed in range(3)], SamplingParams(60, ignore_eos=True)
+    llm.loop.planner = planner = goodput_planner(llm, machine(0.02, 0.1))
+    took = []
+    charge = llm.loop.bill.charge
+
+    def recorded(iteration, *given):
+        took.append(planner.clocked(iteration).seconds)
+        return charge(planner.clocked(iteration), *given)
+
+    llm.loop.bill.charge = recorded
+    requests = [add(llm.loop, prompt, max_tokens=60) for prompt in prompts]
+    run(llm.loop)
+    del llm.loop.bill.charge
+    saved, plain = llm.loop.bill.saved.sum(), 59 * 1.04e-3
+    assert saved == pytest.approx(plain - sum(took), rel=0.1)
+    assert saved > 0
+    assert all(request.saved == pytest.approx(saved, rel=0.1) for request in requests)
+    assert 0 < requests[0].saved_error < 0.2 * plain
+    assert llm.generate(prompts, params)
