@@ -187,7 +187,8 @@ class EngineCore:
         kept = np.array([len(tokens) for _, tokens in emitted])
         saved, error = self.bill.charge(iteration, kept, plain, self.proposer)
         for (request, _), seconds, wrong in zip(emitted, saved.tolist(), error.tolist(), strict=True):
-            request.saved, request.saved_error = (request.saved or 0.0) + seconds, request.saved_error + wrong
+            before = request.saved or (0.0, 0.0)
+            request.saved = before[0] + seconds, before[1] + wrong
 
     def _hold_for_decoding(self) -> np.ndarray:
         """Return decoding slots, which hold KV blocks for their drafts and verifications; the least urgent give way."""
@@ -388,8 +389,7 @@ class EngineCore:
         drafted, accepted = (verified.tree.sizes - 1).tolist(), np.maximum(kept - 1, 0).tolist()
         for request, nodes, length in zip(requests, drafted, accepted, strict=True):
             if nodes:
-                request.drafted.append(nodes)
-                request.accepted.append(length)
+                request.drafts.append((nodes, length))
                 self.counters.accepted[length] += 1
         verified.walk.follow(kept, emitted)
         stopped[[*verified.walk.failures]] = True  # a text whose grammar failed ends here, too

@@ -91,8 +91,8 @@ class Request:
     one with the highest ``priority`` number gives way first. It was ``submitted`` and had its first token (``started``)
     at times of time.monotonic().
 
-    drafted, accepted  draft tokens of each verification that had any, and those that the text went on behind
-    saved, saved_error  as of ``Event``
+    drafts  draft tokens of each verification that had any, and those of them that the text went on behind
+    saved   as of ``Event``, with its error
     """
 
     id: int
@@ -103,10 +103,8 @@ class Request:
     sources: list[TokenSource] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt but its first token
     verifications: int = 0
-    drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-    saved: float | None = None
-    saved_error: float = 0.0
+    drafts: list[tuple[int, int]] = field(default_factory=list)
+    saved: tuple[float, float] | None = None
     cached_tokens: int | None = None
     finish_reason: str = ""
     slot: int = -1

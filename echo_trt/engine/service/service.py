@@ -347,8 +347,9 @@ class Service:
         event.reason, event.message, event.prompt_tokens = reason, message, len(request.prompt)
         job.reported = min(job.reported, self._stopped.pop(job, job.reported))
         event.cached_tokens, event.completion_tokens = request.cached_tokens or 0, job.reported
-        event.verifications, event.drafted, event.accepted = request.verifications, request.drafted, request.accepted
-        event.saved, event.saved_error = request.saved, request.saved_error
+        event.verifications = request.verifications
+        event.drafted, event.accepted = ([each[index] for each in request.drafts] for index in range(2))
+        event.saved, event.saved_error = request.saved or (None, 0.0)
         event.predicted = accepted(request.params.prediction_ids, request.generated[: job.reported])
         event.queue_seconds = job.taken and job.taken - request.submitted
         event.first_token_seconds = job.first_token and job.first_token - request.submitted
