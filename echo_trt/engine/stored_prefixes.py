@@ -70,14 +70,14 @@ def keep_prefixes(llm: LLM, folder: Path | None, size: str) -> StoredPrefixes | 
 def scope_of(manifest: Manifest, networks: Sequence[Sequence[np.ndarray]]) -> bytes:
     """Return what KV blocks depend on beside their text: files, versions, the machine, and how a pool has them."""
     loaded = [sys.modules.get(name) for name in (*engine_kind(manifest.engine).tools, "numpy", "numba")]
-    told = processor_facts()
+    reported = processor_facts()
     facts = (
         __version__,
         sorted(manifest.files.items()),
         manifest.precision,
         manifest.recipe.draft_precision,
         machine(manifest),
-        told.get("flags") or told.get("Features"),
+        reported.get("flags") or reported.get("Features"),
         [getattr(module, "__version__", "") for module in loaded],
         os.environ.get("ONEDNN_MAX_CPU_ISA"),
         [[(part.dtype.str, part.shape) for part in network] for network in networks],
