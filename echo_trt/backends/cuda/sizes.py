@@ -65,14 +65,14 @@ def graph_sizes(requests: int, tree: int = LARGEST) -> tuple[Size, ...]:
     its KV twice at most. From 64 tokens on, also for calls that ask for few rows of logits, such as prompt chunks: the
     rows of padding would cost a product with the whole vocabulary.
     """
-    most, sizes = bucket(requests), set()
+    maximum, sizes = bucket(requests), set()
     for tokens in SIZES:
-        counts = {count for count in (4**power for power in range(10)) if count < min(tokens, most)}
-        for count in counts | {min(tokens, most)}:
+        counts = {count for count in (4**power for power in range(10)) if count < min(tokens, maximum)}
+        for count in counts | {min(tokens, maximum)}:
             if tokens < 64 or count > 1 or tokens <= bucket(tree):
                 sizes.add(Size(tokens, tokens, count))
         if tokens >= 64:
-            sizes |= {Size(tokens, _PROMPT_ROWS, 1), Size(tokens, tokens // 4, min(tokens, most))}
+            sizes |= {Size(tokens, _PROMPT_ROWS, 1), Size(tokens, tokens // 4, min(tokens, maximum))}
     return tuple(sorted(sizes))
 
 

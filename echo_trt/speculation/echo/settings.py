@@ -43,9 +43,9 @@ class EchoSettings:
         A budget that leaves each request few draft tokens buys little width, for which more beams would be expanded.
         There are two numbers, so that a device has few graphs.
         """
-        most, narrow = min(self.beams, self.width), min(NARROW, self.beams, self.width)
+        maximum, narrow = min(self.beams, self.width), min(NARROW, self.beams, self.width)
         if self.budget is None or -(-self.spare(requests) // requests) + 1 > narrow:
-            return most
+            return maximum
         return narrow
 
     def reach(self, depth: int, requests: int, spare: int, stops_early: bool = False) -> int:
