@@ -16,7 +16,7 @@ from echo_trt.backends.cuda.calls import Staging
 from echo_trt.backends.cuda.transfers import fetch
 from echo_trt.speculation.sampling import draw as host
 from echo_trt.speculation.sampling.draw import GREEDY, SamplingBatch, part_of
-from super_tree_attention.kernel_plan import ROUNDING
+from super_tree_attention.kernel_plan import ROUNDING, SAMPLING
 
 _LOW = 0xFFFFFFFF
 #: Bytes of logits in float32, and of counts beside them, that penalties and biases change at once. Larger: fewer
@@ -87,7 +87,7 @@ def _launch(kernels: Any, logits: Tensor, nodes: dict[str, np.ndarray], c: Sampl
         sent["row"] = sent["own"]
     names = "row", "index", "parent", "drafted", "inverse", "heat", "gap", "top_k", "top_p", "seed", "position"
     facts = [sent[name] for name in names]
-    shape = {"MASKED": c.masks is not None, "LANES": _LANES, "num_warps": 8} | ROUNDING
+    shape = {"MASKED": c.masks is not None, "LANES": _LANES} | SAMPLING | ROUNDING
     kernels.sample[len(drawn),](logits, sent["masks"], *facts, tokens, size, arrays["masks"].shape[1], **shape)
 
 

@@ -16,7 +16,6 @@ from echo_trt.backends.cuda.device import check_heads, check_room, cuda_device, 
 from echo_trt.backends.cuda.device_rows import DeviceFeatureCache, compile_choice, gathered
 from echo_trt.backends.cuda.engine import DeviceEngine
 from echo_trt.backends.cuda.sizes import (
-    LARGEST,
     SIZES,
     Arrays,
     CallBounds,
@@ -37,6 +36,9 @@ from echo_trt.models.roles import Role
 from echo_trt.speculation.pack import BLOCK, ForwardBatch
 from super_tree_attention import super_tree_attention
 
+#: Tokens of prompts in a call where nobody decodes, which needs no graph: arithmetic hides its launches. Larger: more
+#: memory of activations.
+_PROMPT_ALONE = 2048
 MAX_REQUESTS = 256  # in one call of an engine that is not told its largest calls
 
 
@@ -63,7 +65,7 @@ class TorchEngine(KeepsStates, DeviceEngine):
         resident: bool | None = None,
     ):
         self.num_blocks, self.sizes = num_blocks, SIZES if device == "cuda" else ()
-        self.prefill_alone = LARGEST if self.sizes else 0  # more run without a graph
+        self.prefill_alone = _PROMPT_ALONE if self.sizes else 0
         self.device = cuda_device() if device == "cuda" else torch.device(device)
         config = role.network.config
         self._role = role.to(self.device)

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from echo_trt.models import fp8_kernel
 from super_tree_attention import kernel, layer_kernels, sampling_kernels
-from super_tree_attention.kernel_plan import MAX_SPLITS, ROUNDING, ROWS, registers_of, steps_for, warps_of
+from super_tree_attention.kernel_plan import MAX_SPLITS, ROUNDING, ROWS, SAMPLING, registers_of, steps_for, warps_of
 
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 FP8_FROM = 89  # the first with products in FP8
@@ -114,7 +114,7 @@ def sources(dtype: str, head_dim: int, group: int, architecture: int) -> dict[st
         made[name] = KernelSource(kernel.copy_rows, sizes | {"GATHER": name == "gather_rows"}, {}, {})
     for name, masked in (("sample", False), ("sample_masked", True)):
         constants = {"MASKED": masked, "LANES": 512}
-        made[name] = KernelSource(sampling_kernels.sample, constants, {"num_warps": 8}, _SAMPLED)
+        made[name] = KernelSource(sampling_kernels.sample, constants, SAMPLING, _SAMPLED)
     made["penalise"] = KernelSource(sampling_kernels.penalise, {"BLOCK": 1024}, {}, _PENALISED)
     for name, kind in (("add_counts", "*i32"), ("add_biases", "*fp32")):
         types = _ADDED | {"target": kind, "amount": kind}
