@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +15,16 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from echo_trt.backends.cpu.engine import CPUEngine
-from echo_trt.backends.cpu.formats import FORMATS, GGUF_BYTES, PackedWeights, Weights, pack, pack_gguf, quantised
+from echo_trt.backends.cpu.formats import (
+    AHEAD,
+    FORMATS,
+    GGUF_BYTES,
+    PackedWeights,
+    Weights,
+    pack,
+    pack_gguf,
+    quantised,
+)
 from echo_trt.backends.cpu.network_file import NetworkWriter, network_writer
 from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.kind import CompiledRole
@@ -24,7 +35,8 @@ from echo_trt.models.weights import heights
 UNIT = 32  # to a multiple of which widths are padded, and a head's halves to one of half of it
 FLOATS = {"fp32": "f32", "bf16": "bf16"}
 #: Matrices that have 8 bits in int4, too, since 4 change the choice of tokens most there.
-EIGHT_BITS = ("embed.weight", "lm_head.weight", "router.weight")
+EIGHT_BITS = ("embed.weight", "lm_head.weight")
+ROUTER = ".router.weight"  # which stays in floats: a little less changes the choice of experts
 
 
 def compile_role(role: Role, path: Path, precision: str) -> CompiledRole:
@@ -89,7 +101,9 @@ class _Writing:
     def write(self) -> None:
         for name, tensor in self._network.state_dict().items():
             for index, part in enumerate(self._parts(name)):
-                if tensor.dim() == 2:
+                if tensor.dim() == 3:
+                    self._writer.matrix(part.name, self._stacked(name, index, part, tensor))
+                elif tensor.dim() == 2:
                     self._writer.matrix(part.name, self._packed(name, index, part, tensor[part.rows]))
                 else:
                     values = tensor[part.rows].float().numpy() if tensor.is_floating_point() else tensor.numpy()
@@ -120,6 +134,12 @@ class _Writing:
             size = config.intermediate_size
             yield _Part(f"{above}gate.{leaf}", slice(size), None, self._hidden)
             yield _Part(f"{above}up.{leaf}", slice(size, None), None, self._hidden)
+        elif leaf == "gate_up":
+            size = config.expert_size
+            yield _Part(f"{stem}.gate.weight", slice(size), None, self._hidden)
+            yield _Part(f"{stem}.up.weight", slice(size, None), None, self._hidden)
+        elif leaf == "down":
+            yield _Part(f"{name}.weight", to_columns=spread(config.expert_size))
         elif module == "out":
             yield _Part(name, to_columns=spread(config.head_dim, config.num_heads, halves=True))
         elif module == "down":
@@ -136,9 +156,25 @@ class _Writing:
             is_norm = module.endswith("norm")
             yield _Part(name, to_rows=self._hidden if is_norm else None, to_columns=None if is_norm else self._hidden)
 
+    def _stacked(self, name: str, index: int, part: _Part, tensor: torch.Tensor) -> PackedWeights:
+        """Pack a part of all experts' matrices [experts, N, K], one behind the other, each padded to whole blocks."""
+        stride = len(list(self._parts(name)))
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            packed = list(
+                threads.map(
+                    lambda expert: self._packed(name, expert * stride + index, part, tensor[expert, part.rows]),
+                    range(len(tensor)),
+                )
+            )
+        first, quants = packed[0], [each.quants[:-AHEAD] for each in packed]
+        rows = len(packed) * -(-first.rows // first.lanes) * first.lanes
+        joined = np.concatenate([*quants, np.zeros(AHEAD, np.uint8)])
+        scales = np.concatenate([each.scales for each in packed])
+        return dataclasses.replace(first, rows=rows, quants=joined, scales=scales)
+
     def _packed(self, name: str, index: int, part: _Part, tensor: torch.Tensor) -> PackedWeights:
         """Pack a part of a matrix, as its GGUF file has it where that has blocks of few bits and nothing is padded."""
-        lanes, few = instruction_set().lanes, self._precision.startswith("int")
+        lanes, few = instruction_set().lanes, self._precision.startswith("int") and not name.endswith(ROUTER)
         if (read := self._network.stored.get(name)) and (few or tensor.is_meta):
             kind, blocks = read(index)
             moved = zip((part.to_rows, part.to_columns), tensor.shape, strict=True)
@@ -152,7 +188,7 @@ class _Writing:
 
     def _rounded(self, name: str, tensor: torch.Tensor, part: _Part) -> Weights:
         """Return a matrix in the format that the precision asks for."""
-        kind = FLOATS.get(self._precision)
+        kind = FLOATS.get(self._precision, "f32" if name.endswith(ROUTER) else None)
         if kind == "bf16":
             values = tensor.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
         else:

@@ -44,7 +44,6 @@ KIND = EngineKind(
     precisions=("fp32", "bf16", "int8", "int4"),
     open=_open,
     compiler=_compiler,
-    experts=False,
     blocks=("int8", "int4"),
     tools=("numba", "llvmlite", "torch"),
     check=_check,
