@@ -1,4 +1,4 @@
-"""MkDocs' hooks: files beside docs/ that are linked to join the site; nothing comes from other hosts; docstrings."""
+"""MkDocs' hooks: files beside docs/ that are linked to join the site; nothing comes from other hosts."""
 
 from __future__ import annotations
 
@@ -8,38 +8,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import griffe
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
 FOREIGN = re.compile(r"<(?:script|img|iframe|link rel=.?(?:style|preconn)\S*)[^>]*(?:src|href)=\"?(?:https?:)?//")
 log = logging.getLogger("mkdocs.hooks.docs")
-
-
-#: A line of a docstring that explains a name: the name, two blanks or more, and text.
-NAMED = re.compile(r"^([a-z_]+(?:, [a-z_]+)*)  +(\S.*)$")
-
-
-class NamedLines(griffe.Extension):
-    """Turn a docstring's aligned lines, NAME and its text, into a list; further lines of a text begin with blanks."""
-
-    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring:
-            lines: list[str] = []
-            for line in obj.docstring.value.splitlines():
-                if named := NAMED.match(line):
-                    lines += [""] * bool(lines and lines[-1][:2] not in ("- ", "  ")) + [f"- `{named[1]}`: {named[2]}"]
-                else:
-                    lines.append(f"  {line.strip()}" if line.startswith("  ") else line)
-            obj.docstring.value = "\n".join(lines)
-
-
-def on_startup(**_: Any) -> None:
-    """Import the commands of other packages, whose first sentences the list of commands shows."""
-    from echo_trt.cli.app import app
-
-    app.resolved_commands()
 
 
 def on_files(files: Files, config: Any) -> Files:

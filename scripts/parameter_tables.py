@@ -3,9 +3,8 @@
     python scripts/parameter_tables.py
 
 Sampling parameters (``echo_trt/engine/params.py``) are the inputs of model_repo/echo/config.pbtxt, and tables of
-docs/triton-api.md, docs/request-fields.md and docs/python-api.md; families (``echo_trt/models/families``) are the table
-of docs/models.md; metrics, errors of the API server and environment variables have pages of their own. Sources of
-tokens (``echo_trt/speculation/sources.py``) are shown on the live page and told in docs/openai-api.md.
+docs/triton-api.md, docs/openai-api.md and docs/python-api.md; families (``echo_trt/models/families``) are the table of
+docs/models.md; metrics, errors of the API server and environment variables have tables, too. Sources of tokens (``echo_trt/speculation/sources.py``) are shown on the live page and told in docs/openai-api.md.
 """
 
 from __future__ import annotations
@@ -269,14 +268,17 @@ NOTES = yaml.safe_load((ROOT / "scripts/reference_notes.yaml").read_text())
 WRITTEN: dict[str, list[tuple[str, Callable[[], str]]]] = {
     "model_repo/echo/config.pbtxt": [(r"(^input \[\n)(?:.*?\n)(\]$)", config_inputs)],
     "docs/triton-api.md": [(r"(^)\| input \|(?:[^\n]*\n\|)*[^\n]*\n()", triton_table)],
-    "docs/request-fields.md": [(r"(^)\| field \| type \|(?:[^\n]*\n\|)*[^\n]*\n()", openai_table)],
     "docs/models.md": [(r"(^)\| family \|(?:[^\n]*\n\|)*[^\n]*\n()", models_table)],
     "docs/python-api.md": [(section("Sampling parameters"), python_table)],
     "docs/metrics.md": [
         (section("The engine's"), engine_metrics),
         (section("The API server's"), server_metrics),
+        (section("Names of other servers"), aliases_table),
     ],
-    "docs/openai-api.md": [(r"(^)\| `source` \|(?:[^\n]*\n\|)*[^\n]*\n()", sources_table)],
+    "docs/openai-api.md": [
+        (r"(^)\| field \| type \|(?:[^\n]*\n\|)*[^\n]*\n()", openai_table),
+        (r"(^)\| `source` \|(?:[^\n]*\n\|)*[^\n]*\n()", sources_table),
+    ],
     "docs/live-page.md": [(r"(^\| `source` \| )[^;\n]*(; 0 at the root)", source_numbers)],
     "echo_trt/server/page/dom.js": [(r"(^export const SOURCES = \[\n)(?:  \{[^\n]*\n)*(\];)", page_sources)],
     "echo_trt/server/page/style.css": [
@@ -284,8 +286,7 @@ WRITTEN: dict[str, list[tuple[str, Callable[[], str]]]] = {
         (r"(^)    --head: [^\n]*\n(?:    --\w+: #\w+;\n)*?(    --bar-root)", partial(page_colours, 1, "    ")),
         (r"(^)(?:\.s-(?!target)\w+ [^\n]*\n)+()", page_lines),
     ],
-    "docs/metric-names.md": [(section("Names of other servers"), aliases_table)],
-    "docs/errors.md": [(section("The API server's answers"), errors_table)],
+    "docs/troubleshooting.md": [(section("The API server's answers"), errors_table)],
     "docs/environment.md": [(section(title), partial(variables_table, title)) for title in NOTES["variables"]],
 }
 

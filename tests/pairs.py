@@ -22,7 +22,17 @@ import numpy as np
 import torch
 from byte_tokenizer import CORPUS, END, VOCAB, byte_tokenizer
 from models.block_checkpoints import block_raw, block_tensors, write_block
-from models.checkpoints import BUILDERS, add_tensors, head_config, head_tensors, mtp_tensors, qwen3, qwen3_5, write_head
+from models.checkpoints import (
+    BUILDERS,
+    HYBRID_LAYERS,
+    add_tensors,
+    head_config,
+    head_tensors,
+    mtp_tensors,
+    qwen3,
+    qwen3_5,
+    write_head,
+)
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from echo_trt.backends.cuda.sizes import CallBounds
@@ -182,7 +192,7 @@ def _write_close_pair(folder: Path) -> None:
 def _write_hybrid(folder: Path) -> None:
     """Write a target of delta-net layers that looks mostly at its last token, and an MTP head that does the same."""
     write_tokenizer(folder)
-    target = qwen3_5(**SIZES | {"num_hidden_layers": 4})
+    target = qwen3_5(**SIZES | HYBRID_LAYERS)
     head = mtp_tensors(target)
     for name, parameter in [*target.named_parameters(), *head.items()]:
         if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):

@@ -48,7 +48,7 @@ def test_commands_have_these_options(page):
             assert {word for word in words if re.match(r"-{1,2}[a-z]", word)} <= known, line
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/quickstart-gpu.md", "docs/migrating-from-tensorrt-llm.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart-gpu.md", "docs/migrating.md"])
 def test_a_first_run_reads_files_that_exist(name):
     commands = "".join(match[0] for match in FENCE.finditer((ROOT / name).read_text()))
     files = re.findall(r"(?:--prompts |\b)((?:[\w-]+/)*[\w-]+\.jsonl|build/\S+\.yaml|scripts/[\w/.-]+)", commands)

@@ -15,12 +15,18 @@ from echo_trt.bundle.recipe import Sampling
 from echo_trt.engine.params import PARAMETERS, SamplingParams
 
 ROOT = Path(__file__).parents[1]
+REFERENCE = runpy.run_path(str(ROOT / "scripts/reference.py"))
 TABLES = runpy.run_path(str(ROOT / "scripts/parameter_tables.py"))
 
 
 @pytest.mark.parametrize("name", TABLES["WRITTEN"])
 def test_what_is_written_elsewhere_is_the_table_s(name):
     assert TABLES["rewritten"](name) == (ROOT / name).read_text(), "run python scripts/parameter_tables.py"
+
+
+@pytest.mark.parametrize("name", REFERENCE["PAGES"])
+def test_the_reference_is_the_code_s(name):
+    assert REFERENCE["written"](name) == (ROOT / name).read_text(), "run python scripts/reference.py"
 
 
 def test_the_docs_name_every_variable_that_the_package_reads():

@@ -1,4 +1,4 @@
-"""Prompt files: one JSON object per line, with ``id`` and ``prompt``, or ``turns`` (the first is used).
+"""Prompt files: one JSON object per line, with ``id`` and ``prompt``, or ``turns`` (``bench --turns`` asks later ones).
 
 Files of MT-bench are read as they are: their ``question_id`` is an id.
 """
@@ -22,6 +22,7 @@ LARGEST = 2**30  # bytes of a file; larger: likewise
 class Prompt:
     id: str
     text: str
+    later: tuple[str, ...] = ()  # turns
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -61,12 +62,15 @@ def _parse(line: bytes, where: str) -> Prompt:
         raise UserError(f"{where}: not valid JSON ({error}); give one object per line.") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: holds {type(row).__name__}, not an object; give one with id and prompt.")
-    text = row.get("prompt")
+    text, later = row.get("prompt"), []
     if text is None and isinstance(row.get("turns"), list) and row["turns"]:
-        text = row["turns"][0]
+        text, *later = row["turns"]
     if not isinstance(text, str) or not text:
         raise UserError(f"{where}: prompt (or the first of turns) must be a string that is not empty.")
     name = row.get("id", row.get("question_id"))
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise UserError(f"{where}: id is {shown(name)}; give a string or a whole number.")
-    return Prompt(encodable(str(name), f"{where}: id"), encodable(text, f"{where}: prompt"))
+    if not all(isinstance(turn, str) and turn for turn in later):
+        raise UserError(f"{where}: turns must be strings that are not empty.")
+    turns = tuple(encodable(turn, f"{where}: turns") for turn in later)
+    return Prompt(encodable(str(name), f"{where}: id"), encodable(text, f"{where}: prompt"), turns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
@@ -34,7 +35,7 @@ from echo_trt.server.answer_types import (
     Usage,
 )
 from echo_trt.server.choices import ClientGone, PieceStream
-from echo_trt.server.errors import ApiError
+from echo_trt.server.errors import ApiError, stopped
 from echo_trt.server.fields import RequestBody
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.schemas import ChatRequest, CompletionRequest, Params
@@ -80,7 +81,8 @@ class Answer(ABC, Generic[Requested]):
                 yield self.written(event)
             if self.last:
                 yield self.last
-        except ApiError as error:
+        except (ApiError, asyncio.CancelledError) as ended:  # cancelled: by the server's end
+            error = ended if isinstance(ended, ApiError) else stopped()
             self.error = error.logged()
             for event in self.failed(self._requested.in_client_fields(error)):
                 yield self.written(event)

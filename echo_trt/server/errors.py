@@ -123,6 +123,12 @@ def unavailable(reason: str = "") -> ApiError:
     return ApiError(503, message, "server_error", retry_after=5, reason=reason)
 
 
+def stopped() -> ApiError:
+    """503: the server ends, and the time for answers in flight is over."""
+    message = "The server stopped before this answer was finished; ask again in a few seconds."
+    return ApiError(503, message, "server_error", retry_after=5)
+
+
 def full() -> ApiError:
     """503: requests of others are answered on all connections."""
     message, headers = "All connections of this server are in use; retry in a second.", {"Connection": "close"}

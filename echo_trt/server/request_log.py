@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from echo_trt.files.log import REQUEST_ID
 from echo_trt.server.edge import OPEN
-from echo_trt.server.errors import ApiError
+from echo_trt.server.errors import ApiError, stopped
 from echo_trt.server.keys import Keys
 
 if TYPE_CHECKING:
@@ -141,6 +141,9 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, named_send)
+        except asyncio.CancelledError:  # by the server's end
+            if not record.status:
+                await stopped().response(scope)(scope, receive, named_send)
         except Exception:
             if record.status:
                 record.status = 500

@@ -122,7 +122,7 @@ class Reasoning(Strict):
     generate_summary: str | None = None
 
 
-#: Sampling parameters of one value that both endpoints have by their own names (docs/request-fields.md).
+#: Sampling parameters of one value that both endpoints have by their own names (docs/openai-api.md).
 SHARED = tuple(name for name, known in SINGLE.items() if known.openai is not None)
 if TYPE_CHECKING:
 
@@ -135,7 +135,7 @@ else:
 
 
 class Params(Sampled):
-    """What both endpoints share. ``top_k`` and others are not OpenAI's (docs/request-fields.md)."""
+    """What both endpoints share. ``top_k`` and others are not OpenAI's (docs/openai-api.md)."""
 
     ALSO = (*ALIASES, "best_of")
     NEUTRAL: ClassVar = {"max_tokens": (-1,), "max_completion_tokens": (-1,), "n_predict": (-1,), "stop": ("",)}

@@ -182,7 +182,7 @@ class Planner(Protocol):
     )
 
     def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
-        """Choose the super-tree to verify for ``roots`` int64 [B], the requests' pending tokens."""
+        """Choose the super-tree to verify for ``roots`` int64 [B], the requests' last tokens."""
 
     def admit(self, seats: Seats) -> Seats:
         """Return the part of ``seats`` that is in the next pass, by default all; asked where there is a pace to keep.

@@ -1,6 +1,6 @@
 """The Triton kernels: attention over a super-tree, the merge of its splits, and the move of KV rows.
 
-docs/internals/kernel.md explains the algorithm. The launch follows from shapes alone (``kernel_plan``), so a program
+docs/internals/gpu.md explains the algorithm. The launch follows from shapes alone (``kernel_plan``), so a program
 searches for its request itself.
 """
 

@@ -255,7 +255,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
             **{f"{policy}, K {used:,}": {"policy": policy, **gated} for policy in ("dense", "fixed", ECHO)},
             f"echo 3/3, K {top:,}": {"policy": ECHO, "levels": "high", "gates": "calibrated", "budget": top},
             "goodput": {"policy": "goodput"},
-            "optimum": {"policy": "oracle"},
+            "bound": {"policy": "oracle"},
         }
         lines = []
         for batch in loads:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from backends.cut_graph import CutGraph
-from models.checkpoints import BUILDERS
+from models.checkpoints import BUILDERS, HYBRID_LAYERS
 from pairs import SIZES, VOCAB
 from transformers import AutoModelForCausalLM
 
@@ -39,7 +39,7 @@ BLOCKS, PROMPT, MORE = 3, 37, 9
 CHANGES: dict[str, dict[str, Any]] = {
     "gemma3": {"sliding_window": 20},
     "mistral": {"sliding_window": 20},
-    "qwen3_5": {"num_hidden_layers": 4},
+    "qwen3_5": HYBRID_LAYERS,
     "smollm3": {"no_rope_layer_interval": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }

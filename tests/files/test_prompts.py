@@ -19,7 +19,7 @@ def test_prompt_or_the_first_of_turns(tmp_path):
         '{"question_id": 81, "turns": ["of MT-bench"]}\n',
         "utf-8",
     )
-    assert read_prompts(file) == [Prompt("a", "één"), Prompt("7", "first"), Prompt("81", "of MT-bench")]
+    assert read_prompts(file) == [Prompt("a", "één"), Prompt("7", "first", ("second",)), Prompt("81", "of MT-bench")]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
@@ -36,6 +36,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
         (b'["x"]', ["line 1", "object"]),
         (b'{"id": 1}', ["line 1", "prompt"]),
         (b'{"id": 1, "turns": []}', ["line 1", "turns"]),
+        (b'{"id": 1, "turns": ["x", 2]}', ["line 1", "turns"]),
         (b'{"id": 1, "prompt": 5}', ["line 1", "prompt"]),
         (b'{"prompt": "x"}', ["line 1", "id", "None"]),
         (b'{"id": [' + b"1, " * 500 + b'1], "prompt": "x"}', ["line 1", "id is [1, 1,", "…; give a string"]),

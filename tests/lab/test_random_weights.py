@@ -34,8 +34,12 @@ from echo_trt_lab.synthetic_text import VARIABLE
 
 @pytest.fixture
 def shape_only(networks, tmp_path) -> Path:
-    """Return the networks' configurations and tokenizers, without weights."""
-    return Path(shutil.copytree(networks, tmp_path / "shapes", ignore=shutil.ignore_patterns("*.safetensors")))
+    """Return the networks' configurations and tokenizers, without weights; of the hybrid, as few layers as can be."""
+    shapes = Path(shutil.copytree(networks, tmp_path / "shapes", ignore=shutil.ignore_patterns("*.safetensors")))
+    hybrid = json.loads((shapes / "hybrid/config.json").read_text())
+    hybrid |= {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    (shapes / "hybrid/config.json").write_text(json.dumps(hybrid))
+    return shapes
 
 
 def parameters(checkpoint) -> int:

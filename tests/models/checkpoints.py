@@ -79,6 +79,10 @@ def qwen3_moe(**changes: Any) -> PreTrainedModel:
     return randomise(Qwen3MoeForCausalLM(config))
 
 
+#: A hybrid as small as one can be that has two layers of one kind: a trace takes seconds for each delta-net layer.
+HYBRID_LAYERS = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "linear_attention", "full_attention"]}
+
+
 def qwen3_5(**changes: Any) -> PreTrainedModel:
     linear = {f"linear_num_{kind}_heads": heads for kind, heads in (("key", 2), ("value", 4))}
     linear |= {"linear_key_head_dim": 8, "linear_value_head_dim": 12}

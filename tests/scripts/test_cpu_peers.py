@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 from echo_trt_lab.cpu_peers.table import markdown
 
-SCRIPTS = Path(__file__).parents[2] / "scripts" / "benchmarks"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "cpu_peers.py"
 
 
 def row(policy: str, rate: float | None, ratio: float | None, **more: object) -> dict:
@@ -31,14 +30,13 @@ def test_the_table_has_ours_once_and_a_row_for_every_peer():
     assert {line.count("|") for line in lines} == {12}
 
 
-def test_an_engine_that_does_not_run_is_left_out_with_a_reason(bundle_of, tmp_path):
-    words = [SCRIPTS / "cpu_peers.py", bundle_of("lookup"), "--engines", "vllm-eagle3,llama.cpp", "--batch", "1"]
-    words += ["--folder", tmp_path / "peers", "--json", tmp_path / "peers.json"]
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_an_engine_that_does_not_run_is_left_out_with_a_reason(bundle_of, tmp_path, capsys):
+    main, folder = runpy.run_path(str(SCRIPT))["main"], tmp_path / "peers"
+    main([bundle_of("lookup")], engines="vllm-eagle3,llama.cpp", folder=folder, json_file=tmp_path / "peers.json")
+    output = capsys.readouterr()
     left_out = json.loads((tmp_path / "peers.json").read_text())["left_out"]
     assert list(left_out) == ["lookup: vllm-eagle3", "lookup: llama.cpp"]
     assert "kind lookup" in left_out["lookup: vllm-eagle3"]
     assert "GGUF" in left_out["lookup: llama.cpp"]
-    assert done.stdout == ""
-    assert done.stderr.count("is left out: ") == 2
+    assert output.out == ""
+    assert output.err.count("is left out: ") == 2

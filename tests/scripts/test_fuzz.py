@@ -17,7 +17,7 @@ SCRIPT = ROOT / "scripts" / "proofs" / "fuzz.py"
 @pytest.mark.slow
 def test_random_requests_in_a_crowd_are_answered_as_by_plain_decoding(networks):
     """The first seeds have rounds of every kind but promises, which build bundles."""
-    command = [sys.executable, SCRIPT, "--seed", "1", "--minutes", "0.2", "--pairs", "close,lookup"]
+    command = [sys.executable, SCRIPT, "--seed", "1", "--minutes", "0.1", "--pairs", "close,lookup"]
     command += ["--networks", networks, "--only", "loop,service,door"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -7,12 +7,14 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
+import httpx
 import psutil
 import pytest
-from server.running import KEY, alone, is_up, running
+from server.running import COMPLETION, KEY, Door, alone, engine_of, is_up, running
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -264,3 +266,23 @@ def test_the_process_survives_more_connections_than_descriptors_and_says_no_more
         lines = (tmp_path / "log").read_text().splitlines()
         expected = ("/v1/models", "Invalid HTTP", "All connections of this server are in use")
         assert not [each for each in lines if not any(known in each for known in expected)]
+
+
+def test_answers_that_the_end_of_the_server_cuts_end_with_a_sentence(long_bundle, caplog):
+    """The time for answers in flight is over at once: a stream gets a last event, another answer a status."""
+    body = COMPLETION | {"max_tokens": 1400, "ignore_eos": True}
+    with engine_of(long_bundle) as engine, ThreadPoolExecutor() as pool:
+        door = Door(engine, server={"timeout_graceful_shutdown": 0})
+        url = f"http://127.0.0.1:{door.openai}/v1/completions"
+        whole = pool.submit(httpx.post, url, json=body, timeout=60)
+        with httpx.stream("POST", url, json=body | {"stream": True}, timeout=60) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: ")
+            wait_until(lambda: len(door._server.server_state.tasks) == 2)
+            door.kill()
+            last = [line for line in lines if line][-1]
+        answer = whole.result()
+    assert "The server stopped before this answer was finished" in last
+    assert answer.status_code == 503
+    assert "The server stopped before this answer was finished" in answer.text
+    assert "Traceback" not in caplog.text

@@ -148,7 +148,7 @@ REFUSED = [(path, {name: value}, name) for path, fields in VALUES.items() for na
 REFUSED += [(path, *case) for path, cases in CHANGES.items() for case in cases]
 ABOUT = {"prompt_cache_retention": "24h", "request_id": "r", "prompt_cache_options": {"ttl": 5}, "user": "u"}
 #: Path -> changes of its body with which it passes to the engine.
-#: What "vllm bench serve" sends beside a prompt (docs/beside-other-engines.md).
+#: What "vllm bench serve" sends beside a prompt (docs/measure.md).
 BENCH = {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True, "temperature": 0.0}
 PASSED: dict[str, list[dict[str, Any]]] = {
     "/v1/completions": [BENCH | {"max_tokens": 8, "repetition_penalty": 1.0, "logprobs": None}],
@@ -214,7 +214,7 @@ def test_what_clients_send_passes_to_the_engine(client, path, change):
 
 
 def test_vllms_fields_are_taken_or_refused_as_their_page_says(client):
-    page = (Path(__file__).parents[2] / "docs/migrating-from-vllm.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/migrating.md").read_text()
     listed = re.findall(r"^\| (.+) \| (.+) \|$", page, re.MULTILINE)
     rows = {said: re.findall(r"`([\w.]+)`", names) for names, said in listed}
     for name in rows["refused; null is taken"]:

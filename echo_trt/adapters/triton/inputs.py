@@ -82,7 +82,7 @@ INPUTS: tuple[Tensor, ...] = (
         "stream",
         "BOOL",
         False,
-        "several responses; over HTTP use `generate_stream` then ([why](triton-clients.md#limits-of-triton))",
+        "several responses; over HTTP use `generate_stream` then ([why](triton-api.md#limits-of-triton))",
     ),
     Tensor("exclude_input_in_output", "BOOL", True, "false: the prompt precedes the answer, unless it is a chat"),
     Tensor("return_perf_metrics", "BOOL", False, "the statistics below"),
@@ -91,7 +91,7 @@ INPUTS: tuple[Tensor, ...] = (
         "INT32",
         0,
         "lowest first, then by arrival; where KV blocks are short, the highest number is preempted first; "
-        "-2147483648 is for [probes](operations.md#probes)",
+        "-2147483648 is for [probes](serving.md#probes)",
     ),
     Tensor("deadline_ms", "INT32", 0, "after so long the answer ends as it is; 0 is never", "0 or more"),
 )

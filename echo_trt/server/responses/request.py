@@ -52,7 +52,7 @@ class EventOptions(Strict):
 
 
 class ResponsesRequest(TranslatedRequest):
-    """What is asked. ``top_k`` and others of CHAT_FIELDS are not OpenAI's (docs/request-fields.md)."""
+    """What is asked. ``top_k`` and others of CHAT_FIELDS are not OpenAI's (docs/openai-api.md)."""
 
     NEUTRAL: ClassVar = {"max_output_tokens": (-1,)}
 

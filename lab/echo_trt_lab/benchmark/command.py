@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from echo_trt.engine.core import EngineCore
 from echo_trt.engine.kv_blocks import blocks_for
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.measure import machine
-from echo_trt.engine.params import MAX_AT_ONCE
+from echo_trt.engine.params import MAX_AT_ONCE, SamplingParams
 from echo_trt.errors import UserError
 from echo_trt.files.prompts import Prompt, read_prompts
 from echo_trt.speculation.echo.settings import EchoSettings
@@ -69,6 +69,7 @@ def run(job: BenchOptions, out: Console, messages: Console) -> dict[str, Any]:
             "precision": computes_in(llm.manifest),
             "max_tokens": job.max_tokens,
             "texts": f"temperature {job.temperature:g}, seed {job.seed}" if job.temperature else "greedy",
+            "turn": job.turns,
             "static": tree_named(llm.manifest.recipe.decoding.static.model_dump()),
             **({"synthetic_text": nets.text.rates.sentence} if isinstance(nets, SyntheticNetworks) else {}),
             "prompts": {name: len(rows) for name, rows in sets.items()},
@@ -77,11 +78,14 @@ def run(job: BenchOptions, out: Console, messages: Console) -> dict[str, Any]:
         }
         with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
             kinds = [("all", sets)] + [(name, {name: rows}) for name, rows in sets.items() if job.each_file]
-            cells = [
-                (batch, name, [llm.chat_ids(prompt.text) for prompt in drawn(rows, max(job.requests, 2 * batch))])
+            chosen = [
+                (batch, name, drawn(rows, max(job.requests, 2 * batch)))
                 for batch in job.batches
                 for name, rows in kinds
             ]
+            every = {prompt for *_, prompts in chosen for prompt in prompts}
+            ids = asked(llm, every, job.turns, job.max_tokens)
+            cells = [(batch, name, [ids[prompt] for prompt in prompts]) for batch, name, prompts in chosen]
             loops = _loops(llm, policies, job.budget)
             task = progress.add_task("bench", total=len(cells))
             for batch, name, prompts in cells:
@@ -177,6 +181,20 @@ def _note_caches(result: dict[str, Any], messages: Console) -> None:
             "first tokens, prefill and whole requests.",
             highlight=False,
         )
+
+
+def asked(llm: LLM, prompts: Iterable[Prompt], turns: int, max_tokens: int) -> dict[Prompt, list[int]]:
+    """Return each prompt's token ids: its conversation up to that turn, as far as it goes."""
+    conversations = {prompt: [{"role": "user", "content": prompt.text}] for prompt in prompts}
+    for turn in range(turns - 1):
+        going = [prompt for prompt in conversations if len(prompt.later) > turn]
+        answers = llm.chat([conversations[prompt] for prompt in going], SamplingParams(max_tokens)) if going else []
+        for prompt, answer in zip(going, answers, strict=True):
+            conversations[prompt] += [
+                {"role": "assistant", "content": answer.text},
+                {"role": "user", "content": prompt.later[turn]},
+            ]
+    return {prompt: llm.chat_ids(messages) for prompt, messages in conversations.items()}
 
 
 def drawn(sets: dict[str, list[Prompt]], count: int) -> list[Prompt]:

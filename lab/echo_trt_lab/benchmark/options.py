@@ -48,6 +48,9 @@ class BenchOptions:
     requests: Annotated[
         int, Parameter(help="Requests of a run, at least; two per slot.", validator=bounds(2, 1_000_000))
     ] = 32
+    turns: Annotated[
+        int, Parameter(help="Ask this turn of each prompt, behind the target's own answers.", validator=bounds(1))
+    ] = 1
     each_file: Annotated[Flag, Parameter(help="Also run each prompts file by itself.")] = False
     temperature: Annotated[float, Parameter(help="0 is greedy.", validator=bounds(0, 2))] = 0.0
     seed: Annotated[int, Parameter(help="Of sampled texts.", validator=bounds(0))] = 0

@@ -13,7 +13,7 @@ class City(BaseModel):
     population: int = Field(ge=0, le=50_000_000)
 
 
-llm = ChatOpenAI(model=MODEL, base_url=BASE, api_key="none", temperature=0, max_tokens=96)
+llm = ChatOpenAI(model=MODEL, base_url=BASE, api_key="none", temperature=0, max_tokens=256)
 tried("invoke", lambda: llm.invoke("Say hello.").content)
 tried("stream", lambda: "".join(chunk.content for chunk in llm.stream("Say hello.")))
 tried("batch", lambda: [answer.content for answer in llm.batch(["Say hello.", "Say goodbye."])])

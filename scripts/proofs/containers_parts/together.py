@@ -81,7 +81,7 @@ def scraped(bench: Bench, servers: int) -> str:
 
 
 def write_keys(bench: Bench, text: str, user: int = USER) -> None:
-    """Write the mounted folder's file as docs/compose.md rotates it."""
+    """Write the mounted folder's file as docs/deployment.md rotates it."""
     new = bench.folder / "keys/next"
     new.parent.mkdir(exist_ok=True)
     new.write_text(f"{text}\n")
@@ -169,7 +169,7 @@ def dynamo(bench: Bench) -> str:
 
 
 def podman(bench: Bench) -> str:
-    """Walk docs/kubernetes.md as far as podman goes: claim, copied bundle, Secret, Deployment, probes."""
+    """Walk docs/deployment.md as far as podman goes: claim, copied bundle, Secret, Deployment, probes."""
     folder = bench.folder / "podman"
     folder.mkdir()
     settings = (
@@ -181,7 +181,7 @@ def podman(bench: Bench) -> str:
     play = partial(run, "podman", "--log-level", "error", *state, env=environment, seconds=300)
     key = secrets.token_urlsafe(32)
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "echo-trt-keys"}, "stringData": {"keys": key}}
-    [claim] = re.findall(r"(?ms)^```yaml\n(.*?)^```", (PROJECT / "docs/kubernetes.md").read_text())
+    [claim] = re.findall(r"(?ms)^```yaml\n(.*?)^```", (PROJECT / "docs/deployment.md").read_text())
     texts = {
         "bundle": claim.replace("registry.example.com/", "localhost/"),
         "secret": yaml.safe_dump(secret),

@@ -5,6 +5,7 @@ One frontend and two workers serve all tests here, which leave them whole; the l
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -47,8 +48,9 @@ def prompt_of(name: str) -> list[int]:
     return prompt_ids(40, sorted(ASKED).index(name))
 
 
-def whole(offline: LLM, name: str) -> Completion:
-    given = GREEDY | ASKED[name]
+@functools.cache
+def whole(offline: LLM, name: str, length: int = LENGTH) -> Completion:
+    given = GREEDY | ASKED[name] | {"max_tokens": length}
     return offline.generate([prompt_of(name)], SamplingParams(**given))[0]
 
 
@@ -263,8 +265,7 @@ def all_moved(cluster: Cluster, offline: LLM, number: int, victim: int = 0) -> i
         thread.join(SECONDS)
         assert not thread.is_alive(), f"the answer of {name} does not end: {cluster.log[-4000:]}"
     for name in moving:
-        given = GREEDY | ASKED[name] | {"max_tokens": LONG}
-        assert_same(replies[name], offline.generate([prompt_of(name)], SamplingParams(**given))[0])
+        assert_same(replies[name], whole(offline, name, LONG))
     assert cluster.log.count("migration retry scheduled") > moves
     return victim
 

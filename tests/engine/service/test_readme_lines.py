@@ -13,9 +13,10 @@ import pytest
 from served import Served, needs_triton
 
 ROOT = Path(__file__).parents[3]
+PAGES = ("triton-api", "openai-api", "quickstart-cpu", "from-ollama", "capacity", "latency-targets", "troubleshooting")
 DOCS = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("triton-api", "triton-clients", "openai-api", "responses", "other-apis")),
+    *(f"docs/{name}.md" for name in PAGES),
 )
 EXAMPLE = ROOT / "examples" / "server_client.py"
 QUESTION = {"text_input": "Why is the sky blue?", "chat": True}
@@ -47,7 +48,7 @@ CURLS, SNIPPETS = commands(), blocks("python")
 
 
 def run(server: Served, words: list[str], text: str) -> str:
-    for usual, real in ((8000, server.http), (8001, server.grpc), (9000, server.openai)):
+    for usual, real in ((8000, server.http), (8001, server.grpc), (9000, server.openai), (11434, server.openai)):
         text = text.replace(f"localhost:{usual}", f"127.0.0.1:{real}")
     done = subprocess.run([*words, text], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
@@ -65,6 +66,10 @@ def test_there_are_such_lines_for_every_client():
 @pytest.mark.parametrize("command", [command for _, command in CURLS])
 def test_curl(server, command):
     answer = run(server, ["bash", "-c"], command)
+    if '"stream": true' not in command and "/v2/" not in command and "/api/" not in command:
+        answer = json.loads(answer.rpartition("\n\n")[2].rpartition("\r\n\r\n")[2])
+        assert answer.keys() & {"choices", "ttft_ms"} or answer["error"]["param"] in command
+        return
     if "/v1/" in command:
         lines = [line.removeprefix("data: ") for line in answer.split("\n\n") if line]
         assert lines[-1] == "[DONE]"

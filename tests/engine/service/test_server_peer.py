@@ -22,6 +22,7 @@ from starlette.routing import Route
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.models.tokenizer import load_tokenizer
+from echo_trt_lab import load
 from echo_trt_lab.benchmark.command import run
 from echo_trt_lab.benchmark.options import BenchOptions
 from echo_trt_lab.benchmark.peer_openai import OpenAIPeer, Server
@@ -124,13 +125,14 @@ def test_a_refusal_of_the_server_is_told(roomy_bundle, url):
         peer.run([[5] * 490], 1, 64)
 
 
-def test_a_server_s_doors_are_loaded_in_turns_and_compared(prompts, url, server, tmp_path):
-    script, out = ROOT / "scripts" / "benchmarks" / "serve_load.py", tmp_path / "load.json"
-    words = [prompts, "--streams", "1,3", "--seconds", 1, "--rounds", 2, "--max-tokens", 16, "--json", out]
-    words += ["--url", f"openai={url}", "--url", f"triton=grpc://127.0.0.1:{server.grpc}"]
-    done = subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 4
+def test_a_server_s_doors_are_loaded_in_turns_and_compared(prompts, url, server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(load, "SETTLE_S", 0.2)
+    out, urls = tmp_path / "load.json", [f"openai={url}", f"triton=grpc://127.0.0.1:{server.grpc}"]
+    with pytest.raises(SystemExit) as done:
+        load.main([prompts], urls, streams="1,3", seconds=0.5, rounds=2, max_tokens=16, json_file=out)
+    output = capsys.readouterr()
+    assert done.value.code == 0, output.err
+    assert len(output.out.splitlines()) == 4
     rows = json.loads(out.read_text())
     order = [(row["round"], row["streams"], row["server"]) for row in rows]
     assert order == [(r, s, name) for r in (0, 1) for s in (1, 3) for name in ("openai", "triton")[:: 1 - 2 * r]]
