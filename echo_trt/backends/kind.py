@@ -74,6 +74,7 @@ class EngineKind:
     preference   the engine with the highest one that suits a machine is taken there where nobody names one
     states       whether it keeps the states of delta-net layers
     experts      whether it runs mixtures of experts
+    chosen       whether it computes a token's chosen experts alone
     blocks       precisions in which it takes matrices in a file's blocks of few bits as they are
     divides      whether it divides a target among GPUs
     fixed_pool   whether the KV pool's size is compiled in
@@ -96,6 +97,7 @@ class EngineKind:
     preference: int = 0
     states: bool = False
     experts: bool = True
+    chosen: bool = False
     blocks: tuple[str, ...] = ()
     divides: bool = False
     fixed_pool: bool = False

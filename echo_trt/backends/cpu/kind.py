@@ -44,6 +44,7 @@ KIND = EngineKind(
     precisions=("fp32", "bf16", "int8", "int4"),
     open=_open,
     compiler=_compiler,
+    chosen=True,
     blocks=("int8", "int4"),
     tools=("numba", "llvmlite", "torch"),
     check=_check,
