@@ -35,11 +35,13 @@ class CompiledRole:
     file     its name in the bundle
     open     opens the file with a number of KV blocks, for the self-check; None: it cannot run here by itself
     longest  tokens of one call at most; None: any number
+    layers   how many of the network's first layers ``open`` has; None: all
     """
 
     file: str
     open: Callable[[int], Engine] | None
     longest: int | None = None
+    layers: int | None = None
 
 
 #: Compiles a role, under a name, in a precision.
@@ -71,10 +73,11 @@ class EngineKind:
     precisions   of recipes that it is built in
     card         its use of a GPU; None: it runs on a CPU alone
     host         whether it runs on a CPU; one that has a ``card``, too, does where there is no GPU
-    preference   the engine with the highest one that suits a machine is taken there where nobody names one
+    preference   the engine with the highest one that suits a machine, and refuses nothing of a recipe, is taken for
+                 it where nobody names one; and why, in a phrase
+    runs_here    tells whether this machine's host has what it needs
     states       whether it keeps the states of delta-net layers
-    experts      whether it runs mixtures of experts
-    chosen       whether it computes a token's chosen experts alone
+    chosen       whether it computes a token's chosen experts of a mixture alone
     blocks       precisions in which it takes matrices in a file's blocks of few bits as they are
     divides      whether it divides a target among GPUs
     fixed_pool   whether the KV pool's size is compiled in
@@ -94,9 +97,9 @@ class EngineKind:
     compiler: Callable[[Recipe, Path, Detail], tuple[Compile, dict[str, Any]]]
     card: OnCard | None = None
     host: bool = True
-    preference: int = 0
+    preference: tuple[int, str] = (0, "no other engine builds this")
+    runs_here: Callable[[], bool] = lambda: True
     states: bool = False
-    experts: bool = True
     chosen: bool = False
     blocks: tuple[str, ...] = ()
     divides: bool = False
@@ -117,7 +120,7 @@ class EngineKind:
     @property
     def suits(self) -> bool:
         """Whether recipes for it suit this machine."""
-        return self.card is None or _has_gpu()
+        return self.runs_here() and (self.card is None or _has_gpu())
 
 
 def _has_gpu() -> bool:
@@ -135,11 +138,6 @@ def engine_kind(name: str) -> EngineKind:
 def engine_kinds() -> list[EngineKind]:
     """Return the records of all installed engines, by name."""
     return [engine_kind(name) for name in registered(ENGINES)]
-
-
-def usual_engine() -> str:
-    """Return the name of the engine that is taken on this machine where nobody names one."""
-    return max((kind for kind in engine_kinds() if kind.suits), key=lambda kind: kind.preference).name
 
 
 def built_as(recipe: Recipe, engine: str | None, precision: str | None) -> Recipe:

@@ -80,7 +80,8 @@ class SelfCheck(_Facts):
     """Compares a compiled engine with the PyTorch reference, on a prompt and on a tree: error over largest logit.
 
     By ``measure`` perplexity, errors are rises of the perplexity of the reference's text: a target's in few bits.
-    The ranks of a divided network are checked one by one, and the largest error is kept.
+    The ranks of a divided network are checked one by one, and the largest error is kept. ``layers``: the first ones
+    that were compared; None: all.
     """
 
     prompt_error: float
@@ -88,10 +89,12 @@ class SelfCheck(_Facts):
     bound: float
     same_argmax: float
     measure: Literal["logits", "perplexity"] = "logits"
+    layers: int | None = None
 
     @property
     def error(self) -> float:
-        return max(self.prompt_error, self.tree_error)
+        """What ``bound`` is about; a tree's perplexity, of few random tokens, has a wider one."""
+        return self.prompt_error if self.measure == "perplexity" else max(self.prompt_error, self.tree_error)
 
     @property
     def sentence(self) -> str:
@@ -99,7 +102,8 @@ class SelfCheck(_Facts):
         if self.measure == "perplexity":
             rises = f"{self.prompt_error:+.1%} on the target's own text, {self.tree_error:+.1%} on a tree"
             return f"a perplexity of {rises} (bound {self.bound:+.0%})"
-        return f"an error of {self.error:.1e} of the largest logit (bound {self.bound:g})"
+        where = f" in its first {self.layers} layers" if self.layers else ""
+        return f"an error of {self.error:.1e} of the largest logit{where} (bound {self.bound:g})"
 
 
 class Manifest(_Facts):

@@ -57,21 +57,23 @@ def build(options: BuildOptions) -> None:
     Examples: `echo-trt build build/smollm2-135m.yaml -o bundles/smollm2-135m`,
     `echo-trt build Qwen/Qwen3-8B --draft AngelSlim/Qwen3-8B_eagle3 --engine torch --gpu-memory-utilization 0.9`
     """
-    from echo_trt.backends.kind import TORCH, built_as
+    from echo_trt.backends.kind import TORCH
     from echo_trt.cli.progress import BuildProgress
 
     check_modules("a build", (*BUILD, *TORCH), "build")
-    from echo_trt.cli.recipes import recipe_for, sized
+    from echo_trt.cli.recipes import for_this_machine, recipe_for, sized
 
-    found, path = recipe_for(options.model, options.draft, options.engine)  # a mistyped name costs no import of torch
+    found, path = recipe_for(options.model, options.draft)  # a mistyped name costs no import of torch
     if options.random_weights:
         found = of_lab("build", "random_weights")(found)
-    settings = built_as(found, options.engine, options.precision)
+    settings, why = for_this_machine(options.model, found, path, options.engine, options.precision)
     settings = sized(settings, path, options)
     folder = options.output or Path("bundles") / settings.name
     with BuildProgress(messages) as progress:
         from echo_trt.cli.build import build as run
 
+        if why:
+            progress.stage(f"engine {settings.engine}: {why} (--engine takes another)")
         manifest = run(settings, path, folder, progress.stage, progress.detail)
     with_table = "table" in registered("build")
     Screen().print(
@@ -123,15 +125,13 @@ def _bundle_of(path: Path) -> Path:
     """Return the bundle to serve; a GGUF file's is made where the cache has none of the file as it is now."""
     if not is_gguf(path):
         return path
-    from echo_trt.backends.kind import engine_kinds
     from echo_trt.bundle.sources import cache_folder
 
     stat = path.stat()
     facts = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {__version__}"
     folder = cache_folder() / f"{path.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
     if not (folder / "manifest.json").exists():
-        engine = next(kind.name for kind in engine_kinds() if FEW_BITS in kind.blocks)
-        words = ["build", str(path), "--engine", engine, "--precision", FEW_BITS, "-o", str(folder)]
+        words = ["build", str(path), "--precision", FEW_BITS, "-o", str(folder)]
         words += ["--max-num-seqs", str(FILE_SLOTS)]
         # In a process of its own, whose memory a server does not keep.
         if code := subprocess.run([sys.executable, "-m", "echo_trt", *words], check=False).returncode:

@@ -24,7 +24,7 @@ from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.recipe import Precision, Recipe, Source
 from echo_trt.bundle.sources import locate
 from echo_trt.bundle.stored import CALIBRATION, write
-from echo_trt.cli.build_checks import check_experts, check_fp8, check_settings, check_states
+from echo_trt.cli.build_checks import check_engine, check_fp8, check_settings
 from echo_trt.cli.stated import end_tokens, recommended_sampling
 from echo_trt.engine.drafters.kind import DraftSource, draft_kind
 from echo_trt.errors import UserError
@@ -135,8 +135,7 @@ def _opened(recipe: Recipe, folder: Path, work: Path) -> _OpenedPair:
         check_fp8("draft.precision", recipe.draft_precision, draft)
     if recipe.tensor_parallel > 1:
         check_space(recipe, folder, work)
-    check_states(recipe, config, engine_kind(recipe.engine))
-    check_experts(recipe, config, engine_kind(recipe.engine))
+    check_engine(recipe, config, engine_kind(recipe.engine))
     return _OpenedPair(recipe, folder, target, config, draft)
 
 

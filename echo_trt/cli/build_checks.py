@@ -11,6 +11,13 @@ from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.speculation.paths import MAX_ROWS
 
 
+def check_engine(recipe: Recipe, config: DecoderConfig | None, kind: EngineKind) -> None:
+    """Refuse what an engine does not have for a recipe, or this machine; ``config`` None: of any dense target."""
+    check_settings(recipe, kind)
+    if config is not None:
+        check_states(recipe, config, kind)
+
+
 def check_settings(recipe: Recipe, kind: EngineKind) -> None:
     """Refuse what an engine does not have, or this machine."""
     if recipe.tensor_parallel > 1 and not kind.divides:
@@ -33,13 +40,6 @@ def _names(trait: str) -> str:
 def check_fp8(key: str, precision: Precision, checkpoint: Checkpoint) -> None:
     if precision == "fp8" and not isinstance(checkpoint, Fp8Checkpoint):
         raise UserError(f"{key} is 'fp8', but {checkpoint.path} has no FP8 weights; use bf16, or an FP8 checkpoint.")
-
-
-def check_experts(recipe: Recipe, config: DecoderConfig, kind: EngineKind) -> None:
-    if config.num_experts and not kind.experts:
-        raise UserError(
-            f"engine is {recipe.engine}, but a mixture of experts runs on {_names('experts')} alone; use one of these."
-        )
 
 
 def check_states(recipe: Recipe, config: DecoderConfig, kind: EngineKind) -> None:

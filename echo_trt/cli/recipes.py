@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from echo_trt.backends.kind import built_as, engine_kind, usual_engine
+from echo_trt.backends.kind import EngineKind, built_as, engine_kind, engine_kinds
 from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
 from echo_trt.bundle.recipe import HUB, Recipe
 from echo_trt.bundle.sources import CONFIG, from_hub
@@ -24,20 +24,19 @@ GGUF = re.compile(r"([-.](UD-)?(I?Q\d\w*|B?F16|F32))?(-\d{5}-of-\d{5})?\.gguf$",
 CONTEXT = 8192  # of a derived recipe, at most; larger: more KV blocks per request
 
 
-def recipe_for(what: str, draft: str | None = None, engine: str | None = None) -> tuple[Recipe, Path]:
+def recipe_for(what: str, draft: str | None = None) -> tuple[Recipe, Path]:
     """Return the recipe, and the folder that its paths are relative to.
 
     what    a recipe's file, or a shipped one's name; an id of the hub, OWNER/NAME; or a checkpoint, a folder or .gguf
     draft   an id or a checkpoint of the draft, for another one than the recipe's
-    engine  that was chosen; None: a shipped recipe for a GPU is for the usual engine on a machine without one
     """
     path = Path(what).expanduser()
-    if path.suffix in (".yaml", ".yml") or (path.is_file() and not is_gguf(path)):
+    if _is_recipe(path):
         recipe, folder = load_recipe(path), path.parent
         return (_with_draft(recipe, draft) if draft else recipe), folder
     named = shipped_folder() / f"{what}.yaml"
     if named.is_file() and not path.exists():
-        recipe = _for_this_machine(load_recipe(named), engine)
+        recipe = load_recipe(named)
         head = recipe.draft.source.path if recipe.draft.source and not draft else None
         if named.parent == PACKAGED and head and not (PACKAGED / head).exists():
             raise UserError(f"recipe {what} has a head that comes with echo-trt-lab; run pip install ./lab.")
@@ -46,9 +45,13 @@ def recipe_for(what: str, draft: str | None = None, engine: str | None = None) -
     shipped = _shipped(target, draft)
     if shipped is None:
         return _derived(target, draft), Path()
-    recipe = _for_this_machine(load_recipe(shipped), engine)
+    recipe = load_recipe(shipped)
     recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"hub": None, **target})})
     return (_with_draft(recipe, draft) if draft else recipe), Path()
+
+
+def _is_recipe(path: Path) -> bool:
+    return path.suffix in (".yaml", ".yml") or (path.is_file() and not is_gguf(path))
 
 
 def source_of(what: str) -> dict[str, str]:
@@ -73,9 +76,43 @@ def shipped_folder() -> Path:
     return folder
 
 
-def _for_this_machine(recipe: Recipe, engine: str | None) -> Recipe:
-    suits = engine is not None or engine_kind(recipe.engine).suits
-    return recipe if suits else built_as(recipe, usual_engine(), None)
+def for_this_machine(
+    what: str, recipe: Recipe, folder: Path, engine: str | None, precision: str | None
+) -> tuple[Recipe, str]:
+    """Return a recipe with what is named on the command line, and why its engine is taken; "" where it is named.
+
+    An engine that a recipe's file names is kept. One of a recipe that was found for ``what``, a name, is left where it
+    does not suit this machine, or does not have ``precision``.
+    """
+    named, kind = built_as(recipe, engine, precision), engine_kind(engine or recipe.engine)
+    suits = _is_recipe(Path(what).expanduser()) or (kind.suits and (not precision or precision in kind.precisions))
+    if engine or ("engine" in recipe.model_fields_set and suits):
+        return named, ""
+    kind = usual_engine(named, folder)
+    return built_as(named, kind.name, None), kind.preference[1]
+
+
+def usual_engine(recipe: Recipe, folder: Path) -> EngineKind:
+    """Return the engine that is taken on this machine where nobody names one.
+
+    Of those that refuse nothing of the recipe it is the most preferred one; where all refuse, of all.
+    """
+    from echo_trt.cli.build_checks import check_engine
+    from echo_trt.models.read_config import decoder_config
+    from echo_trt.sizing.shapes import config_of
+
+    kinds = sorted((kind for kind in engine_kinds() if kind.suits), key=lambda kind: -kind.preference[0])
+    try:
+        config = decoder_config(*config_of(recipe.target, folder))
+    except UserError:  # told where the checkpoint is opened
+        config = None
+    for kind in kinds:
+        try:
+            check_engine(built_as(recipe, kind.name, None), config, kind)
+        except UserError:
+            continue
+        return kind
+    return kinds[0]
 
 
 def _shipped(target: dict[str, str], draft: str | None) -> Path | None:
@@ -106,7 +143,6 @@ def _derived(target: dict[str, str], draft: str | None) -> Recipe:
         "name": re.sub(r"[^a-z0-9._-]", "-", name.lower().removesuffix(".gguf")),
         "target": target,
         "draft": {"kind": "lookup"},
-        "engine": usual_engine(),
         "limits": {"batch": 64, "context": _context(target)},
         "decoding": {"max_depth": 8, "beams": 4, "width": 8, "static": {"depth": 6, "top_k": 4, "tokens": 16}},
     }

@@ -40,8 +40,10 @@ PLAUSIBLE = 2.0  # times what n passes over one token take: larger, and less of 
 def measure(networks: Networks, seconds: float = 4.0) -> CostTable:
     """Time passes over N tokens of the slots' requests, all sizes in turn, round after round.
 
-    ``seconds`` bounds what the rounds take; each size is timed once at least. Nothing may be running.
+    ``seconds`` bounds what the rounds take, half of them where an engine pads no passes, so that a change of size costs
+    nothing; each size is timed once at least. Nothing may be running.
     """
+    seconds = seconds if networks.target.sizes else seconds / 2
     networks.batch.blocks.forget_cached()  # these passes write over the pool
     target = _measured(networks, lambda call: networks.target.run(call), 0.75 * seconds)
     draft, cold = CurveTable(sizes=[1], seconds=[0.0]), 0.0
@@ -57,7 +59,7 @@ def measure(networks: Networks, seconds: float = 4.0) -> CostTable:
         draft=draft,
         hinge=HingeTable(**asdict(fit_hinge(sizes[near], times[near], ACCURACY))),
         cold=cold,
-        change=_change(networks),
+        change=_change(networks) if networks.target.sizes else 0.0,
         sizes=networks.target.sizes,
     )
 
@@ -123,7 +125,8 @@ def _measured(networks: Networks, run: Callable, seconds: float) -> CurveTable:
     wide = max(n for n in sizes if n <= batch.count and (n * long_blocks <= blocks or n == 1))
     bushy = max(n for n in sizes if n * NODES <= sizes[-1] and n <= wide)
     far_calls = [_call(networks, np.full(wide, 1), long), _call(networks, np.full(bushy, NODES), long)]
-    taken = timed_rounds(run, [*(calls[n] for n in sizes), *far_calls], seconds)
+    padded = bool(networks.target.sizes)
+    taken = timed_rounds(run, [*(calls[n] for n in sizes), *far_calls], seconds, again=padded)
     *usual, far, tree = typical(taken).tolist()
     per_context = max(far - usual[sizes.index(wide)], 0.0) / max(wide * (long - short), 1)
     base = [t - per_context * n * short for n, t in zip(sizes, usual, strict=True)]

@@ -13,12 +13,13 @@ ROUNDS = 9
 LONG_PASS = 10.0  # times what the shortest takes: beside that, what a first pass takes more is little
 
 
-def timed_rounds(run: Callable, calls: list, seconds: float) -> np.ndarray:
+def timed_rounds(run: Callable, calls: list, seconds: float, again: bool = True) -> np.ndarray:
     """Seconds of each call: [rounds, calls], nan where a call's share of the time was used up.
 
     So short passes, whose sizes speculation lives on, run in many rounds, and long ones, beside which a warm-up is
     nothing, once. A GPU's first pass of a size compiles kernels and captures a graph, which takes many times as long
-    as the pass, so that what comes first is never what counts.
+    as the pass, so that what comes first is never what counts. ``again``: whether passes are timed behind one of their
+    size, since a change of size takes longer.
     """
     first = np.array([seconds_of(run, call) for call in calls])
     for i in np.flatnonzero(first > LONG_PASS * first.min()):
@@ -31,7 +32,7 @@ def timed_rounds(run: Callable, calls: list, seconds: float) -> np.ndarray:
             taken.append(np.full(len(calls), np.nan))
         for i in rng.permutation(np.flatnonzero(spent < share)):  # what ran before leaves its weights in the cache
             begin = time.perf_counter()
-            taken[-1][i] = seconds_again(run, calls[i])
+            taken[-1][i] = (seconds_again if again else seconds_of)(run, calls[i])
             spent[i] += time.perf_counter() - begin
     return np.array(taken)
 

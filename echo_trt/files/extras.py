@@ -17,7 +17,7 @@ from echo_trt.errors import UserError
 
 #: The groups of engines (``backends.kind``) and drafters (``engine.drafters.kind``).
 ENGINES, DRAFTS = "engines", "drafts"
-BUILD = ("gguf", "nncf", "onnx", "onnxscript", "yaml")  # modules of the extra "build", beside PyTorch's
+BUILD = ("gguf", "onnx", "onnxscript", "yaml")  # modules of the extra "build", beside PyTorch's
 LAB = ("bench", "calibrate", "inspect", "simulate")  # commands of echo-trt-lab
 CHECKOUT = Path(__file__).parents[2] / "pyproject.toml"
 

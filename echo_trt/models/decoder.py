@@ -91,9 +91,12 @@ class Decoder(nn.Module):
             rows = x[logit_rows]
         else:
             rows = self.norm(x[logit_rows])
+        logits = self.logits(rows)
+        return logits, torch.cat([features[i] for i in feature_layers], dim=-1) if feature_layers else None
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Multiply normed hidden states [R, H] by the output matrix: [R, V]."""
         head = widened(self.embed.weight if self.lm_head is None else self.lm_head.weight, rows)
         if len(head) < self.config.vocab_size:
-            logits = all_gather(torch.nn.functional.linear(head, rows), self.config.ranks).t()
-        else:
-            logits = torch.nn.functional.linear(rows, head)
-        return logits, torch.cat([features[i] for i in feature_layers], dim=-1) if feature_layers else None
+            return all_gather(torch.nn.functional.linear(head, rows), self.config.ranks).t()
+        return torch.nn.functional.linear(rows, head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 from echo_trt.errors import UserError
@@ -15,9 +16,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist; give a Hugging Face folder or a .gguf file.")
     if is_gguf(path):
-        from echo_trt.models.gguf_checkpoint import GgufCheckpoint
-
-        return GgufCheckpoint(path)
+        return _gguf(path, path.stat().st_size, path.stat().st_mtime_ns)
     if path.is_file():
         raise UserError(f"checkpoint {path} is a single file and no GGUF file; give a Hugging Face folder or one.")
     return dequantised(SafetensorsCheckpoint(path))
+
+
+@lru_cache(1)  # a build opens it for its recipe, its engine and its weights, and a vocabulary takes a second
+def _gguf(path: Path, size: int, changed: int) -> Checkpoint:
+    from echo_trt.models.gguf_checkpoint import GgufCheckpoint
+
+    return GgufCheckpoint(path)

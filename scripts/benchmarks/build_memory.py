@@ -90,7 +90,7 @@ class Peaks:
 def main(
     shape: Shape,
     precision: Annotated[str, Parameter(help="of the bundle")] = "bf16",
-    engine: Annotated[str, Parameter(help="of the bundle")] = "openvino",
+    engine: Annotated[str, Parameter(help="of the bundle")] = "cpu",
     draft: Draft = Draft.eagle3,
     tied: Annotated[bool, Parameter(help="output matrix and embedding are one", negative="--no-tied")] = True,
     folder: Annotated[Path | None, Parameter(help="keep the checkpoint and the bundle there")] = None,

@@ -1,13 +1,15 @@
-"""Compare weights in few bits with fp32, beside llama.cpp's: perplexity and best tokens on answers, size, pass times.
+"""Compare bundles and llama.cpp's files by perplexity and best tokens on a text or on answers, size and pass times.
 
     CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python   # compiles for this CPU
     python scripts/benchmarks/few_bits.py bundles/fp32 bundles/int8 bundles/int4 q8_0.gguf q4_k_m.gguf \
         --prompts scripts/demo_prompts.jsonl --passes 1,2,4,8
 
+    python scripts/benchmarks/few_bits.py bundles/coder models/qwen2.5-coder-1.5b-q4_k_m.gguf --text docs/goodput.md
+
 The first engine is the reference. It writes the answers at temperature 1, so that the logarithm of the perplexities'
-ratio is about the distance (KL divergence) of two networks. A GGUF file that is missing is made of the
-reference's checkpoint: its name ends in the type, such as Q4_K_M. Passes verify a chain behind a text of 200 tokens, in
-turns of all engines; the fastest of each size is shown, relative to the reference's in brackets.
+ratio is about the distance (KL divergence) of two networks. A text is cut into parts of 512 tokens. A GGUF file that is
+missing is made of the reference's checkpoint: its name ends in the type, such as Q4_K_M. Passes verify a chain behind a
+text of 200 tokens, in turns of all engines; the fastest of each size is shown, relative to the reference's in brackets.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from typing import Annotated, Any
 
 import numpy as np
 from cyclopts import Parameter, run
+from transformers import AutoTokenizer
 
 from echo_trt import LLM, SamplingParams
-from echo_trt.backends.openvino.engine import OpenVINOEngine
+from echo_trt.backends.cuda.sizes import CallBounds
+from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.bundle.sources import locate
 from echo_trt.cli.recipes import shipped_folder
@@ -38,10 +42,13 @@ class Bundle:
 
     def __init__(self, path: Path):
         manifest = read_manifest(path)
-        self.name, self.vocabulary = f"echo-trt {manifest.precision}", manifest.target.vocab_size
+        self.name, self.vocabulary = f"{manifest.engine} {manifest.precision}", manifest.target.vocab_size
         file = path / manifest.target.file
         self.bytes = sum(each.stat().st_size for each in path.glob(f"{file.name}*"))
-        self._engine = OpenVINOEngine(file, manifest.precision, LONGEST // BLOCK)
+        blocks = LONGEST // BLOCK
+        self._engine = engine_kind(manifest.engine).open(
+            file, manifest.precision, blocks, CallBounds(1, blocks, LONGEST), manifest.engine_facts
+        )
 
     def run(self, ids: np.ndarray, past: int = 0) -> np.ndarray:
         """Return the logits of all ``ids``, float32 [N, V]."""
@@ -88,6 +95,7 @@ def _silent(level: int, text: bytes, data: Any) -> None:
 def main(
     engines: Annotated[list[Path], Parameter(help="bundles and .gguf files; the first is the reference, a bundle")],
     prompts: Annotated[list[Path] | None, Parameter(help="JSONL files, whose answers are scored")] = None,
+    text: Annotated[list[Path] | None, Parameter(help="files of text, which is scored")] = None,
     limit: Annotated[int, Parameter(help="prompts of each file")] = 24,
     max_tokens: Annotated[int, Parameter(help="of an answer")] = 128,
     passes: Annotated[str, Parameter(help="tokens of timed passes, by commas")] = "",
@@ -99,7 +107,8 @@ def main(
         if path.suffix == ".gguf" and not path.exists():
             _make(path, engines[0])
         opened.append(Gguf(path) if path.suffix == ".gguf" else Bundle(path))
-    texts = [text for file in prompts or () for text in answers(engines[0], file, limit, max_tokens)]
+    texts = [each for file in prompts or () for each in answers(engines[0], file, limit, max_tokens)]
+    texts += [part for file in text or () for part in parts(engines[0], file)]
     scores = _scores(opened, texts)
     counts = [int(count) for count in passes.split(",") if count]
     times = _times(opened, counts, rounds)
@@ -123,6 +132,12 @@ def answers(bundle: Path, file: Path, limit: int, max_tokens: int) -> list[tuple
     params = [SamplingParams(max_tokens, temperature=1.0, seed=i) for i in range(len(asked))]
     written = llm.generate(asked, params)
     return [(np.array([*ids, *a.token_ids]), len(ids)) for ids, a in zip(asked, written, strict=True)]
+
+
+def parts(bundle: Path, file: Path) -> list[tuple[np.ndarray, int]]:
+    """Return a file's text in parts of LONGEST tokens, int64 [N], whose first token is given."""
+    ids = np.array(AutoTokenizer.from_pretrained(bundle).encode(file.read_text("utf-8")))
+    return [(ids[begin : begin + LONGEST], 1) for begin in range(0, len(ids) - LONGEST + 1, LONGEST)]
 
 
 def _scores(engines: list[Bundle | Gguf], texts: list[tuple[np.ndarray, int]]) -> np.ndarray:

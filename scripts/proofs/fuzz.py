@@ -38,7 +38,7 @@ PARTS = ("", "plugins", "tests", "tests/engine", "tests/engine/service", "tests/
 sys.path[:0] = [str(ROOT / part) for part in PARTS]
 
 import torch
-from fuzz_parts.crowds import PRECISIONS, PROMISED, Pair, of_loop, of_promises, of_service, opened
+from fuzz_parts.crowds import DENSE, PRECISIONS, PROMISED, Pair, of_loop, of_promises, of_service, opened
 from fuzz_parts.door import of_door, scale_limits
 from pairs import write_networks
 
@@ -75,10 +75,11 @@ def main() -> None:
         while seed == requested.seed or time.monotonic() < end:
             draw = random.Random(seed)
             kind = draw.choice(kinds)
-            names = PROMISED if kind == "promises" else requested.pairs.split(",")
-            pair = pair_of(
-                draw.choice(names), draw.choice(requested.precisions.split(",")) if kind == "promises" else "fp32"
-            )
+            names, precision = requested.pairs.split(","), "fp32"
+            if kind == "promises":
+                precision = draw.choice(requested.precisions.split(","))
+                names = DENSE if precision.startswith("int") else PROMISED
+            pair = pair_of(draw.choice(names), precision)
             try:
                 ROUNDS[kind](draw, pair)
             except Exception as error:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
-from batches import REQUESTS
 from gguf import GGMLQuantizationType
 from models.checkpoints import BUILDERS
 from models.gguf_files import GGUF_SIZES, write_gguf
-from pairs import LIMITS, SIZES, VOCAB, recipe_of
+from pairs import SIZES, VOCAB
 
 from echo_trt.backends.cpu import operators
 from echo_trt.backends.cpu.build import compile_role
@@ -20,10 +18,7 @@ from echo_trt.backends.cpu.experts import route
 from echo_trt.backends.cpu.formats import FORMATS, Weights, pack, quantised
 from echo_trt.backends.cpu.network import KINDS
 from echo_trt.backends.cpu.program import Op, Pool, Program
-from echo_trt.backends.self_check import RISES
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.cli.build import build
-from echo_trt.engine.llm import LLM
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.roles import TargetModule
 from echo_trt.models.weights import load_decoder
@@ -185,27 +180,3 @@ def test_a_gguf_files_matrices_keep_their_bits(family, storage, tmp_path):
     call = packed(rows + 1, rows, np.zeros(1, np.int64), np.array([20]), np.arange(2)[None], rows)
     wanted, got = TorchEngine(role, 2).run(call)["logits"], engine.run(call)["logits"]
     assert np.square(got - wanted).mean() < 0.05**2 * np.square(wanted).mean()
-
-
-def written(llm: LLM, policy: str, requests: str) -> list[tuple[list[int], list[float]]]:
-    """Return token ids, and log P(token) to the last bit, of each answer."""
-    llm.set_policy(policy)
-    prompts, params = REQUESTS[requests]()
-    answers = llm.generate(prompts, [replace(each, logprobs=0) for each in params])
-    return [(answer.token_ids, [entry.logprob for entry in answer.logprobs]) for answer in answers]
-
-
-@pytest.mark.parametrize(
-    ("pair", "precision"),
-    [("close", "int4"), ("self", "bf16"), ("eagle3", "fp32"), ("gemma3", "int8"), ("qwen3_moe", "int4")],
-)
-def test_every_policy_writes_plain_decodings_bits(pair, precision, networks, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("int8", "int4"):
-            patch.setitem(RISES, name, 5.0)  # so tiny a network keeps little of its text in few bits
-        build(recipe_of(pair, networks, engine="cpu", precision=precision, limits=LIMITS), networks, tmp_path / pair)
-    alone = written(LLM(tmp_path / pair, "autoregressive", 1), "autoregressive", "mixed")
-    for batch, policies in ((3, ("echo", "autoregressive")), (8, ("static", "goodput"))):
-        llm = LLM(tmp_path / pair, "autoregressive", batch)
-        for policy in policies:
-            assert written(llm, policy, "mixed") == alone, (policy, batch)

@@ -67,16 +67,9 @@ def test_the_check_is_in_the_manifest(pair, bundle_of):
         assert check.same_argmax == 1
 
 
-@pytest.mark.parametrize(
-    ("pair", "precision", "words"),
-    [
-        ("lookup", "fp32", ("0.0001", "largest logit")),
-        ("eagle3", "fp32", ("0.0001", "largest logit")),
-        ("lookup", "int8", ("a perplexity of +", "bound +10%")),
-    ],
-)
-def test_a_wrong_engine_fails_the_build(pair, precision, words, networks, tmp_path, monkeypatch):
-    """One weight of the last graph is changed between its export and its check, or all of one in few bits."""
+@pytest.mark.parametrize("pair", ["lookup", "eagle3"])
+def test_a_wrong_engine_fails_the_build(pair, networks, tmp_path, monkeypatch):
+    """One weight of the last graph is changed between its export and its check."""
     export, last = building.export_parted, "target" if pair == "lookup" else "draft"
 
     def corrupting(role, path):
@@ -84,10 +77,10 @@ def test_a_wrong_engine_fails_the_build(pair, precision, words, networks, tmp_pa
         if path.name == f"{last}.onnx":
             data = path.with_name(path.name + ".data")
             values = np.fromfile(data, np.float32)
-            values[np.abs(values).argmax() if precision == "fp32" else slice(None)] *= 1.5
+            values[np.abs(values).argmax()] *= 1.5
             values.tofile(data)
 
     monkeypatch.setattr(building, "export_parted", corrupting)
-    with refused("self-check failed", precision, *words, "--engine"):
-        build(recipe_of(pair, networks, precision=precision), networks, tmp_path / "bundle")
+    with refused("self-check failed", "fp32", "0.0001", "largest logit", "--engine"):
+        build(recipe_of(pair, networks), networks, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

@@ -2,17 +2,13 @@
 
 import numpy as np
 import pytest
-from pairs import SIZES, VOCAB, recipe_of, reference_engines
+from pairs import SIZES, VOCAB, reference_engines
 from random_calls import Script, inputs_for
 
 from echo_trt.backends.base import Engine
 from echo_trt.backends.openvino import cpu
 from echo_trt.backends.openvino import engine as openvino
-from echo_trt.backends.openvino import graph as compiler
 from echo_trt.backends.openvino.engine import OpenVINOEngine
-from echo_trt.cli.build import build
-from echo_trt.engine.llm import LLM
-from echo_trt.engine.params import SamplingParams
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
 
 BLOCKS, PER_REQUEST = 24, 4
@@ -206,32 +202,3 @@ def test_a_verified_chain_of_one_request_has_the_bits_of_plain_decoding(amx, len
     plain, verified = np.concatenate(reported[:-1]), reported[-1]
     assert plain.shape == verified.shape
     assert (plain == verified).all()
-
-
-@pytest.mark.parametrize("amx", [False, True])
-def test_int8_builds_and_runs(amx, networks, bundle_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "has_amx", lambda: amx)
-    manifest = build(recipe_of("lookup", networks, precision="int8"), networks, tmp_path / "int8")
-    assert 0 < manifest.checks["target"].prompt_error < 0.2
-    assert 0 < manifest.checks["target"].tree_error < 0.2
-    weights = [folder / "target.onnx.data" for folder in (tmp_path / "int8", bundle_of("lookup"))]
-    assert weights[0].stat().st_size < 0.4 * weights[1].stat().st_size
-    llm = LLM(tmp_path / "int8", batch=2)
-    completions = llm.generate([[7, 8, 9], [*range(40, 90)], [5]], SamplingParams(8, ignore_eos=True))
-    assert [len(c.token_ids) for c in completions] == [8, 8, 8]
-
-
-def test_int8_keeps_its_8_bits_unless_matrix_units_like_two_bytes_better(networks, tmp_path, monkeypatch):
-    build(recipe_of("lookup", networks, precision="int8"), networks, tmp_path / "int8")
-
-    def weights(amx: bool, small: int) -> set[str]:
-        monkeypatch.setattr(cpu, "has_amx", lambda: amx)
-        monkeypatch.setattr(compiler, "BF16_WEIGHTS", small)
-        model = compiler.read_graph(tmp_path / "int8" / "target.onnx")
-        compiler.compile_graph(model, "int8")
-        constants = [node.output(0) for node in model.get_ops() if node.get_type_name() == "Constant"]
-        return {each.element_type.get_type_name() for each in constants if np.prod(list(each.shape)) >= 64 * 64}
-
-    assert "i8" in weights(amx=False, small=1 << 20)
-    assert "i8" in weights(amx=True, small=0)
-    assert weights(amx=True, small=1 << 20) == {"f32"}

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,13 @@ from models.fp8_checkpoints import configure, quantise
 from models.gguf_files import GGUF_SIZES, write_gguf
 from refusal import refused
 
-from echo_trt.backends.kind import built_as
+from echo_trt.backends.kind import built_as, engine_kinds
 from echo_trt.backends.self_check import BOUNDS
 from echo_trt.bundle.manifest import read_manifest
-from echo_trt.bundle.read_recipe import load_recipe
+from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
 from echo_trt.cli import recipes
 from echo_trt.cli.options import BuildOptions
-from echo_trt.cli.recipes import RECIPES, recipe_for, sized
+from echo_trt.cli.recipes import RECIPES, for_this_machine, recipe_for, sized
 from echo_trt.engine.kv_pool import kv_pool
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.sizing.limits import filling, limited
@@ -130,7 +131,8 @@ def test_a_gguf_file_s_name_finds_the_head_of_its_model(file, name, tmp_path, mo
     (tmp_path / file).touch()
     recipe, _ = recipe_for(str(tmp_path / file))
     assert (recipe.name, recipe.target.path, recipe.target.hub) == (name, str(tmp_path / file), None)
-    assert (recipe.draft.kind, recipe.engine, recipe.limits.kv_blocks) == ("eagle3", "openvino", None)
+    recipe, _ = for_this_machine(file, recipe, Path(), None, None)
+    assert (recipe.draft.kind, recipe.engine, recipe.limits.kv_blocks) == ("eagle3", "cpu", None)
 
 
 def test_a_gguf_file_is_built_with_what_it_recommends(tmp_path):
@@ -139,22 +141,50 @@ def test_a_gguf_file_is_built_with_what_it_recommends(tmp_path):
     done = built(file, "-o", tmp_path / "bundle", "--max-model-len", 64, "--max-num-seqs", 2, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(tmp_path / "bundle")
-    assert (manifest.name, manifest.engine, manifest.recipe.draft.kind) == ("own-2b-f32", "openvino", "lookup")
+    assert (manifest.name, manifest.engine, manifest.recipe.draft.kind) == ("own-2b-f32", "cpu", "lookup")
     assert manifest.sampling.given() == {"temperature": 0.95, "top_k": 0, "top_p": 0.95}  # the last is its family's
     with refused("models/x.gguf is neither a recipe", "GGUF file"):
         recipe_for("models/x.gguf")
 
 
 def test_without_a_gpu_a_name_is_built_for_the_cpu_with_a_pool_that_follows_its_memory(monkeypatch):
+    name = "Qwen/Qwen3-0.6B"
+    recipe, folder = recipe_for(name)
     monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: False)
-    recipe, _ = recipe_for("Qwen/Qwen3-0.6B")
-    assert (recipe.engine, recipe.limits.kv_blocks) == ("openvino", None)
-    recipe, _ = recipe_for("Qwen/Qwen3-0.6B", engine="tensorrt")
-    assert (recipe.engine, recipe.limits.kv_blocks) == ("tensorrt", 4096)
+    here, why = for_this_machine(name, recipe, folder, None, None)
+    assert (here.engine, here.limits.kv_blocks, why) == ("cpu", None, "the fastest on this CPU")
+    named, why = for_this_machine(name, recipe, folder, "tensorrt", None)
+    assert (named.engine, named.limits.kv_blocks, why) == ("tensorrt", 4096, "")
     assert built_as(recipe, "openvino", "int8").limits.kv_blocks is None
     assert built_as(recipe, "torch", None).limits.kv_blocks == 4096
     monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: True)
-    assert recipe_for("Qwen/Qwen3-0.6B")[0].engine == "tensorrt"
+    assert for_this_machine(name, recipe, folder, None, None)[0].engine == "tensorrt"
+    assert for_this_machine(name, recipe, folder, None, "int8")[0].engine == "cpu"  # which cards have not
+    file = str(RECIPES / "qwen3-0.6b.yaml")  # its engine is kept
+    assert for_this_machine(file, recipe_for(file)[0], RECIPES, None, "int8")[0].engine == "tensorrt"
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "draft", "engine"),
+    [
+        ("Qwen/Qwen3-30B-A3B", "bf16", "lookup", "openvino"),
+        ("Qwen/Qwen3-0.6B", "bf16", "block", "openvino"),
+        ("Qwen/Qwen3-0.6B", "fp32", "lookup", "cpu"),
+        ("Qwen/Qwen3-0.6B", "int4", "eagle3", "cpu"),
+    ],
+)
+def test_the_usual_engine_is_the_first_that_refuses_nothing(name, precision, draft, engine, monkeypatch):
+    monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: False)
+    raw = {"name": "own", "target": {"hub": name}, "draft": {"kind": draft}, "precision": precision}
+    if draft != "lookup":
+        raw["draft"]["source"] = {"hub": "own/head"}
+    recipe = parse_recipe(raw, "own.yaml")
+    assert for_this_machine("own.yaml", recipe, Path(), None, None)[0].engine == engine
+    named = parse_recipe(raw | {"engine": "openvino"}, "own.yaml")
+    assert for_this_machine("own.yaml", named, Path(), None, None) == (named, "")
+    kinds = [replace(kind, runs_here=lambda kind=kind: kind.name != "cpu") for kind in engine_kinds()]
+    monkeypatch.setattr(recipes, "engine_kinds", lambda: kinds)
+    assert for_this_machine("own.yaml", recipe, Path(), None, None)[0].engine == "openvino"  # as on another CPU
 
 
 def test_a_context_keeps_the_recipe_s_kv_blocks_if_one_request_fits():
@@ -167,7 +197,7 @@ def test_a_context_keeps_the_recipe_s_kv_blocks_if_one_request_fits():
 
 
 def test_a_chosen_pool_becomes_kv_blocks():
-    recipe, folder = recipe_for("Qwen/Qwen3-8B", engine="torch")
+    recipe, folder = recipe_for("Qwen/Qwen3-8B")
     chosen = sized(recipe, folder, BuildOptions("", kv_cache_memory=40 * 2**30))
     target, draft = shapes(chosen, folder)
     need = needs(chosen, target.sizes, draft.sizes)
@@ -235,7 +265,7 @@ def test_a_gguf_file_is_known_by_its_first_bytes(tmp_path):
 
 def test_memory_is_filled_as_far_as_was_said():
     """The blocks that are left fit, one more would not, and too little is a sentence with a context that fits."""
-    recipe, folder = recipe_for("Qwen/Qwen3-8B", engine="tensorrt")
+    recipe, folder = recipe_for("Qwen/Qwen3-8B")
     recipe = limited(recipe, 4096, 16)
     full = filling(recipe, folder, 80 * 10**9, 0.9, "H100", "9.0")
     target, draft = shapes(full, folder)

@@ -1,4 +1,4 @@
-"""In bf16, int8 and int4, too, a chain has plain decoding's own bits, whatever else is computed beside it."""
+"""Below fp32, too, texts have plain decoding's bits: chains with OpenVINO, and with the engine cpu everything."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from echo_trt.backends.self_check import RISES
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
+from echo_trt.speculation.policies import POLICIES
 from echo_trt_lab.sizing.tables import manifest_table
 
 needs_bf16 = pytest.mark.skipif(not has_bf16(), reason="needs a CPU with AVX-512, for bf16")
@@ -21,53 +22,62 @@ PROMPTS = (5, 41, 37, 2, 40, 33, 50, 18, 1, 70, 39, 81, 3, 20, 31, 34)
 ANSWERS = (24, 9, 20, 31, 1, 26, 15, 22)
 
 
-#: All precisions of docs/exactness.md but fp32, whose texts other tests compare, and every family in one of them.
-WINDOWED = ("gemma3", "mistral")
-PRECISIONS = ("bf16", "int8", "int4")
-CASES = [("close", precision) for precision in PRECISIONS]
-CASES += [(pair, PRECISIONS[i % 3]) for i, pair in enumerate(FAMILY_PAIRS)]
+#: All precisions of docs/exactness.md, and every family in one of them; OpenVINO's texts in fp32 other tests compare.
+PRECISIONS = ("int4", "bf16", "int8", "fp32")
+CASES = [("cpu", "close", precision) for precision in PRECISIONS[:3]] + [("cpu", "eagle3", "fp32")]
+CASES += [("cpu", pair, PRECISIONS[i]) for i, pair in enumerate(FAMILY_PAIRS)]
+CASES += [("cpu", "qwen3_moe", "int4")]
+CASES += [pytest.param("openvino", pair, "bf16", marks=needs_bf16) for pair in ("close", "gemma3", "smollm3")]
 
 
 @pytest.fixture(scope="module")
 def coarse_bundle(networks, tmp_path_factory):
-    """(pair, precision) -> a bundle."""
+    """(engine, pair, precision) -> a bundle."""
 
-    def get(pair: str, precision: str) -> Path:
+    def get(engine: str, pair: str, precision: str) -> Path:
         folder, limits = tmp_path_factory.mktemp(precision) / pair, LIMITS | {"prefill_chunk": CHUNK}
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(RISES, "int8", 5.0)
             patch.setitem(RISES, "int4", 5.0)  # so tiny a network keeps little of its text in few bits
-            build(recipe_of(pair, networks, precision=precision, limits=limits), networks, folder)
+            recipe = recipe_of(pair, networks, engine=engine, precision=precision, limits=limits)
+            build(recipe, networks, folder)
         return folder
 
     return get
 
 
-def written(bundle, policy: str, batch: int) -> list[tuple[list[int], list[float]]]:
-    """Token ids, and log P(token) to the last bit, of each answer."""
-    llm = LLM(bundle, "autoregressive", batch)
-    if policy != "autoregressive":
+def written(llm: LLM, policy: str) -> list[tuple[list[int], list[float]]]:
+    """Token ids, and log P(token) to the last bit, of each answer: greedy, and every third with a seed."""
+    if policy.startswith("goodput"):
         llm.loop.planner = goodput_planner(llm, SPECULATION_PAYS, policy)
-    prompts = [prompt_ids(length, i) for i, length in enumerate(PROMPTS)]
+    else:
+        llm.set_policy(policy)
+    prompts, drafted = [prompt_ids(length, i) for i, length in enumerate(PROMPTS)], llm.counters.drafted_tokens
     params = [
-        SamplingParams(max_tokens=ANSWERS[i % len(ANSWERS)], ignore_eos=True, logprobs=0) for i in range(len(PROMPTS))
+        SamplingParams(ANSWERS[i % len(ANSWERS)], 0.8 * (i % 3 == 2), seed=i, ignore_eos=True, logprobs=0)
+        for i in range(len(PROMPTS))
     ]
     completions = llm.generate(prompts, params)
-    assert (llm.counters.drafted_tokens > 0) == (policy != "autoregressive")
+    assert (llm.counters.drafted_tokens > drafted) == (policy != "autoregressive")
     return [(c.token_ids, [entry.logprob for entry in c.logprobs]) for c in completions]
 
 
-@needs_bf16
-@pytest.mark.parametrize(("pair", "precision"), [each for each in CASES if not (has_amx() and each[1] == "int4")])
-def test_logprobs_are_plain_decodings_bit_by_bit(pair, precision, coarse_bundle):
-    bundle = coarse_bundle(pair, precision)
-    alone = written(bundle, "autoregressive", 1)
-    batches = (1, 3, 8) if pair == "close" else (3,)
-    for policy, batch in (("autoregressive", 8), *(("goodput-exact", batch) for batch in batches), ("goodput", 1)):
-        found = written(bundle, policy, batch)
-        assert [ids for ids, _ in found] == [ids for ids, _ in alone], (policy, batch)
-        # AMX rounds a prompt of a model with a window by how it was divided.
-        assert found == alone or (has_amx() and pair in WINDOWED), (policy, batch)
+@pytest.mark.parametrize(("engine", "pair", "precision"), CASES)
+def test_logprobs_are_plain_decodings_bit_by_bit(engine, pair, precision, coarse_bundle):
+    bundle = coarse_bundle(engine, pair, precision)
+    alone = written(LLM(bundle, "autoregressive", 1), "autoregressive")
+    policies = {3: [*POLICIES], 8: ["autoregressive", "goodput"]}
+    if engine == "openvino":
+        policies = {1: ["goodput"], 3: ["goodput-exact"], 8: ["autoregressive"]}
+        if pair == "close":
+            policies = {batch: [*policies[batch], "goodput-exact"] for batch in policies}
+    for batch, names in policies.items():
+        llm = LLM(bundle, "autoregressive", batch, prefix_cache=engine == "cpu")
+        for policy in names:
+            found = written(llm, policy)
+            assert [ids for ids, _ in found] == [ids for ids, _ in alone], (policy, batch)
+            # AMX rounds a prompt of a model with a window by how it was divided.
+            assert found == alone or (engine == "openvino" and has_amx() and pair == "gemma3"), (policy, batch)
 
 
 def test_a_hybrid_in_bf16_promises_no_bits(bundle_of):

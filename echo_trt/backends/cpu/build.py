@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,23 +28,22 @@ from echo_trt.backends.cpu.formats import (
 )
 from echo_trt.backends.cpu.network_file import NetworkWriter, network_writer
 from echo_trt.backends.cpu.products import instruction_set
+from echo_trt.backends.first_layers import in_blocks, layers_within
 from echo_trt.backends.kind import CompiledRole
 from echo_trt.models.layers import Rotary
 from echo_trt.models.roles import ROLES, HeadModule, Role, TargetModule
 from echo_trt.models.weights import heights
 
 UNIT = 32  # to a multiple of which widths are padded, and a head's halves to one of half of it
+THREADS = 2  # that pack matrices; larger: more memory
 FLOATS = {"fp32": "f32", "bf16": "bf16"}
 #: Matrices that have 8 bits in int4, too, since 4 change the choice of tokens most there.
 EIGHT_BITS = ("embed.weight", "lm_head.weight")
 ROUTER = ".router.weight"  # which stays in floats: a little less changes the choice of experts
 
 
-def compile_role(role: Role, path: Path, precision: str) -> CompiledRole:
-    """Write ``role`` to ``path`` in ``precision``.
-
-    One whose matrices stayed in their file's blocks has no reference that it could be checked by.
-    """
+def compile_role(role: Role, path: Path, precision: str, facts: dict[str, str] | None = None) -> CompiledRole:
+    """Write ``role`` to ``path`` in ``precision``; ``facts`` gets what formats its matrices have."""
     kind = next(name for name, (role_class, *_) in ROLES.items() if type(role) is role_class)
     config = role.network.config
     header = {
@@ -54,8 +54,11 @@ def compile_role(role: Role, path: Path, precision: str) -> CompiledRole:
     }
     with network_writer(path, header) as writer:
         _Writing(role, writer, precision).write()
-    in_blocks = any(parameter.is_meta for parameter in role.parameters())
-    return CompiledRole(path.name, None if in_blocks else partial(CPUEngine, path, precision))
+    if facts is not None:
+        counts = Counter(kind for kind, *_ in writer.matrices.values())
+        facts[f"matrices, {path.stem}"] = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    layers = layers_within(role) if in_blocks(role) else role.num_layers
+    return CompiledRole(path.name, partial(CPUEngine, path, precision, layers=layers), layers=layers)
 
 
 def spread(size: int, parts: int = 1, halves: bool = False) -> tuple[np.ndarray, int]:
@@ -81,6 +84,18 @@ def _placed(values: np.ndarray, where: tuple[np.ndarray, int] | None, axis: int)
     return out
 
 
+def _ahead(make: Callable[[Any], Any], given: Sequence[Any]) -> Iterator[Any]:
+    """Yield what ``make`` makes of each, in order, while THREADS make the next ones."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting = deque[Future[Any]]()
+        for each in given:
+            waiting.append(pool.submit(make, each))
+            if len(waiting) > THREADS:
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Part:
     """A part of a parameter that has a name of its own in the file, and where its rows and columns are put."""
@@ -99,15 +114,24 @@ class _Writing:
         self._head = isinstance(role, HeadModule)
 
     def write(self) -> None:
-        for name, tensor in self._network.state_dict().items():
-            for index, part in enumerate(self._parts(name)):
-                if tensor.dim() == 3:
-                    self._writer.matrix(part.name, self._stacked(name, index, part, tensor))
-                elif tensor.dim() == 2:
-                    self._writer.matrix(part.name, self._packed(name, index, part, tensor[part.rows]))
-                else:
-                    values = tensor[part.rows].float().numpy() if tensor.is_floating_point() else tensor.numpy()
-                    self._writer.array(part.name, _placed(values, part.to_rows, 0))
+        state = self._network.state_dict()
+        parts = [(name, index, part) for name in state for index, part in enumerate(self._parts(name))]
+
+        def packed(given: tuple[str, int, _Part]) -> PackedWeights | np.ndarray:
+            name, index, part = given
+            tensor = state[name]
+            if tensor.dim() == 3:
+                return self._stacked(name, index, part, tensor)
+            if tensor.dim() == 2:
+                return self._packed(name, index, part, tensor[part.rows])
+            values = tensor[part.rows].float().numpy() if tensor.is_floating_point() else tensor.numpy()
+            return _placed(values, part.to_rows, 0)
+
+        for (_, _, part), values in zip(parts, _ahead(packed, parts), strict=True):
+            if isinstance(values, PackedWeights):
+                self._writer.matrix(part.name, values)
+            else:
+                self._writer.array(part.name, values)
         self._write_angles("rotary", self._network.rotary)
         if self._network.rotary.local:
             self._write_angles("local", self._network.rotary.local)
@@ -159,22 +183,18 @@ class _Writing:
     def _stacked(self, name: str, index: int, part: _Part, tensor: torch.Tensor) -> PackedWeights:
         """Pack a part of all experts' matrices [experts, N, K], one behind the other, each padded to whole blocks."""
         stride = len(list(self._parts(name)))
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            packed = list(
-                threads.map(
-                    lambda expert: self._packed(name, expert * stride + index, part, tensor[expert, part.rows]),
-                    range(len(tensor)),
-                )
-            )
-        first, quants = packed[0], [each.quants[:-AHEAD] for each in packed]
-        rows = len(packed) * -(-first.rows // first.lanes) * first.lanes
-        joined = np.concatenate([*quants, np.zeros(AHEAD, np.uint8)])
+        packed = [
+            self._packed(name, expert * stride + index, part, matrix[part.rows]) for expert, matrix in enumerate(tensor)
+        ]
+        rows = len(packed) * -(-packed[0].rows // packed[0].lanes) * packed[0].lanes
+        quants = np.concatenate([*(each.quants[:-AHEAD] for each in packed), np.zeros(AHEAD, np.uint8)])
         scales = np.concatenate([each.scales for each in packed])
-        return dataclasses.replace(first, rows=rows, quants=joined, scales=scales)
+        return dataclasses.replace(packed[0], rows=rows, quants=quants, scales=scales)
 
     def _packed(self, name: str, index: int, part: _Part, tensor: torch.Tensor) -> PackedWeights:
         """Pack a part of a matrix, as its GGUF file has it where that has blocks of few bits and nothing is padded."""
-        lanes, few = instruction_set().lanes, self._precision.startswith("int") and not name.endswith(ROUTER)
+        lanes, router = instruction_set().lanes, name.endswith(ROUTER)
+        few = self._precision.startswith("int") and not router
         if (read := self._network.stored.get(name)) and (few or tensor.is_meta):
             kind, blocks = read(index)
             moved = zip((part.to_rows, part.to_columns), tensor.shape, strict=True)
@@ -184,16 +204,16 @@ class _Writing:
             if tensor.is_meta:
                 tensor = torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType[kind.upper()]))
         tensor = tensor if self._precision == "bf16" and tensor.dtype == torch.bfloat16 else tensor.float()
-        return pack(self._rounded(name, tensor, part), lanes)
+        # what a file has in few bits that are not taken as they are is not rounded to four again
+        in_four = self._precision == "int4" and not read and not name.endswith(EIGHT_BITS)
+        kind = FLOATS.get(self._precision, "f32" if router else "q4_0" if in_four else "q8_0")
+        return pack(self._rounded(tensor, part, kind), lanes)
 
-    def _rounded(self, name: str, tensor: torch.Tensor, part: _Part) -> Weights:
-        """Return a matrix in the format that the precision asks for."""
-        kind = FLOATS.get(self._precision, "f32" if name.endswith(ROUTER) else None)
+    def _rounded(self, tensor: torch.Tensor, part: _Part, kind: str) -> Weights:
+        """Return a matrix, its rows and columns put where they belong, in a format."""
         if kind == "bf16":
             values = tensor.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
         else:
             values = tensor.numpy()
         values = _placed(_placed(values, part.to_rows, 0), part.to_columns, 1)
-        if kind:
-            return Weights(FORMATS[kind], values)
-        return quantised(values, "q4_0" if self._precision == "int4" and not name.endswith(EIGHT_BITS) else "q8_0")
+        return Weights(FORMATS[kind], values) if FORMATS[kind].kind else quantised(values, kind)

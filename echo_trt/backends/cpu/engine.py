@@ -22,11 +22,15 @@ CAPACITY = 512  # tokens of a pass that a network is prepared for at first. Larg
 
 
 class CPUEngine(Engine):
-    """A network and a KV pool of ``num_blocks`` blocks, whose memory is taken as it fills. Passes are not padded."""
+    """A network and a KV pool of ``num_blocks`` blocks, whose memory is taken as it fills. Passes are not padded.
+
+    threads  0: as many as ``_threads`` says
+    layers   of the network that are computed, of a check; 0: all
+    """
 
     sizes = ()
 
-    def __init__(self, path: Path, precision: str, num_blocks: int, threads: int = 0):
+    def __init__(self, path: Path, precision: str, num_blocks: int, threads: int = 0, layers: int = 0):
         self.num_blocks = num_blocks
         self._file = file = NetworkFile(path)
         lanes = next(iter(file.header["matrices"].values()))[3]
@@ -36,6 +40,8 @@ class CPUEngine(Engine):
                 f"{path} was built for CPUs {have}, and this is none; build the bundle again on this machine."
             )
         config = file.header["config"]
+        if layers:
+            config["num_layers"], file.header["windows"] = layers, file.header["windows"][:layers]
         self._target = file.header["role"] == "target"
         self._hidden: int = config["hidden_size"]
         self._ids = file.array("target_ids") if "target_ids" in file.names() else None

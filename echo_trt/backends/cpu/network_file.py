@@ -17,10 +17,13 @@ MAGIC, ALIGNMENT = b"echocpu1", 64
 
 
 class NetworkWriter:
-    """Writes arrays and packed matrices by name as they come; the header follows at the end."""
+    """Writes arrays and packed matrices by name as they come; the header follows at the end.
+
+    matrices  format, rows, columns and lanes of what was written, by name
+    """
 
     def __init__(self, file: BinaryIO):
-        self._file, self._arrays, self._matrices = file, {}, {}
+        self._file, self._arrays, self.matrices = file, {}, {}
         file.write(MAGIC + bytes(ALIGNMENT - len(MAGIC)))
 
     def array(self, name: str, values: np.ndarray) -> None:
@@ -31,11 +34,11 @@ class NetworkWriter:
     def matrix(self, name: str, weights: PackedWeights) -> None:
         for part in ("quants", "scales"):
             self.array(f"{name}.{part}", getattr(weights, part))
-        self._matrices[name] = [weights.format.name, weights.rows, weights.columns, weights.lanes]
+        self.matrices[name] = [weights.format.name, weights.rows, weights.columns, weights.lanes]
 
     def close(self, header: dict[str, Any]) -> None:
         begin = self._aligned()
-        text = json.dumps(header | {"arrays": self._arrays, "matrices": self._matrices}).encode()
+        text = json.dumps(header | {"arrays": self._arrays, "matrices": self.matrices}).encode()
         self._file.write(text)
         self._file.seek(len(MAGIC))
         self._file.write(np.array([begin, len(text)], np.int64).tobytes())

@@ -36,7 +36,7 @@ def cores() -> int:
 
 
 def compute_type(precision: str) -> ov.Type:
-    """Return the type of arithmetic and KV cache: bf16, also with int8 weights, or fp32 where this CPU has no bf16."""
+    """Return the type of arithmetic and KV cache: bf16, or fp32 where this CPU has none."""
     return ov.Type.f32 if precision == "fp32" or not has_bf16() else ov.Type.bf16
 
 

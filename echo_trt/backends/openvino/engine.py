@@ -149,8 +149,8 @@ class OpenVINOEngine(KeepsStates):
 
 
 def rounds_coarsely(precision: str) -> bool:
-    """Return whether logits can change visibly with the shape of a call, by bf16 or by activations in 8 bits."""
-    return precision in ("int8", "int4") or cpu.compute_type(precision) == ov.Type.bf16
+    """Return whether logits can change visibly with the shape of a call, by bf16."""
+    return cpu.compute_type(precision) == ov.Type.bf16
 
 
 def _longer(inputs: dict[str, np.ndarray], more: int) -> dict[str, np.ndarray]:

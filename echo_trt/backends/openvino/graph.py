@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from openvino._offline_transformations import compress_model_transformation
 from openvino._pyopenvino.op import _PagedAttentionExtension  # experimental: the reason why openvino is pinned
 from openvino.frontend.onnx import ConversionExtension
 from openvino.op import Constant
-from openvino.passes import ConstantFolding, Manager
 from openvino.preprocess import PrePostProcessor
 
 from echo_trt.backends.base import DOMAIN, OPERATOR
@@ -23,13 +21,8 @@ from echo_trt.speculation.pack import BLOCK
 
 FEATURES = "features"  # the output that only a head reads
 SLIDING_WINDOW, MAX_CONTEXT = 10, 12  # indices of these inputs of PagedAttention
-# Weights up to which an int8 network on AMX is computed in bf16: int8 arithmetic takes longer there than reading two
-# bytes per weight. Larger: more networks read two bytes.
-BF16_WEIGHTS = 64 << 20
 NARROW = (ov.Type.bf16, ov.Type.f16)
 DECOMPRESSION = "decompression_0"  # OpenVINO's mark of a conversion that stays in the graph
-GROUP = 32  # weights of a row that share a 4-bit scale; larger: a smaller file, and larger errors
-ACTIVATIONS = 32  # of 8-bit products that share a scale; larger: less exact, and no faster on CPUs with VNNI
 
 
 def read_graph(path: Path) -> ov.Model:
@@ -65,10 +58,6 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
     compute = cpu.compute_type(precision).to_string()
     _keep_narrow(model)
     options = {"INFERENCE_PRECISION_HINT": compute, "KV_CACHE_PRECISION": compute, "PERFORMANCE_HINT": "LATENCY"}
-    if precision == "int8" and cpu.has_amx() and _weights(model) <= BF16_WEIGHTS:
-        _decompress(model)
-    elif precision in ("int8", "int4"):
-        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = ACTIVATIONS  # of 8-bit matrices: zero points forbid it
     threads = threads or _asked_threads()
     if compute == "bf16":
         model = _with_short_features(model)
@@ -109,18 +98,6 @@ def _keep_narrow(model: ov.Model) -> None:
         if node.get_type_name() == "Convert" and node.input_value(0).get_element_type() in NARROW and _is_weight(node):
             node.get_rt_info()[DECOMPRESSION] = ""
     model.validate_nodes_and_infer_types()
-
-
-def _weights(model: ov.Model) -> int:
-    constants = (node.get_output_shape(0) for node in model.get_ops() if node.get_type_name() == "Constant")
-    return sum(math.prod(shape) for shape in constants)
-
-
-def _decompress(model: ov.Model) -> None:
-    """Turn 8-bit weights with scales into plain numbers, which are compiled to the graph's type."""
-    manager = Manager()
-    manager.register_pass(ConstantFolding())
-    manager.run_passes(model)
 
 
 def _with_short_features(model: ov.Model) -> ov.Model:

@@ -39,12 +39,12 @@ def _computes_in(precision: str) -> str:
 
 KIND = EngineKind(
     name="openvino",
-    precisions=("fp32", "bf16", "int8", "int4"),
+    precisions=("fp32", "bf16"),
     open=_open,
     compiler=_compiler,
-    preference=1,
+    preference=(1, "the fastest here that builds this"),
     states=True,
-    tools=("openvino", "nncf", "torch", "onnx", "onnxscript"),
+    tools=("openvino", "torch", "onnx", "onnxscript"),
     value_bytes=_value_bytes,
     computes_in=_computes_in,
 )

@@ -41,7 +41,7 @@ KIND = EngineKind(
     open=_open,
     compiler=_compiler,
     card=OnCard(layer_nodes=26, told_trees=True, drafts_apart=True, projects_features=True),
-    preference=2,
+    preference=(3, "for this machine's GPU"),
     states=True,
     divides=True,
     tools=("torch",),

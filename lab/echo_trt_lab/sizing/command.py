@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from echo_trt.backends.kind import built_as, engine_kind
+from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.manifest import MANIFEST, read_manifest, verify_files
 from echo_trt.bundle.recipe import Recipe
-from echo_trt.cli.recipes import recipe_for
+from echo_trt.cli.recipes import for_this_machine, recipe_for
 from echo_trt.errors import UserError
 from echo_trt.sizing.limits import limited
 from echo_trt_lab.sizing.cards import CARDS, parse_cards
@@ -23,11 +23,11 @@ def run(options: InspectOptions, console: Console) -> int:
     """Print the tables; returns the exit code, 1 where a recipe does not fit."""
     path, cards = Path(options.path), options.cards
     if not path.is_dir() or ((path / "config.json").exists() and not (path / MANIFEST).exists()):
-        engine = options.engine or ("of a GPU" if cards else None)  # with cards the recipe's own
-        recipe, folder = recipe_for(options.path, engine=engine)
-        recipe = built_as(recipe, options.engine, options.precision)
+        recipe, folder = recipe_for(options.path)
+        engine = options.engine or (recipe.engine if cards else None)  # with cards the recipe's own
+        recipe, why = for_this_machine(options.path, recipe, folder, engine, options.precision)
         recipe = limited(recipe, options.max_model_len, options.max_num_seqs)
-        return 0 if print_recipe(recipe, folder, cards, console) else 1
+        return 0 if print_recipe(recipe, folder, cards, console, why) else 1
     if cards is not None:
         raise UserError(f"--fit is about a recipe, but {path} is a folder; name the recipe.")
     manifest = read_manifest(path)
@@ -36,14 +36,17 @@ def run(options: InspectOptions, console: Console) -> int:
     return 0
 
 
-def print_recipe(recipe: Recipe, folder: Path, cards: str | None, console: Console) -> bool:
-    """Print a recipe on ``cards``, or on all known cards. Returns whether it fits ``cards``."""
+def print_recipe(recipe: Recipe, folder: Path, cards: str | None, console: Console, why: str = "") -> bool:
+    """Print a recipe on ``cards``, or on all known cards, and why its engine is taken.
+
+    Returns whether it fits ``cards``.
+    """
     gpu = engine_kind(recipe.engine).card is not None
     if cards is not None and not gpu:
         raise UserError(f"--fit is about GPUs, but the recipe's engine is {recipe.engine}; use a recipe for tensorrt.")
     requested = parse_cards(cards) if cards is not None else None
     verdict = fit(recipe, folder, *requested) if requested else None
-    console.print(recipe_table(recipe, folder))
+    console.print(recipe_table(recipe, folder, why))
     if verdict:
         console.print(cards_table([verdict]))
         console.print(f"{recipe.name} on {verdict.count} {verdict.card.name}: {verdict.sentence}", soft_wrap=True)

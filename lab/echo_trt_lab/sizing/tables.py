@@ -93,8 +93,12 @@ def _add_recipe_rows(table: Table, recipe: Recipe) -> None:
     )
 
 
-def recipe_table(recipe: Recipe, folder: Path) -> Table:
-    """Return what a recipe would build and need of each GPU; ``folder``: the recipe's. No weights are read."""
+def recipe_table(recipe: Recipe, folder: Path, why: str = "") -> Table:
+    """Return what a recipe would build and need of each GPU. No weights are read.
+
+    folder  that its paths are relative to
+    why     its engine is taken; "": it is named
+    """
     table = _facts(f"recipe {recipe.name}")
     try:
         networks = dict(zip(("target", "draft"), shapes(recipe, folder), strict=True))
@@ -106,7 +110,7 @@ def recipe_table(recipe: Recipe, folder: Path) -> Table:
         kind = recipe.draft.kind if role == "draft" else ""
         known = f"({_summary(shape.sizes)}; {shape.origin})" if shape else ""
         table.add_row(role, " ".join(filter(None, (kind, where, known))))
-    table.add_row("engine", f"{recipe.engine}, {recipe.precision}")
+    table.add_row("engine", ", ".join(filter(None, (recipe.engine, recipe.precision, why))))
     _add_recipe_rows(table, recipe)
     if networks:
         _add_needs(table, recipe, networks["target"], networks["draft"])

@@ -32,7 +32,8 @@ TOLERANCE = 1e-3  # of log-probabilities, which another batch rounds differently
 POLICIES, GOODPUT = ("autoregressive", "static", "echo"), ("goodput", "goodput-exact")
 MACHINES = (machine(1e-6), machine(0.2))  # on which speculation pays, always or seldom
 PRECISIONS, HYBRIDS = ("fp32", "bf16", "int8", "int4"), ("mtp",)
-PROMISED = ("close", "dspark", *HYBRIDS, *FAMILY_PAIRS)
+DENSE = ("close", *FAMILY_PAIRS)  # pairs that are built in few bits, too
+PROMISED = (*DENSE, "dspark", *HYBRIDS)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def opened(name: str, networks: Path, folder: Path, precision: str = "fp32") -> 
     RISES["int4"] = RISES["int8"] = 50.0  # so tiny a network keeps little of its text in few bits
     roomy, small = folder / f"{name}-{precision}", folder / f"{name}-{precision}-{BLOCKS}"
     if not small.exists():
-        build(recipe_of(name, networks, limits=limits, precision=precision), folder, roomy)
+        engine = "cpu" if precision in RISES else "openvino"
+        build(recipe_of(name, networks, limits=limits, precision=precision, engine=engine), folder, roomy)
         shutil.copytree(roomy, small)
         manifest = json.loads((small / "manifest.json").read_text())
         manifest["recipe"]["limits"]["kv_blocks"] = BLOCKS

@@ -90,14 +90,14 @@ def test_a_recipe_for_a_cpu_has_no_cards(inspect):
     assert "H100" not in out
     code, _, err = inspect(BUILD / "smollm2-135m.yaml", "--fit", "H100-80GB")
     assert code == 2
-    assert "--fit is about GPUs, but the recipe's engine is openvino" in err
+    assert "--fit is about GPUs, but the recipe's engine is cpu" in err
 
 
 def test_a_model_is_inspected_as_it_would_be_built_on_a_cpu(inspect, monkeypatch):
     monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: False)
     code, out, _ = inspect("Qwen/Qwen3-1.7B", "--precision", "int8", "--max-model-len", 4096, "--max-num-seqs", 8)
     assert code == 0
-    assert rows(out)["engine"] == "openvino, int8"
+    assert rows(out)["engine"] == "cpu, int8, the fastest on this CPU"
     assert rows(out)["limits"].startswith("batch 8, context 4,096 tokens, as many as the batch needs and memory holds")
     assert inspect("qwen3-1.7b", "--fit", "L4")[0] == 0
 
