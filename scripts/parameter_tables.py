@@ -4,7 +4,8 @@
 
 Sampling parameters (``echo_trt/engine/params.py``) are the inputs of model_repo/echo/config.pbtxt, and tables of
 docs/triton-api.md, docs/openai-api.md and docs/python-api.md; families (``echo_trt/models/families``) are the table of
-docs/models.md; metrics, errors of the API server and environment variables have tables, too. Sources of tokens (``echo_trt/speculation/sources.py``) are shown on the live page and told in docs/openai-api.md.
+docs/models.md; metrics, errors of the API server and environment variables have tables, too. Sources of tokens
+(``echo_trt/speculation/sources.py``) are shown on the live page and told in docs/openai-api.md.
 """
 
 from __future__ import annotations

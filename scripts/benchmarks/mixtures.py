@@ -16,7 +16,6 @@ from pathlib import Path
 import cyclopts
 import numpy as np
 import torch
-from echo_trt_lab.random_weights import RandomCheckpoint
 
 from echo_trt.backends.cpu.engine import CPUEngine
 from echo_trt.models.checkpoint import Part
@@ -24,6 +23,7 @@ from echo_trt.models.roles import TargetModule
 from echo_trt.models.weights import load_decoder
 from echo_trt.sizing.shapes import published
 from echo_trt.speculation.pack import BLOCK, pack
+from echo_trt_lab.random_weights import RandomCheckpoint
 
 ROWS, BEFORE, VOCABULARY = (1, 2, 4, 8, 16, 32, 128), 64, 1024
 app = cyclopts.App()
