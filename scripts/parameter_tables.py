@@ -132,9 +132,9 @@ def config_inputs() -> str:
 
 
 def engines_of(family: Family) -> str:
-    """Name the engines that run a family: only some keep the states of delta-net layers, or run experts."""
-    hybrid, mixture = issubclass(family.config, HybridConfig), "moe" in family.name
-    fitting = [kind for kind in engine_kinds() if (kind.states or not hybrid) and (kind.experts or not mixture)]
+    """Name the engines that run a family: only some keep the states of delta-net layers."""
+    hybrid = issubclass(family.config, HybridConfig)
+    fitting = [kind for kind in engine_kinds() if kind.states or not hybrid]
     return "all" if fitting == engine_kinds() else ", ".join(f"`{kind.name}`" for kind in fitting)
 
 

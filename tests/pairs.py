@@ -94,6 +94,8 @@ FOLDERS: dict[str, tuple[str, str, str | None]] = {
     "dspark": ("plain_target", "block", "dspark"),
     # A random block drafter of another family, for tests that name it.
     "peagle": ("target", "block", "peagle"),
+    # A mixture of experts that drafts for itself, for tests that name it.
+    "qwen3_moe": ("qwen3_moe", "model", "qwen3_moe"),
     # Delta-net layers, in tests/engine/test_hybrids.py: the head of the checkpoint agrees with its target.
     "mtp": ("hybrid", "mtp", None),
     **{family: (family, "model", family) for family in FAMILY_PAIRS},
@@ -104,7 +106,7 @@ def write_networks(folder: Path) -> None:
     """Every checkpoint that the pairs name."""
     write_tokenizer(folder / "target")
     qwen3(**SIZES, eos_token_id=0).save_pretrained(folder / "target")
-    for family in FAMILY_PAIRS:
+    for family in (*FAMILY_PAIRS, "qwen3_moe"):
         write_tokenizer(folder / family)
         BUILDERS[family](**SIZES | CHANGES.get(family, {}), eos_token_id=0).save_pretrained(folder / family)
     write_tokenizer(folder / "small")

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor, nn
 
-from echo_trt.models.layers import ReadBlocks
+from echo_trt.models.layers import Experts, ReadBlocks, widened
 from echo_trt.models.roles import DraftModule, HeadModule, Role, TargetModule
 
 #: Weights of the layers that a check reads from a file; of the first one in any case. Larger: more layers are checked,
@@ -56,6 +56,10 @@ def first_layers(role: Role, layers: int) -> Role:
 
 def _read_as_multiplied(network: nn.Module, name: str, outputs: int) -> None:
     module, read = network.get_submodule(name.rpartition(".")[0]), network.stored[name]
+    if isinstance(module, Experts):
+        reads = {leaf: network.stored.get(f"{name.rpartition('.')[0]}.{leaf}") for leaf in ("gate_up", "down")}
+        module.forward = partial(_mixed, module, reads)
+        return
     height, bias = len(module.weight), getattr(module, "bias", None)
     embeds = isinstance(module, nn.Embedding)
     module.forward = partial(_looked_up, read) if embeds else partial(_multiplied, read, height, bias)
@@ -66,6 +70,24 @@ def _read_as_multiplied(network: nn.Module, name: str, outputs: int) -> None:
 
 def _multiplied(read: ReadBlocks, height: int, bias: Tensor | None, x: Tensor) -> Tensor:
     return nn.functional.linear(x, torch.cat([*_rows(read, height)]), bias)
+
+
+def _mixed(experts: Experts, reads: dict[str, ReadBlocks | None], x: Tensor) -> Tensor:
+    """Mix the outputs of the chosen experts for x [N, H], one expert after the other."""
+
+    def matrices(leaf: str, expert: int, parts: int) -> Iterator[Tensor]:
+        if read := reads[leaf]:
+            return (_dequantised(*read(expert * parts + part)) for part in range(parts))
+        return iter(widened(getattr(experts, leaf)[expert], x).chunk(parts))
+
+    _, weights, chosen = experts.choose(x)
+    out = torch.zeros_like(x)
+    for expert in chosen.unique().tolist():
+        rows, pick = (chosen == expert).nonzero(as_tuple=True)
+        gate, up = (nn.functional.linear(x[rows], matrix) for matrix in matrices("gate_up", expert, 2))
+        (down,) = matrices("down", expert, 1)
+        out[rows] += nn.functional.linear(nn.functional.silu(gate) * up, down) * weights[rows, pick, None]
+    return out
 
 
 def _rows(read: ReadBlocks, height: int) -> Iterator[Tensor]:

@@ -77,7 +77,7 @@ class EngineKind:
                  it where nobody names one; and why, in a phrase
     runs_here    tells whether this machine's host has what it needs
     states       whether it keeps the states of delta-net layers
-    experts      whether it runs mixtures of experts
+    chosen       whether it computes a token's chosen experts of a mixture alone
     blocks       precisions in which it takes matrices in a file's blocks of few bits as they are
     divides      whether it divides a target among GPUs
     fixed_pool   whether the KV pool's size is compiled in
@@ -100,7 +100,7 @@ class EngineKind:
     preference: tuple[int, str] = (0, "no other engine builds this")
     runs_here: Callable[[], bool] = lambda: True
     states: bool = False
-    experts: bool = True
+    chosen: bool = False
     blocks: tuple[str, ...] = ()
     divides: bool = False
     fixed_pool: bool = False

@@ -16,7 +16,6 @@ def check_engine(recipe: Recipe, config: DecoderConfig | None, kind: EngineKind)
     check_settings(recipe, kind)
     if config is not None:
         check_states(recipe, config, kind)
-        check_experts(recipe, config, kind)
 
 
 def check_settings(recipe: Recipe, kind: EngineKind) -> None:
@@ -41,13 +40,6 @@ def _names(trait: str) -> str:
 def check_fp8(key: str, precision: Precision, checkpoint: Checkpoint) -> None:
     if precision == "fp8" and not isinstance(checkpoint, Fp8Checkpoint):
         raise UserError(f"{key} is 'fp8', but {checkpoint.path} has no FP8 weights; use bf16, or an FP8 checkpoint.")
-
-
-def check_experts(recipe: Recipe, config: DecoderConfig, kind: EngineKind) -> None:
-    if config.num_experts and not kind.experts:
-        raise UserError(
-            f"engine is {recipe.engine}, but a mixture of experts runs on {_names('experts')} alone; use one of these."
-        )
 
 
 def check_states(recipe: Recipe, config: DecoderConfig, kind: EngineKind) -> None:

@@ -197,14 +197,17 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the outputs of the chosen experts for x [N, H]; returns [N, H]."""
-        probs = self.router(x).float().softmax(dim=-1)
-        top, chosen = probs.topk(self.top_k, dim=-1)
-        if self.normalise:
-            top = top / top.sum(dim=-1, keepdim=True)
+        probs, top, chosen = self.choose(x)
         if has_grouped_products(x, self.down):
             return sum_ranks(self._routed(x, top.to(x.dtype), chosen), self.ranks)
         weights = torch.zeros_like(probs).scatter(-1, chosen, top).to(x.dtype)
         return sum_ranks(self._dense(x, weights), self.ranks)
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return all experts' shares [N, E], and the weights [N, k] of the chosen ones, int [N, k]."""
+        probs = self.router(x).float().softmax(dim=-1)
+        top, chosen = probs.topk(self.top_k, dim=-1)
+        return probs, top / top.sum(dim=-1, keepdim=True) if self.normalise else top, chosen
 
     def _dense(self, x: Tensor, weights: Tensor) -> Tensor:
         """Compute all experts for x [N, H] and add them by ``weights`` [N, E]."""

@@ -67,11 +67,16 @@ def load_decoder(
     _complete_norms(model)
     model.rotary = Rotary(config, positions)
     if isinstance(checkpoint, HasBlocks) and shard.ranks == 1:
-        plain = {name: parts for name, parts in sources.items() if isinstance(parts[0], str)}
+        flat = {name: _flat(parts) for name, parts in sources.items()}
         model.stored = {
-            name: _reader(checkpoint, parts) for name, parts in plain.items() if checkpoint.in_blocks(parts[0])
+            name: _reader(checkpoint, parts) for name, parts in flat.items() if checkpoint.in_blocks(parts[0])
         }
     return model.eval()
+
+
+def _flat(parts: list) -> list[str]:
+    """Return the names of all parts, of experts one after the other."""
+    return [name for part in parts for name in (part if isinstance(part, list) else [part])]
 
 
 def _reader(checkpoint: HasBlocks, names: list[str]) -> ReadBlocks:
@@ -283,8 +288,8 @@ def _assign(
                 model.set_submodule(module_path, Fp8Linear(*found, module.bias))
                 read.update(parts)
                 continue
-        if in_blocks and len(shape) == 2 and filling.blocks(parts):
-            read.update(parts)
+        if in_blocks and len(shape) > 1 and filling.blocks(_flat(parts)):
+            read.update(_flat(parts))
             continue
         value = torch.empty(shape, dtype=_stored_type(filling, shape, parts) if in_rows or dtype is None else dtype)
         stored = filling.whole.get_parameter(ours).shape
@@ -373,7 +378,7 @@ def _stored_type(filling: _Filling, shape: torch.Size, parts: list) -> torch.dty
 
     Vectors are float32: they are small, and the norm's type is the one that a network computes in.
     """
-    names = [name for part in parts for name in (part if isinstance(part, list) else [part])]
+    names = _flat(parts)
     if len(shape) == 1 or not filling.present.issuperset(names):
         return torch.float32
     types = {filling.checkpoint.dtype(name) for name in names}

@@ -121,9 +121,10 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
 
 def _working(recipe: Recipe, target: Sizes, tokens: int) -> int:
     """Estimate bytes of fp32 logits and of one layer's activations, of which a compiler keeps a few alive at once."""
-    layer = 6 * target.hidden_size + 3 * target.intermediate_size // target.gpus
-    if target.experts:  # the exported graph keeps the outputs of all experts before it sums them
-        layer += target.experts * target.hidden_size
+    gated, outputs = 3 * target.intermediate_size // target.gpus, target.experts * target.hidden_size
+    if target.experts and engine_kind(recipe.engine).chosen:  # others keep the outputs of all before they sum them
+        gated, outputs = (size * target.experts_per_token // target.experts for size in (gated, 2 * outputs))
+    layer = 6 * target.hidden_size + gated + outputs
     return tokens * (target.vocab_size * 4 + layer * KV_BYTES[recipe.precision])
 
 

@@ -14,8 +14,10 @@ from pairs import SIZES, VOCAB
 from echo_trt.backends.cpu import operators
 from echo_trt.backends.cpu.build import compile_role
 from echo_trt.backends.cpu.engine import CPUEngine
+from echo_trt.backends.cpu.experts import route
 from echo_trt.backends.cpu.formats import FORMATS, Weights, pack, quantised
 from echo_trt.backends.cpu.network import KINDS
+from echo_trt.backends.cpu.program import Op, Pool, Program
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.roles import TargetModule
@@ -100,7 +102,9 @@ def in_trees(engine: CPUEngine, texts: np.ndarray, table: np.ndarray, past: int,
     }
 
 
-@pytest.mark.parametrize(("family", "precision"), [("llama", "bf16"), ("gemma3", "fp32"), ("qwen2", "int4")])
+@pytest.mark.parametrize(
+    ("family", "precision"), [("llama", "bf16"), ("gemma3", "fp32"), ("qwen2", "int4"), ("qwen3_moe", "int8")]
+)
 def test_a_tokens_bits_depend_on_its_text_alone(family, precision, engine_of):
     """Not on company, batch, chunks, the blocks that hold it, or threads."""
     rng = np.random.default_rng(0)
@@ -143,13 +147,32 @@ def test_embeddings_are_the_packed_matrix_rows(name, lanes):
     np.testing.assert_array_equal(out, 2 * weights.dequantise()[tokens])
 
 
-@pytest.mark.parametrize("storage", ["Q4_0", "Q4_1", "Q5_0", "Q8_0"])
-def test_a_gguf_files_matrices_keep_their_bits(storage, tmp_path):
-    """Then all that is lost is the rounding of activations to 8 bits."""
-    model = BUILDERS["llama"](**GGUF_SIZES, tie_word_embeddings=False)
+@pytest.mark.parametrize("normalised", [False, True])
+def test_the_first_of_equal_experts_is_chosen(normalised):
+    scores = np.zeros((9, 32), np.float32)
+    scores[:, :20] = np.random.default_rng(2).integers(-3, 3, (9, 20))
+    rows, chosen, weights = np.array([9]), np.zeros((9, 6), np.int64), np.zeros((9, 6), np.float32)
+    wanted = np.argsort(-scores[:, :20], axis=1, kind="stable")[:, :6]
+    powers = np.exp(scores[:, :20].astype(float))
+    whole = np.take_along_axis(powers, wanted, 1) if normalised else powers
+    op = Op.of(route, rows, scores, scores.strides[0], 20, 6, int(normalised), chosen, weights)
+    Pool(2).run(Program([op]))
+    np.testing.assert_array_equal(chosen, wanted)
+    np.testing.assert_allclose(weights, np.take_along_axis(powers, wanted, 1) / whole.sum(1, keepdims=True), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "storage"),
+    [("llama", "Q4_0"), ("llama", "Q4_1"), ("llama", "Q5_0"), ("llama", "Q8_0"), ("qwen3_moe", "Q4_1")],
+)
+def test_a_gguf_files_matrices_keep_their_bits(family, storage, tmp_path):
+    """Then all that is lost is the rounding of activations to 8 bits; all experts are chosen, or it chose others."""
+    experts = {"num_experts_per_tok": 7, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    changes = experts if family == "qwen3_moe" else {}
+    model = BUILDERS[family](**GGUF_SIZES | changes, tie_word_embeddings=False)
     checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", model, GGMLQuantizationType[storage]))
     role = TargetModule(load_decoder(checkpoint, 64))
-    compile_role(role, tmp_path / "target.cpu", "int8")
+    compile_role(TargetModule(load_decoder(checkpoint, 64, in_blocks=True)), tmp_path / "target.cpu", "int8")
     engine = CPUEngine(tmp_path / "target.cpu", "int8", 2)
     kinds = {kind for kind, *_ in engine._file.header["matrices"].values()}
     assert storage.lower() in kinds

@@ -90,9 +90,8 @@ ENGINES: dict[str, Callable[[TargetModule, Path, str], Any]] = {
 
 
 def engines_of(family: Family) -> list[str]:
-    hybrid, mixture = issubclass(family.config, HybridConfig), family.name == "qwen3_moe"
-    fitting = (kind for kind in engine_kinds() if (kind.states or not hybrid) and (kind.experts or not mixture))
-    return [kind.name for kind in fitting]
+    hybrid = issubclass(family.config, HybridConfig)
+    return [kind.name for kind in engine_kinds() if kind.states or not hybrid]
 
 
 CASES = [(family.name, engine) for family in FAMILIES.values() for engine in engines_of(family)]

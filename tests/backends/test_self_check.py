@@ -61,10 +61,12 @@ def test_few_bits_that_lose_three_per_cent_of_a_text_are_refused(networks):
         check_compiled(role, coarse, "int4")
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_matrices_that_stayed_in_their_file_are_checked_in_its_first_layers(tied, tmp_path, monkeypatch):
-    """And another file's are not these."""
-    model = BUILDERS["llama"](**GGUF_SIZES, tie_word_embeddings=tied)
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("llama", False), ("qwen3_moe", False)])
+def test_matrices_that_stayed_in_their_file_are_checked_in_its_first_layers(family, tied, tmp_path, monkeypatch):
+    """And another file's are not these. Of a mixture all experts are chosen, since rounding may choose others."""
+    experts = {"num_experts_per_tok": 7, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    sizes = GGUF_SIZES | (experts if family == "qwen3_moe" else {})
+    model = BUILDERS[family](**sizes, tie_word_embeddings=tied)
     file = write_gguf(tmp_path / "model.gguf", model, GGMLQuantizationType.Q8_0)
 
     def role() -> TargetModule:

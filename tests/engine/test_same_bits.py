@@ -26,6 +26,7 @@ ANSWERS = (24, 9, 20, 31, 1, 26, 15, 22)
 PRECISIONS = ("int4", "bf16", "int8", "fp32")
 CASES = [("cpu", "close", precision) for precision in PRECISIONS[:3]] + [("cpu", "eagle3", "fp32")]
 CASES += [("cpu", pair, PRECISIONS[i]) for i, pair in enumerate(FAMILY_PAIRS)]
+CASES += [("cpu", "qwen3_moe", "int4")]
 CASES += [pytest.param("openvino", pair, "bf16", marks=needs_bf16) for pair in ("close", "gemma3", "smollm3")]
 
 

@@ -16,7 +16,16 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from echo_trt.backends.cpu.engine import CPUEngine
-from echo_trt.backends.cpu.formats import FORMATS, GGUF_BYTES, PackedWeights, Weights, pack, pack_gguf, quantised
+from echo_trt.backends.cpu.formats import (
+    AHEAD,
+    FORMATS,
+    GGUF_BYTES,
+    PackedWeights,
+    Weights,
+    pack,
+    pack_gguf,
+    quantised,
+)
 from echo_trt.backends.cpu.network_file import NetworkWriter, network_writer
 from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.first_layers import in_blocks, layers_within
@@ -29,7 +38,8 @@ UNIT = 32  # to a multiple of which widths are padded, and a head's halves to on
 THREADS = 2  # that pack matrices; larger: more memory
 FLOATS = {"fp32": "f32", "bf16": "bf16"}
 #: Matrices that have 8 bits in int4, too, since 4 change the choice of tokens most there.
-EIGHT_BITS = ("embed.weight", "lm_head.weight", "router.weight")
+EIGHT_BITS = ("embed.weight", "lm_head.weight")
+ROUTER = ".router.weight"  # which stays in floats: a little less changes the choice of experts
 
 
 def compile_role(role: Role, path: Path, precision: str, facts: dict[str, str] | None = None) -> CompiledRole:
@@ -110,6 +120,8 @@ class _Writing:
         def packed(given: tuple[str, int, _Part]) -> PackedWeights | np.ndarray:
             name, index, part = given
             tensor = state[name]
+            if tensor.dim() == 3:
+                return self._stacked(name, index, part, tensor)
             if tensor.dim() == 2:
                 return self._packed(name, index, part, tensor[part.rows])
             values = tensor[part.rows].float().numpy() if tensor.is_floating_point() else tensor.numpy()
@@ -146,6 +158,12 @@ class _Writing:
             size = config.intermediate_size
             yield _Part(f"{above}gate.{leaf}", slice(size), None, self._hidden)
             yield _Part(f"{above}up.{leaf}", slice(size, None), None, self._hidden)
+        elif leaf == "gate_up":
+            size = config.expert_size
+            yield _Part(f"{stem}.gate.weight", slice(size), None, self._hidden)
+            yield _Part(f"{stem}.up.weight", slice(size, None), None, self._hidden)
+        elif leaf == "down":
+            yield _Part(f"{name}.weight", to_columns=spread(config.expert_size))
         elif module == "out":
             yield _Part(name, to_columns=spread(config.head_dim, config.num_heads, halves=True))
         elif module == "down":
@@ -162,9 +180,21 @@ class _Writing:
             is_norm = module.endswith("norm")
             yield _Part(name, to_rows=self._hidden if is_norm else None, to_columns=None if is_norm else self._hidden)
 
+    def _stacked(self, name: str, index: int, part: _Part, tensor: torch.Tensor) -> PackedWeights:
+        """Pack a part of all experts' matrices [experts, N, K], one behind the other, each padded to whole blocks."""
+        stride = len(list(self._parts(name)))
+        packed = [
+            self._packed(name, expert * stride + index, part, matrix[part.rows]) for expert, matrix in enumerate(tensor)
+        ]
+        rows = len(packed) * -(-packed[0].rows // packed[0].lanes) * packed[0].lanes
+        quants = np.concatenate([*(each.quants[:-AHEAD] for each in packed), np.zeros(AHEAD, np.uint8)])
+        scales = np.concatenate([each.scales for each in packed])
+        return dataclasses.replace(packed[0], rows=rows, quants=quants, scales=scales)
+
     def _packed(self, name: str, index: int, part: _Part, tensor: torch.Tensor) -> PackedWeights:
         """Pack a part of a matrix, as its GGUF file has it where that has blocks of few bits and nothing is padded."""
-        lanes, few = instruction_set().lanes, self._precision.startswith("int")
+        lanes, router = instruction_set().lanes, name.endswith(ROUTER)
+        few = self._precision.startswith("int") and not router
         if (read := self._network.stored.get(name)) and (few or tensor.is_meta):
             kind, blocks = read(index)
             moved = zip((part.to_rows, part.to_columns), tensor.shape, strict=True)
@@ -174,20 +204,16 @@ class _Writing:
             if tensor.is_meta:
                 tensor = torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType[kind.upper()]))
         tensor = tensor if self._precision == "bf16" and tensor.dtype == torch.bfloat16 else tensor.float()
+        # what a file has in few bits that are not taken as they are is not rounded to four again
         in_four = self._precision == "int4" and not read and not name.endswith(EIGHT_BITS)
-        return pack(self._rounded(tensor, part, in_four), lanes)
+        kind = FLOATS.get(self._precision, "f32" if router else "q4_0" if in_four else "q8_0")
+        return pack(self._rounded(tensor, part, kind), lanes)
 
-    def _rounded(self, tensor: torch.Tensor, part: _Part, in_four: bool) -> Weights:
-        """Return a matrix in the format that the precision asks for, ``in_four`` bits or in 8 where it is few.
-
-        What a file has in few bits that are not taken as they are is not rounded to four again.
-        """
-        kind = FLOATS.get(self._precision)
+    def _rounded(self, tensor: torch.Tensor, part: _Part, kind: str) -> Weights:
+        """Return a matrix, its rows and columns put where they belong, in a format."""
         if kind == "bf16":
             values = tensor.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
         else:
             values = tensor.numpy()
         values = _placed(_placed(values, part.to_rows, 0), part.to_columns, 1)
-        if kind:
-            return Weights(FORMATS[kind], values)
-        return quantised(values, "q4_0" if in_four else "q8_0")
+        return Weights(FORMATS[kind], values) if FORMATS[kind].kind else quantised(values, kind)

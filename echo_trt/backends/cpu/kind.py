@@ -56,7 +56,7 @@ KIND = EngineKind(
     # and fp32, on a Xeon with AVX-512 VNNI and AMX. Prompts in bf16 take longer, which are a small part of the work.
     preference=(2, "the fastest on this CPU"),
     runs_here=lambda: not _lacked(),
-    experts=False,
+    chosen=True,
     blocks=("int8", "int4"),
     tools=("numba", "llvmlite", "torch"),
     check=_check,

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from echo_trt.backends.cpu import attention, operators
+from echo_trt.backends.cpu.experts import Experts
 from echo_trt.backends.cpu.network_file import NetworkFile
 from echo_trt.backends.cpu.products import Product, products
-from echo_trt.backends.cpu.program import Op, Pool, Program
+from echo_trt.backends.cpu.program import Argument, Op, Pool, Program
 from echo_trt.speculation.pack import BLOCK
 
 KINDS = {"": 0, "f32": 1, "bf16": 2, "f16": 3}  # of weights, for look-ups
-Argument = np.ndarray | int | float | None
 
 
 class KVArrays:
@@ -94,15 +94,7 @@ class Network:
         return np.zeros((self.capacity, width), kind)
 
     def _add(self, operator: Any, *args: Argument, keeps: Sequence[Any] = ()) -> None:
-        """Add an operator with its record: addresses of arrays, integers, and float32 numbers; None is no array."""
-        record = np.zeros(len(args), np.int64)
-        for i, value in enumerate(args):
-            if isinstance(value, float):
-                record[i : i + 1].view(np.float32)[0] = value
-            else:
-                record[i] = value.ctypes.data if isinstance(value, np.ndarray) else value or 0
-        kept = (operator, *(value for value in args if isinstance(value, np.ndarray)), *keeps)
-        self._ops.append(Op(operator.address, record, keeps=kept))
+        self._ops.append(Op.of(operator, *args, keeps=keeps))
 
     def _array(self, name: str) -> np.ndarray | None:
         return self._file.array(name) if name in self._file.header["arrays"] else None
@@ -177,6 +169,7 @@ class Network:
         into = {"plus": x} if delta is None else {}
         out = x if delta is None else delta[:, :hidden]
         kept = np.zeros((self.capacity, len(feature_layers), self._width), np.float32)
+        experts: Experts | None = None
         self._embed(self._x, float(config["embedding_scale"]))
         for layer in range(config["num_layers"]):
             name = f"layers.{layer}"
@@ -188,8 +181,12 @@ class Network:
             self._multiply(self._attended, (f"{name}.attention.out", out), **into)
             after = f"{name}.attention_post_norm.weight" if post else ""
             self._norm(f"{name}.mlp_norm", self._normed, delta, after)
-            self._activate(f"{name}.mlp", self._normed)
-            self._multiply(self._active, (f"{name}.mlp.down", out), **into)
+            if f"{name}.mlp.router.weight" in self._file.header["matrices"]:
+                experts = experts or Experts(config, self._rows, self.capacity)
+                self._ops += experts.mix(self._file, f"{name}.mlp", self._normed, out, **into)
+            else:
+                self._activate(f"{name}.mlp", self._normed)
+                self._multiply(self._active, (f"{name}.mlp.down", out), **into)
         after = f"{name}.mlp_post_norm.weight" if post else ""
         self._norm("norm", self._normed, delta, after, index=self.inputs["logit_rows"])
         self._logits("lm_head" if "lm_head.weight" in self._file.header["matrices"] else "embed", self._normed)

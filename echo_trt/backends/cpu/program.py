@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from echo_trt.backends.cpu.machine_code import MachineCode
 #: Looks at a cell before its thread sleeps, about 40 ns each. More keep a core that another process may want; fewer
 #: pay a call of the system for a short wait.
 SPINS = 1000
+Argument = np.ndarray | int | float | None
 
 # A cell is {value, sleepers}, two i32 on a cache line of their own. The pool's lines: 0 the cell of passes, 1 the cell
 # of barriers, 2 how many threads have come to a barrier, 3 {ops, count, threads}. A count below 0 ends the workers.
@@ -174,6 +176,18 @@ class Op:
     joins: bool = True
     keeps: tuple[object, ...] = ()
     claims: int | None = None
+
+    @classmethod
+    def of(cls, operator: Any, *args: Argument, keeps: Sequence[object] = ()) -> Op:
+        """Make a record of addresses of arrays, integers, and float32 numbers; None is no array."""
+        record = np.zeros(len(args), np.int64)
+        for i, value in enumerate(args):
+            if isinstance(value, float):
+                record[i : i + 1].view(np.float32)[0] = value
+            else:
+                record[i] = value.ctypes.data if isinstance(value, np.ndarray) else value or 0
+        kept = (operator, *(value for value in args if isinstance(value, np.ndarray)), *keeps)
+        return cls(operator.address, record, keeps=kept)
 
 
 class Program:

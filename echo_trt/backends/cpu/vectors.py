@@ -91,6 +91,18 @@ def word(b: ir.IRBuilder, address: ir.Value, index: ir.Value) -> ir.Value:
     return b.load(b.gep(_at(b, address, _LONG), [index]))
 
 
+@_operation(types.void, types.int64, types.int64)
+def put_word(b: ir.IRBuilder, address: ir.Value, value: ir.Value) -> ir.Value:
+    """Write an int64 number to an address."""
+    return b.store(value, _at(b, address, _LONG))
+
+
+@_operation(types.void, types.int64, types.int64, types.int64, types.int64)
+def call(b: ir.IRBuilder, function: ir.Value, record: ir.Value, thread: ir.Value, threads: ir.Value) -> None:
+    """Call the function of an op that stands at an address."""
+    b.call(_at(b, function, ir.FunctionType(ir.VoidType(), [_LONG] * 3)), [record, thread, threads])
+
+
 @_operation(types.int64, types.int64)
 def integer(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """Return the uint32 number at an address, which may be any."""
