@@ -84,7 +84,7 @@ def described(thing: Any) -> str:
     name = thing.__name__
     parts = [f"### {name}"]
     if thing is not settings.GoodputTuning:  # its fields are told one by one
-        parts.append(f"```python\n{signature(name, thing)}\n```")
+        parts.append(f"```\n{signature(name, thing)}\n```")
     parts.append(documented(thing))
     if isinstance(thing, type):
         rows = []

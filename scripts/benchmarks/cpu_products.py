@@ -150,7 +150,7 @@ def products_alone(
             for pool in (Pool(int(each)) for each in threads.split(",")):
                 medians = []
                 for rows[0] in sizes:
-                    medians.append(median(lambda pool=pool: pool.run(program), count))
+                    medians.append(median(lambda pool=pool, program=program: pool.run(program), count))
                 shown = (f"{each:.1f}" for each in medians)
                 line(name, using.name, pool.threads, f"{size / 1e9:.2f}", *shown, f"{size / medians[0] / 1e6:.0f}")
                 pool.close()

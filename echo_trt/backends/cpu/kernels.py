@@ -88,8 +88,7 @@ def product(module: ir.Module, shape: WeightFormat, using: InstructionSet) -> No
             groups_before = b.mul(b.sdiv(row, I64(ROUNDED)), groups)
             slot = b.add(b.mul(groups_before, I64(ROUNDED)), b.srem(row, I64(ROUNDED)))
             inputs = [
-                b.at(each, b.mul(slot, I64(size)))
-                for each, size in ((of.x, GROUP), (of.factors, 4), (of.planes, 4))
+                b.at(each, b.mul(slot, I64(size))) for each, size in ((of.x, GROUP), (of.factors, 4), (of.planes, 4))
             ]
         weights = [b.at(of.quants, b.mul(block, quant_bytes)), b.at(of.scales, b.mul(block, scale_bytes))]
         rest = [of.steps, *inputs, of.plane, *of.output(row, column)]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from echo_trt.backends.cpu.builder import F32, I8, I32, I64, PTR, Builder, BlockOutput, const, start, vec
+from echo_trt.backends.cpu.builder import F32, I8, I32, I64, PTR, BlockOutput, Builder, const, start, vec
 from echo_trt.backends.cpu.formats import AHEAD, GROUP, WeightFormat
 
 #: Rows that share an unpacking of the weights; more spill registers.
@@ -109,14 +109,14 @@ def product_of_unpacked(module: ir.Module, shape: WeightFormat) -> ir.Function:
         at, integers, result = b.at(weights, b.mul(g, I64(size))), integers_of(g), []
         scale, *minimums = [b.read(at, 512 + 64 * n, floats, 64) for n in range(1 + shape.minimum)]
         for row, total in enumerate(totals):
-            place = b.mul(b.add(b.mul(g, I64(ROUNDED)), I64(row)), I64(4))
+            offset = b.mul(b.add(b.mul(g, I64(ROUNDED)), I64(row)), I64(4))
             integer = b.read(integers, 64 * row, ints, 64)
             if not shape.minimum:
-                integer = b.add(integer, b.vector(b.read(planes, place, I32, 4), LANES))
-            factor = b.fmul(scale, b.vector(b.read(factors, place, F32, 4), LANES))
+                integer = b.add(integer, b.vector(b.read(planes, offset, I32, 4), LANES))
+            factor = b.fmul(scale, b.vector(b.read(factors, offset, F32, 4), LANES))
             total = b.intrinsic("llvm.fma.v16f32", floats, b.sitofp(integer, floats), factor, total)
             for minimum in minimums:
-                whole = b.vector(b.read(planes, place, F32, 4), LANES)
+                whole = b.vector(b.read(planes, offset, F32, 4), LANES)
                 total = b.intrinsic("llvm.fma.v16f32", floats, minimum, whole, total)
             result.append(total)
         return result
