@@ -15,6 +15,7 @@ from echo_trt.backends.cpu.network_file import NetworkFile
 from echo_trt.backends.cpu.operators import ZERO, _share, activate, four, operator
 from echo_trt.backends.cpu.products import Product, _Rounded, products
 from echo_trt.backends.cpu.program import Op
+from echo_trt.backends.cpu.tiles import ROUNDED
 from echo_trt.backends.cpu.vectors import (
     add,
     call,
@@ -32,7 +33,7 @@ from echo_trt.backends.cpu.vectors import (
 )
 
 #: An expert's rows begin at a multiple of it, as kernels' tiles do; a kernel may look at as many rows behind the last.
-ALIGNED, SLACK = 8, 32
+ALIGNED, SLACK = ROUNDED, 32
 
 
 class Mixtures:
@@ -104,7 +105,6 @@ class _Records:
     def __init__(self, counts: np.ndarray, buffers: dict[str, np.ndarray], chosen: np.ndarray):
         self._counts, self._chosen = counts, chosen
         self._buffers = [(each.ctypes.data, each.nbytes, each.strides[0]) for each in buffers.values()]
-        self._most = len(buffers["gathered"])
         self._words: list[tuple[int, int, int, int]] = []  # where, bytes of a record, value for row 0, bytes of a row
         self._keeps: list[Any] = []
 
@@ -118,10 +118,9 @@ class _Records:
                 steps[kept.quants.ctypes.data] = (len(kept.quants) - AHEAD) // count
                 steps[kept.scales.ctypes.data] = len(kept.scales) // count
             elif isinstance(kept, _Rounded):
-                row = kept.plane // self._most
-                moving += [(kept.factors.ctypes.data, len(kept.factors), row)]
-                moving += [(kept.planes.ctypes.data, len(kept.planes), row)]
-                moving += [(kept.values.ctypes.data, len(kept.values), len(kept.values) // self._most)]
+                moving += [(kept.factors.ctypes.data, len(kept.factors), kept.factor_row)]
+                moving += [(kept.planes.ctypes.data, len(kept.planes), kept.factor_row)]
+                moving += [(kept.values.ctypes.data, len(kept.values), kept.row)]
         for i, value in enumerate(op.args.tolist()):
             at = records.ctypes.data + records.itemsize * i, records.strides[0]
             records[:, i] += steps.get(value, 0) * np.arange(len(records))

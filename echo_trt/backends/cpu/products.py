@@ -66,12 +66,15 @@ class _Rounded:
     values   int8 [tiles, K/32, 16 rows, 32]
     factors  float32 [tiles, K/32, 16 rows]
     planes   int32 [6, tiles, K/32, 16 rows]
+
+    A row that begins a tile begins at a multiple of ``row`` bytes of values, and of ``factor_row`` of the others.
     """
 
     def __init__(self, kind: str, tiles: int, groups: int) -> None:
         self.kind, self.size = kind, 2 if kind else 1
         # behind a row of bf16 a gap: rows at multiples of 4 KB have the same places of the nearest cache
         self.plane = groups * GROUP * 2 + 64 if kind else tiles * groups * ROUNDED * 4
+        self.row, self.factor_row = (self.plane, 0) if kind else (groups * GROUP, groups * 4)
         self.values = aligned(tiles * ROUNDED * (self.plane if kind else groups * GROUP))
         self.factors = aligned(0 if kind else self.plane)
         self.planes = aligned(0 if kind else 6 * self.plane)

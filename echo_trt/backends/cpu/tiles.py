@@ -168,8 +168,8 @@ def _bf16_tiles(module: ir.Module, wide: int, count: int) -> ir.Function:
     b, (weights, block_bytes, steps, x, stride, *output, rows) = start(module, f"bf16_{wide}_{count}", kinds, True)
     sums = b.alloca(vec(I8, 64), 16 * wide * count)
     sums.align = 64
-    places = [(m, n) for m in range(wide) for n in range(count)]
-    for m, n in places:
+    cells = [(m, n) for m in range(wide) for n in range(count)]
+    for m, n in cells:
         b.matrix("tilezero", SUMS + 2 * m + n)
 
     def step(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
@@ -182,12 +182,12 @@ def _bf16_tiles(module: ir.Module, wide: int, count: int) -> ir.Function:
         for m in range(wide):
             at = b.at(x, b.add(b.mul(index, I64(64)), b.mul(stride, I64(16 * m))))
             b.matrix("tileloadd64", ROWS + m, at, stride)
-        for m, n in places:
+        for m, n in cells:
             b.matrix("tdpbf16ps", SUMS + 2 * m + n, ROWS + m, WEIGHTS + n)
         return []
 
     b.loop(steps, [], step)
-    for m, n in places:
+    for m, n in cells:
         b.matrix("tilestored64", SUMS + 2 * m + n, b.at(sums, 1024 * (n * wide + m)), I64(64))
     out, out_stride, plus, plus_stride, left = output
     bare = b.icmp_unsigned("==", plus, PTR(None))
