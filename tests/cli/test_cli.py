@@ -9,39 +9,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
 from byte_tokenizer import ASSISTANT, END, USER
 from pairs import recipe_of
 
-from echo_trt.cli.app import main
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.options import run_alone
 from echo_trt.engine.params import SamplingParams
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def echo_trt(capsys, monkeypatch) -> Callable[..., Outcome]:
-    monkeypatch.setenv("COLUMNS", "400")  # no table and no sentence is wrapped
-
-    def run(*words: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["echo-trt", *map(str, words)])
-        with pytest.raises(SystemExit) as done:
-            main()
-        return Outcome(done.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
