@@ -37,7 +37,7 @@ FEATURES: dict[str, tuple[str, int]] = {
     ),
     "synthetic text": (r"synthetic|text_key", 0),
     "prompt log-probabilities": (r"prompt_logprobs", 12),
-    "token sources": (r"token_sources|TokenSource|OutgoingSources|proposer", 16),
+    "token sources": (r"token_sources|TokenSource|OutgoingSources|proposer", 18),
     "KV events": (r"kv_events|publish_kv", 6),
 }
 #: An engine's name, or a branch by it, outside the engines' own folders.

@@ -81,7 +81,7 @@ class GenerateOptions(SamplingOptions, EngineOptions):
     budget: Annotated[
         int | None,
         Parameter(
-            help="K_max of echo, dense, fixed: tokens verified per iteration. Default: the recipe's, else measured."
+            help="K_max of echo and of your policies: tokens of a pass. Default: the recipe's, else measured."
         ),
     ] = None
     json_file: Annotated[Path | None, Parameter("--json", help="Write results and summary to this file.")] = None

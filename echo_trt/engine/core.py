@@ -176,7 +176,11 @@ class EngineCore:
             if (policy, line) not in self._blamed:
                 self._blamed.add((policy, line))
                 reason = str(error) if isinstance(error, UserError) else f"{described(error)}, at {line}"
-                log.warning("policy %s fails (%s); passes where it does go without a draft: mend it.", policy, reason)
+                log.warning(
+                    "policy %s fails (%s); what it was asked for is left out, drafts or learning: mend it.",
+                    policy,
+                    reason,
+                )
             return None
 
     def _charge(self, iteration: Iteration, emitted: Emitted) -> None:

@@ -43,7 +43,7 @@ def test_chat(with_limits):
 def test_a_policy_in_one_file_writes_plain_decoding_s_text(name, bundle_of, tmp_path):
     """The example's in each command that takes a file but ``serve``, and that of docs/write-a-policy.md."""
     page = (ROOT / "docs/write-a-policy.md").read_text()
-    [text] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    text, *_ = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "confident.py").write_text(text)
     chain = ["--policy-file", EXAMPLES / "chain_policy.py" if name == "chain" else tmp_path / "confident.py"]
     prompts, trees, figures = (tmp_path / name for name in ("p.jsonl", "trees.npz", "figures.json"))

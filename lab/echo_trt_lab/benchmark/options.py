@@ -54,7 +54,9 @@ class BenchOptions:
     each_file: Annotated[Flag, Parameter(help="Also run each prompts file by itself.")] = False
     temperature: Annotated[float, Parameter(help="0 is greedy.", validator=bounds(0, 2))] = 0.0
     seed: Annotated[int, Parameter(help="Of sampled texts.", validator=bounds(0))] = 0
-    budget: Annotated[int | None, Parameter(help="K_max of echo. Default: the recipe's, else measured.")] = None
+    budget: Annotated[
+        int | None, Parameter(help="K_max of echo and of your own policies. Default: the recipe's, else measured.")
+    ] = None
     peers: Annotated[
         tuple[str, ...],
         WORDS,

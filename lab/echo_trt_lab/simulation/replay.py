@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from echo_trt.backends.cuda.sizes import bucket
 from echo_trt.engine.drafters.levels import device_work
+from echo_trt.errors import UserError, described
 from echo_trt.speculation.accept import accept
 from echo_trt.speculation.chains import Chains
 from echo_trt.speculation.drafts import Pass, Proposals, TimedDraft
@@ -24,6 +29,17 @@ from echo_trt_lab.simulation.machines import DeviceCosts, Machine
 from echo_trt_lab.simulation.walk import BEYOND, Kept, Walk
 
 WARM_UP = 40  # iterations before those that count; larger: a policy has learnt more when it is measured
+
+
+@contextmanager
+def mended(policy: str) -> Iterator[None]:
+    """Tell in a sentence where a policy, which may be anybody's file, fails."""
+    try:
+        yield
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        raise UserError(f"policy is {policy}, which fails ({described(error)}, at {where}); mend it.") from error
 
 
 @dataclass(frozen=True)
@@ -225,7 +241,8 @@ class Replay:
         load = StepContext(slots, max_draft_len, draft_lag, context, recent, epoch, prompt_tokens, pace)
         known, device = RecordedDraft(trees, positions), self._machine.device
         draft = self._draft(known, walk, self._clock, self._block, device)
-        plan = self.planner.plan(walk.roots, draft, load) if batch else Plan.undrafted(walk.roots)
+        with mended(self.planner.name):
+            plan = self.planner.plan(walk.roots, draft, load) if batch else Plan.undrafted(walk.roots)
         tree = plan.tree
         candidates = len(plan.explanation.candidates)
         levels = draft.levels
@@ -237,7 +254,8 @@ class Replay:
         host = self._machine.host_seconds
         seconds = draft.seconds + planning + target.seconds + host
         passes = tuple(draft.passes)
-        self.planner.observe(Iteration(plan, load, path, target, passes, levels, planning, seconds, host))
+        with mended(self.planner.name):
+            self.planner.observe(Iteration(plan, load, path, target, passes, levels, planning, seconds, host))
         kept = walk.advance(np.bincount(tree.request[path], minlength=batch))
         return Step(kept, len(tree) - batch, len(path) - batch, len(passes), seconds)
 
