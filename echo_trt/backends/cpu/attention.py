@@ -12,10 +12,10 @@ from echo_trt.backends.cpu.operators import LOWEST, ONE, ZERO, operator, part
 from echo_trt.backends.cpu.vectors import (
     add,
     exp,
-    leading,
     fma,
     larger,
     largest,
+    leading,
     load,
     load_bf16,
     move,

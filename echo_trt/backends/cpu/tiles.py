@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from echo_trt.backends.cpu.builder import F32, I8, I32, I64, PTR, Builder, BlockOutput, const, start, vec
+from echo_trt.backends.cpu.builder import F32, I8, I32, I64, PTR, BlockOutput, Builder, const, start, vec
 from echo_trt.backends.cpu.formats import AHEAD, GROUP, WeightFormat
 
 #: Rows that share an unpacking of the weights; more spill registers.
