@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cyclopts
@@ -84,7 +85,7 @@ def timed(bundle: Path, *, tokens: str, context: int, count: int) -> None:
     for size in sizes:
         rows = np.arange(size)
         call = pack(rows + 100, context + rows, past, np.array([size]), table, rows if size <= FEW else rows[-1:])
-        medians.append(f"{median(lambda call=call: engine.run(call), count if size <= FEW else 3):.1f}")
+        medians.append(f"{median(partial(engine.run, call), count if size <= FEW else 3):.1f}")
     line(bundle.name, manifest.engine, manifest.precision, len(os.sched_getaffinity(0)), *medians)
 
 
@@ -150,7 +151,7 @@ def products_alone(
             for pool in (Pool(int(each)) for each in threads.split(",")):
                 medians = []
                 for rows[0] in sizes:
-                    medians.append(median(lambda pool=pool, program=program: pool.run(program), count))
+                    medians.append(median(partial(pool.run, program), count))
                 shown = (f"{each:.1f}" for each in medians)
                 line(name, using.name, pool.threads, f"{size / 1e9:.2f}", *shown, f"{size / medians[0] / 1e6:.0f}")
                 pool.close()

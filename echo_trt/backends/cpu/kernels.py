@@ -12,6 +12,8 @@ from echo_trt.backends.cpu.tiles import ROUNDED, TILE
 
 #: Values along K of one step of a loop over 16- or 32-bit weights.
 UNROLLED = 8
+#: Rows from which on AMX multiplies integers. Fewer: unpacking, during which nothing is multiplied, takes too much.
+MANY = 33
 #: What is subtracted from products of unsigned integers: offset x sum of the activations, kept per group in planes.
 #: 6-bit weights have scales per 16 values, and two planes.
 PLANES = {8: 0, 16: 1, 128: 2, 32: 3}
@@ -67,7 +69,7 @@ def product(module: ir.Module, shape: WeightFormat, using: InstructionSet) -> No
     # 32 registers hold the sums of two tiles, which then share an unpacking
     wide = _Tile(module, shape, using, 2 * TILE).function if using.lanes == 16 and not shape.kind else None
     if tiled:
-        unpack, wide = _Unpacked(module, shape, using, 0).function, tiles.product_of_unpacked(module, shape)
+        unpack, by_amx = _Unpacked(module, shape, using, 0).function, tiles.product_of_unpacked(module, shape)
     b, (record, _, threads) = start(module, "product", [PTR, I64, I64])
     of = tiles.Record(b, record)
     groups = b.mul(of.steps, I64(shape.multiple // GROUP))
@@ -76,11 +78,11 @@ def product(module: ir.Module, shape: WeightFormat, using: InstructionSet) -> No
     if tiled:
         unpacked = b.alloca(I8, b.mul(groups, I64(tiles.unpacked_bytes(shape))))
         unpacked.align = 64
-        several = b.icmp_signed(">", of.rows, I64(TILE))
-        with b.if_then(several):
+        many = b.icmp_signed(">=", of.rows, I64(MANY))
+        with b.if_then(many):
             tiles.configure(b, ROUNDED, GROUP)
 
-    def tile(index: ir.Value, block: ir.Value, pair: bool = False) -> None:
+    def tile(index: ir.Value, block: ir.Value, pair: ir.Function | None = None) -> None:
         row, column = b.mul(index, I64(TILE)), b.mul(block, I64(using.lanes))
         if shape.kind:
             inputs = [b.at(of.x, b.mul(row, of.plane)), of.factors, of.planes]
@@ -93,7 +95,8 @@ def product(module: ir.Module, shape: WeightFormat, using: InstructionSet) -> No
         weights = [b.at(of.quants, b.mul(block, quant_bytes)), b.at(of.scales, b.mul(block, scale_bytes))]
         rest = [of.steps, *inputs, of.plane, *of.output(row, column)]
         if pair:
-            b.call(wide, [unpacked, groups, *rest[1:], b.sub(of.rows, row)] if tiled else [*weights, *rest])
+            by_tiles = [unpacked, groups, *rest[1:], b.sub(of.rows, row)] if pair is not wide else []
+            b.call(pair, by_tiles or [*weights, *rest])
             return
         left = b.smaller(b.sub(of.rows, row), I64(TILE))
         after = b.append_basic_block()
@@ -109,24 +112,32 @@ def product(module: ir.Module, shape: WeightFormat, using: InstructionSet) -> No
 
     def body(first: ir.Value, last: ir.Value, begin: ir.Value, end: ir.Value) -> None:
         count = b.sub(b.smaller(b.mul(last, I64(TILE)), of.rows), b.mul(first, I64(TILE)))
-        full = b.sdiv(b.add(count, I64(TILE - 1 if tiled else 0)), I64(2 * TILE))
+        more = b.select(many, I64(TILE - 1), I64(0)) if tiled else I64(0)  # a half-filled pair, too, by AMX
+        full = b.sdiv(b.add(count, more), I64(2 * TILE))
         single = b.add(first, b.mul(full, I64(2))) if wide else first
+
+        def pairs(block: ir.Value, function: ir.Function) -> None:
+            b.each(I64(0), full, lambda n: tile(b.add(first, b.mul(n, I64(2))), block, function))
 
         def block_of(block: ir.Value) -> None:
             if tiled:
-                with b.if_then(b.icmp_signed(">", full, I64(0))):
-                    weights = b.at(of.quants, b.mul(block, quant_bytes)), b.at(of.scales, b.mul(block, scale_bytes))
-                    none = PTR(None)
-                    b.call(unpack, [*weights, of.steps, unpacked, none, none, of.plane, *[none, I64(0)] * 2, I64(0)])
-            if wide:
-                b.each(I64(0), full, lambda n: tile(b.add(first, b.mul(n, I64(2))), block, pair=True))
+                with b.if_else(many) as (by_tiles, by_vectors):
+                    with by_tiles:
+                        at = b.at(of.quants, b.mul(block, quant_bytes)), b.at(of.scales, b.mul(block, scale_bytes))
+                        none = PTR(None)
+                        b.call(unpack, [*at, of.steps, unpacked, none, none, of.plane, *[none, I64(0)] * 2, I64(0)])
+                        pairs(block, by_amx)
+                    with by_vectors:
+                        pairs(block, wide)
+            elif wide:
+                pairs(block, wide)
             b.each(single, last, lambda index: tile(index, block))
 
         b.each(begin, end, block_of)
 
     of.walk(threads, body)
     if tiled:
-        with b.if_then(several):
+        with b.if_then(many):
             b.matrix("tilerelease")
     b.ret_void()
 

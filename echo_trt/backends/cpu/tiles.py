@@ -109,14 +109,14 @@ def product_of_unpacked(module: ir.Module, shape: WeightFormat) -> ir.Function:
         at, integers, result = b.at(weights, b.mul(g, I64(size))), integers_of(g), []
         scale, *minimums = [b.read(at, 512 + 64 * n, floats, 64) for n in range(1 + shape.minimum)]
         for row, total in enumerate(totals):
-            offset = b.mul(b.add(b.mul(g, I64(ROUNDED)), I64(row)), I64(4))
+            slot = b.mul(b.add(b.mul(g, I64(ROUNDED)), I64(row)), I64(4))
             integer = b.read(integers, 64 * row, ints, 64)
             if not shape.minimum:
-                integer = b.add(integer, b.vector(b.read(planes, offset, I32, 4), LANES))
-            factor = b.fmul(scale, b.vector(b.read(factors, offset, F32, 4), LANES))
+                integer = b.add(integer, b.vector(b.read(planes, slot, I32, 4), LANES))
+            factor = b.fmul(scale, b.vector(b.read(factors, slot, F32, 4), LANES))
             total = b.intrinsic("llvm.fma.v16f32", floats, b.sitofp(integer, floats), factor, total)
             for minimum in minimums:
-                whole = b.vector(b.read(planes, offset, F32, 4), LANES)
+                whole = b.vector(b.read(planes, slot, F32, 4), LANES)
                 total = b.intrinsic("llvm.fma.v16f32", floats, minimum, whole, total)
             result.append(total)
         return result
@@ -168,8 +168,8 @@ def _bf16_tiles(module: ir.Module, wide: int, count: int) -> ir.Function:
     b, (weights, block_bytes, steps, x, stride, *output, rows) = start(module, f"bf16_{wide}_{count}", kinds, True)
     sums = b.alloca(vec(I8, 64), 16 * wide * count)
     sums.align = 64
-    cells = [(m, n) for m in range(wide) for n in range(count)]
-    for m, n in cells:
+    pairs = [(m, n) for m in range(wide) for n in range(count)]
+    for m, n in pairs:
         b.matrix("tilezero", SUMS + 2 * m + n)
 
     def step(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
@@ -182,12 +182,12 @@ def _bf16_tiles(module: ir.Module, wide: int, count: int) -> ir.Function:
         for m in range(wide):
             at = b.at(x, b.add(b.mul(index, I64(64)), b.mul(stride, I64(16 * m))))
             b.matrix("tileloadd64", ROWS + m, at, stride)
-        for m, n in cells:
+        for m, n in pairs:
             b.matrix("tdpbf16ps", SUMS + 2 * m + n, ROWS + m, WEIGHTS + n)
         return []
 
     b.loop(steps, [], step)
-    for m, n in cells:
+    for m, n in pairs:
         b.matrix("tilestored64", SUMS + 2 * m + n, b.at(sums, 1024 * (n * wide + m)), I64(64))
     out, out_stride, plus, plus_stride, left = output
     bare = b.icmp_unsigned("==", plus, PTR(None))
