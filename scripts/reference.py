@@ -40,7 +40,7 @@ def command_line() -> str:
     app.resolved_commands()  # of other packages, too
     text = app.generate_docs(output_format="markdown", heading_level=1)
     text = text[text.index("\n## ") :].strip()
-    text = re.sub(r"^(echo-trt \w+) -m \S+", r"\1", text, flags=re.MULTILINE)  # how Python itself was started
+    text = re.sub(r"^(echo-trt[\w ]+?) -m \S+", r"\1", text, flags=re.MULTILINE)  # how Python itself was started
     for title in ("Arguments", "Commands"):
         text = text.replace(f"**{title}**:\n", f"{title}:\n")
     text = text.replace("**Parameters**:\n", "Options:\n")
@@ -84,7 +84,7 @@ def described(thing: Any) -> str:
     name = thing.__name__
     parts = [f"### {name}"]
     if thing is not settings.GoodputTuning:  # its fields are told one by one
-        parts.append(f"```python\n{signature(name, thing)}\n```")
+        parts.append(f"```\n{signature(name, thing)}\n```")
     parts.append(documented(thing))
     if isinstance(thing, type):
         rows = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -33,13 +33,13 @@ class HostFeatureCache:
     """A feature cache in the host's memory, which is taken as rows are written."""
 
     def __init__(self, count: int, width: int):
-        self._rows = np.zeros((count, width), np.float32)  # calloc: only pages that are used take memory
+        self.rows = np.zeros((count, width), np.float32)  # calloc: only pages that are used take memory
 
     def write(self, handles: np.ndarray, outputs: Any, rows: np.ndarray) -> None:
-        self._rows[handles] = outputs[rows]
+        self.rows[handles] = outputs[rows]
 
     def read(self, handles: np.ndarray) -> np.ndarray:
-        found: np.ndarray = self._rows[handles]
+        found: np.ndarray = self.rows[handles]
         return found
 
 
@@ -87,6 +87,10 @@ class Engine(Protocol):
 
         source, target  int [m], pool rows; row r is in block r // BLOCK at r % BLOCK
         """
+
+    def kv_block(self, index: int) -> Sequence[np.ndarray]:
+        """Return views of all that a KV block holds, of all layers; none where the host cannot reach it."""
+        return ()
 
     def commit(self, rows: np.ndarray, counts: np.ndarray) -> None:
         """Keep what is not in KV blocks of the accepted packed rows of the last run, before a slot's next run.

@@ -13,7 +13,7 @@ from cyclopts import App
 
 from echo_trt import __version__
 from echo_trt.adapters.dynamo.options import WorkerOptions
-from echo_trt.cli.options import BuildOptions, GenerateOptions
+from echo_trt.cli.options import BuildOptions, ChatOptions, GenerateOptions
 from echo_trt.cli.terminal import Screen, messages, run_app, screen_of
 from echo_trt.engine.options import DEFAULTS, command
 from echo_trt.files.extras import BUILD, check_modules, of_lab, registered
@@ -102,6 +102,21 @@ def generate(options: GenerateOptions) -> None:
 
 @app.command(sort_key=2)
 @command
+def chat(options: ChatOptions) -> None:
+    """Chat with a bundle or a GGUF file in the terminal; what was said before is kept in the prefix cache.
+
+    `/system TEXT` sets the system prompt, `/reset` forgets the conversation, `/bye` ends.
+
+    Example: `echo-trt chat bundles/smollm2-135m --temperature 0`
+    """
+    options = replace(options, bundle=_bundle_of(options.bundle))
+    from echo_trt.cli.chat import run
+
+    run(options, screen_of(options.color), messages)
+
+
+@app.command(sort_key=3)
+@command
 def serve(options: ServeOptions) -> int:
     """Serve a bundle by OpenAI's API; with Triton Inference Server beside it, or with several workers of Dynamo.
 
@@ -139,7 +154,7 @@ def _bundle_of(path: Path) -> Path:
     return folder
 
 
-@app.command(sort_key=3)
+@app.command(sort_key=4)
 @command
 def worker(options: WorkerOptions) -> int:
     """Serve a bundle as a worker of NVIDIA Dynamo, whose frontend finds it.
@@ -153,6 +168,8 @@ def worker(options: WorkerOptions) -> int:
 
     return run(options)
 
+
+app.command("echo_trt.cli.store:app", name="store", sort_key=4)
 
 for entry in entry_points(group="echo_trt.commands"):  # echo_trt_lab's
     app.command(entry.value, name=entry.name)  # imported where it is run

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from echo_trt.bundle.calibration import own_files
 from echo_trt.bundle.manifest import read_manifest
-from echo_trt.cli.options import SAMPLED, GenerateOptions
+from echo_trt.cli.options import SAMPLED, ChatOptions, GenerateOptions
 from echo_trt.cli.outputs import files_first, json_bytes, output_file
 from echo_trt.cli.terminal import wants_colour
 from echo_trt.engine.llm import LLM
@@ -104,7 +104,7 @@ def check_lengths(llm: LLM, prompts: Iterable[Prompt]) -> None:
             )
 
 
-def sampling_params(options: GenerateOptions) -> SamplingParams:
+def sampling_params(options: GenerateOptions | ChatOptions) -> SamplingParams:
     """Return the parameters that are on the command line, else the model's own."""
     requested = {name: value for name in SAMPLED if (value := getattr(options, name)) is not None}
     requested["stop"] = tuple(encodable(text, "--stop") for text in requested["stop"])

@@ -1,4 +1,4 @@
-"""The options of ``build`` and ``generate``."""
+"""The options of ``build`` and ``generate``, and what ``chat`` shares with them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from echo_trt.engine.params import PARAMETERS
 from echo_trt.files.extras import ENGINES, registered
 
 EngineOption = Literal[registered(ENGINES)]
+Colour = Annotated[
+    Literal["auto", "always", "never"],
+    Parameter(help="Colour tokens by who proposed them; auto: on a terminal, without NO_COLOR."),
+]
 NumberType = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 
 
@@ -82,9 +86,15 @@ class GenerateOptions(SamplingOptions, EngineOptions):
     ] = None
     json_file: Annotated[Path | None, Parameter("--json", help="Write results and summary to this file.")] = None
     compare: Annotated[Flag, Parameter(help="Answer twice, plain and speculating side by side, and compare.")] = False
-    color: Annotated[
-        Literal["auto", "always", "never"],
-        Parameter(help="Colour tokens by who proposed them; auto: on a terminal, without NO_COLOR."),
-    ] = "auto"
+    color: Colour = "auto"
     watch: Annotated[Flag, Parameter(help="Draw the draft tree beside the text, on a terminal.")] = False
     special_tokens_in_content: SpecialTokens = False
+
+
+@dataclass(frozen=True)
+class ChatOptions(SamplingOptions, EngineOptions):
+    """What ``chat`` is asked to do; None stands for the recipe's value, of sampling parameters for the model's."""
+
+    _: KW_ONLY
+    system: Annotated[str, Parameter(help="System prompt. Default: the chat template's.", show_default=False)] = ""
+    color: Colour = "auto"

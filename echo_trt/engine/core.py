@@ -28,6 +28,7 @@ from echo_trt.engine.scheduler import Scheduler
 from echo_trt.errors import UserError, described
 from echo_trt.speculation.accept import accept
 from echo_trt.speculation.arrays import begins, ragged_arange
+from echo_trt.speculation.bill import Bill
 from echo_trt.speculation.drafts import Draft, Pass, TimedDraft
 from echo_trt.speculation.pacer import Pacer, Seats
 from echo_trt.speculation.pack import ForwardBatch, pack
@@ -94,10 +95,12 @@ class EngineCore:
         decodes, an engine may compute more.
         """
         self.target, self.batch, self.planner, self.chunk = target, batch, planner, chunk
-        self.counters = Counters()
+        self.counters, self.bill = Counters(), Bill()
         self.pacer = Pacer(batch.count)
         self.scheduler = Scheduler(batch, tuple(eos), self.counters, self.pacer)
         self.drafter = drafter
+        # Takes prefilling slots, and whether nobody decodes; returns those that this pass computes
+        self.restore: Callable[[np.ndarray, bool], np.ndarray] | None = None
         self._blamed = set[tuple[str, str]]()  # policies, and where they failed: told once
         # Gets every iteration, on the thread that steps; None: none
         self.step_callback: Callable[[StepTrace], None] | None = None
@@ -156,6 +159,7 @@ class EngineCore:
             host=seconds - planning - drafting - target.seconds,
         )
         if speculates:
+            self._charge(iteration, emitted[: len(slots)])
             self._ask(lambda: self.planner.observe(iteration))
         if step_callback:
             step_callback(StepTrace(iteration, ids, drafting, sum(len(new) for _, new in emitted), time.time()))
@@ -174,6 +178,17 @@ class EngineCore:
                 reason = str(error) if isinstance(error, UserError) else f"{described(error)}, at {line}"
                 log.warning("policy %s fails (%s); passes where it does go without a draft: mend it.", policy, reason)
             return None
+
+    def _charge(self, iteration: Iteration, emitted: Emitted) -> None:
+        """Add what the requests that decoded have saved against plain decoding, where the policy knows it."""
+        plain = self._ask(lambda: self.planner.plain_cost(iteration.load)) if emitted else None
+        if plain is None:
+            return
+        kept = np.array([len(tokens) for _, tokens in emitted])
+        saved, error = self.bill.charge(iteration, kept, plain, self.proposer)
+        for (request, _), seconds, wrong in zip(emitted, saved.tolist(), error.tolist(), strict=True):
+            before = request.saved or (0.0, 0.0)
+            request.saved = before[0] + seconds, before[1] + wrong
 
     def _hold_for_decoding(self) -> np.ndarray:
         """Return decoding slots, which hold KV blocks for their drafts and verifications; the least urgent give way."""
@@ -197,6 +212,8 @@ class EngineCore:
     def _plan_chunks(self, seats: Seats) -> Chunks:
         """Divide this iteration's prompt budget among prefilling slots (``InputBatch.divide``)."""
         batch, slots, budget = self.batch, seats.prompts, seats.chunk
+        if self.restore and len(slots):
+            slots = self.restore(slots, len(seats.decoding) == 0)
         if len(slots) == 0:
             return Chunks(slots, slots, slots, slots, slots > 0)
         if len(seats.decoding) == 0:  # no request's next token would wait for a longer call
@@ -372,8 +389,7 @@ class EngineCore:
         drafted, accepted = (verified.tree.sizes - 1).tolist(), np.maximum(kept - 1, 0).tolist()
         for request, nodes, length in zip(requests, drafted, accepted, strict=True):
             if nodes:
-                request.drafted.append(nodes)
-                request.accepted.append(length)
+                request.drafts.append((nodes, length))
                 self.counters.accepted[length] += 1
         verified.walk.follow(kept, emitted)
         stopped[[*verified.walk.failures]] = True  # a text whose grammar failed ends here, too

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Protocol, TypeVar
 
@@ -59,7 +59,7 @@ class PrefixCache:
         """Without ``enabled`` no text has keys, so that nothing is kept or found."""
         self.enabled = enabled
         self.listener: Listener | None = None
-        self.added = self.evicted = 0  # blocks so far
+        self.added = self.evicted = self.forgotten = 0  # blocks so far
         self._block: dict[bytes, int] = {}
         self._key: dict[int, bytes] = {}
         self._holders: dict[int, int] = {}
@@ -80,6 +80,9 @@ class PrefixCache:
     def find(self, keys: Sequence[bytes]) -> list[int]:
         """Return the blocks of ``keys``, up to the first unknown one."""
         return [self._block[key] for key in takewhile(self._block.__contains__, keys)]
+
+    def block_of(self, key: bytes) -> int | None:
+        return self._block.get(key)
 
     def idle_of(self, blocks: Sequence[int]) -> int:
         return sum(block in self._idle for block in blocks)
@@ -125,6 +128,7 @@ class PrefixCache:
         return self.forget(count)
 
     def forget(self, count: int) -> list[int]:
+        self.forgotten += count
         blocks = [self._idle.popitem(last=False)[0] for _ in range(count)]
         keys = [self._key.pop(block) for block in blocks]
         for block, key in zip(blocks, keys, strict=True):
@@ -158,6 +162,7 @@ class KVBlocks:
         self.keys: list[list[bytes]] = [[] for _ in range(slots)]
         self.salts = [b""] * slots
         self.found, self.looked = np.zeros((2, slots), np.int64)
+        self.released: Callable[[Sequence[bytes]], None] = lambda keys: None  # gets the keys of a text that leaves
 
     @property
     def cached(self) -> int:
@@ -241,6 +246,7 @@ class KVBlocks:
         """Free a slot's blocks; the first ones, published by ``keys``, stay in the cache."""
         self._give(self.cache.leave(keys, self.table[slot, : self.held[slot]].tolist()))
         self.held[slot] = 0
+        self.released(keys)
 
     def forget_cached(self) -> None:
         """Empty the cache, before something writes over the pool."""

@@ -202,13 +202,18 @@ def machine(manifest: Manifest) -> str:
     return ", ".join([*parts, f"{manifest.engine} {versions} {computes_in(manifest)}"]).replace("  ", " ")
 
 
-def _processor() -> str:
-    """Its name and, since virtual machines shorten names, its family and model where they are told."""
+def processor_facts() -> dict[str, str]:
+    """Return what the system says of a core, by its names; nothing where it does not."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    reported = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _processor() -> str:
+    """Its name and, since virtual machines shorten names, its family and model where they are told."""
+    reported = processor_facts()
     name = reported.get("model name") or platform.processor() or platform.machine()
     numbers = [f"{key.removeprefix('cpu ')} {reported[key]}" for key in ("cpu family", "model") if key in reported]
     return f"{name} ({', '.join(numbers)})" if numbers else name

@@ -75,6 +75,13 @@ def _bytes(_: object, tokens: Sequence[Token]) -> int:
     return bytes_in(OPTION, tokens[0].value)
 
 
+def _store_size(_: object, tokens: Sequence[Token]) -> str:
+    from echo_trt.engine.host_memory import bytes_in
+
+    bytes_in("--store-size", tokens[-1].value)
+    return tokens[-1].value
+
+
 def _load_policies(_: object, tokens: Sequence[Token]) -> Path:
     """Register the policies of a file before any command looks for one. Raises UserError."""
     from echo_trt.speculation.policies import load_policies
@@ -111,6 +118,16 @@ CostsFile = Annotated[
         "bundle.",
     ),
 ]
+StoreFolder = Annotated[
+    Path | None,
+    Parameter(
+        metavar="DIR",
+        help="Keep the prefix cache and what was learnt in this folder, for later starts: users' text on a disk.",
+    ),
+]
+StoreSize = Annotated[
+    str, Parameter(metavar="GIB", converter=_store_size, help="Disk space of the store in GiB, or such as 512M.")
+]
 SpecialTokens = Annotated[
     Flag,
     Parameter(help="Take <|im_end|> and the like in a message for the control token. Default: for text."),
@@ -135,13 +152,14 @@ class EngineOptions:
         """The options but ``bundle``, as text for another process."""
         options = {
             "policy": self.policy,
-            "policy-file": self.policy_file and self.policy_file.resolve(),
+            "policy-file": self.policy_file,
             "batch": self.batch,
             "kv-cache-memory": None if self.kv_cache_memory is None else f"{self.kv_cache_memory}B",
-            "costs": self.costs and self.costs.resolve(),
+            "costs": self.costs,
             **{name.replace("_", "-"): getattr(self, name) for name in self.others},
         }
-        return {name: "true" if value is True else str(value) for name, value in options.items() if value}
+        found = {name: value.resolve() if isinstance(value, Path) else value for name, value in options.items()}
+        return {name: "true" if value is True else str(value) for name, value in found.items() if value}
 
     @property
     def words(self) -> list[str]:
@@ -197,8 +215,12 @@ class HostedOptions(LatencyOptions):
             "others of its fields.",
         ),
     ] = ""
+    store: StoreFolder = None
+    store_size: StoreSize = "8G"
     others: ClassVar[tuple[str, ...]] = (
         *LatencyOptions.others,
+        "store",
+        "store_size",
         "queue",
         "special_tokens_in_content",
         "no_prefix_cache",

@@ -322,7 +322,8 @@ class Counters:
     """Sums since the start of the engine core; users see ratios of them.
 
     Prompts include the text of requests that were preempted. asked_tokens of them were admitted; of these cached_tokens
-    were found in the prefix cache, and prompt_tokens computed. reached: depth -> a request's drafts that had candidates
+    were found in the prefix cache, and prompt_tokens computed. restored_seconds: that reading the restored blocks took
+    less than computing them. reached: depth -> a request's drafts that had candidates
     there; at depth 0 all verifications but those that end a prompt, at 1 those with a draft. accepted: number of
     accepted draft tokens -> verifications of a draft that had this number.
     """
@@ -340,6 +341,9 @@ class Counters:
     asked_tokens: int = 0
     cached_tokens: int = 0
     evicted_blocks: int = 0
+    restored_blocks: int = 0
+    restored_seconds: float = 0.0
+    stored_bytes: int = 0
     reached: Counter[int] = field(default_factory=Counter)
     accepted: Counter[int] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)

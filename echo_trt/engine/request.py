@@ -48,6 +48,7 @@ class Event(Struct, tag=True, omit_defaults=True, kw_only=True):
     cached_tokens        prompt tokens that the prefix cache had
     drafted, accepted    draft tokens of each verification that had any, and those that the text went on behind
     predicted            tokens that were the prediction's next
+    saved, saved_error   seconds by which it came sooner than by plain decoding, and their standard error; None: unknown
     queue_seconds        from submission until the engine took the request; None: it never did
     first_token_seconds  from submission until the first token; None: it never came
     """
@@ -67,6 +68,8 @@ class Event(Struct, tag=True, omit_defaults=True, kw_only=True):
     drafted: list[int] = []
     accepted: list[int] = []
     predicted: int = 0
+    saved: float | None = None
+    saved_error: float = 0.0
     queue_seconds: float | None = None
     first_token_seconds: float | None = None
 
@@ -88,7 +91,8 @@ class Request:
     one with the highest ``priority`` number gives way first. It was ``submitted`` and had its first token (``started``)
     at times of time.monotonic().
 
-    drafted, accepted  draft tokens of each verification that had any, and those that the text went on behind
+    drafts  draft tokens of each verification that had any, and those of them that the text went on behind
+    saved   as of ``Event``, with its error
     """
 
     id: int
@@ -99,8 +103,8 @@ class Request:
     sources: list[TokenSource] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt but its first token
     verifications: int = 0
-    drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
+    drafts: list[tuple[int, int]] = field(default_factory=list)
+    saved: tuple[float, float] | None = None
     cached_tokens: int | None = None
     finish_reason: str = ""
     slot: int = -1

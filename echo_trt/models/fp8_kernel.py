@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from super_tree_attention.kernel_plan import ROUNDING
+
 _WIDTH = 1024  # columns of a row that a program reads at once; larger: more registers
 
 
@@ -38,5 +40,5 @@ def quantise_by_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     rows, scales = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty((len(x), 1), dtype=torch.float32)
     if len(x):
-        quantise[(len(x),)](x, rows, scales, x.shape[1], WIDTH=_WIDTH)
+        quantise[(len(x),)](x, rows, scales, x.shape[1], WIDTH=_WIDTH, **ROUNDING)
     return rows, scales

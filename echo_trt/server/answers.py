@@ -186,6 +186,8 @@ class ApiAnswer(Answer[OpenAIRequest]):
             "per_step_accepted": accepted,
             "per_step_drafted": drafted,
         }
+        if self._turn.saved_ms is not None and self._turn.saved_error_ms is not None:
+            reported |= {"saved_ms": self._turn.saved_ms, "saved_error_ms": self._turn.saved_error_ms}
         return {**head, "metrics": {"speculative_decoding": reported}}
 
 

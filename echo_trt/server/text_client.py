@@ -47,6 +47,8 @@ class TextPiece:
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     predicted: int = 0
+    saved_ms: float | None = None
+    saved_error_ms: float | None = None
     prediction: int = 0
     stop_string: str = ""
     queue_ms: float | None = None
@@ -151,6 +153,7 @@ def _piece(out: OutgoingText, event: Event) -> TextPiece:
         piece.completion_tokens, piece.cached_tokens = event.completion_tokens, event.cached_tokens
         piece.drafted, piece.accepted = event.drafted, event.accepted
         piece.predicted, piece.prediction = event.predicted, out.prediction
+        piece.saved_ms, piece.saved_error_ms = _ms(event.saved), _ms(event.saved_error)
         piece.queue_ms, piece.first_token_ms = _ms(event.queue_seconds), _ms(event.first_token_seconds)
     return piece
 

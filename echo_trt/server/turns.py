@@ -28,7 +28,7 @@ class OutputParser:
     logprobs, sources                    entries of tokens, until ``take_details``
     prompt_tokens, completion_tokens     of the text so far
     finish_reason, cached_tokens, times  once the last piece has come
-    drafted, accepted                    likewise, as of ``TextPiece``; so are ``predicted`` and ``prediction``
+    drafted, accepted                    likewise, as of ``TextPiece``; so are predictions and saved times
     """
 
     def __init__(self, reasoning: ThinkTokens | None = None, parser: Parser | None = None):
@@ -45,6 +45,8 @@ class OutputParser:
         self.accepted: list[int] = []
         self.reasoning_tokens = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
         self.predicted = self.prediction = 0
+        self.saved_ms: float | None = None
+        self.saved_error_ms: float | None = None
         self.queue_ms: float | None = None
         self.first_token_ms: float | None = None
 
@@ -71,6 +73,7 @@ class OutputParser:
             self.cached_tokens = piece.cached_tokens
             self.queue_ms, self.first_token_ms = piece.queue_ms, piece.first_token_ms
             self.drafted, self.accepted = piece.drafted, piece.accepted
+            self.saved_ms, self.saved_error_ms = piece.saved_ms, piece.saved_error_ms
             self.predicted, self.prediction = piece.predicted, piece.prediction
         if self._reasoning:
             self._count(piece)

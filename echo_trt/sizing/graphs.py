@@ -16,7 +16,7 @@ from echo_trt.speculation.pack import BLOCK
 
 GRAPH_NODES = 20  # kernels around the layers, an estimate
 FP8_NODES = 4  # more kernels of a layer in FP8: each product's input is quantised
-LEVEL_NODES = 80  # kernels of one level of a head's draft
+LEVEL_NODES = 45  # kernels of one level of a head's draft
 NODE_BYTES = 6144  # of device memory, a kernel in a graph; an estimate: larger is safer, and leaves fewer KV blocks
 SAMPLER_BYTES = 512 << 20  # of tokens that are chosen at once (cuda/device_rows.py, cuda/choose.py)
 
@@ -26,7 +26,7 @@ class Reserved:
     """Bytes of one GPU that are taken before requests come, beside weights, KV pool and the largest call.
 
     target    CUDA graphs of the target: a graph per padded size, with its nodes and its inputs
-    draft     those of the draft; a head has two sets, for entries with features and for entries with its own states
+    draft     those of the draft
     levels    those of a head's drafts of several levels: a graph per batch size and number of levels
     contexts  of a compiler, one per graph
     states    of the nodes that a head drafts in one iteration
@@ -64,14 +64,13 @@ def reserved(recipe: Recipe, target: Sizes, draft: Sizes | None, calls: CallSize
     inputs = sum(sum(capacity_of(size, bounds).values()) for size in sizes)
     fp8 = FP8_NODES * target.num_layers if recipe.precision == "fp8" else 0
     head = draft is not None and draft_kind(recipe.draft.kind).levels
-    sets = 0 if draft is None else 2 if head else 1
     levels, count = _levels(recipe, calls.batch) if head else (0, 0)
     nodes = min(calls.batch * (calls.tree + 1), calls.pool * BLOCK)
     return Reserved(
         target=len(sizes) * (_nodes(card, target) + fp8) * NODE_BYTES + inputs,
-        draft=sets * (len(sizes) * _nodes(card, draft) * NODE_BYTES + inputs) if draft else 0,
+        draft=len(sizes) * _nodes(card, draft) * NODE_BYTES + inputs if draft else 0,
         levels=levels * LEVEL_NODES * NODE_BYTES,
-        contexts=((1 + sets) * len(sizes) + count) * card.context_bytes,
+        contexts=((1 + bool(draft)) * len(sizes) + count) * card.context_bytes,
         states=nodes * draft.hidden_size * KV_BYTES[recipe.draft_precision] if draft and head else 0,
         sampler=SAMPLER_BYTES,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -148,6 +148,19 @@ class Iteration:
     host: float
 
 
+class PlainCost(NamedTuple):
+    """What plain decoding of an iteration's requests takes.
+
+    here   seconds of a pass with the iteration's prompts
+    each   seconds of a pass without
+    error  standard error of both, as a share of them
+    """
+
+    here: float
+    each: float
+    error: float
+
+
 class ChainSource:
     """Proposes draft tokens that take no pass of a network; what makes it is named in ``speculation.sources``.
 
@@ -205,11 +218,23 @@ class Planner(Protocol):
         """Return sums by source: draft tokens "expected" and "accepted", and "silent" minutes; by default none."""
         return {}
 
+    def dump(self) -> bytes:
+        """Return what it has learnt, for ``load`` in a later process; by default nothing."""
+        return b""
+
+    def load(self, learnt: bytes) -> None:
+        """Begin with what an earlier process has dumped. Raises ValueError or KeyError where that is of no use here."""
+        return
+
     def gain(self) -> float | None:
         """Return the ratio of tokens per second to plain decoding's at the latest load; None, the default: not known.
 
         Any thread may ask.
         """
+        return None
+
+    def plain_cost(self, load: StepContext) -> PlainCost | None:
+        """Return what plain decoding would take for ``load``; None, the default: not known."""
         return None
 
 

@@ -6,12 +6,20 @@
 Two are the paper's, of ``echo``: a gate at every depth, and one threshold for all gates.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from echo_trt.speculation.echo.planner import EchoPlanner
+from echo_trt.speculation.echo.settings import EchoSettings
 from echo_trt.speculation.policies import echo_settings, goodput_settings, policy, policy_named
+
+
+class GateByGate(EchoSettings):
+    """Settings by which a device waits at every gate, and has a graph for each level alone."""
+
+    def _passes_gates(self, requests):
+        return False
 
 
 @policy("dense", "ECHO with a gate at every depth", policy_named("echo").shape)
@@ -22,7 +30,7 @@ def dense(name, settings, make_goodput):
     elif gates:  # on straight lines between the sparse ones
         sparse = sorted(gates)
         gates = dict(zip(depths, np.interp(depths, sparse, [gates[depth] for depth in sparse]).tolist(), strict=True))
-    return EchoPlanner(name, replace(echo_settings("echo", settings), gates=gates))
+    return EchoPlanner(name, GateByGate(**asdict(echo_settings("echo", settings)) | {"gates": gates}))
 
 
 @policy("fixed", "ECHO with one threshold for all gates", policy_named("echo").shape)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+#: An option of Triton's compiler for every launch: it changes results by rounding, and its default changes with 3.10.
+ROUNDING = {"enable_fp_fusion": True}
+#: The sampling kernel's launch. Fewer registers: Triton 3.7's code for a masked row spills.
+SAMPLING = {"num_warps": 8, "maxnreg": 168}
 MAX_SPLITS = 32  # splits of one past; larger: a fuller card at batch 1, a longer merge
 MIN_SPLIT_KEYS = 128  # least keys of a split; smaller: more programs, whose merge does not pay
 #: Rows of splits' results (query tokens x heads x splits), of which more than _TAIL_SPLITS a row are kept only up to

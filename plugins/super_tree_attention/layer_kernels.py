@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from super_tree_attention.kernel_plan import ROUNDING
+
 _COLUMNS = 1024  # of a program that activates; larger: fewer programs
 
 
@@ -76,7 +78,7 @@ def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     block = triton.next_power_of_2(size)
     add_norm_kernel[len(x),](
         x, delta, weight, total, normed, size, eps,
-        BLOCK=block, num_warps=8 if block > 2048 else 4, enable_fp_fusion=True,
+        BLOCK=block, num_warps=8 if block > 2048 else 4, **ROUNDING,
     )  # fmt: skip
     return total, normed
 
@@ -85,9 +87,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up of ``gate_up`` [N, 2 * I], gates first: [N, I]."""
     size = gate_up.shape[1] // 2
     out = gate_up.new_empty(len(gate_up), size)
-    silu_mul_kernel[len(gate_up), triton.cdiv(size, _COLUMNS)](
-        gate_up, out, size, BLOCK=_COLUMNS, enable_fp_fusion=True
-    )
+    silu_mul_kernel[len(gate_up), triton.cdiv(size, _COLUMNS)](gate_up, out, size, BLOCK=_COLUMNS, **ROUNDING)
     return out
 
 
@@ -104,6 +104,6 @@ def rotated(
     weights, eps = (norms[:2], norms[2]) if norms else ((projected, projected), 0.0)
     rotated_kernel[count, heads + 2 * kv_heads](
         projected, *weights, cos, sin, query, key, value, heads, kv_heads, eps,
-        DIM=size, NORM=norms is not None, num_warps=1, enable_fp_fusion=True,
+        DIM=size, NORM=norms is not None, num_warps=1, **ROUNDING,
     )  # fmt: skip
     return query, key, value

@@ -12,10 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from super_tree_attention import kernel
-from super_tree_attention.kernel_plan import MAX_SPLITS, plan, registers_of, steps_for, warps_of
-
-#: An option of the compiler that changes results by rounding, and whose default changes with Triton 3.10.
-ROUNDING = {"enable_fp_fusion": True}
+from super_tree_attention.kernel_plan import MAX_SPLITS, ROUNDING, plan, registers_of, steps_for, warps_of
 
 
 def super_tree_attention_triton(
@@ -77,7 +74,7 @@ def move_rows(pools: Tensor, source: Tensor, target: Tensor) -> None:
         return
     rows = pools.new_empty((layers, len(source), kv_heads, head_dim))
     copy = _kernels(pools.device).copy_rows[len(source), layers]
-    sizes = {"HEAD_DIM": head_dim, "BLOCK": block}
+    sizes = {"HEAD_DIM": head_dim, "BLOCK": block} | ROUNDING
     copy(pools, rows, source, target, kv_heads, num_blocks, **sizes, GATHER=True)
     copy(rows, pools, source, target, kv_heads, num_blocks, **sizes, GATHER=False)
 

@@ -37,7 +37,7 @@ int main(int count, char **files) { // rows, K, N, groups of factors, blocks, wh
   char *quants = aligned_alloc(64, h[7] + 64 - h[7] % 64), *scales = malloc(h[8] + 1);
   float *x = malloc(h[0] * h[1] * 4), *out = malloc(h[0] * h[2] * 4);
   fread(quants, 1, h[7], f), fread(scales, 1, h[8], f), fread(x, 4, h[0] * h[1], f);
-  i groups = h[1] / 32, plane = (h[0] + 7) / 8 * groups * 32;
+  i groups = h[1] / 32, plane = (h[0] + 15) / 16 * groups * 64;
   char *values = malloc(plane * 8), *factors = malloc(plane), *planes = malloc(plane * 6);
   i first[] = {(i)h, (i)x, (i)values, (i)factors, (i)planes, h[1] * 4, groups, plane};
   i second[] = {(i)h, (i)quants, (i)scales, h[4], h[3], h[2], (i)(h[5] ? (char *)x : values), (i)factors,

@@ -68,7 +68,7 @@ def test_every_size_that_is_captured_at_the_start_is_in_a_profile(network, netwo
     engine._graphs = SimpleNamespace(sealed=False, run=lambda *call: None)
     engine.capture_all()
     assert engine._graphs.sealed
-    assert len(session.launched) == len(engine._sizes) * (2 if network == "draft" else 1)
+    assert len(session.launched) == len(engine._sizes)
     assert {tokens for (tokens,) in session.launched} == {size.tokens for size in engine._sizes}
     script = Steps(0, engine.num_blocks // SLOTS)
     engine._graphs = None

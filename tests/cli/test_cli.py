@@ -9,39 +9,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
 from byte_tokenizer import ASSISTANT, END, USER
 from pairs import recipe_of
 
-from echo_trt.cli.app import main
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.options import run_alone
 from echo_trt.engine.params import SamplingParams
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def echo_trt(capsys, monkeypatch) -> Callable[..., Outcome]:
-    monkeypatch.setenv("COLUMNS", "400")  # no table and no sentence is wrapped
-
-    def run(*words: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["echo-trt", *map(str, words)])
-        with pytest.raises(SystemExit) as done:
-            main()
-        return Outcome(done.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -163,6 +142,9 @@ def test_other_servers_names_of_options_are_known(echo_trt):
         (["serve", "b", "--openai-port", 70000], ["--openai-port", "70000", "Give 0 to 65,535."]),
         (["serve", "b", "--kv-events-config", "tcp://*:5557"], ["'tcp://*:5557'", "JSON", "endpoint, replay_endpoint"]),
         (["serve", "b", "--kv-events-config", '{"port": 5557}'], ["`port`", "endpoint, replay_endpoint"]),
+        (["serve", "b", "--store-size", "8 apples"], ["--store-size is '8 apples'", "such as 4G or 512M"]),
+        (["store", "inspect", "b"], ["b is no store; name the folder that serve --store was given"]),
+        (["store", "clear", "b"], ["b is no store; name the folder that serve --store was given"]),
         (["serve", "b", "--http-port", 8000], ["--http-port", "add --triton"]),
         (["bench", "b", "--prompts", "p", "--batch", "x" * 5000], ["--batch is 'xxx"]),
         (["inspect", "nothing.yaml"], ["nothing.yaml does not exist; "]),

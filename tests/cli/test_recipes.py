@@ -156,12 +156,12 @@ def test_without_a_gpu_a_name_is_built_for_the_cpu_with_a_pool_that_follows_its_
     named, why = for_this_machine(name, recipe, folder, "tensorrt", None)
     assert (named.engine, named.limits.kv_blocks, why) == ("tensorrt", 4096, "")
     assert built_as(recipe, "openvino", "int8").limits.kv_blocks is None
-    assert built_as(recipe, "torch", None).limits.kv_blocks == 4096
+    assert built_as(recipe, "tensorrt", None).limits.kv_blocks == 4096
     monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: True)
-    assert for_this_machine(name, recipe, folder, None, None)[0].engine == "tensorrt"
+    assert for_this_machine(name, recipe, folder, None, None)[0].engine == "torch"
     assert for_this_machine(name, recipe, folder, None, "int8")[0].engine == "cpu"  # which cards have not
     file = str(RECIPES / "qwen3-0.6b.yaml")  # its engine is kept
-    assert for_this_machine(file, recipe_for(file)[0], RECIPES, None, "int8")[0].engine == "tensorrt"
+    assert for_this_machine(file, recipe_for(file)[0], RECIPES, None, "int8")[0].engine == "torch"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,8 @@ def test_a_context_keeps_the_recipe_s_kv_blocks_if_one_request_fits():
     assert limited(recipe, 32 * limits.kv_blocks, None).limits.kv_blocks is None
 
 
-def test_a_chosen_pool_becomes_kv_blocks():
+def test_a_chosen_pool_becomes_kv_blocks(monkeypatch):
+    monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: True)
     recipe, folder = recipe_for("Qwen/Qwen3-8B")
     chosen = sized(recipe, folder, BuildOptions("", kv_cache_memory=40 * 2**30))
     target, draft = shapes(chosen, folder)
@@ -272,7 +273,7 @@ def test_memory_is_filled_as_far_as_was_said():
     need = needs(full, target.sizes, draft.sizes)
     taken = need.fixed + need.pool + need.features
     assert taken <= 72 * 10**9 < taken + need.block
-    assert need.features > 5 * 10**9  # of the target's hidden states, which the head reads
+    assert need.features > 2 * 10**9  # of the head's projection of the target's hidden states
     one = need.request_blocks * need.block
     with refused("(H100)", "lower --max-model-len to"):
         filling(recipe, folder, 80 * 10**9, (need.fixed + one // 2) / (80 * 10**9), "H100", "9.0")

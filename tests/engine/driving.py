@@ -65,12 +65,15 @@ class _OnMachine(GoodputPlanner):
     """A planner to which passes take what its costs say, however busy this machine is."""
 
     def observe(self, iteration: Iteration) -> None:
+        super().observe(self.clocked(iteration))
+
+    def clocked(self, iteration: Iteration) -> Iteration:
         costs, target = self.costs, iteration.target
         drafts = tuple(replace(each, seconds=costs.draft(each.tokens, each.context)) for each in iteration.drafts)
         target = replace(target, seconds=costs.target(target.tokens, target.context))
         seconds = target.seconds + sum(each.seconds for each in drafts)
         parts = {"target": target, "drafts": drafts, "seconds": seconds, "planning": 0.0, "host": 0.0}
-        super().observe(replace(iteration, **parts))
+        return replace(iteration, **parts)
 
 
 def goodput_planner(

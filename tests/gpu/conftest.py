@@ -1,7 +1,7 @@
 """Tests of a card. Without one they are skipped; with ECHO_TRT_GPU=walk they run on a CPU, at tiny sizes.
 
 ``scripts/gpu_proof`` runs them and writes a report, with the figures that tests give to ``figures``: they write what
-became of a test to the file ECHO_TRT_GPU_RESULTS, a line of JSON when it begins and when it has ended.
+became of a test to the file ECHO_TRT_GPU_RESULTS, a line of JSON when it is found, begins and has ended.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 WALK = os.environ.get("ECHO_TRT_GPU") == "walk"
 RESULTS = os.environ.get("ECHO_TRT_GPU_RESULTS")
+SEED = int(os.environ.get("ECHO_TRT_GPU_SEED", "0"))
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,15 @@ def card() -> Card:
     from super_tree_attention.triton_attention import super_tree_attention_triton
 
     return Card(torch.device("cpu"), super_tree_attention_triton)
+
+
+@pytest.fixture
+def seed(card) -> int:
+    """Seed PyTorch on all devices. Returns the run's seed, which the report names."""
+    import torch
+
+    torch.manual_seed(SEED)
+    return SEED
 
 
 @pytest.fixture
@@ -50,6 +60,13 @@ def _note(**facts: Any) -> None:
     if RESULTS:
         with open(RESULTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(facts, default=float) + "\n")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Note all tests before any option deselects some: what never begins is in the report, too."""
+    for item in items:
+        _note(test=item.nodeid, verdict="not run")
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:

@@ -60,3 +60,8 @@ def seconds_of(engine: Engine, call: ForwardBatch, runs: int = 9) -> float:
         engine.run(call)["logits"].argmax(axis=1)
         taken.append(time.perf_counter() - begin)
     return float(np.median(taken[2:]))
+
+
+def apart(got: np.ndarray, wanted: np.ndarray) -> float:
+    """Return the largest difference, over the largest magnitude."""
+    return float(abs(got - wanted).max() / abs(wanted).max())

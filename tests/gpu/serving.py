@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from echo_trt.speculation.echo.budget import fit_hinge
 from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt.speculation.goodput.model.costs import Costs, Curve
 from echo_trt.speculation.goodput.planner import GoodputPlanner
+from echo_trt.speculation.pack import pack
 from echo_trt.speculation.policies import make_planner, reserve_for
 from echo_trt_lab.device_counts import RECIPE, CountedDrafter, Counts
 from echo_trt_lab.synthetic_engine import SyntheticEngine, propose
@@ -45,12 +48,15 @@ SHALLOW = {
 }  # fmt: skip
 
 
-def recipe_of(card: Card, engine: str, dtype: torch.dtype, batch: int, context: int) -> Recipe:
-    """Return Qwen3-8B's recipe, with its gates and trees, for other limits."""
+def recipe_of(
+    card: Card, engine: str, dtype: torch.dtype, batch: int, context: int, decoding: dict[str, Any] | None = None
+) -> Recipe:
+    """Return Qwen3-8B's recipe, with its gates and trees or those of ``decoding``, for other limits."""
     raw = load_recipe(RECIPE).model_dump(exclude_unset=True)
     limits = {"batch": batch, "context": context, "prefill_chunk": card.pick(512, 16)}
     settings = {"engine": engine, "precision": PRECISIONS[dtype], "limits": limits}
-    return parse_recipe(raw | settings | card.pick({}, {"decoding": SHALLOW}), "the test")
+    decoding = decoding or card.pick(raw["decoding"], SHALLOW)
+    return parse_recipe(raw | settings | {"decoding": decoding}, "the test")
 
 
 def counted(kind: type, step: str) -> type:
@@ -62,17 +68,24 @@ def counted(kind: type, step: str) -> type:
     class Counted(kind):
         computed: torch.Tensor | None = None  # int64 [2]: of levels, and of passes over committed tokens
         requested = 0  # of the levels that were asked for, padding included
+        drafted: list[np.ndarray] | None = None  # scores of drafted children, a sorted float32 [A, m] for each go
 
         def levels(self) -> int:
             return 0 if self.computed is None else int(self.computed[0])
 
         def start_levels(self, call, below, shape, *more, **inputs):
             self._request(len(call.logit_rows), shape)
-            return super().start_levels(call, below, shape, *more, **inputs)
+            roots, drafted = super().start_levels(call, below, shape, *more, **inputs)
+            return roots, self._noted(drafted)
 
         def run_levels(self, below, rows, shape, max_nodes):
             self._request(len(rows), shape)
-            return super().run_levels(below, rows, shape, max_nodes)
+            return self._noted(super().run_levels(below, rows, shape, max_nodes))
+
+        def _noted(self, drafted: np.ndarray) -> np.ndarray:
+            if self.drafted is not None:
+                self.drafted.append(np.sort(np.ascontiguousarray(drafted[:, 3]).view(np.float32), axis=1))
+            return drafted
 
         def _request(self, requests: int, shape) -> None:
             self.requested += self.padded_requests(requests) * shape.beams * shape.levels
@@ -88,11 +101,18 @@ def counted(kind: type, step: str) -> type:
     return Counted
 
 
-def torch_engines(card: Card, recipe: Recipe, config: DecoderConfig, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Open a target and its head, as ``engine/assemble.py`` does; on a CPU outputs stay in the engine, too."""
+def torch_engines(
+    card: Card, recipe: Recipe, config: DecoderConfig, dtype: torch.dtype, networks: Any = None
+) -> tuple[Any, Any]:
+    """Open a target and its head, as ``engine/assemble.py`` does; on a CPU outputs stay in the engine, too.
+
+    ``networks``: both, which are moved to the card; by default random ones
+    """
     sizes, device = CallSizes.of(recipe), str(card.device)
-    model = random_decoder(config, sizes.blocks * 32, dtype, card.device)
-    roles = TargetModule(model, config.feature_layers), HeadModule(random_head(model, dtype), recipe.draft.top_k)
+    if not networks:
+        model = random_decoder(config, sizes.blocks * 32, dtype, card.device)
+        networks = model, random_head(model, dtype)
+    roles = TargetModule(networks[0], config.feature_layers), HeadModule(networks[1], recipe.draft.top_k)
     bounds = CallBounds(sizes.batch, sizes.blocks, sizes.tree)
     target, head = (
         counted(TorchEngine, "_compute")(role, sizes.pool, device, card.operator, bounds=bounds, resident=True)
@@ -161,6 +181,17 @@ class Served:
             loop.scheduler.add(request)
         return loop, requests
 
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """Run both engines by plain launches, also a head's levels."""
+        held = [(self.target, "_graphs"), (self.head, "_graphs"), (self.head._levels, "_graphs")]
+        kept = [getattr(*each) for each in held]
+        for each in held:
+            setattr(*each, None)
+        yield
+        for each, graphs in zip(held, kept, strict=True):
+            setattr(*each, graphs)
+
     def begun(self, policy: str, batch: int) -> EngineCore:
         """Return a loop of ``batch`` requests whose prompts, half a context each, are computed by both networks."""
         rng, context = np.random.default_rng(5), self.recipe.limits.context
@@ -216,6 +247,16 @@ class Served:
             "considered": self.counts.considered,
             "drafted_per_verified": round(drafted / verified, 2),
         }
+
+
+def gap(target: Any, prompt: np.ndarray, first: list[int], second: list[int]) -> float:
+    """Return the distance of the logits of the tokens where two texts part, over the largest logit."""
+    shared = next(i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b)
+    ids = np.concatenate((prompt, first[:shared]))
+    count, table = np.array([len(ids)]), np.arange(-(-len(ids) // 32))[None]
+    call = pack(ids, np.arange(len(ids)), np.zeros(1, np.int64), count, table, count - 1)
+    logits = np.asarray(target.run(call)["logits"])[0]
+    return float(abs(logits[first[shared]] - logits[second[shared]]) / np.abs(logits).max())
 
 
 class KnownText:

@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from gpu.compile_kernels import COMPARED
 from gpu.random_networks import QWEN3_8B, TINY, random_decoder
-from plugins.attention_calls import BLOCK, TOLERANCE, Batch
+from plugins.attention_calls import BLOCK, Batch
 from plugins.interpreted import interpreted
 from plugins.test_sampling_kernels import choice_of, chosen, rows_of
 
@@ -18,36 +19,12 @@ from echo_trt.speculation.sampling import draw as host
 pytestmark = pytest.mark.gpu
 
 
-def skip_without_shared_memory(dtype: torch.dtype, error: Exception) -> None:
-    """float32 is for comparisons; its tiles need more shared memory than some cards have."""
-    if dtype != torch.float32 or type(error).__name__ != "OutOfResources":
-        raise error
-    pytest.skip("float32 takes more shared memory than this card has")
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_calls_of_every_kind_are_the_references(card, dtype, head_dim):
-    """Ragged trees, chunks and single tokens, of every group of heads, over scattered blocks, on fresh inputs."""
-    rng = np.random.default_rng()
-    for group in card.pick((1, 2, 4, 5, 8, 16), (4,)):
-        for requests, context, maximum in card.pick(((1, 9000, 64), (7, 700, 40), (64, 300, 6)), ((2, 40, 5),)):
-            past, counts = rng.integers(0, context, requests), rng.integers(1, maximum + 1, requests)
-            past[: requests // 3] = 0  # prompts that begin
-            past[-1] = past[-1] // BLOCK * BLOCK  # a full block
-            rows = [(int(p), int(n), bool(rng.integers(2))) for p, n in zip(past, counts, strict=True)]
-            try:
-                Batch(rows, 2 if group > 4 else 4, group, head_dim, dtype, int(rng.integers(2**31))).check()
-            except Exception as error:
-                skip_without_shared_memory(dtype, error)
-
-
 @pytest.mark.parametrize("requests", [[(32_000, 64, True)], [(0, 700, False), (70, 300, False)]])
-def test_calls_of_qwen3_8b_are_the_references(card, requests):
-    Batch(card.pick(requests, [(40, 5, True)]), *card.pick((8, 4, 128), (1, 4, 64)), torch.bfloat16).check()
+def test_calls_of_qwen3_8b_are_the_references(card, seed, requests):
+    Batch(card.pick(requests, [(40, 5, True)]), *card.pick((8, 4, 128), (1, 4, 64)), torch.bfloat16, seed).check()
 
 
-def test_rows_that_move_onto_each_other_move_at_once(card):
+def test_rows_that_move_onto_each_other_move_at_once(card, seed):
     from super_tree_attention.triton_attention import move_rows
 
     blocks, dtype = card.pick((300, torch.bfloat16), (4, torch.float32))
@@ -80,7 +57,7 @@ def test_the_kernel_reads_at_the_memorys_speed(card, requests, context, tokens, 
     assert 0 < read < ceiling
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_draws_over_qwen3s_vocabulary_are_the_hosts(card, dtype, figures):
     """Peaked and flat rows, with ties, by all limits, in one launch."""
     count, size = card.pick((64, 151_936), (6, 700))
@@ -109,3 +86,18 @@ def test_a_layers_small_steps_in_kernels_are_those_of_operators(card, monkeypatc
         monkeypatch.setattr(layers, "fused", lambda x, module=module: module)
         found.append(network(tokens, tokens, tokens, attend)[0].float())
     assert (found[1] - found[0]).norm() <= 0.02 * found[0].norm()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [(dtype, d) for dtype, (sizes, _) in COMPARED.items() for d in sizes], ids=str
+)
+def test_calls_of_every_kind_are_the_references(card, seed, dtype, head_dim):
+    """Ragged trees, chunks and single tokens, of every group of heads, over scattered blocks."""
+    rng = np.random.default_rng(seed)
+    for group in card.pick(COMPARED[dtype][1], (4,)):
+        for requests, context, maximum in card.pick(((1, 9000, 64), (7, 700, 40), (64, 300, 6)), ((2, 40, 5),)):
+            past, counts = rng.integers(0, context, requests), rng.integers(1, maximum + 1, requests)
+            past[: requests // 3] = 0  # prompts that begin
+            past[-1] = past[-1] // BLOCK * BLOCK  # a full block
+            rows = [(int(p), int(n), bool(rng.integers(2))) for p, n in zip(past, counts, strict=True)]
+            Batch(rows, 2 if group > 4 else 4, group, head_dim, dtype, int(rng.integers(2**31))).check()

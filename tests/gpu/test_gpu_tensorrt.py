@@ -12,6 +12,13 @@ import torch
 from gpu.compiled import Built, assert_caches_are_not_copied, skip_without_tensorrt
 from gpu.engines import seconds_of
 from gpu.random_networks import SMALL, random_decoder, random_head
+from gpu.test_gpu_serving import (  # noqa: F401  the same tests, of this engine
+    served,
+    test_drafted_scores_are_those_of_launches,
+    test_drafts_are_what_gates_let_pass_at_every_load,
+    test_memory_is_what_sizing_foresaw,
+    test_no_pass_copies_a_cache,
+)
 
 from echo_trt.backends.tensorrt.session import profile_for
 from echo_trt.bundle.read_recipe import parse_recipe
@@ -28,6 +35,11 @@ RECIPE = {
     "limits": {"batch": BATCH, "context": CONTEXT, "prefill_chunk": 64},
     "decoding": {"per_request": 16, "max_depth": 4, "beams": 3, "width": 4},
 }
+
+
+@pytest.fixture(scope="module")
+def engine() -> str:
+    return "tensorrt"
 
 
 @pytest.fixture

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from echo_trt.backends.cuda.sizes import graph_sizes, size_for
 from super_tree_attention.kernel_plan import MAX_SPLITS, plan, split_rows
 
+GRAPH_SIZES = graph_sizes(128)  # of the recipe's batch
 QWEN3_8B = {"kv_heads": 8, "group": 4}
 
 
@@ -33,12 +34,17 @@ def test_many_requests_are_not_split_but_one_that_is_much_longer_than_the_others
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-@pytest.mark.parametrize(("trees", "nodes"), [(1, 20), (8, 30), (1, 60)])
+@given(trees=st.integers(1, 128), nodes=st.integers(1, 64))
+@example(trees=1, nodes=20)
+@example(trees=5, nodes=20)
+@example(trees=8, nodes=30)
+@example(trees=8, nodes=60)
+@example(trees=64, nodes=4)
 def test_the_kv_of_a_tree_is_read_twice_at_most(trees, nodes, capability):
     """In both engines, whose operator plans a call by its padded size; every tile reads its request's whole past."""
     call = {"token_ids": range(trees * nodes), "logit_rows": range(trees * nodes), "past_lens": range(trees)}
-    padded = size_for(call, graph_sizes(128))  # the recipe's batch
-    for tokens, requests in ((trees * nodes, trees), (padded.tokens, padded.requests)):
+    padded = size_for(call, GRAPH_SIZES) or (trees * nodes, trees * nodes, trees)
+    for tokens, requests in ((trees * nodes, trees), (padded[0], padded[2])):
         made = plan(tokens, requests, requests * 64, **QWEN3_8B, compute_capability=capability)
         assert -(-nodes // (made.rows // QWEN3_8B["group"])) <= 2
 

@@ -29,6 +29,7 @@ from echo_trt.engine.process.pending import refusal
 from echo_trt.engine.service.kv_events import publish_kv_events
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
+from echo_trt.engine.stored_prefixes import keep_prefixes
 from echo_trt.engine.text.prompts import PromptReader
 from echo_trt.errors import UserError
 from echo_trt.files.log import configure
@@ -70,6 +71,8 @@ class TritonPythonModel:
         prompts = PromptReader(bundle, llm.loop.batch.context, special)
         self._reader = Reader(prompts, llm.manifest.sampling.given(), classes)
         publish_kv_events(llm.loop.batch.blocks.cache, _setting(config, "kv_events_config"))
+        store = _setting(config, "store")
+        self._prefixes = keep_prefixes(llm, Path(store) if store else None, _setting(config, "store_size") or "8G")
         self._service = Service(llm, queue or QUEUE, _truth(config, "latency_admission"))
         signals = os.environ.get("ECHO_TRT_SIGNALS")
         name, self._metrics = args["model_name"], EngineMetrics(args["model_name"])
@@ -87,6 +90,8 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Triton calls this once no request is open."""
         self._service.close(0)
+        if self._prefixes:
+            self._prefixes.close()
         self._replies.close()
 
     def _take(self, request: pb_utils.InferenceRequest) -> None:

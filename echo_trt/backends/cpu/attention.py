@@ -15,11 +15,13 @@ from echo_trt.backends.cpu.vectors import (
     fma,
     larger,
     largest,
+    leading,
     load,
     load_bf16,
     move,
     mul,
     number,
+    prefetch,
     put,
     same,
     store,
@@ -127,7 +129,7 @@ def _soften(scores, scale, low, high, state):
     y = within(exp(add(y, same(-peak))), low - 16, high - 16, ZERO)
     store(scores, x)
     store(scores + 64, y)
-    kept = largest(exp(same(before - peak))) if before > LOWEST else ZERO
+    kept = ONE if before == peak else leading(exp(same(before - peak))) if before > LOWEST else ZERO
     put(state, peak)
     put(state + 4, number(state + 4) * kept + total(add(x, y)))
     return kept
@@ -210,7 +212,10 @@ def _unit(args, job, head, scratch):
     begin = max(minimum - window, 0) // BLOCK if window else 0
     shared = past // BLOCK if is_tree else (maximum + BLOCK - 1) // BLOCK
     for block in range(begin, shared):
-        at = word(table, block) * jump
+        at, after = word(table, block) * jump, word(table, min(block + 1, shared - 1)) * jump
+        for i in range(0, bytes_, 64):  # the blocks stand anywhere, so that no CPU predicts the next one
+            prefetch(keys + after + i)
+            prefetch(values + after + i)
         for row in range(0, rows, ROWS):
             _step(sizes, queries, outputs, state, scratch, row, rows, limits, block, keys + at, values + at)
     if is_tree:

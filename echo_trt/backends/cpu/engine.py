@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,9 @@ class CPUEngine(Engine):
         if "state" in outputs:
             read["state"] = outputs["state"][:tokens]
         return read
+
+    def kv_block(self, index: int) -> Sequence[np.ndarray]:
+        return self._kv.keys[:, index], self._kv.values[:, index]
 
     def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
         self._kv.move(source, target)

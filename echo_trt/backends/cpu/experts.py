@@ -15,6 +15,7 @@ from echo_trt.backends.cpu.network_file import NetworkFile
 from echo_trt.backends.cpu.operators import ZERO, _share, activate, four, operator
 from echo_trt.backends.cpu.products import Product, _Rounded, products
 from echo_trt.backends.cpu.program import Op
+from echo_trt.backends.cpu.tiles import ROUNDED
 from echo_trt.backends.cpu.vectors import (
     add,
     call,
@@ -32,10 +33,10 @@ from echo_trt.backends.cpu.vectors import (
 )
 
 #: An expert's rows begin at a multiple of it, as kernels' tiles do; a kernel may look at as many rows behind the last.
-ALIGNED, BEHIND = 8, 32
+ALIGNED, SLACK = ROUNDED, 32
 
 
-class Experts:
+class Mixtures:
     """The mixtures of a network, which share their buffers; a "pick" is an expert that a row chose.
 
     config    of the network
@@ -48,15 +49,15 @@ class Experts:
         self._hidden, self._size = config["hidden_size"], config["expert_size"]
         self._top_k, self._count = config["experts_per_token"], config["num_experts"]
         picks = capacity * self._top_k
-        most = _padded(picks + (ALIGNED - 1) * min(self._count, picks) + BEHIND)
+        maximum = _padded(picks + (ALIGNED - 1) * min(self._count, picks) + SLACK)
         width, self._gated = _padded(self._hidden), _padded(self._size)
         self._scores = np.zeros((capacity, _padded(self._count)), np.float32)
         self._weights = np.zeros((capacity, self._top_k), np.float32)
-        self._picks, self._places = np.zeros((2, capacity, self._top_k), np.int64)
+        self._picks, self._positions = np.zeros((2, capacity, self._top_k), np.int64)
         self._counts, self._next = np.zeros((2, self._count), np.int64)  # of an expert's rows; where its next one goes
         self._chosen = np.zeros(1 + self._count, np.int64)  # how many experts were picked, and which
         sizes = {"gathered": width, "both": 2 * self._gated, "active": self._gated, "outputs": width}
-        self._at = {name: np.zeros((most, size), np.float32) for name, size in sizes.items()}
+        self._at = {name: np.zeros((maximum, size), np.float32) for name, size in sizes.items()}
 
     def mix(
         self, file: NetworkFile, name: str, x: np.ndarray, out: np.ndarray, plus: np.ndarray | None = None
@@ -88,10 +89,10 @@ class Experts:
                 route, self._rows, self._scores, self._scores.strides[0], self._count, k,
                 int(self._config["norm_expert_weights"]), self._picks, self._weights,
             ),
-            records.place(self._rows, self._picks, self._places, self._next, k),
-            Op.of(gather, self._rows, x, x.strides[0], at["gathered"], width, k, self._places),
+            records.assign(self._rows, self._picks, self._positions, self._next, k),
+            Op.of(gather, self._rows, x, x.strides[0], at["gathered"], width, k, self._positions),
             *each,
-            Op.of(combine, self._rows, plus, out, out.strides[0], at["outputs"], width, k, self._places, self._weights),
+            Op.of(combine, self._rows, plus, out, out.strides[0], at["outputs"], width, k, self._positions, self._weights),
         ]  # fmt: skip
 
 
@@ -104,7 +105,6 @@ class _Records:
     def __init__(self, counts: np.ndarray, buffers: dict[str, np.ndarray], chosen: np.ndarray):
         self._counts, self._chosen = counts, chosen
         self._buffers = [(each.ctypes.data, each.nbytes, each.strides[0]) for each in buffers.values()]
-        self._most = len(buffers["gathered"])
         self._words: list[tuple[int, int, int, int]] = []  # where, bytes of a record, value for row 0, bytes of a row
         self._keeps: list[Any] = []
 
@@ -118,10 +118,9 @@ class _Records:
                 steps[kept.quants.ctypes.data] = (len(kept.quants) - AHEAD) // count
                 steps[kept.scales.ctypes.data] = len(kept.scales) // count
             elif isinstance(kept, _Rounded):
-                row = kept.plane // self._most
-                moving += [(kept.factors.ctypes.data, len(kept.factors), row)]
-                moving += [(kept.planes.ctypes.data, len(kept.planes), row)]
-                moving += [(kept.values.ctypes.data, len(kept.values), len(kept.values) // self._most)]
+                moving += [(kept.factors.ctypes.data, len(kept.factors), kept.factor_row)]
+                moving += [(kept.planes.ctypes.data, len(kept.planes), kept.factor_row)]
+                moving += [(kept.values.ctypes.data, len(kept.values), kept.row)]
         for i, value in enumerate(op.args.tolist()):
             at = records.ctypes.data + records.itemsize * i, records.strides[0]
             records[:, i] += steps.get(value, 0) * np.arange(len(records))
@@ -132,10 +131,10 @@ class _Records:
         args = np.array([op.address, records.ctypes.data, records.strides[0], self._chosen.ctypes.data])
         return Op(each.address, args, op.joins, (each, records, self._chosen, *op.keeps))
 
-    def place(self, rows: np.ndarray, picks: np.ndarray, places: np.ndarray, following: np.ndarray, k: int) -> Op:
+    def assign(self, rows: np.ndarray, picks: np.ndarray, positions: np.ndarray, following: np.ndarray, k: int) -> Op:
         words = np.array(self._words)
         return Op.of(
-            place, rows, picks, k, self._counts, following, len(following), self._chosen, places, words, len(words),
+            assign, rows, picks, k, self._counts, following, len(following), self._chosen, positions, words, len(words),
             keeps=self._keeps,
         )  # fmt: skip
 
@@ -195,15 +194,15 @@ def route(args, thread, threads):
 
 
 @operator
-def place(args, thread, threads):
+def assign(args, thread, threads):
     """Sort rows by the experts that they chose, and write to the experts' records where theirs begin.
 
-    rows, picks, how many a row has, experts' rows, their next places, experts, chosen, places, words, how many
+    rows, picks, how many a row has, experts' rows, their next positions, experts, chosen, positions, words, how many
     """
     if thread:
         return
     picks, k, counts, following = four(args, 1)
-    (experts, chosen, places, words), count = four(args, 5), word(args, 9)
+    (experts, chosen, positions, words), count = four(args, 5), word(args, 9)
     for expert in range(experts):
         put_word(counts + 8 * expert, 0)
     every = word(word(args, 0), 0) * k
@@ -224,17 +223,17 @@ def place(args, thread, threads):
     put_word(chosen, found)
     for pick in range(every):
         at = following + word(picks, pick) * 8
-        put_word(places + 8 * pick, word(at, 0))
+        put_word(positions + 8 * pick, word(at, 0))
         put_word(at, word(at, 0) + 1)
 
 
 @operator
 def gather(args, thread, threads):
-    """Copy rows to the places of their picks: rows, source, bytes of its rows, out, size, picks of a row, places."""
+    """Copy rows to the positions of their picks: rows, source, bytes of its rows, out, size, picks of a row, positions."""
     source, stride, out, size = four(args, 1)
-    k, places = word(args, 5), word(args, 6)
+    k, positions = word(args, 5), word(args, 6)
     for pick in _share(word(word(args, 0), 0) * k, thread, threads):
-        at, target = source + pick // k * stride, out + word(places, pick) * size * 4
+        at, target = source + pick // k * stride, out + word(positions, pick) * size * 4
         for i in range(0, 4 * size, 64):
             store(target + i, load(at + i))
 
@@ -243,15 +242,15 @@ def gather(args, thread, threads):
 def combine(args, thread, threads):
     """Add the outputs of a row's experts by their weights, the heaviest first.
 
-    rows, what is added to or none, out, bytes of its rows, outputs, size, picks of a row, places, weights
+    rows, what is added to or none, out, bytes of its rows, outputs, size, picks of a row, positions, weights
     """
     plus, out, stride, outputs = four(args, 1)
-    size, k, places, weights = four(args, 5)
+    size, k, positions, weights = four(args, 5)
     parts = size // 16
     for unit in _share(word(word(args, 0), 0) * parts, thread, threads):
         row, i = unit // parts, unit % parts * 64
         summed = load(plus + row * stride + i) if plus else same(ZERO)
         for pick in range(row * k, row * k + k):
-            at = outputs + word(places, pick) * size * 4 + i
+            at = outputs + word(positions, pick) * size * 4 + i
             summed = fma(load(at), same(number(weights + 4 * pick)), summed)
         store(out + row * stride + i, summed)

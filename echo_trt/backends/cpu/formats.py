@@ -122,7 +122,8 @@ class PackedWeights:
     """Hold a matrix [N, K] in the kernels' order, in blocks of ``lanes`` columns of the product.
 
     quants  uint8 [blocks, K/32, vectors, lanes, 4]: byte t of vector v holds k = 8v + t in its low half and 8v + 4 + t
-            in its high half; what 5 and 6 bits have above, and 8 bits: ``_vectors``. Floats: [blocks, K, lanes]
+            in its high half; what 5 and 6 bits have above, and 8 bits: ``_vectors``. Floats: [blocks, K, lanes]; bf16:
+            [blocks, K/2, lanes, 2]
     scales  uint8 [blocks, K/multiple, scale_bytes]: 16-bit factors, then each group's integer scales and minimum
     """
 
@@ -179,7 +180,9 @@ def _fill(packed: PackedWeights, first: int, weights: Weights) -> None:
     values = padded(weights.values)
     quants = packed.quants[:-AHEAD].reshape(-1, groups * shape.quant_bytes(lanes))[first : first + blocks]
     if shape.kind:
-        quants.view(values.dtype).reshape(blocks, columns, lanes)[:] = values.swapaxes(1, 2)
+        if shape.kind == "bf16":
+            values = np.ascontiguousarray(values).view(np.uint32)
+        quants.view(values.dtype).reshape(blocks, -1, lanes)[:] = values.swapaxes(1, 2)
         return
     quads = np.ascontiguousarray(values).view(np.uint32).reshape(blocks, lanes, groups, 8)
     quants.view(np.uint32).reshape(blocks, groups, -1, lanes)[:] = _vectors(quads, shape.bits).transpose(0, 2, 3, 1)
@@ -231,14 +234,14 @@ def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 TINY = 2.0**-100
 
 
-def reference(x: np.ndarray, weights: Weights) -> np.ndarray:
-    """Multiply float32 [M, K] by a matrix [N, K] as the kernels do: float32 [M, N], equal to theirs bit for bit."""
-    total = np.zeros((len(x), len(weights.values)), np.float32)
+def reference(x: np.ndarray, weights: Weights, bf16: str = "") -> np.ndarray:
+    """Multiply float32 [M, K] by a matrix [N, K] as the kernels do: float32 [M, N], equal to theirs bit for bit.
+
+    ``bf16``: see ``InstructionSet``. Numbers are normal ones, since its instructions take smaller ones for 0.
+    """
     if weights.format.kind:
-        matrix = weights.dequantise()
-        for k in range(x.shape[1]):
-            total = fma(x[:, k, None], matrix[:, k], total)
-        return total
+        return _reference_of_floats(x, weights, bf16)
+    total = np.zeros((len(x), len(weights.values)), np.float32)
     values, factors, sums = quantise(x)
     scales, minimums = weights.group_scales()
     parts = scales.shape[2]
@@ -251,6 +254,28 @@ def reference(x: np.ndarray, weights: Weights) -> np.ndarray:
             total = fma(integer, scales[:, g, part] * factors[:, g, None], total)
         if minimums is not None:
             total = fma(-minimums[:, g], whole[:, g, None], total)
+    return total
+
+
+def _reference_of_floats(x: np.ndarray, weights: Weights, bf16: str) -> np.ndarray:
+    matrix, form = weights.dequantise(), bf16 if weights.format.kind == "bf16" else ""
+    columns = np.arange(x.shape[1])
+    if form:
+        bits = np.ascontiguousarray(x).view(np.uint32)
+        x = ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+    def chain(order: np.ndarray) -> np.ndarray:
+        total = np.zeros((len(x), len(matrix)), np.float32)
+        for k in order:
+            total = fma(x[:, k, None], matrix[:, k], total)
+        return total
+
+    if form != "tiles":
+        return chain(columns ^ 1 if form else columns)
+    total = np.zeros((len(x), len(matrix)), np.float32)
+    for begin in range(0, len(columns), GROUP):
+        part = columns[begin : begin + GROUP]
+        total = total + (chain(part[::2]) + chain(part[1::2]))
     return total
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from llvmlite import ir
 
+from echo_trt.backends.cpu import tiles
+from echo_trt.backends.cpu.builder import BF16, F16, F32, I8, I16, I32, I64, PTR, BlockOutput, const, start, vec
 from echo_trt.backends.cpu.formats import AHEAD, GROUP, SUPER, TINY, WeightFormat
 from echo_trt.backends.cpu.machine_code import InstructionSet
+from echo_trt.backends.cpu.tiles import ROUNDED, TILE
 
-#: Rows that share an unpacking of the weights; more spill registers.
-TILE = 8
 #: Values along K of one step of a loop over 16- or 32-bit weights.
 UNROLLED = 8
 #: What is subtracted from products of unsigned integers: offset x sum of the activations, kept per group in planes.
@@ -19,136 +18,33 @@ PLANES = {8: 0, 16: 1, 128: 2, 32: 3}
 #: The plane of scale x sum in float32, for formats with minimums.
 SUMS = 5
 
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F16, F32, PTR = ir.HalfType(), ir.FloatType(), ir.PointerType()
-
-
-class Builder(ir.IRBuilder):
-    """Write instructions of a function, with the few idioms that kernels need."""
-
-    def at(self, pointer: ir.Value, offset: ir.Value | int) -> ir.Value:
-        """Return ``pointer`` moved on by ``offset`` bytes."""
-        return self.gep(pointer, [offset if isinstance(offset, ir.Value) else I64(offset)], source_etype=I8)
-
-    def read(self, pointer: ir.Value, offset: ir.Value | int, kind: ir.Type, align: int = 1) -> ir.Value:
-        """Load a value ``offset`` bytes after ``pointer``."""
-        return self.load(self.at(pointer, offset), typ=kind, align=align)
-
-    def vector(self, value: ir.Value, lanes: int) -> ir.Value:
-        """Repeat a value ``lanes`` times."""
-        kind = ir.VectorType(value.type, lanes)
-        first = self.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
-        return self.shuffle_vector(first, ir.Constant(kind, ir.Undefined), ir.Constant(_vec(I32, lanes), None))
-
-    def intrinsic(self, name: str, result: ir.Type, *values: ir.Value) -> ir.Value:
-        """Call one of LLVM's intrinsic functions."""
-        function = self.module.globals.get(name)
-        if function is None:
-            function = ir.Function(self.module, ir.FunctionType(result, [each.type for each in values]), name)
-        return self.call(function, values)
-
-    def loop(
-        self, count: ir.Value, state: Sequence[ir.Value], body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
-    ) -> list[ir.Value]:
-        """Repeat ``body``, which makes the next state of index and state, ``count`` times, at least once."""
-        entry, head = self.block, self.append_basic_block()
-        self.branch(head)
-        self.position_at_end(head)
-        index, values = self.phi(I64), [self.phi(each.type) for each in state]
-        after = body(index, list(values))
-        following = self.add(index, I64(1))
-        for phi, before, then in zip((index, *values), (I64(0), *state), (following, *after), strict=True):
-            phi.add_incoming(before, entry)
-            phi.add_incoming(then, self.block)
-        done = self.append_basic_block()
-        self.cbranch(self.icmp_signed("<", following, count), head, done)
-        self.position_at_end(done)
-        return after
-
-    def each(self, begin: ir.Value, end: ir.Value, body: Callable[[ir.Value], None]) -> None:
-        """Repeat ``body`` for each index, which may be none."""
-        count = self.sub(end, begin)
-
-        def step(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            body(self.add(begin, index))
-            return []
-
-        with self.if_then(self.icmp_signed(">", count, I64(0))):
-            self.loop(count, [], step)
-
-    def claims(
-        self, cell: ir.Value, total: ir.Value, threads: ir.Value, body: Callable[[ir.Value, ir.Value], None]
-    ) -> None:
-        """Repeat ``body`` for ranges of ``total`` things that no other thread has: long ones first, short ones last.
-
-        A core that is slow, or that another process wants, takes fewer. ``cell`` is an int64 that was 0 before.
-        """
-        look, take, work, done = (self.append_basic_block() for _ in range(4))
-        self.branch(look)
-        self.position_at_end(look)
-        begin = self.load_atomic(cell, "monotonic", 8, typ=I64)
-        left = self.sub(total, begin)
-        self.cbranch(self.icmp_signed(">", left, I64(0)), take, done)
-        self.position_at_end(take)
-        share = self.sdiv(left, self.mul(threads, I64(2)))
-        end = self.add(begin, self.select(self.icmp_signed(">", share, I64(0)), share, I64(1)))
-        taken = self.extract_value(self.cmpxchg(cell, begin, end, "monotonic"), 1)
-        self.cbranch(taken, work, look)
-        self.position_at_end(work)
-        body(begin, end)
-        self.branch(look)
-        self.position_at_end(done)
-
-    def smaller(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """Return the smaller of two integers."""
-        return self.select(self.icmp_signed("<", a, b), a, b)
-
-    def share(self, total: ir.Value, thread: ir.Value, threads: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Return where a thread's share of ``total`` things begins and ends."""
-        begin = self.sdiv(self.mul(total, thread), threads)
-        return begin, self.sdiv(self.mul(total, self.add(thread, I64(1))), threads)
-
-
-def _vec(kind: ir.Type, lanes: int) -> ir.VectorType:
-    return ir.VectorType(kind, lanes)
-
-
-def _const(kind: ir.VectorType, value: float) -> ir.Constant:
-    return ir.Constant(kind, [value] * kind.count)
-
-
-def _begin(module: ir.Module, name: str, kinds: Sequence[ir.Type], internal: bool = False) -> tuple[Builder, list]:
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), name)
-    function.linkage = "internal" if internal else ""
-    return Builder(function.append_basic_block()), list(function.args)
-
 
 def quantise(module: ir.Module) -> None:
     """Write ``quantise``: float32 rows to 8 bits, shared among threads by rows and groups."""
-    b, (record, thread, threads) = _begin(module, "quantise", [PTR, I64, I64])
+    b, (record, thread, threads) = start(module, "quantise", [PTR, I64, I64])
     cell, x, values, factors, planes = (b.read(record, 8 * n, PTR) for n in range(5))
     stride, groups, plane = (b.read(record, 8 * n, I64) for n in range(5, 8))
     rows = b.read(cell, 0, I64)
-    floats, ints = _vec(F32, GROUP), _vec(I32, GROUP)
+    floats, ints = vec(F32, GROUP), vec(I32, GROUP)
 
     def group(index: ir.Value) -> None:
         row, g = b.sdiv(index, groups), b.srem(index, groups)
-        tile = b.add(b.mul(b.sdiv(row, I64(TILE)), groups), g)
-        slot = b.add(b.mul(tile, I64(TILE)), b.srem(row, I64(TILE)))
+        tile = b.add(b.mul(b.sdiv(row, I64(ROUNDED)), groups), g)
+        slot = b.add(b.mul(tile, I64(ROUNDED)), b.srem(row, I64(ROUNDED)))
         read = b.read(x, b.add(b.mul(row, stride), b.mul(g, I64(4 * GROUP))), floats)
-        bits = b.and_(b.bitcast(read, ints), _const(ints, 0x7FFFFFFF))  # ordered as the sizes are, and NaN above them
+        bits = b.and_(b.bitcast(read, ints), const(ints, 0x7FFFFFFF))  # ordered as the sizes are, and NaN above them
         largest = b.bitcast(b.intrinsic("llvm.vector.reduce.umax.v32i32", I32, bits), F32)
         some = b.not_(b.fcmp_ordered("<=", largest, F32(TINY)))
         inverse = b.select(some, b.fdiv(F32(127), largest), F32(0))
         factor = b.select(some, b.fdiv(largest, F32(127)), F32(0))
         nearest = b.intrinsic("llvm.rint.v32f32", floats, b.fmul(read, b.vector(inverse, GROUP)))
         integers = b.fptosi(nearest, ints)
-        b.store(b.trunc(integers, _vec(I8, GROUP)), b.at(values, b.mul(slot, I64(GROUP))), align=1)
+        b.store(b.trunc(integers, vec(I8, GROUP)), b.at(values, b.mul(slot, I64(GROUP))), align=1)
         at = b.mul(slot, I64(4))
         b.store(factor, b.at(factors, at))
         halves = []
         for half in (0, 16):
-            mask = ir.Constant(_vec(I32, 16), list(range(half, half + 16)))
+            mask = ir.Constant(vec(I32, 16), list(range(half, half + 16)))
             part = b.shuffle_vector(integers, ir.Constant(ints, ir.Undefined), mask)
             halves.append(b.intrinsic("llvm.vector.reduce.add.v16i32", I32, part))
         whole = b.add(*halves)
@@ -162,119 +58,122 @@ def quantise(module: ir.Module) -> None:
 
 def product(module: ir.Module, shape: WeightFormat, using: InstructionSet) -> None:
     """Write ``product``: threads take ranges of column blocks, and go through them once per so many rows."""
-    tiles = [_Tile(module, shape, using, rows).function for rows in range(1, TILE + 1)]
+    if shape.kind == "bf16" and using.bf16 == "tiles":
+        tiles.product_of_bf16(module)
+        return
+    small = [_Tile(module, shape, using, rows).function for rows in range(1, TILE + 1)]
+    # two scales of a group would double what AMX stores, and take longer than without it
+    tiled = using.bf16 == "tiles" and not shape.kind and shape.integers < 2
     # 32 registers hold the sums of two tiles, which then share an unpacking
     wide = _Tile(module, shape, using, 2 * TILE).function if using.lanes == 16 and not shape.kind else None
-    b, (record, _, threads) = _begin(module, "product", [PTR, I64, I64])
-    cell, quants, scales = (b.read(record, 8 * n, PTR) for n in range(3))
-    blocks, steps, columns = (b.read(record, 8 * n, I64) for n in range(3, 6))
-    x, factors, planes = (b.read(record, 8 * n, PTR) for n in range(6, 9))
-    plane, out, stride = b.read(record, 72, I64), b.read(record, 80, PTR), b.read(record, 88, I64)
-    plus, plus_stride, chunk = b.read(record, 96, PTR), b.read(record, 104, I64), b.read(record, 112, I64)
-    rows = b.read(cell, 0, I64)
-    row_tiles = b.sdiv(b.add(rows, I64(TILE - 1)), I64(TILE))
-    groups = b.mul(steps, I64(shape.multiple // GROUP))
+    if tiled:
+        unpack, wide = _Unpacked(module, shape, using, 0).function, tiles.product_of_unpacked(module, shape)
+    b, (record, _, threads) = start(module, "product", [PTR, I64, I64])
+    of = tiles.Record(b, record)
+    groups = b.mul(of.steps, I64(shape.multiple // GROUP))
     quant_bytes = b.mul(groups, I64(shape.quant_bytes(using.lanes)))
-    scale_bytes = b.mul(steps, I64(shape.scale_bytes(using.lanes)))
+    scale_bytes = b.mul(of.steps, I64(shape.scale_bytes(using.lanes)))
+    if tiled:
+        unpacked = b.alloca(I8, b.mul(groups, I64(tiles.unpacked_bytes(shape))))
+        unpacked.align = 64
+        several = b.icmp_signed(">", of.rows, I64(TILE))
+        with b.if_then(several):
+            tiles.configure(b, ROUNDED, GROUP)
 
     def tile(index: ir.Value, block: ir.Value, pair: bool = False) -> None:
         row, column = b.mul(index, I64(TILE)), b.mul(block, I64(using.lanes))
-        at = b.mul(column, I64(4))
         if shape.kind:
-            inputs = [b.at(x, b.mul(row, plane)), factors, planes]
+            inputs = [b.at(of.x, b.mul(row, of.plane)), of.factors, of.planes]
         else:
-            groups_before = b.mul(index, groups)
+            groups_before = b.mul(b.sdiv(row, I64(ROUNDED)), groups)
+            slot = b.add(b.mul(groups_before, I64(ROUNDED)), b.srem(row, I64(ROUNDED)))
             inputs = [
-                b.at(each, b.mul(groups_before, I64(TILE * size)))
-                for each, size in ((x, GROUP), (factors, 4), (planes, 4))
+                b.at(each, b.mul(slot, I64(size))) for each, size in ((of.x, GROUP), (of.factors, 4), (of.planes, 4))
             ]
-        added = b.select(b.icmp_unsigned("==", plus, PTR(None)), plus, b.at(plus, b.add(b.mul(row, plus_stride), at)))
-        args = [
-            b.at(quants, b.mul(block, quant_bytes)), b.at(scales, b.mul(block, scale_bytes)), steps, *inputs, plane,
-            b.at(out, b.add(b.mul(row, stride), at)), stride, added, plus_stride, b.sub(columns, column),
-        ]  # fmt: skip
+        weights = [b.at(of.quants, b.mul(block, quant_bytes)), b.at(of.scales, b.mul(block, scale_bytes))]
+        rest = [of.steps, *inputs, of.plane, *of.output(row, column)]
         if pair:
-            b.call(wide, args)
+            b.call(wide, [unpacked, groups, *rest[1:], b.sub(of.rows, row)] if tiled else [*weights, *rest])
             return
-        left = b.smaller(b.sub(rows, row), I64(TILE))
+        left = b.smaller(b.sub(of.rows, row), I64(TILE))
         after = b.append_basic_block()
-        cases = [b.append_basic_block() for _ in tiles]
+        cases = [b.append_basic_block() for _ in small]
         switch = b.switch(left, cases[-1])
-        for n, (case, function) in enumerate(zip(cases, tiles, strict=True)):
+        for n, (case, function) in enumerate(zip(cases, small, strict=True)):
             if case is not cases[-1]:
                 switch.add_case(I64(n + 1), case)
             b.position_at_end(case)
-            b.call(function, args)
+            b.call(function, [*weights, *rest])
             b.branch(after)
         b.position_at_end(after)
 
-    def rows_of(index: ir.Value, begin: ir.Value, end: ir.Value) -> None:
-        first = b.mul(index, chunk)
-        last = b.smaller(b.add(first, chunk), row_tiles)
-        full = b.sdiv(b.sub(b.smaller(b.mul(last, I64(TILE)), rows), b.mul(first, I64(TILE))), I64(2 * TILE))
+    def body(first: ir.Value, last: ir.Value, begin: ir.Value, end: ir.Value) -> None:
+        count = b.sub(b.smaller(b.mul(last, I64(TILE)), of.rows), b.mul(first, I64(TILE)))
+        full = b.sdiv(b.add(count, I64(TILE - 1 if tiled else 0)), I64(2 * TILE))
         single = b.add(first, b.mul(full, I64(2))) if wide else first
 
         def block_of(block: ir.Value) -> None:
+            if tiled:
+                with b.if_then(b.icmp_signed(">", full, I64(0))):
+                    weights = b.at(of.quants, b.mul(block, quant_bytes)), b.at(of.scales, b.mul(block, scale_bytes))
+                    none = PTR(None)
+                    b.call(unpack, [*weights, of.steps, unpacked, none, none, of.plane, *[none, I64(0)] * 2, I64(0)])
             if wide:
                 b.each(I64(0), full, lambda n: tile(b.add(first, b.mul(n, I64(2))), block, pair=True))
             b.each(single, last, lambda index: tile(index, block))
 
         b.each(begin, end, block_of)
 
-    def columns_of(begin: ir.Value, end: ir.Value) -> None:
-        b.each(I64(0), chunks, lambda index: rows_of(index, begin, end))
-
-    chunks = b.sdiv(b.add(row_tiles, b.sub(chunk, I64(1))), chunk)
-    b.claims(b.at(record, 120), blocks, threads, columns_of)
+    of.walk(threads, body)
+    if tiled:
+        with b.if_then(several):
+            b.matrix("tilerelease")
     b.ret_void()
 
 
 class _Tile:
     """Write the product of ``rows`` rows by one block of columns."""
 
+    name = "tile"
+
     def __init__(self, module: ir.Module, shape: WeightFormat, using: InstructionSet, rows: int) -> None:
         self.shape, self.using, self.rows, self.lanes = shape, using, rows, using.lanes
-        kinds = [PTR, PTR, I64, PTR, PTR, PTR, I64, PTR, I64, PTR, I64, I64]
-        self.b, args = _begin(module, f"tile{rows}", kinds, internal=True)
+        kinds = [PTR, PTR, I64, PTR, PTR, PTR, I64, *BlockOutput.KINDS]
+        self.b, args = start(module, f"{self.name}{rows}", kinds, internal=True)
         self.function = self.b.function
-        self.floats, self.ints = _vec(F32, self.lanes), _vec(I32, self.lanes)
-        self.bytes, self.words = _vec(I8, 4 * self.lanes), _vec(I16, 2 * self.lanes)
-        self.quants, self.scales, steps, self.x, self.factors, self.planes, self.plane, *outputs = args
-        self.next_tile = self.b.mul(steps, I64(shape.multiple // GROUP * TILE))  # rows of groups until the next tile
+        self.floats, self.ints = vec(F32, self.lanes), vec(I32, self.lanes)
+        self.bytes, self.words = vec(I8, 4 * self.lanes), vec(I16, 2 * self.lanes)
+        self.quants, self.scales, steps, self.x, self.factors, self.planes, self.plane, *output = args
         step = self._floats if shape.kind else self._groups
-        self._store(self.b.loop(steps, [_const(self.floats, 0.0)] * rows, step), *outputs)
+        totals = self.b.loop(steps, [const(self.floats, 0.0)] * rows, step)
+        to = BlockOutput(self.b, self.lanes, *output)
+        for row, total in enumerate(totals):
+            to.store(I64(row), total)
         self.b.ret_void()
 
     def _fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         return self.b.intrinsic(f"llvm.fma.v{self.lanes}f32", self.floats, a, b, c)
 
-    def _store(self, sums: list[ir.Value], out, stride, plus, plus_stride, left) -> None:
-        """Add ``plus`` where there is something, and store the columns that exist."""
-        b, name = self.b, f"v{self.lanes}f32.p0"
-        lane = ir.Constant(self.ints, list(range(self.lanes)))
-        mask = b.icmp_signed("<", lane, b.vector(b.trunc(b.smaller(left, I64(self.lanes)), I32), self.lanes))
-        bare, zero = b.icmp_unsigned("==", plus, PTR(None)), _const(self.floats, 0.0)
-        mask_plus = b.select(bare, _const(_vec(ir.IntType(1), self.lanes), 0), mask)
-        for row, total in enumerate(sums):
-            at = b.at(plus, b.mul(plus_stride, I64(row)))
-            added = b.intrinsic("llvm.masked.load." + name, self.floats, at, I32(4), mask_plus, zero)
-            total = b.select(bare, total, b.fadd(total, added))
-            at = b.at(out, b.mul(stride, I64(row)))
-            b.intrinsic("llvm.masked.store." + name, ir.VoidType(), total, at, I32(4), mask)
-
     def _floats(self, step: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
         """Add the products of 32 values along K, one after the other."""
-        size = self.shape.bits // 8 * self.lanes
+        size, pairs = self.shape.bits // 8 * self.lanes, self.using.bf16 == "pairs" and self.shape.kind == "bf16"
 
         def part(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             b = self.b
             k = b.add(b.mul(step, I64(GROUP)), b.mul(index, I64(UNROLLED)))
-            weights, x = b.at(self.quants, b.mul(k, I64(size))), b.at(self.x, b.mul(k, I64(4)))
+            weights, x = b.at(self.quants, b.mul(k, I64(size))), b.at(self.x, b.mul(k, I64(2 if pairs else 4)))
             for ahead in range(0, UNROLLED * size, 64):
                 self._prefetch(weights, ahead)
             rows = [b.at(x, b.mul(self.plane, I64(row))) for row in range(self.rows)]
-            for n in range(UNROLLED):
-                values = self._widened(weights, n * size)
+            for n in range(0, UNROLLED, 2 if pairs else 1):
+                if pairs:
+                    read = b.read(weights, n * size, self.ints)
+                    sums = [
+                        self._dot_of_bf16(b.vector(b.read(row, 2 * n, I32), self.lanes), read, total)
+                        for row, total in zip(rows, sums, strict=True)
+                    ]
+                    continue
+                values = self._widened(weights, n)
                 sums = [
                     self._fma(b.vector(b.read(row, 4 * n, F32), self.lanes), values, total)
                     for row, total in zip(rows, sums, strict=True)
@@ -283,15 +182,21 @@ class _Tile:
 
         return self.b.loop(I64(GROUP // UNROLLED), sums, part)
 
-    def _widened(self, pointer: ir.Value, offset: int) -> ir.Value:
+    def _dot_of_bf16(self, x: ir.Value, weights: ir.Value, total: ir.Value) -> ir.Value:
+        """Add the products of the second numbers of pairs, then of the first ones."""
+        pair = [self.b.bitcast(each, vec(BF16, 2 * self.lanes)) for each in (x, weights)]
+        return self.b.intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", self.floats, total, *pair)
+
+    def _widened(self, pointer: ir.Value, k: int) -> ir.Value:
         """Read a vector of weights as float32."""
-        b, kind = self.b, self.shape.kind
+        b, kind, size = self.b, self.shape.kind, self.shape.bits // 8 * self.lanes
         if kind == "f32":
-            return b.read(pointer, offset, self.floats)
+            return b.read(pointer, k * size, self.floats)
         if kind == "f16":
-            return b.fpext(b.read(pointer, offset, _vec(F16, self.lanes)), self.floats)
-        wide = b.zext(b.read(pointer, offset, _vec(I16, self.lanes)), self.ints)
-        return b.bitcast(b.shl(wide, _const(self.ints, 16)), self.floats)
+            return b.fpext(b.read(pointer, k * size, vec(F16, self.lanes)), self.floats)
+        pair = b.read(pointer, k // 2 * 2 * size, self.ints)
+        high = b.and_(pair, const(self.ints, -65536)) if k % 2 else b.shl(pair, const(self.ints, 16))
+        return b.bitcast(high, self.floats)
 
     def _prefetch(self, pointer: ir.Value, offset: int) -> None:
         self.b.intrinsic("llvm.prefetch.p0", ir.VoidType(), self.b.at(pointer, AHEAD + offset), I32(0), I32(3), I32(1))
@@ -301,7 +206,7 @@ class _Tile:
         b, shape, lanes = self.b, self.shape, self.lanes
         scales = b.at(self.scales, b.mul(step, I64(shape.scale_bytes(lanes))))
         factors = [
-            b.fpext(b.read(scales, 2 * lanes * n, _vec(F16, lanes)), self.floats) for n in range(1 + shape.minimum)
+            b.fpext(b.read(scales, 2 * lanes * n, vec(F16, lanes)), self.floats) for n in range(1 + shape.minimum)
         ]
         if not shape.integers:
             return self._group(step, factors[:1], factors[1:], sums)
@@ -309,7 +214,7 @@ class _Tile:
 
         def group(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             own = b.at(scales, b.add(I64(2 * lanes * len(factors)), b.mul(index, I64(count * lanes))))
-            read = [b.read(own, lanes * n, _vec(I8, lanes)) for n in range(count)]
+            read = [b.read(own, lanes * n, vec(I8, lanes)) for n in range(count)]
             widen = b.sext if shape.integers == 2 else b.zext
             read = [b.sitofp(widen(each, self.ints), self.floats) for each in read]
             applied = [b.fmul(factors[0], each) for each in read[: shape.integers]]
@@ -327,12 +232,10 @@ class _Tile:
         for ahead in range(0, self.shape.quant_bytes(self.lanes), 64):
             self._prefetch(quants, ahead)
         weights = self._unpack(quants)
-        slots = [b.mul(index, I64(TILE))]
-        slots.append(b.add(slots[0], self.next_tile))
         negated = [b.fneg(each) for each in minimums]
         result = []
         for row, total in enumerate(sums):
-            slot = b.add(slots[row // TILE], I64(row % TILE))
+            slot = b.add(b.mul(index, I64(ROUNDED)), I64(row))
             at = b.mul(slot, I64(4))
             values = b.at(self.x, b.mul(slot, I64(GROUP)))
             factor = b.vector(b.read(self.factors, at, F32), self.lanes)
@@ -355,13 +258,13 @@ class _Tile:
         read = [b.read(quants, n * size, self.words) for n in range(bits)]
         if bits == 8:
             return [b.bitcast(each, self.bytes) for each in read]
-        low = _const(self.words, 0x0F0F)
-        weights = [b.and_(b.lshr(each, _const(self.words, s)), low) for each in read[:4] for s in (0, 4)]
+        low = const(self.words, 0x0F0F)
+        weights = [b.and_(b.lshr(each, const(self.words, s)), low) for each in read[:4] for s in (0, 4)]
         step = bits - 4
         for i in range(8 if step else 0):
             above, shift = read[4 + i * step // 8], 4 - i * step % 8  # to bit 4 of each byte
-            moved = b.shl(above, _const(self.words, shift)) if shift > 0 else b.lshr(above, _const(self.words, -shift))
-            weights[i] = b.or_(weights[i], b.and_(moved, _const(self.words, 0x1010 if step == 1 else 0x3030)))
+            moved = b.shl(above, const(self.words, shift)) if shift > 0 else b.lshr(above, const(self.words, -shift))
+            weights[i] = b.or_(weights[i], b.and_(moved, const(self.words, 0x1010 if step == 1 else 0x3030)))
         return [b.bitcast(each, self.bytes) for each in weights]
 
     def _dot(self, weights: list[ir.Value], x: list[ir.Value], start: ir.Value | None) -> ir.Value:
@@ -369,8 +272,8 @@ class _Tile:
         b, using = self.b, self.using
         x = [b.bitcast(b.vector(each, self.lanes), self.bytes) for each in x]
         if self.shape.bits == 8 and (using.signed or not using.dot):  # with a sign there is nothing to subtract
-            weights, start = [b.xor(each, _const(self.bytes, -128)) for each in weights], None
-        zero = _const(self.ints, 0)
+            weights, start = [b.xor(each, const(self.bytes, -128)) for each in weights], None
+        zero = const(self.ints, 0)
         if not using.dot:
             return self._dot_of_pairs(weights, x, zero if start is None else start)
         totals, kind = [zero if start is None else start, zero], self.bytes if using.signed else self.ints
@@ -395,6 +298,25 @@ class _Tile:
             pair = pairs[n]
             for each in pairs[n + 1 : n + fit]:
                 pair = b.add(pair, each)
-            quad = b.intrinsic("llvm.x86.avx2.pmadd.wd", self.ints, pair, _const(self.words, 1))
+            quad = b.intrinsic("llvm.x86.avx2.pmadd.wd", self.ints, pair, const(self.words, 1))
             total = b.add(total, quad)
         return total
+
+
+class _Unpacked(_Tile):
+    """Write a function that leaves a block's weights as ``tiles`` multiplies them, where activations would be."""
+
+    name = "unpack"
+
+    def _group(
+        self, index: ir.Value, scales: list[ir.Value], minimums: list[ir.Value], sums: list[ir.Value]
+    ) -> list[ir.Value]:
+        b, size = self.b, 4 * self.lanes
+        quants = b.at(self.quants, b.mul(index, I64(self.shape.quant_bytes(self.lanes))))
+        for ahead in range(0, self.shape.quant_bytes(self.lanes), 64):
+            self._prefetch(quants, ahead)
+        left = [*self._unpack(quants), *scales, *(b.fneg(each) for each in minimums)]
+        at = b.at(self.x, b.mul(index, I64(tiles.unpacked_bytes(self.shape))))
+        for n, each in enumerate(left):
+            b.store(each, b.at(at, n * size), align=64)
+        return sums

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +14,15 @@ import llvmlite.binding as llvm
 @cache
 def host_features() -> frozenset[str]:
     """Return the features of this CPU that LLVM knows, for example ``avx512vnni``."""
-    return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
+    found = {name for name, present in llvm.get_host_cpu_features().items() if present}
+    return frozenset(found if _has_tiles(found) else found - {"amx-tile"})
+
+
+def _has_tiles(features: set[str]) -> bool:
+    """Ask Linux for the registers of AMX, which a process has to ask for once."""
+    if sys.platform != "linux" or platform.machine() != "x86_64" or "amx-tile" not in features:
+        return False
+    return bool(ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0)  # arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,8 @@ class InstructionSet:
     cpu       LLVM's name of a CPU that has no more; None: the one at hand
     needs     features that it needs
     signed    whether the intrinsic takes weights with a sign, as bytes
+    bf16      how bf16 is multiplied: "" as float32, "pairs" by vdpbf16ps, "tiles" by AMX, which then multiplies
+              integers of many rows, too
     """
 
     name: str
@@ -33,12 +45,17 @@ class InstructionSet:
     cpu: str | None
     needs: tuple[str, ...]
     signed: bool = False
+    bf16: str = ""
 
 
+_VNNI = "llvm.x86.avx512.vpdpbusd.512"
+_AVX512 = "avx512vnni", "avx512bw", "f16c"
 INSTRUCTION_SETS = {
     each.name: each
     for each in (
-        InstructionSet("avx512_vnni", 16, "llvm.x86.avx512.vpdpbusd.512", None, ("avx512vnni", "avx512bw", "f16c")),
+        InstructionSet("amx", 16, _VNNI, None, ("amx-tile", "amx-int8", "amx-bf16", *_AVX512), bf16="tiles"),
+        InstructionSet("avx512_bf16", 16, _VNNI, None, ("avx512bf16", *_AVX512), bf16="pairs"),
+        InstructionSet("avx512_vnni", 16, _VNNI, None, _AVX512),
         InstructionSet("avx_vnni", 8, "llvm.x86.avx512.vpdpbusd.256", "x86-64-v3", ("avxvnni", "fma", "f16c")),
         InstructionSet("avx2", 8, "", "x86-64-v3", ("avx2", "fma", "f16c")),
         InstructionSet("dotprod", 4, "llvm.aarch64.neon.sdot.v4i32.v16i8", None, ("dotprod",), signed=True),

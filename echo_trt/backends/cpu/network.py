@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from echo_trt.backends.cpu import attention, operators
-from echo_trt.backends.cpu.experts import Experts
+from echo_trt.backends.cpu.experts import Mixtures
 from echo_trt.backends.cpu.network_file import NetworkFile
 from echo_trt.backends.cpu.products import Product, products
 from echo_trt.backends.cpu.program import Argument, Op, Pool, Program
@@ -169,7 +169,7 @@ class Network:
         into = {"plus": x} if delta is None else {}
         out = x if delta is None else delta[:, :hidden]
         kept = np.zeros((self.capacity, len(feature_layers), self._width), np.float32)
-        experts: Experts | None = None
+        experts: Mixtures | None = None
         self._embed(self._x, float(config["embedding_scale"]))
         for layer in range(config["num_layers"]):
             name = f"layers.{layer}"
@@ -182,7 +182,7 @@ class Network:
             after = f"{name}.attention_post_norm.weight" if post else ""
             self._norm(f"{name}.mlp_norm", self._normed, delta, after)
             if f"{name}.mlp.router.weight" in self._file.header["matrices"]:
-                experts = experts or Experts(config, self._rows, self.capacity)
+                experts = experts or Mixtures(config, self._rows, self.capacity)
                 self._ops += experts.mix(self._file, f"{name}.mlp", self._normed, out, **into)
             else:
                 self._activate(f"{name}.mlp", self._normed)

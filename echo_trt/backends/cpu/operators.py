@@ -106,10 +106,10 @@ def embed(args, thread, threads):
         token, target = word(tokens, row), out + row * size * 4
         block, lane = token // lanes, token % lanes
         if kind:
-            bytes_ = 4 if kind == 1 else 2
-            at = quants + (block * size * lanes + lane) * bytes_
+            pair, bytes_ = 2 if kind == 2 else 1, 4 if kind == 1 else 2
+            at = quants + (block * size * lanes + lane * pair) * bytes_
             for i in range(size):
-                put(target + 4 * i, value_of(at + i * lanes * bytes_, kind) * factor)
+                put(target + 4 * i, value_of(at + (i // pair * pair * lanes + i % pair) * bytes_, kind) * factor)
             continue
         count, parts = size // GROUP, max(integers, 1)
         every = SUPER if integers else 1
@@ -133,6 +133,15 @@ def embed(args, thread, threads):
                 for i in range(4):
                     value = np.float32(((quad >> (8 * i)) & 0xFF) - offset) * scale - low
                     put(target + 4 * (group * GROUP + 4 * index + i), value * factor)
+
+
+@operator
+def round_bf16(args, thread, threads):
+    """Round float32 rows to bf16: rows, source, bytes of its rows, out, bytes of its rows, size."""
+    (source, stride, out, out_stride), size = four(args, 1), word(args, 5)
+    for row in _share(word(word(args, 0), 0), thread, threads):
+        for i in range(0, size, 16):
+            store_bf16(out + row * out_stride + 2 * i, load(source + row * stride + 4 * i))
 
 
 @operator

@@ -15,14 +15,17 @@ from weakref import WeakValueDictionary
 import numpy as np
 from llvmlite import ir
 
-from echo_trt.backends.cpu import kernels
+from echo_trt.backends.cpu import kernels, operators
 from echo_trt.backends.cpu.formats import FORMATS, GROUP, PackedWeights
-from echo_trt.backends.cpu.kernels import PLANES, SUMS, TILE
+from echo_trt.backends.cpu.kernels import PLANES, SUMS
 from echo_trt.backends.cpu.machine_code import InstructionSet, MachineCode, instruction_set
 from echo_trt.backends.cpu.program import Op, aligned
+from echo_trt.backends.cpu.tiles import ROUNDED, TILE
 
 #: Bytes of activations that stay in a core's cache while weights go by; more rows than fit read the weights again.
 CACHED = 512 * 1024
+#: Rows that a kernel multiplies at once at most.
+ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -48,47 +51,57 @@ def products(
           memory for what is rounded, so that a network needs it once
     """
     using = using or instruction_set()
-    integers = any(not product.weights.format.kind for product in wanted)
-    rounded = _rounded(x, rows) if integers else None
-    ops = [_quantise_op(x, rows, rounded, using)] if rounded else []
+    kinds = dict.fromkeys(product.weights.format.kind for product in wanted)
+    rounded = {kind: _rounded(kind, x, rows) for kind in kinds if not kind or (kind == "bf16" and using.bf16)}
+    ops = [_rounding_op(x, rows, each, using) for each in rounded.values()]
     for product in wanted:
         joins = product is wanted[-1]
-        ops.append(_product_op(product, x, rows, rounded, using, joins))
+        ops.append(_product_op(product, x, rows, rounded.get(product.weights.format.kind), using, joins))
     return ops
 
 
 class _Rounded:
-    """Hold activations in 8 bits, in tiles of 8 rows.
+    """Hold activations in 8 bits, in tiles of 16 rows, or in bf16, row by row.
 
-    values   int8 [tiles, K/32, 8 rows, 32]
-    factors  float32 [tiles, K/32, 8 rows]
-    planes   int32 [6, tiles, K/32, 8 rows]
+    values   int8 [tiles, K/32, 16 rows, 32]
+    factors  float32 [tiles, K/32, 16 rows]
+    planes   int32 [6, tiles, K/32, 16 rows]
+
+    A row that begins a tile begins at a multiple of ``row`` bytes of values, and of ``factor_row`` of the others.
     """
 
-    def __init__(self, tiles: int, groups: int) -> None:
-        self.values = aligned(tiles * groups * TILE * GROUP)
-        self.factors = aligned(tiles * groups * TILE * 4)
-        self.plane = tiles * groups * TILE * 4
-        self.planes = aligned(6 * self.plane)
+    def __init__(self, kind: str, tiles: int, groups: int) -> None:
+        self.kind, self.size = kind, 2 if kind else 1
+        # behind a row of bf16 a gap: rows at multiples of 4 KB have the same places of the nearest cache
+        self.plane = groups * GROUP * 2 + 64 if kind else tiles * groups * ROUNDED * 4
+        self.row, self.factor_row = (self.plane, 0) if kind else (groups * GROUP, groups * 4)
+        self.values = aligned(tiles * ROUNDED * (self.plane if kind else groups * GROUP))
+        self.factors = aligned(0 if kind else self.plane)
+        self.planes = aligned(0 if kind else 6 * self.plane)
 
 
-#: By the address of ``rows`` and the size, as long as there are ops.
-_SHARED: WeakValueDictionary[tuple[int, int, int], _Rounded] = WeakValueDictionary()
+#: By kind, the address of ``rows`` and the size, as long as there are ops.
+_SHARED: WeakValueDictionary[tuple[str, int, int, int], _Rounded] = WeakValueDictionary()
 
 
-def _rounded(x: np.ndarray, rows: np.ndarray) -> _Rounded:
-    tiles, groups = -(-len(x) // TILE), x.shape[1] // GROUP
-    key = (rows.ctypes.data, tiles, groups)
-    rounded = _SHARED.get(key) or _Rounded(tiles, groups)
+def _rounded(kind: str, x: np.ndarray, rows: np.ndarray) -> _Rounded:
+    tiles, groups = -(-len(x) // ROWS) * ROWS // ROUNDED, x.shape[1] // GROUP
+    key = (kind, rows.ctypes.data, tiles, groups)
+    rounded = _SHARED.get(key) or _Rounded(kind, tiles, groups)
     _SHARED[key] = rounded
     return rounded
 
 
-def _quantise_op(x: np.ndarray, rows: np.ndarray, rounded: _Rounded, using: InstructionSet) -> Op:
-    code = _machine_code("quantise", using)
-    addresses = [rows, x, rounded.values, rounded.factors, rounded.planes]
-    args = [each.ctypes.data for each in addresses] + [x.strides[0], x.shape[1] // GROUP, rounded.plane]
-    return Op(code.address("quantise"), np.array(args, np.int64), keeps=(rows, x, rounded, code))
+def _rounding_op(x: np.ndarray, rows: np.ndarray, rounded: _Rounded, using: InstructionSet) -> Op:
+    values, stride = rounded.values.ctypes.data, x.strides[0]
+    if rounded.kind:
+        args = [rows.ctypes.data, x.ctypes.data, stride, values, rounded.plane, x.shape[1]]
+        code, address = operators.round_bf16, operators.round_bf16.address
+    else:
+        code = _machine_code("quantise", using)
+        address, parts = code.address("quantise"), [each.ctypes.data for each in (rounded.factors, rounded.planes)]
+        args = [rows.ctypes.data, x.ctypes.data, values, *parts, stride, x.shape[1] // GROUP, rounded.plane]
+    return Op(address, np.array(args, np.int64), keeps=(rows, x, rounded, code))
 
 
 def _product_op(
@@ -100,17 +113,17 @@ def _product_op(
             f"weights [{weights.rows}, {weights.columns}] for {weights.lanes} lanes do not fit the product"
         )
     code = _machine_code(weights.format.name, using)
-    if weights.format.kind:
-        inputs = [x.ctypes.data, 0, 0, x.strides[0]]
+    if rounded is None:
+        inputs, size = [x.ctypes.data, 0, 0, x.strides[0]], 4
     else:
-        plane = SUMS if weights.format.minimum else PLANES[weights.format.offset]
+        plane = SUMS if weights.format.minimum else PLANES.get(weights.format.offset, 0)
         planes = rounded.planes.ctypes.data + plane * rounded.plane
-        inputs = [rounded.values.ctypes.data, rounded.factors.ctypes.data, planes, rounded.plane]
+        inputs, size = [rounded.values.ctypes.data, rounded.factors.ctypes.data, planes, rounded.plane], rounded.size
     added = (plus.ctypes.data, plus.strides[0] if plus.ndim > 1 else 0) if plus is not None else (0, 0)
     args = [
         rows.ctypes.data, weights.quants.ctypes.data, weights.scales.ctypes.data, -(-weights.rows // weights.lanes),
         weights.columns // weights.format.multiple, weights.rows, *inputs, out.ctypes.data, out.strides[0], *added,
-        max(2, CACHED // (weights.columns * TILE) // 2 * 2), 0,
+        max(1, CACHED // (weights.columns * size * ROWS)) * ROWS // TILE, 0,
     ]  # fmt: skip
     keeps = (rows, weights, x, rounded, out, plus, code)
     return Op(code.address("product"), np.array(args, np.int64), joins, keeps, claims=len(args) - 1)

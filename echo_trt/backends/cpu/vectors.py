@@ -165,6 +165,14 @@ def load_bf16(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
     return b.bitcast(b.shl(b.zext(halves, _WORDS), _constant(16, _WORDS)), _FLOATS)
 
 
+@_operation(types.void, types.int64)
+def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask the memory for the cache line of an address, which may be any."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), _INT, _INT, _INT])
+    function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+    b.call(function, [_at(b, address, ir.IntType(8)), _INT(0), _INT(3), _INT(1)])
+
+
 @_operation(types.void, types.int64, VECTOR)
 def store(b: ir.IRBuilder, address: ir.Value, vector: ir.Value) -> ir.Value:
     """Write float32 numbers."""
@@ -208,6 +216,11 @@ def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
 @_operation(VECTOR, VECTOR, VECTOR)
 def larger(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return _call(b, "maxnum", x, y)
+
+
+@_operation(types.float32, VECTOR)
+def leading(b: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    return b.extract_element(vector, _INT(0))
 
 
 @_operation(types.float32, VECTOR)

@@ -122,7 +122,7 @@ def without_collections() -> Iterator[None]:
 class Graphs:
     """``forward`` as CUDA graphs: one for every size of a call, captured before calls come or at the first call.
 
-    A size that cannot be captured is run by plain launches from then on.
+    A size that cannot be captured is run by plain launches from then on, and so is one that comes while ``sealed``.
 
     All graphs are captured on a stream that no other object of this class has. PyTorch keeps a workspace of cuBLAS for
     each stream, of 32 MiB on an H100, and frees a stream's workspace when any graph ends that was captured there,
@@ -130,14 +130,13 @@ class Graphs:
     that is closed would take the memory of another engine's along.
     """
 
-    def __init__(self, forward: Forward, device: torch.device):
-        self._forward, self._device = unowned(forward), device
+    def __init__(self, forward: Forward, device: torch.device, sealed: bool = False):
+        self._forward, self._device, self.sealed = unowned(forward), device, sealed
         self._memory = torch.cuda.graph_pool_handle()  # shared: only one graph runs at a time
         self._outputs: list[Tensor] = []  # shared, so that graphs keep no memory apart
         self._captured: dict[tuple, Captured | None] = {}
         self._stream = own_stream(device, self)
         self._failed: list[torch.cuda.CUDAGraph] = []  # kept, since the end of one frees the workspace of all
-        self.sealed = False  # whether all sizes are captured, so that a call of another size is run by plain launches
 
     def run(self, arrays: Arrays, capacity: Capacity | None = None, *arguments: int) -> tuple[Tensor, ...] | None:
         """Replay a call; outputs are valid until the next run. A graph is kept for every set of ``arguments``.

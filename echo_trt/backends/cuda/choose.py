@@ -16,6 +16,7 @@ from echo_trt.backends.cuda.calls import Staging
 from echo_trt.backends.cuda.transfers import fetch
 from echo_trt.speculation.sampling import draw as host
 from echo_trt.speculation.sampling.draw import GREEDY, SamplingBatch, part_of
+from super_tree_attention.kernel_plan import ROUNDING, SAMPLING
 
 _LOW = 0xFFFFFFFF
 #: Bytes of logits in float32, and of counts beside them, that penalties and biases change at once. Larger: fewer
@@ -86,23 +87,24 @@ def _launch(kernels: Any, logits: Tensor, nodes: dict[str, np.ndarray], c: Sampl
         sent["row"] = sent["own"]
     names = "row", "index", "parent", "drafted", "inverse", "heat", "gap", "top_k", "top_p", "seed", "position"
     facts = [sent[name] for name in names]
-    shape = {"MASKED": c.masks is not None, "LANES": _LANES, "num_warps": 8, "enable_fp_fusion": True}
+    shape = {"MASKED": c.masks is not None, "LANES": _LANES} | SAMPLING | ROUNDING
     kernels.sample[len(drawn),](logits, sent["masks"], *facts, tokens, size, arrays["masks"].shape[1], **shape)
 
 
 def _changed(kernels: Any, logits: Tensor, sent: dict[str, Tensor]) -> Tensor:
     """Return rows of logits, float32 [n, V], with penalties and biases."""
     rows, size = sent["row"], logits.shape[1]
+    block = {"BLOCK": _ENTRIES} | ROUNDING
     out = logits[rows].float() if logits.dtype != torch.float32 else logits[rows]
     if count := len(sent["history_row"]):
         grid, entries = (-(-count // _ENTRIES),), (sent["history_row"], sent["history_token"])
         times = torch.zeros(out.shape, dtype=torch.int32, device=out.device)
-        kernels.add_at[grid](times, *entries, sent["history_generated"], count, size, BLOCK=_ENTRIES)
+        kernels.add_at[grid](times, *entries, sent["history_generated"], count, size, **block)
         factors = sent["repetition"], sent["presence"], sent["frequency"]
-        kernels.penalise[grid](logits, rows, out, *entries, times, *factors, count, size, BLOCK=_ENTRIES)
+        kernels.penalise[grid](logits, rows, out, *entries, times, *factors, count, size, **block)
     if count := len(sent["logit_bias_row"]):
         grid, entries = (-(-count // _ENTRIES),), (sent["logit_bias_row"], sent["logit_bias_token"])
-        kernels.add_at[grid](out, *entries, sent["logit_bias"], count, size, BLOCK=_ENTRIES)
+        kernels.add_at[grid](out, *entries, sent["logit_bias"], count, size, **block)
     return out
 
 

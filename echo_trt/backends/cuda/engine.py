@@ -88,7 +88,12 @@ class DeviceEngine(Engine):
 
     @torch.inference_mode()
     def capture_levels(self, shapes: Callable[[int], Collection[LevelShape]]) -> None:
-        """Capture drafts of several levels as CUDA graphs before requests wait; see ``Levels.capture``."""
+        """Capture drafts of several levels as CUDA graphs before requests wait; see ``Levels.capture``.
+
+        A policy that asks for none may draft level by level, by calls that are captured as they come.
+        """
+        if self._graphs and not any(map(shapes, range(1, self._bounds.requests + 1))):
+            self._graphs.sealed = False
         with self._on_stream():
             self._levels.capture(shapes)
 

@@ -84,7 +84,7 @@ class Levels:
             torch.zeros(size * max(bounds.tree, top_k), dtype=torch.uint8, device=device),
         )
         self._sizes = sorted({min(bucket(n), count) for n in range(1, count + 1)})
-        self._graphs = Graphs(self._draft, device) if graphs else None
+        self._graphs = Graphs(self._draft, device, sealed=True) if graphs else None  # its captures spoil beams
         self._captured: set[tuple[int, LevelShape]] = set()
 
     def padded(self, requests: int) -> int:

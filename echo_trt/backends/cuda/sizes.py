@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,18 +60,19 @@ class Size(NamedTuple):
 def graph_sizes(requests: int, tree: int = LARGEST) -> tuple[Size, ...]:
     """List the sizes to capture for calls of up to ``requests`` requests, so that each smaller call has one.
 
-    Of each number of tokens: for one request, for requests of four tokens, and for single tokens, since the kernel's
-    tiles follow from the tokens of a request. From 64 tokens on, also for calls that ask for few rows of logits, such
-    as prompt chunks: the rows of padding would cost a product with the whole vocabulary.
+    Of each number of tokens: for 1, 4, 16, ... requests, since the kernel's tiles follow from the tokens of a request.
+    A tile holds those of twice the padded mean, so up to four times as many requests as there are still let a tree read
+    its KV twice at most. From 64 tokens on, also for calls that ask for few rows of logits, such as prompt chunks: the
+    rows of padding would cost a product with the whole vocabulary.
     """
-    sizes = set()
+    maximum, sizes = bucket(requests), set()
     for tokens in SIZES:
-        for together in {1, -(-tokens // 4), tokens}:
-            count = min(together, bucket(requests))
+        counts = {count for count in (4**power for power in range(10)) if count < min(tokens, maximum)}
+        for count in counts | {min(tokens, maximum)}:
             if tokens < 64 or count > 1 or tokens <= bucket(tree):
                 sizes.add(Size(tokens, tokens, count))
-            if tokens >= 64:
-                sizes.add(Size(tokens, _PROMPT_ROWS if count == 1 else tokens // 4, count))
+        if tokens >= 64:
+            sizes |= {Size(tokens, _PROMPT_ROWS, 1), Size(tokens, tokens // 4, min(tokens, maximum))}
     return tuple(sorted(sizes))
 
 
@@ -124,11 +125,11 @@ def _padded(array: np.ndarray, size: int, repeat_last: bool) -> np.ndarray:
     return out
 
 
-def empty_calls(size: Size, bounds: CallBounds, inputs: Collection[str]) -> Iterator[tuple[Arrays, Capacity]]:
-    """Yield a call without requests that is padded to ``size``, and its capacity, for each kind of entries.
+def empty_call(size: Size, bounds: CallBounds, inputs: Collection[str]) -> tuple[Arrays, Capacity]:
+    """Return a call without requests that is padded to ``size``, and its capacity.
 
-    inputs  the network's; a head takes entries with ``features`` and ones with ``hidden`` states, in calls of their
-            own, by their numbers in feature caches
+    inputs  the network's. Entries of a head that takes ``features`` or ``hidden`` states, by their numbers in feature
+            caches, have features: its levels have graphs of their own
     """
     none = np.zeros(0, np.int64)
     call = pack(none, none, none, none, np.zeros((0, 1), np.int64), none)
@@ -136,6 +137,5 @@ def empty_calls(size: Size, bounds: CallBounds, inputs: Collection[str]) -> Iter
     if "state_rows" in inputs:
         arrays["state_rows"] = none
     kinds = [name for name in ("features", "hidden") if name in inputs]
-    for kind in kinds or [""]:
-        rows = {name: np.zeros(int(name == kind), np.int64) for name in kinds}
-        yield pad(arrays | rows, size), capacity_of(size, bounds)
+    arrays |= {name: np.zeros(int(name == kinds[0]), np.int64) for name in kinds}
+    return pad(arrays, size), capacity_of(size, bounds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,9 @@ class OpenVINOEngine(KeepsStates):
 
     def exact(self, plan: Plan, past: np.ndarray) -> Plan:
         return plan.on_one_path(past + plan.tree.sizes > self._window) if self._window else plan
+
+    def kv_block(self, index: int) -> Sequence[np.ndarray]:
+        return (self._pool[:, index],)
 
     def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
         rows = self._pool[:, source // BLOCK, :, source % BLOCK]

@@ -16,7 +16,7 @@ from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_d
 from echo_trt.backends.cuda.device_rows import DeviceFeatureCache, compile_choice, gathered
 from echo_trt.backends.cuda.engine import DeviceEngine
 from echo_trt.backends.cuda.levels import parts_of_level
-from echo_trt.backends.cuda.sizes import LARGEST, SIZES, CallBounds, empty_calls, graph_sizes
+from echo_trt.backends.cuda.sizes import LARGEST, SIZES, CallBounds, empty_call, graph_sizes
 from echo_trt.backends.cuda.transfers import PACKED, pack_results, send
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.backends.tensorrt.calls import MicroBatch, in_words, packed_pieces
@@ -114,8 +114,8 @@ class TensorRTEngine(DeviceEngine):
         none = np.zeros(0, np.int64)
         with self._on_stream():
             for size in reversed(self._sizes):
-                for arrays, capacity in empty_calls(size, self._bounds, self._session.inputs):
-                    self._launch(MicroBatch(*in_words(arrays, capacity), 0, 0, none, padded=True))
+                arrays, capacity = empty_call(size, self._bounds, self._session.inputs)
+                self._launch(MicroBatch(*in_words(arrays, capacity), 0, 0, none, padded=True))
         self._graphs.sealed = True
 
     def _compile_rest(self) -> None:

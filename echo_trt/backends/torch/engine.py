@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,11 @@ from echo_trt.backends.cuda.device import check_heads, check_room, cuda_device, 
 from echo_trt.backends.cuda.device_rows import DeviceFeatureCache, compile_choice, gathered
 from echo_trt.backends.cuda.engine import DeviceEngine
 from echo_trt.backends.cuda.sizes import (
-    LARGEST,
     SIZES,
     Arrays,
     CallBounds,
     capacity_of,
-    empty_calls,
+    empty_call,
     graph_sizes,
     pad,
     size_for,
@@ -37,6 +36,9 @@ from echo_trt.models.roles import Role
 from echo_trt.speculation.pack import BLOCK, ForwardBatch
 from super_tree_attention import super_tree_attention
 
+#: Tokens of prompts in a call where nobody decodes, which needs no graph: arithmetic hides its launches. Larger: more
+#: memory of activations.
+_PROMPT_ALONE = 2048
 MAX_REQUESTS = 256  # in one call of an engine that is not told its largest calls
 
 
@@ -63,7 +65,7 @@ class TorchEngine(KeepsStates, DeviceEngine):
         resident: bool | None = None,
     ):
         self.num_blocks, self.sizes = num_blocks, SIZES if device == "cuda" else ()
-        self.prefill_alone = LARGEST if self.sizes else 0  # more run without a graph
+        self.prefill_alone = _PROMPT_ALONE if self.sizes else 0
         self.device = cuda_device() if device == "cuda" else torch.device(device)
         config = role.network.config
         self._role = role.to(self.device)
@@ -112,10 +114,9 @@ class TorchEngine(KeepsStates, DeviceEngine):
 
     @torch.inference_mode()
     def _capture_all(self) -> None:
-        """Capture every size, of entries of each kind, so that no graph is captured while requests wait."""
+        """Capture every size, so that no graph is captured while requests wait."""
         for size in reversed(self._graph_sizes):  # the largest first: the smaller ones find its memory
-            for arrays, capacity in empty_calls(size, self._bounds, self._role.inputs):
-                self._graphs.run(arrays, capacity)
+            self._graphs.run(*empty_call(size, self._bounds, self._role.inputs))
         self._graphs.sealed = True
         self._compile_rest()
 
@@ -195,6 +196,12 @@ class TorchEngine(KeepsStates, DeviceEngine):
         if outputs is None:
             outputs = self._forward(Staging(arrays, self.device).upload(arrays))
         return outputs
+
+    def kv_block(self, index: int) -> Sequence[np.ndarray]:
+        if self.device.type != "cpu":
+            return ()
+        bits: np.ndarray = self._pool[:, index].view(torch.uint8).numpy()  # numpy has no bfloat16
+        return (bits,)
 
     @torch.inference_mode()
     def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:

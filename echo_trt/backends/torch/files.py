@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -67,6 +68,12 @@ def load_role(path: Path, device: str = "cpu", in_fp8: bool | None = None) -> Ro
     network.load_state_dict(weights, assign=True)
     del weights
     if rows and not (has_row_products(torch.device(device)) if in_fp8 is None else in_fp8):
+        if in_fp8 is None:
+            warnings.warn(
+                f"the {kind}'s FP8 matrices are dequantised on {device}, where they take twice the memory; products in "
+                "FP8 need a GPU of compute capability 8.9 or newer",
+                stacklevel=2,
+            )
         dequantise(network, network.norm.weight.dtype)
     network.rotary = Rotary(config, positions).to(device)
     for parameter in network.parameters():

@@ -7,7 +7,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,6 +53,12 @@ class Drafter(Protocol):
         """Run a pass over ``call`` without content, to measure it."""
         return
 
+    def kv_block(self, index: int, drafted: bool) -> Sequence[np.ndarray]:
+        """Return views of what the draft keeps of a block's text: its KV rows if the block is ``drafted``
+        (``KVBlocks``), else what it makes them of.
+        """
+        return ()
+
 
 class EngineDrafter(Drafter):
     """A draft with an engine: a standalone model, whose entry j is token j."""
@@ -91,6 +97,9 @@ class EngineDrafter(Drafter):
 
     def run_empty(self, call: ForwardBatch) -> None:
         self.engine.run(call, **self.dummy_inputs(len(call.token_ids)))
+
+    def kv_block(self, index: int, drafted: bool) -> Sequence[np.ndarray]:
+        return self.engine.kv_block(index) if drafted else ()
 
     def draft_lag(self, slots: np.ndarray) -> np.ndarray:
         """Entries of each of ``slots`` that the next pass for it must compute: 1 or more."""
@@ -168,6 +177,11 @@ class Eagle3Drafter(EngineDrafter):
 
     def observe(self, rows: np.ndarray, outputs: dict[str, Any], output_rows: np.ndarray) -> None:
         self._features.write(rows, outputs["features"], output_rows)
+
+    def kv_block(self, index: int, drafted: bool) -> Sequence[np.ndarray]:
+        if drafted or not isinstance(self._features, HostFeatureCache):
+            return super().kv_block(index, drafted)
+        return (self._features.rows[index * BLOCK : (index + 1) * BLOCK],)
 
     def dummy_inputs(self, entries: int) -> dict[str, Any]:
         return {"features": self._features.read(np.zeros(entries, np.int64)), "hidden": self._states.read(NONE)}

@@ -22,6 +22,7 @@ from echo_trt.engine.service.kv_events import publish_kv_events
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.engine.service.service import Service
+from echo_trt.engine.stored_prefixes import keep_prefixes
 from echo_trt.files.log import configure
 from echo_trt.speculation.policies import policy_named
 
@@ -55,6 +56,7 @@ def run(options: HostOptions) -> int:
     (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
     classes = LatencyClasses(options.latency_classes)
     publish_kv_events(llm.loop.batch.blocks.cache, options.kv_events_config)
+    prefixes = keep_prefixes(llm, options.store, options.store_size)
     service = Service(llm, options.queue, options.latency_admission)
     gc.freeze()  # what was loaded lives as long as the process
 
@@ -67,6 +69,8 @@ def run(options: HostOptions) -> int:
 
     sound = asyncio.run(serve())
     service.close(0)
+    if prefixes:
+        prefixes.close()
     return 0 if sound else 1
 
 

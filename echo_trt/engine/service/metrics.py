@@ -31,6 +31,9 @@ COUNTERS = {
     "asked_tokens": "Prompt tokens of the requests that were admitted: computed, or found in the prefix cache",
     "cached_tokens": "Prompt tokens found in the prefix cache",
     "evicted_blocks": "KV blocks that the prefix cache gave up for new text",
+    "restored_blocks": "KV blocks read from the store, whose tokens count as found in the prefix cache",
+    "restored_seconds": "Seconds by which reading these blocks was expected to beat computing them",
+    "stored_bytes": "Bytes of KV blocks written to the store",
     "emitted_tokens": "Tokens emitted",
     "verified_tokens": "Tokens that the target verified, roots included",
     "drafted_tokens": "Draft tokens that were verified",
@@ -64,6 +67,9 @@ HISTOGRAMS = {
 }
 LENGTH = "Tokens emitted per verification, since the last update in which there was a verification"
 GAIN = "Tokens per second over plain decoding's at the latest load, as the policy expects; 0: not known"
+SAVED = "Seconds of the engine that drafts have saved since the start, against plain decoding; below 0: lost"
+SAVED_ERROR = "Standard error of echo_saved_seconds, in seconds"
+SOURCE_SAVED = "What a source has saved of them: its accepted tokens less its part of what drafts took"
 DRAFTS = "Draft tokens that goodput verified: the sum of their probabilities, and those accepted"
 POSITIONS = "Draft tokens that were accepted, by their position in the draft; 0: the first"
 SILENT = "Minutes in which a source of drafts was tried and hardly any of its tokens accepted"
@@ -88,6 +94,8 @@ class Statistics:
     given_up: int = 0
     queued_tokens: int = 0  # of the prompts that wait
     gain: float | None = None  # tokens per second over plain decoding's at the latest load; None: not known
+    saved: dict[str, float] = field(default_factory=dict)  # seconds by source, against plain decoding
+    saved_error: float = 0.0  # standard error of their sum
     latency: dict[str, tuple[int, dict[str, int]]] = field(default_factory=dict)  # class -> finished requests, kept
     forecast_error: dict[str, float | None] = field(default_factory=dict)
 
@@ -181,6 +189,10 @@ class EngineMetrics(Collector):
             yield self._gauge(name, text, {(): getattr(now, name)})
         yield self._gauge("accepted_length", LENGTH, {(): self._length})
         yield self._gauge("speculation_gain", GAIN, {(): now.gain or 0.0})
+        yield self._gauge("saved_seconds", SAVED, {(): sum(now.saved.values())})
+        yield self._gauge("saved_seconds_error", SAVED_ERROR, {(): now.saved_error})
+        by_source = {(source,): seconds for source, seconds in now.saved.items()}
+        yield self._gauge("source_saved_seconds", SOURCE_SAVED, by_source, "source")
         yield self._gauge("policy", "1 for the policy in force", {(now.policy,): 1}, "policy")
         outcomes = Counter(now.ended) + self._refused
         yield self._counter("requests", "Requests by outcome", {(each,): n for each, n in outcomes.items()}, "outcome")

@@ -28,6 +28,7 @@ from echo_trt.engine.service.job import ExpectedLatency, FairQueue, Job, Overloa
 from echo_trt.engine.service.metrics import KEPT, Statistics
 from echo_trt.engine.sources.predictions import accepted
 from echo_trt.errors import described
+from echo_trt.speculation.sources import SOURCES
 
 log = logging.getLogger(__name__)
 
@@ -200,6 +201,8 @@ class Service:
             given_up=self._isolation.given_up,
             queued_tokens=sum(len(job.request.prompt) for job in self._pending),
             gain=planner.gain(),
+            saved=dict(zip(SOURCES, loop.bill.saved.tolist(), strict=True)),
+            saved_error=loop.bill.error,
             latency={name: (count, {what: self._kept[name, what] for what in KEPT}) for name, count in of_class},
             forecast_error=self._forecaster.errors(),
         )
@@ -344,7 +347,9 @@ class Service:
         event.reason, event.message, event.prompt_tokens = reason, message, len(request.prompt)
         job.reported = min(job.reported, self._stopped.pop(job, job.reported))
         event.cached_tokens, event.completion_tokens = request.cached_tokens or 0, job.reported
-        event.verifications, event.drafted, event.accepted = request.verifications, request.drafted, request.accepted
+        event.verifications = request.verifications
+        event.drafted, event.accepted = ([each[index] for each in request.drafts] for index in range(2))
+        event.saved, event.saved_error = request.saved or (None, 0.0)
         event.predicted = accepted(request.params.prediction_ids, request.generated[: job.reported])
         event.queue_seconds = job.taken and job.taken - request.submitted
         event.first_token_seconds = job.first_token and job.first_token - request.submitted

@@ -71,6 +71,7 @@ def figures(now: Statistics, slots: int) -> dict[str, Any]:
         "queued": now.queued,
         "blocks": {"all": now.blocks, "held": now.blocks_used, "cached": now.blocks_cached},
         "gain": None if now.gain is None else round(now.gain, 3),
+        "saved": [round(sum(now.saved.values()), 2), round(now.saved_error, 2)],
         "latency": {name: [count, kept["both"]] for name, (count, kept) in now.latency.items()},
         "totals": {name: getattr(counters, name) for name in TOTALS},
         "seconds": {phase: round(seconds, 4) for phase, seconds in counters.seconds.items()},

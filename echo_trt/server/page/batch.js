@@ -13,6 +13,7 @@ const PARTS = [
   ["other", "the rest"],
 ];
 const TILES = [
+  ["saved", "Time saved by drafts"],
   ["rate", "Tokens per second"],
   ["length", "Tokens per pass of a request"],
   ["gain", "Speedup at this load"],
@@ -103,6 +104,8 @@ function draw() {
   const targets = kept.length ? `, targets kept: ${kept.join(", ")}` : "";
   const limit = shared(now) ? `, at most ${shared(now)} tokens per pass (K_max)` : "";
   $("policy").textContent = `policy ${now.policy}${limit}${targets}`;
+  const [saved, error] = now.saved;
+  tile("saved", `${short(saved, 1)} s`, saved || error ? `± ${short(error, 1)} s, since the start` : "not known");
   tile("rate", short(now.rate, 0), "all requests");
   tile("length", short(now.length, 2), "plain decoding: 1");
   tile("gain", now.gain ? `${short(now.gain, 2)} ×` : "–", now.gain ? "estimated" : "not known");

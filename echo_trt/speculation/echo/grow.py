@@ -11,12 +11,19 @@ from echo_trt.speculation.super_tree import SuperTree
 
 
 def grow(
-    roots: np.ndarray, draft: Draft, settings: EchoSettings, max_draft_len: np.ndarray, gate_by_gate: bool = False
+    roots: np.ndarray,
+    draft: Draft,
+    settings: EchoSettings,
+    max_draft_len: np.ndarray,
+    gate_by_gate: bool = False,
+    stops_early: bool = False,
 ) -> tuple[SuperTree, np.ndarray]:
     """Draft level by level, or ``gate_by_gate`` where a draft looks ahead. A request below a gate stops there.
 
     Each request that goes on claims its best node of the level. Where the budget has fewer nodes left than there are
     claims, the most confident requests get them, and the others stop.
+
+    ``stops_early``: see ``EchoSettings.reach``.
 
     roots int64 [B]: pending tokens. max_draft_len int64 [B]: draft tokens in a row that a request can still use.
     Returns the tree of all candidates and claimed_node int64 [B] (see ``allocate``).
@@ -28,7 +35,11 @@ def grow(
     if spare == 0 or len(requests) == 0:
         return tree, claimed_node
     frontier = requests[:, None]  # int64 [A, w], nodes of a request to expand, -1 where there are fewer than w
-    reached = _look_ahead(draft, settings, 0, len(requests), spare, len(roots)) if gate_by_gate else settings.max_depth
+    beams, reached = settings.beams, settings.max_depth
+    if gate_by_gate:
+        beams = settings.beams_for(len(roots))
+        reached = settings.reach(0, len(requests), spare, stops_early)
+        draft.look_ahead(reached, beams, settings.width, settings.max_nodes(len(roots)))
     log_q, tokens = draft.expand_roots(requests)
     for depth in range(1, settings.max_depth + 1):
         children, scores = _add_children(tree, frontier, log_q, tokens, settings.width)
@@ -44,20 +55,14 @@ def grow(
         if ended or spare == 0 or not deeper.any():  # what is left of the budget buys width
             break
         requests = requests[deeper]
-        frontier = _best(children[deeper], scores[deeper], settings.beams)
+        frontier = _best(children[deeper], scores[deeper], beams)
         if depth == reached:
-            reached = _look_ahead(draft, settings, depth, len(requests), spare, len(roots))
+            reached = settings.reach(depth, len(requests), spare)
+            draft.look_ahead(reached, beams, settings.width, settings.max_nodes(len(roots)))
         expanded = frontier >= 0
         log_q, tokens = draft.expand(tree, frontier[expanded])
         log_q, tokens = _scatter(expanded, log_q, tokens)
     return tree, claimed_node
-
-
-def _look_ahead(draft: Draft, settings: EchoSettings, depth: int, requests: int, spare: int, batch: int) -> int:
-    """Have a device draft on for ``requests`` whose trees are ``depth`` deep. Returns the depth that it reaches."""
-    end = settings.reach(depth, requests, spare)
-    draft.look_ahead(end, settings.beams, settings.width, settings.max_nodes(batch))
-    return end
 
 
 def _add_children(

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 
 from echo_trt.speculation.pack import WEIGHT_ROWS, LevelShape
 
+#: Nodes of a level that a device expands where the budget leaves each request as many or fewer. Larger: wider trees at
+#: high load, and more rows of the head for each token that is verified.
+NARROW = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class EchoSettings:
@@ -33,35 +37,48 @@ class EchoSettings:
             return requests * (self.per_request - 1)
         return max(self.budget - requests, 0)
 
-    def reach(self, depth: int, requests: int, spare: int) -> int:
+    def beams_for(self, requests: int) -> int:
+        """Return the nodes of a level that a device expands for each of ``requests``.
+
+        A budget that leaves each request few draft tokens buys little width, for which more beams would be expanded.
+        There are two numbers, so that a device has few graphs.
+        """
+        maximum, narrow = min(self.beams, self.width), min(NARROW, self.beams, self.width)
+        if self.budget is None or -(-self.spare(requests) // requests) + 1 > narrow:
+            return maximum
+        return narrow
+
+    def reach(self, depth: int, requests: int, spare: int, stops_early: bool = False) -> int:
         """Return the depth down to which a device drafts in one go for ``requests`` whose trees are ``depth`` deep.
 
         That is the next gate, where the host waits to hear which requests go on, or the depth at which their claims
-        have used up the ``spare`` budget. But several requests whose levels have WEIGHT_ROWS rows or fewer draft beyond
-        gates: a request that a gate stops would make no level shorter, so a wait would save nothing. The gate of a
-        single request ends the draft, which saves whole levels.
+        have used up the ``spare`` budget. But where levels have WEIGHT_ROWS rows or fewer, drafts go beyond gates: a
+        request that a gate stops would make no level shorter, so a wait would save nothing. A single request that
+        ``stops_early``, at the first gate more often than not, waits there, which saves whole levels.
         """
         used_up = depth - (-spare // requests)
         ends = [*(gate for gate in sorted(self.gates) if depth < gate < self.max_depth), self.max_depth]
-        if self._passes_gates(requests):
+        if self._passes_gates(requests) and not (requests == 1 and depth == 0 and stops_early):
             return next((end for end in ends if end >= used_up), self.max_depth)
         return min(ends[0], used_up)
 
     def _passes_gates(self, requests: int) -> bool:
-        return requests > 1 and requests * self.beams <= WEIGHT_ROWS
+        return requests * self.beams <= WEIGHT_ROWS
 
     def level_shapes(self, requests: int) -> list[LevelShape]:
-        """List what a device is asked to draft in one go for ``requests``."""
+        """List what a device is asked to draft in one go for ``requests``, all of a batch or a part of it."""
         gates = sorted(gate for gate in self.gates if gate < self.max_depth)
         ends, shapes = [*gates, self.max_depth], dict[LevelShape, None]()  # in order
-        for depth in (0, *gates):
-            further = [end for end in ends if end > depth]
-            if self.budget is not None and not self._passes_gates(requests):
-                further = list(range(depth + 1, further[0] + 1))
-            elif not self._passes_gates(requests):
-                further = further[:1]
-            first = max(depth, 1)
-            shapes |= {LevelShape(first, end - first, min(self.beams, self.width), self.width): None for end in further}
+        largest = self.beams_for(requests)  # of a larger batch, fewer
+        for beams in sorted({largest, min(NARROW, largest) if self.budget else largest}):
+            for depth in (0, *gates):
+                further = [end for end in ends if end > depth]
+                if self.budget is not None and not self._passes_gates(requests):
+                    further = list(range(depth + 1, further[0] + 1))
+                elif not self._passes_gates(requests):
+                    further = further[:1]
+                first = max(depth, 1)
+                shapes |= {LevelShape(first, end - first, beams, self.width): None for end in further}
         return list(shapes)
 
     def max_nodes(self, requests: int) -> int:

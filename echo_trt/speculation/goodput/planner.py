@@ -25,6 +25,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from echo_trt.speculation.bill import PlainClock
 from echo_trt.speculation.drafts import Draft
 from echo_trt.speculation.goodput.ladder import UNDRAFTED, Ladder
 from echo_trt.speculation.goodput.learner.learner import Learner
@@ -37,7 +38,7 @@ from echo_trt.speculation.goodput.optimiser.nodes import paying_nodes, select
 from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt.speculation.pacer import Seats
 from echo_trt.speculation.pack import LevelShape
-from echo_trt.speculation.planner import ChainSource, Explanation, Iteration, Plan, StepContext
+from echo_trt.speculation.planner import ChainSource, Explanation, Iteration, PlainCost, Plan, StepContext
 from echo_trt.speculation.super_tree import SuperTree
 
 ABOVE_PLAIN = 1e-12  # log gain that always begins above plain decoding, since the search may choose no draft
@@ -73,7 +74,9 @@ class GoodputPlanner:
         self.sources, self._head = sources, head
         self.costs, self.acceptance = costs, acceptance  # which the learner corrects in place
         self.learner = Learner(costs, acceptance, slots, settings.tuning, block)
+        self.dump, self.load = self.learner.dump, self.learner.load
         self.ladder = Ladder(settings.tuning, acceptance.calibrated)
+        self._plain_clock = PlainClock(settings.tuning.forecast_error, settings.tuning.memory, settings.tuning.warm_up)
 
     def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
         self.learner.forget_departed(load)
@@ -140,7 +143,17 @@ class GoodputPlanner:
         beams = min(settings.level_beams(requests), settings.width)
         return [LevelShape(1, levels, beams, settings.width) for levels in range(1, settings.max_depth)]
 
+    def plain_cost(self, load: StepContext) -> PlainCost:
+        count, host = len(load.slots), self.learner.history.host_seconds
+        each = self.costs.plain(count, load.context) + host
+        here = self.costs.target(count + load.prompt_tokens, load.context) + host if load.prompt_tokens else each
+        clock = self._plain_clock
+        return PlainCost(clock.factor * here, clock.factor * each, clock.error)
+
     def observe(self, iteration: Iteration) -> None:
+        load, clock = iteration.load, self._plain_clock
+        plain = 0 < len(load.slots) == len(iteration.plan.tree) and not iteration.drafts and not load.prompt_tokens
+        clock.observe(plain, iteration.seconds, self.plain_cost(load).each / clock.factor if plain else 0.0)
         tokens = self.learner.observe(iteration, self.settings)
         if tokens is not None:
             self.ladder.observe(tokens, iteration.seconds)

@@ -84,7 +84,7 @@ def run(job: BenchOptions, out: Console, messages: Console) -> dict[str, Any]:
                 for name, rows in kinds
             ]
             every = {prompt for *_, prompts in chosen for prompt in prompts}
-            ids = asked(llm, every, job.turns, job.max_tokens)
+            ids = conversation_ids(llm, every, job.turns, job.max_tokens)
             cells = [(batch, name, [ids[prompt] for prompt in prompts]) for batch, name, prompts in chosen]
             loops = _loops(llm, policies, job.budget)
             task = progress.add_task("bench", total=len(cells))
@@ -183,7 +183,7 @@ def _note_caches(result: dict[str, Any], messages: Console) -> None:
         )
 
 
-def asked(llm: LLM, prompts: Iterable[Prompt], turns: int, max_tokens: int) -> dict[Prompt, list[int]]:
+def conversation_ids(llm: LLM, prompts: Iterable[Prompt], turns: int, max_tokens: int) -> dict[Prompt, list[int]]:
     """Return each prompt's token ids: its conversation up to that turn, as far as it goes."""
     conversations = {prompt: [{"role": "user", "content": prompt.text}] for prompt in prompts}
     for turn in range(turns - 1):

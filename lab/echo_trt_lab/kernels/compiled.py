@@ -1,6 +1,6 @@
 """Compilation of all Triton kernels without a GPU: ``python -m echo_trt_lab.kernels.compiled --arch 80,90 --out DIR``.
 
-It prints registers, shared memory and spills. A new kernel is one more entry of ``_sources``.
+It prints registers, shared memory and spills. A new kernel is one more entry of ``sources``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from echo_trt.models import fp8_kernel
 from super_tree_attention import kernel, layer_kernels, sampling_kernels
-from super_tree_attention.kernel_plan import MAX_SPLITS, ROWS, registers_of, steps_for, warps_of
-from super_tree_attention.triton_attention import ROUNDING
+from super_tree_attention.kernel_plan import MAX_SPLITS, ROUNDING, ROWS, SAMPLING, registers_of, steps_for, warps_of
 
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+FP8_FROM = 89  # the first with products in FP8
 DTYPES = ("bf16", "fp16")
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (16, 32, 64, 128)
+WINDOW = 4096  # of layers with a window; another one compiles the same code
 TABLE_GROUPS = (1, 4, 5, 16)  # query heads of a KV head: the least, Qwen3-8B's, Qwen3-14B's and the largest
 
 #: Types of parameters; others point to values of the network's type.
@@ -47,6 +49,8 @@ _PENALISED = (
     | dict.fromkeys(("repetition", "presence", "frequency"), "*fp64")
     | {"out": "*fp32", "times": "*i32", "count": "i32", "size": "i32"}
 )
+_ADDED = dict.fromkeys(("row", "token"), "*i64") | dict.fromkeys(("count", "size"), "i32")
+_QUANTISED = {"rows": "*fp8e4nv", "scales": "*fp32", "width": "i32"}
 _LAYER = dict.fromkeys(("size", "heads", "kv_heads"), "i32") | {"eps": "fp32", "cos": "*fp32", "sin": "*fp32"}
 
 
@@ -78,16 +82,10 @@ class KernelSource(NamedTuple):
     types: dict[str, str]
 
 
-def kernels(architecture: int, dtype: str, head_dim: int, group: int) -> dict[str, CompiledKernel]:
-    """Compile all kernels of a network. dtype: bf16, fp16 or fp32; group: query heads of a KV head."""
-    names = _sources(dtype, head_dim, group, architecture)
-    return {name: compiled(name, architecture, dtype, head_dim, group) for name in names}
-
-
 @cache
 def compiled(name: str, architecture: int, dtype: str, head_dim: int, group: int = 1) -> CompiledKernel:
     """Compile a kernel, such as attention_16, as the engines' launches do."""
-    source = _sources(dtype, head_dim, group, architecture)[name]
+    source = sources(dtype, head_dim, group, architecture)[name]
     types = dict.fromkeys(source.function.arg_names, f"*{dtype}") | _TYPES | source.types
     types = {n: "constexpr" if n in source.constants else types[n] for n in source.function.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t in (f"*{dtype}", "*fp32")}
@@ -103,25 +101,30 @@ def compiled(name: str, architecture: int, dtype: str, head_dim: int, group: int
     return CompiledKernel(facts.name, architecture, *asm, threads, facts.shared, registers, spills)
 
 
-def _sources(dtype: str, head_dim: int, group: int, architecture: int) -> dict[str, KernelSource]:
-    sizes, window, made = {"HEAD_DIM": head_dim, "BLOCK": 32}, {"WINDOW": 0}, {}
-    for rows in ROWS:
-        steps = steps_for(rows, architecture, 4 if dtype == "fp32" else 2)
-        constants = sizes | {"GROUP": group, "ROWS": rows, "KEYS": steps.keys, "NEW_KEYS": steps.new_keys}
-        constants |= window
-        options = {"num_warps": warps_of(rows), "maxnreg": registers_of(rows), "num_stages": steps.stages}
-        made[f"attention_{rows}"] = KernelSource(kernel.attention, constants, options, {})
-    made["combine"] = KernelSource(kernel.combine, sizes | window | {"MAX_SPLITS": MAX_SPLITS}, {}, {})
+def sources(dtype: str, head_dim: int, group: int, architecture: int) -> dict[str, KernelSource]:
+    sizes, made = {"HEAD_DIM": head_dim, "BLOCK": 32}, {}
+    for end, window in (("", {"WINDOW": 0}), ("_window", {"WINDOW": WINDOW})):
+        for rows in ROWS:
+            steps = steps_for(rows, architecture, 4 if dtype == "fp32" else 2)
+            constants = sizes | {"GROUP": group, "ROWS": rows, "KEYS": steps.keys, "NEW_KEYS": steps.new_keys} | window
+            options = {"num_warps": warps_of(rows), "maxnreg": registers_of(rows), "num_stages": steps.stages}
+            made[f"attention_{rows}{end}"] = KernelSource(kernel.attention, constants, options, {})
+        made[f"combine{end}"] = KernelSource(kernel.combine, sizes | window | {"MAX_SPLITS": MAX_SPLITS}, {}, {})
     for name in ("gather_rows", "scatter_rows"):
         made[name] = KernelSource(kernel.copy_rows, sizes | {"GATHER": name == "gather_rows"}, {}, {})
     for name, masked in (("sample", False), ("sample_masked", True)):
         constants = {"MASKED": masked, "LANES": 512}
-        made[name] = KernelSource(sampling_kernels.sample, constants, {"num_warps": 8}, _SAMPLED)
+        made[name] = KernelSource(sampling_kernels.sample, constants, SAMPLING, _SAMPLED)
     made["penalise"] = KernelSource(sampling_kernels.penalise, {"BLOCK": 1024}, {}, _PENALISED)
+    for name, kind in (("add_counts", "*i32"), ("add_biases", "*fp32")):
+        types = _ADDED | {"target": kind, "amount": kind}
+        made[name] = KernelSource(sampling_kernels.add_at, {"BLOCK": 1024}, {}, types)
     made["add_norm"] = KernelSource(layer_kernels.add_norm_kernel, {"BLOCK": 4096}, {"num_warps": 8}, _LAYER)
     made["silu_mul"] = KernelSource(layer_kernels.silu_mul_kernel, {"BLOCK": 1024}, {}, _LAYER)
     constants = {"DIM": head_dim, "NORM": True}
     made["rotated"] = KernelSource(layer_kernels.rotated_kernel, constants, {"num_warps": 1}, _LAYER)
+    if architecture >= FP8_FROM and dtype == "bf16":
+        made["quantise"] = KernelSource(fp8_kernel.quantise, {"WIDTH": 1024}, {}, _QUANTISED)
     return made
 
 
@@ -137,13 +140,15 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _table(architectures: list[int], groups: list[int]) -> Iterator[tuple[str, str, int, int, CompiledKernel]]:
+def _table(
+    architectures: list[int], head_dims: list[int], groups: list[int]
+) -> Iterator[tuple[str, str, int, int, CompiledKernel]]:
     """Yield (kernel, dtype, head_dim, group, compiled); kernels that do not depend on the group come once."""
     for architecture in architectures:
         for dtype in DTYPES:
-            for head_dim in HEAD_DIMS:
+            for head_dim in head_dims:
                 for group in groups:
-                    for name in _sources(dtype, head_dim, group, architecture):
+                    for name in sources(dtype, head_dim, group, architecture):
                         if name.startswith("attention") or group == groups[0]:
                             yield name, dtype, head_dim, group, compiled(name, architecture, dtype, head_dim, group)
 
@@ -152,6 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="echo_trt_lab.kernels.compiled", description=__doc__.splitlines()[0])
     numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     parser.add_argument("--arch", type=numbers, default=list(ARCHITECTURES), help="compute capabilities, such as 80,90")
+    parser.add_argument("--head-dims", type=numbers, default=list(HEAD_DIMS), help="sizes of heads")
     parser.add_argument("--groups", type=numbers, default=list(TABLE_GROUPS), help="query heads of a KV head")
     parser.add_argument("--out", type=Path, help="folder for PTX and cubin files")
     chosen = parser.parse_args(arguments)
@@ -161,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         chosen.out.mkdir(parents=True, exist_ok=True)
     print("| kernel | sm | dtype | head dim | group | registers | shared, bytes | spilled, bytes |")
     print("|---|---|---|---|---|---|---|---|")
-    for name, dtype, head_dim, group, made in _table(chosen.arch, chosen.groups):
+    for name, dtype, head_dim, group, made in _table(chosen.arch, chosen.head_dims, chosen.groups):
         cells = name, made.architecture, dtype, head_dim, group, made.registers, made.shared, made.spills
         print("|", " | ".join(map(str, cells)), "|", flush=True)
         if chosen.out:

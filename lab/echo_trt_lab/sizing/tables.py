@@ -20,6 +20,8 @@ from echo_trt.speculation.policies import POLICIES
 from echo_trt_lab.sizing.fit import CardFit
 from echo_trt_lab.sizing.hardware import active_parameters
 
+UNLIMITED = "if memory were unlimited, "  # of what the memory at hand will bound
+
 
 def manifest_table(manifest: Manifest, folder: Path) -> Table:
     table = _facts(f"bundle {folder}")
@@ -134,7 +136,7 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
     drafts = f", draft {need.draft_kv_token:,} bytes" if draft else ""
     table.add_row("KV of a token", f"target {need.target_kv_token:,} bytes{drafts}")
     at_most = engine_kind(recipe.engine).card is None and not recipe.limits.kv_blocks  # the rest is the memory's to say
-    held = f"{'at maximum ' * at_most}{need.blocks:,} blocks, {need.blocks * BLOCK:,} tokens"
+    held = f"{UNLIMITED * at_most}{need.blocks:,} blocks, {need.blocks * BLOCK:,} tokens"
     table.add_row("KV pool", f"{held}, {gigabytes(need.pool)}")
     if at_most:
         pool = _pool_of_recipe(recipe, need, target, draft)
@@ -150,13 +152,13 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
         table.add_row("states", f"{gigabytes(need.states)}, of all running requests")
     in_all = gigabytes(need.fixed + need.pool + need.features)
     if at_most:
-        in_all = f"{gigabytes(need.fixed + pool.bytes)} here, at maximum {in_all}"
+        in_all = f"{gigabytes(need.fixed + pool.bytes)} on this machine; {UNLIMITED}{in_all}"
     table.add_row("in all", in_all)
     if draft and draft.sizes.feature_size and not need.features:
         features = 4 * draft.sizes.feature_size
         table.add_row(
             "host memory",
-            f"features of the pool's tokens, {'at maximum ' * at_most}{gigabytes(need.blocks * BLOCK * features)}",
+            f"features of the pool's tokens, {UNLIMITED * at_most}{gigabytes(need.blocks * BLOCK * features)}",
         )
 
 

@@ -14,7 +14,7 @@ from echo_trt.engine.params import SamplingParams
 from echo_trt.files.prompts import Prompt
 from echo_trt_lab.benchmark import command
 from echo_trt_lab.benchmark.closed_loop import ClosedLoop, StepSample, run_side_by_side
-from echo_trt_lab.benchmark.command import asked, drawn
+from echo_trt_lab.benchmark.command import conversation_ids, drawn
 from echo_trt_lab.benchmark.command import run as run_bench
 from echo_trt_lab.benchmark.figures import figures
 from echo_trt_lab.benchmark.options import BenchOptions
@@ -141,8 +141,8 @@ def test_prompts_are_drawn_evenly_over_every_file():
 def test_a_later_turn_is_asked_behind_the_answers_to_those_before(open_llm):
     llm = open_llm("close", "static", batch=3)
     short, long = Prompt("a", "hello", ("and then?",)), Prompt("b", "there", ("and then?", "and then?"))
-    first = asked(llm, [short, long], 1, 6)
-    second, third = asked(llm, [short, long], 2, 6), asked(llm, [short, long], 3, 6)
+    first = conversation_ids(llm, [short, long], 1, 6)
+    second, third = conversation_ids(llm, [short, long], 2, 6), conversation_ids(llm, [short, long], 3, 6)
     assert first[short] == llm.chat_ids("hello")
     answer = llm.generate([first[short]], SamplingParams(6))[0].text
     turns = [("user", "hello"), ("assistant", answer), ("user", "and then?")]

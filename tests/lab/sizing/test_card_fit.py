@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_trt.backends.cuda.sizes import CallBounds, empty_calls, graph_sizes
+from echo_trt.backends.cuda.sizes import CallBounds, empty_call, graph_sizes
 from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
@@ -98,16 +98,16 @@ def test_the_table_in_the_docs_is_right():
 
 
 def test_as_many_graphs_are_foreseen_as_are_captured():
-    """Of a head of the engine: one per size and kind of entries."""
+    """Of a head of the engine: one per size."""
     own = recipe(engine="torch", batch=4)
     target, draft = (shape.sizes for shape in shapes(own, BUILD))
     calls = CallSizes.of(own)
     bounds = CallBounds(calls.batch, calls.blocks, calls.tree)
-    entries = [list(empty_calls(s, bounds, HeadModule.inputs)) for s in graph_sizes(calls.batch, calls.tree)]
+    entries = [empty_call(s, bounds, HeadModule.inputs) for s in graph_sizes(calls.batch, calls.tree)]
     taken = needs(own, target, draft).reserved
     nodes = GRAPH_NODES + engine_kind("torch").card.layer_nodes
-    inputs = sum(sum(capacity.values()) for calls_of in entries for _, capacity in calls_of)
-    assert taken.draft == sum(map(len, entries)) * nodes * NODE_BYTES + inputs
+    inputs = sum(sum(capacity.values()) for _, capacity in entries)
+    assert taken.draft == len(entries) * nodes * NODE_BYTES + inputs
 
 
 def test_a_pool_without_a_limit_is_what_the_batch_needs():
@@ -175,11 +175,11 @@ def test_drafts_take_memory_where_pytorch_runs_them():
         own = recipe(name, **changes)
         return needs(own, *(shape.sizes for shape in shapes(own, BUILD))).working
 
-    more = working(engine="torch") - working()
+    more = working() - working(engine="tensorrt")
     assert 1.5e9 < more < 3e9
-    assert 0 < working(engine="torch", batch=1) - working(batch=1) < more / 4
+    assert 0 < working(batch=1) - working(engine="tensorrt", batch=1) < more / 4
     for name in ("qwen3-0.6b-for-8b", "qwen3-8b-dflash"):
-        assert working(name, engine="torch") - working(name) == 1024 * 151_936 * (2 + 4 + 4)
+        assert working(name) - working(name, engine="tensorrt") == 1024 * 151_936 * (2 + 4 + 4)
 
 
 def test_fp8_takes_a_byte_per_weight_of_a_layer_where_a_card_computes_it():

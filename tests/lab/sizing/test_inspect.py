@@ -43,8 +43,8 @@ def test_a_recipe_says_what_it_would_build_and_need(inspect):
     assert reported["weights"] == "target 16.4 GB, draft 2.0 GB"
     assert reported["KV of a token"] == "target 147,456 bytes, draft 4,096 bytes"
     assert reported["KV pool"] == "8,192 blocks, 262,144 tokens, 39.7 GB"
-    assert reported["features"] == "24,576 bytes of a token of the pool, 6.4 GB"  # 262,144 x 3 x 4,096 x 2 bytes
-    assert reported["taken at the start"].startswith("about 1.3 GB: graphs of the target 0.2 GB, graphs of the draft")
+    assert reported["features"] == "8,192 bytes of a token of the pool, 2.1 GB"  # 262,144 x 4,096 x 2 bytes
+    assert reported["taken at the start"].startswith("about 1.0 GB: graphs of the target 0.2 GB, graphs of the draft")
     assert "host memory" not in reported
     assert reported["H100-80GB"].split(" | ")[:2] == ["1", "yes"]
     assert reported["H100-80GB"].endswith("222")
@@ -55,16 +55,17 @@ def test_a_recipe_for_a_cpu_says_what_it_takes_on_this_machine(inspect, monkeypa
     """The whole batch's pool is what memory without a limit would hold, as the pool that a bundle opens here is not."""
     sized = ("Qwen/Qwen3-0.6B", "--engine", "openvino", "--precision", "fp32")  # computed in fp32 on every CPU
     for free, pool, in_all in (
-        (24e9, "10.5 GB, 45,760 tokens, 5 requests of 8,192 tokens", "14.6 GB here, at maximum 125.3 GB"),
-        (900e9, "121.2 GB, 528,384 tokens, 64 requests of 8,192 tokens", "125.3 GB here, at maximum 125.3 GB"),
-        (4e9, "none: one request of full length takes 0.9 GB more than is free beside the weights", "125.3 GB"),
+        (24e9, "10.5 GB, 45,760 tokens, 5 requests of 8,192 tokens", "14.6 GB"),
+        (900e9, "121.2 GB, 528,384 tokens, 64 requests of 8,192 tokens", "125.3 GB"),
+        (4e9, "none: one request of full length takes 0.9 GB more than is free beside the weights", ""),
     ):
         monkeypatch.setattr("echo_trt_lab.sizing.tables.available_memory", lambda free=free: int(free))
         code, out, _ = inspect(*sized)
         reported = rows(out)
         assert code == 0
         assert reported["KV pool here"] == pool
-        assert reported["in all"].endswith(in_all)
+        assert reported["in all"].startswith(in_all and f"{in_all} on this machine; ")
+        assert reported["in all"].endswith("; if memory were unlimited, 125.3 GB")
     assert reported["policy"] == "goodput: depth 4, beams 4, width 8"  # it has neither a budget nor gates
 
 

@@ -127,24 +127,36 @@ QWEN3_8B = {"max_depth": 8, "beams": 10, "width": 20, "gates": {1: 0.2, 2: 0.3, 
 
 
 @pytest.mark.parametrize(
-    ("depth", "requests", "spare", "reached"),
+    ("depth", "requests", "spare", "beams", "stops_early", "reached"),
     [
-        (0, 64, 192, 1),  # the next gate
-        (2, 48, 96, 4),
-        (4, 32, 128, 8),
-        (4, 32, 33, 6),  # the budget is used up before
-        (0, 12, 244, 8),  # a level of 120 rows takes no longer than one of ten
-        (0, 12, 24, 2),
-        (1, 12, 24, 4),
-        (0, 1, 59, 1),  # one request's gate ends the draft
+        (0, 64, 192, 4, False, 1),  # the next gate
+        (2, 48, 96, 10, False, 4),
+        (4, 33, 128, 4, False, 8),
+        (4, 32, 33, 10, False, 6),  # the budget is used up before
+        (0, 12, 244, 10, False, 8),  # a level of 120 rows takes no longer than one of ten
+        (0, 12, 24, 10, False, 2),
+        (1, 12, 24, 10, False, 4),
+        (0, 1, 59, 10, False, 8),
+        (0, 1, 59, 10, True, 1),  # one request's gate ends the draft
+        (1, 1, 58, 10, True, 8),
     ],
 )
-def test_how_far_a_device_drafts_in_one_go(depth, requests, spare, reached):
+def test_how_far_a_device_drafts_in_one_go(depth, requests, spare, beams, stops_early, reached):
     settings = settings_of("echo", **QWEN3_8B)
-    assert settings.reach(depth, requests, spare) == reached
+    assert settings.reach(depth, requests, spare, stops_early) == reached
     first = max(depth, 1)
-    drafts = [(shape.first, shape.levels) for shape in settings.level_shapes(requests)]
-    assert (first, reached - first) in drafts
+    drafts = [(shape.first, shape.levels, shape.beams) for shape in settings.level_shapes(requests)]
+    assert (first, reached - first, beams) in drafts
+
+
+@given(st.integers(1, 256), st.integers(60, 1024))
+def test_beams_of_a_device_follow_what_the_budget_leaves(requests, budget):
+    """They are those of the budget, or more up to the policy's, and at high load the head has three rows a token."""
+    settings = settings_of("echo", **QWEN3_8B | {"budget": budget})
+    beams, spare = settings.beams_for(requests), settings.spare(requests)
+    assert min(10, -(-spare // requests) + 1) <= beams <= 10
+    if spare <= 3 * requests:
+        assert beams == 4
 
 
 class GateByGate(SeededDraft):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 
 from echo_trt.speculation.goodput.learner.costs import CostLearner
@@ -89,6 +91,21 @@ class Learner:
         self._cost_learner = CostLearner(costs, tuning)
         self._epoch = np.full(slots, -1)
         self.usual_price = 0.0  # of requests with latency targets, running mean
+
+    def dump(self) -> bytes:
+        """Return what was learnt of sources and of the machine, for ``load`` of a later process."""
+        costs, file = self.costs, io.BytesIO()
+        curves = {"target": costs.target.correction, "draft": costs.draft.correction}
+        np.savez(file, cold=costs.cold, **curves, **self.sources.dump())
+        return file.getvalue()
+
+    def load(self, learnt: bytes) -> None:
+        """Begin with what was dumped. Raises ValueError or KeyError where it is of other costs or sources."""
+        with np.load(io.BytesIO(learnt)) as found:
+            self.costs.target.correct(found["target"])
+            self.costs.draft.correct(found["draft"])
+            self.costs.cold = float(found["cold"])
+            self.sources.load(found)
 
     def model(self, load: StepContext, settings: GoodputSettings) -> IterationModel:
         """Return the model of an iteration of ``load``."""

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from echo_trt.speculation.goodput.model.acceptance import DEPTHS, Acceptance, log_odds
 from echo_trt.speculation.goodput.settings import GoodputTuning
 from echo_trt.speculation.sources import SOURCES
+
+LOADED_STEPS = 5  # refits of two bounded steps; larger: a start takes longer, and parameters far away are reached
+
+
+def _columns(x: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    columns = np.zeros((len(x), 2 + DEPTHS))
+    columns[:, 0], columns[:, 1] = x, 1.0
+    columns[np.arange(len(x)), 2 + depth] = 1.0
+    return columns
 
 
 class AcceptanceFit:
@@ -48,10 +59,7 @@ class AcceptanceFit:
         if len(x) == 0:
             return self._forget()
         self._rest = 0
-        columns = np.zeros((len(x), 2 + DEPTHS))
-        columns[:, 0], columns[:, 1] = x, 1.0
-        columns[np.arange(len(x)), 2 + depth] = 1.0
-        self._columns = np.concatenate((self._columns, columns))[-self._window :]
+        self._columns = np.concatenate((self._columns, _columns(x, depth)))[-self._window :]
         self._accepted = np.concatenate((self._accepted, accepted))[-self._window :]
         self._new += len(x)
         if self._new < min(self._window // 16, len(self._accepted) // 4):
@@ -59,6 +67,17 @@ class AcceptanceFit:
         self._new = 0
         self._refit()
         return True
+
+    def dump(self) -> np.ndarray:
+        """Return the nodes that it knows, float64 [n, 3]: log-odds, depth and outcome."""
+        return np.column_stack((self._columns[:, 0], self._columns[:, 2:].argmax(axis=1), self._accepted))
+
+    def load(self, nodes: np.ndarray) -> None:
+        """Begin with what another fit has dumped."""
+        x, depth, self._accepted = nodes[-self._window :].T
+        self._columns = _columns(x, depth.astype(np.int64))
+        for _ in range(LOADED_STEPS):
+            self._refit()
 
     def _forget(self) -> bool:
         """Forget the older half of the window, where the source rested for twice its length."""
@@ -115,6 +134,14 @@ class SourceLearner:
             of_source = source == number
             if fit.observe(prior[of_source], row[of_source], accepted[of_source]):
                 model.slope[number], model.bias[number] = fit.slope, fit.bias
+
+    def dump(self) -> dict[str, np.ndarray]:
+        return {source: fit.dump() for source, fit in zip(SOURCES, self.fits, strict=True)}
+
+    def load(self, nodes: Mapping[str, np.ndarray]) -> None:
+        for number, (source, fit) in enumerate(zip(SOURCES, self.fits, strict=True)):
+            fit.load(nodes[source])
+            self.acceptance.slope[number], self.acceptance.bias[number] = fit.slope, fit.bias
 
     def elapsed(self, seconds: float) -> None:
         """Let time pass, by which minutes are judged."""

@@ -23,13 +23,13 @@ class Curve:
         """Begin with ``seconds`` float64 [m] of ``sizes`` int64 [m], ascending from 1."""
         self.sizes, self.per_context, self.per_node = np.asarray(sizes, np.int64), per_context, per_node
         self._measured = np.asarray(seconds, np.float64)
-        self._correction = np.zeros(len(self.sizes))  # log of what the measured values are multiplied by
+        self.correction = np.zeros(len(self.sizes))  # log of what the measured values are multiplied by
         self._draw(int(self.sizes[-1]))
 
     @property
     def seconds(self) -> np.ndarray:
         """base at ``sizes`` as it stands now, monotone: float64 [m]."""
-        return np.maximum.accumulate(self._measured * np.exp(self._correction))
+        return np.maximum.accumulate(self._measured * np.exp(self.correction))
 
     def base(self, upto: int) -> np.ndarray:
         """Return base(0), base(1), ..., base(upto): float64 [upto + 1] or longer. base(0) is 0: no pass."""
@@ -42,7 +42,7 @@ class Curve:
 
     def correct(self, log_factors: np.ndarray) -> None:
         """Multiply the seconds of ``sizes`` by exp(``log_factors``), float64 [m]."""
-        self._correction += log_factors
+        self.correction += log_factors
         self._draw(len(self._dense) - 1)
 
     def _draw(self, upto: int) -> None:

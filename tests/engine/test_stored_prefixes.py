@@ -1,0 +1,181 @@
+"""The prefix cache beyond a restart: texts stay the same, and blocks are read only where that pays."""
+
+from __future__ import annotations
+
+import pytest
+from driving import assert_all_free, prompt_ids
+
+from echo_trt.engine import stored_prefixes
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.request import Request, Sender
+from echo_trt.engine.stored_prefixes import keep_prefixes
+from echo_trt.speculation.pack import BLOCK
+
+PROMPT = prompt_ids(3 * BLOCK + 7, 3)
+WAYS = [SamplingParams(max_tokens=24, ignore_eos=True, **way) for way in ({}, {"temperature": 0.8, "seed": 7})]
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Return what gives an LLM a store, as after a restart: in the folder that those before it wrote."""
+    opened = []
+
+    def get(llm: LLM, size: str = "1G"):
+        while opened:
+            opened.pop().close()
+        llm.loop.batch.blocks.forget_cached()
+        prefixes = keep_prefixes(llm, tmp_path / "store", size)
+        if prefixes:
+            prefixes._rate = 1e15  # tiny networks compute as fast as a disk is read
+            opened.append(prefixes)
+        return prefixes
+
+    yield get
+    for prefixes in opened:
+        prefixes.close()
+
+
+def answers(llm: LLM, ids=PROMPT) -> list[list[int]]:
+    return [completion.token_ids for completion in llm.generate([ids, ids], WAYS)]
+
+
+def restored(llm: LLM) -> int:
+    return llm.counters.restored_blocks
+
+
+@pytest.mark.parametrize(
+    ("pair", "engine"),
+    [("lookup", "openvino"), ("model", "openvino"), ("close", "openvino"), ("close", "torch"), ("dspark", "openvino")],
+)
+def test_restored_blocks_have_the_bits_that_computing_gives(pair, engine, open_llm, stored):
+    """Of target and draft: texts, and what the policy drafts behind them."""
+    llm = open_llm(pair, engine=engine)
+    expected = answers(llm)
+    stored(llm)
+    assert answers(llm) == expected
+    drafts = llm.counters.accepted.copy()
+    stored(llm)
+    assert answers(llm) == expected
+    assert restored(llm) == 3  # one of two equal prompts reads them, and the other finds them in memory
+    assert_all_free(llm.loop)
+    # Each of three equal rounds accepts as much: the draft finds what it had made of the text.
+    assert {length: 2 * count for length, count in (llm.counters.accepted - drafts).items()} == dict(drafts)
+
+
+def test_blocks_that_were_never_drafted_bring_what_a_draft_needs(open_llm, stored):
+    llm = open_llm("close", "autoregressive")
+    stored(llm)
+    expected = answers(llm)
+    stored(llm)
+    llm.set_policy("static")
+    assert answers(llm) == expected
+    assert restored(llm) >= 3
+    first = llm.counters.accepted_tokens
+    stored(llm)
+    assert answers(llm) == expected
+    kinds = {entry.kind for entry in stored(llm)._store._known.values()}
+    assert kinds == {1}  # written again, with what the draft has made of them
+    assert llm.counters.accepted_tokens == 2 * first > 0
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "of another machine"])
+def test_what_is_wrong_with_the_store_costs_warmth_alone(damage, open_llm, stored, tmp_path, monkeypatch, caplog):
+    llm = open_llm("close", "static")
+    stored(llm)
+    expected = answers(llm)
+    stored(llm)._store.commit()
+    for number, file in enumerate(sorted((tmp_path / "store" / "blocks").iterdir())):
+        whole = bytearray(file.read_bytes())
+        whole[(number * 997) % len(whole)] ^= 1 << number % 8
+        if damage == "gone":
+            file.unlink()
+        elif damage != "of another machine":
+            file.write_bytes(whole if damage == "flipped" else whole[: number % len(whole)])
+    if damage == "of another machine":
+        monkeypatch.setattr(stored_prefixes, "machine", lambda manifest: "another")
+        stored(llm)
+    assert answers(llm) == expected
+    assert restored(llm) == 0
+    assert ("not as they were written" in caplog.text) == (damage in ("flipped", "cut"))
+    assert_all_free(llm.loop)
+
+
+def test_blocks_belong_to_the_files_of_a_bundle_and_to_its_machine(open_llm, monkeypatch):
+    llm = open_llm("close", "static")
+    networks = [llm.loop.target.kv_block(0)]
+
+    def scope(**changes) -> bytes:
+        return stored_prefixes.scope_of(llm.manifest.model_copy(update=changes), networks)
+
+    others = [scope(files=llm.manifest.files | {name: "0"}) for name in llm.manifest.files]  # weights have their own
+    others += [scope(precision="bf16"), scope()]
+    monkeypatch.setattr(stored_prefixes, "processor_facts", lambda: {"flags": "sse2"})
+    others.append(scope())
+    monkeypatch.setattr(stored_prefixes, "__version__", "0.0")
+    assert len({*others, scope()}) == len(llm.manifest.files) + 4
+
+
+def test_one_sender_never_finds_what_another_has_stored(open_llm, stored):
+    llm, found = open_llm("lookup", "autoregressive"), []
+    for salt in (b"one", b"two", b"one"):
+        stored(llm)
+        before = restored(llm)
+        request = Request(0, llm.request(0, PROMPT, WAYS[0]).prompt, WAYS[0], sender=Sender(salt=salt))
+        llm.loop.scheduler.add(request)
+        while llm.loop.scheduler.busy:
+            llm.loop.step()
+        found.append((request.cached_tokens, restored(llm) - before))
+    assert found == [(0, 0), (0, 0), (3 * BLOCK, 3)]
+
+
+def test_reading_that_takes_longer_than_computing_is_left_and_tried_again(open_llm, stored):
+    llm = open_llm("lookup", "autoregressive")
+    stored(llm)
+    expected = answers(llm)
+    prefixes = stored(llm)
+    size = next(iter(prefixes._store._known.values())).bytes
+    prefixes._rate = size / prefixes._seconds(1) / stored_prefixes.RETRIED**3  # a disk that is a little too slow
+    unread = 0
+    while not restored(llm):
+        llm.loop.batch.blocks.forget_cached()
+        assert answers(llm) == expected
+        unread += not restored(llm)
+    assert 1 <= unread <= 3
+
+
+def test_an_engine_that_shows_no_blocks_serves_without_a_store(open_llm, stored, caplog, monkeypatch):
+    llm = open_llm("lookup", "autoregressive")
+    monkeypatch.setattr(llm.loop.target, "kv_block", lambda index: ())
+    assert stored(llm) is None
+    assert "--store is not used: engine openvino lets nobody read its KV blocks here" in caplog.text
+    assert llm.loop.restore is None
+
+
+def test_a_named_state_outlives_the_process(open_llm, stored):
+    llm, loaded = open_llm("lookup", "autoregressive"), []
+    for text in (b"first", b"second"):
+        stored(llm).keeps("counts", lambda text=text: text, loaded.append)
+    stored(llm).keeps("counts", bytes, loaded.append)
+    assert loaded == [b"first", b"second"]
+
+
+def test_goodput_begins_with_what_it_had_learnt(open_llm, stored):
+    llm, fresh, later = (open_llm("close", "goodput") for _ in range(3))
+    stored(llm)
+    for number in range(4):
+        answers(llm, prompt_ids(20, number))
+    stored(later)
+    learnt, unlearnt, now = (each.loop.planner.acceptance.bias for each in (llm, fresh, later))
+    assert abs(learnt - unlearnt).max() > 0.1
+    assert abs(learnt - now).max() < 0.05
+    costs = [each.loop.planner.costs for each in (llm, fresh, later)]
+    before, measured, after = ([*each.target.correction, *each.draft.correction, each.cold] for each in costs)
+    assert before == after != measured
+
+
+def test_a_state_of_no_use_is_learnt_anew(open_llm, stored, caplog):
+    llm = open_llm("lookup", "goodput")
+    stored(llm)._states[f"learnt by {llm.loop.planner.name}"] = lambda: b"PK of another form"
+    stored(llm)
+    assert "learnt by goodput is not taken from the store" in caplog.text
