@@ -59,6 +59,7 @@ def _read_as_multiplied(network: nn.Module, name: str, outputs: int) -> None:
     if isinstance(module, Experts):
         reads = {leaf: network.stored.get(f"{name.rpartition('.')[0]}.{leaf}") for leaf in ("gate_up", "down")}
         module.forward = partial(_mixed, module, reads)
+        module.register_parameter(name.rpartition(".")[2], None)
         return
     height, bias = len(module.weight), getattr(module, "bias", None)
     embeds = isinstance(module, nn.Embedding)

@@ -25,7 +25,7 @@ from echo_trt.sizing.shapes import published
 from echo_trt.speculation.pack import BLOCK, pack
 from echo_trt_lab.random_weights import RandomCheckpoint
 
-ROWS, BEFORE, VOCABULARY = (1, 2, 4, 8, 16, 32, 128), 64, 1024
+ROWS, FIRST, BEFORE, VOCABULARY = (1, 2, 4, 8, 16, 32), 190, 64, 1024
 app = cyclopts.App()
 
 
@@ -73,16 +73,16 @@ def run(folder: Path, *, passes: int = 9) -> None:
 
             network = OpenVINOEngine(path, precision, 8)
         rng, times = np.random.default_rng(0), []
-        for rows in ROWS:
+        for rows in (FIRST, *ROWS):  # the first reads all experts into memory
             measured = []
-            for _ in range(passes):
+            for _ in range(1 if rows == FIRST else passes):
                 ids, at = rng.integers(0, VOCABULARY, rows), np.array([BEFORE])
                 call = pack(ids, BEFORE + np.arange(rows), at, np.array([rows]), np.arange(8)[None], np.arange(rows))
                 begin = time.perf_counter()
                 network.run(call)
                 measured.append(time.perf_counter() - begin)
             times.append(f"{1000 * np.median(measured) / int(layers):.2f}")
-        print(f"| {engine} {precision} |", " | ".join(times), "|", flush=True)
+        print(f"| {engine} {precision} |", " | ".join(times[1:]), "|", flush=True)
 
 
 app()

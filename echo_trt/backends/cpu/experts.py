@@ -93,7 +93,7 @@ class Mixtures:
             Op.of(gather, self._rows, x, x.strides[0], at["gathered"], width, k, self._positions),
             *each,
             Op.of(
-                combine, self._rows, plus, out, out.strides[0], at["outputs"], width, k, self._positions, self._weights
+                combine, self._rows, plus, out, out.strides[0], at["outputs"], width, k, self._positions, self._weights,
             ),
         ]  # fmt: skip
 
@@ -231,7 +231,10 @@ def assign(args, thread, threads):
 
 @operator
 def gather(args, thread, threads):
-    """Copy rows to their picks' positions: rows, source, bytes of its rows, out, size, picks of a row, positions."""
+    """Copy rows to the positions of their picks.
+
+    rows, source, bytes of its rows, out, size, picks of a row, positions
+    """
     source, stride, out, size = four(args, 1)
     k, positions = word(args, 5), word(args, 6)
     for pick in _share(word(word(args, 0), 0) * k, thread, threads):
