@@ -24,7 +24,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "build_memory.py
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("sizes")
-    command = [sys.executable, SCRIPT, "tiny", "--folder", folder]
+    command = [sys.executable, SCRIPT, "tiny", "--engine", "openvino", "--folder", folder]
     return folder, subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
