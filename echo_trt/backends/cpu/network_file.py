@@ -13,7 +13,7 @@ import numpy as np
 from echo_trt.backends.cpu.formats import FORMATS, PackedWeights
 from echo_trt.errors import UserError
 
-MAGIC, ALIGNMENT = b"echocpu1", 64
+MAGIC, ALIGNMENT = b"echocpu2", 64
 
 
 class NetworkWriter:
@@ -63,7 +63,7 @@ class NetworkFile:
         try:
             self._map = np.memmap(path, np.uint8, "r")
             if self._map[: len(MAGIC)].tobytes() != MAGIC:
-                raise ValueError("another kind of file")
+                raise ValueError("another kind of file, or an earlier version's")
             begin, length = self._map[len(MAGIC) : len(MAGIC) + 16].view(np.int64).tolist()
             self.header: dict[str, Any] = json.loads(self._map[begin : begin + length].tobytes())
         except (ValueError, OSError) as error:
