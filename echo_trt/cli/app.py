@@ -84,7 +84,7 @@ def build(options: BuildOptions) -> None:
 @app.command(sort_key=1)
 @command
 def generate(options: GenerateOptions) -> None:
-    """Answer prompts with a bundle; text streams as it comes.
+    """Answer prompts with a bundle or a GGUF file; text streams as it comes.
 
     On a terminal a token's colour tells who proposed it, and the last line what the colours mean.
 
@@ -95,6 +95,7 @@ def generate(options: GenerateOptions) -> None:
         from echo_trt.bundle.manifest import read_manifest
 
         read_manifest(options.bundle)
+    options = replace(options, bundle=_bundle_of(options.bundle))
     from echo_trt.cli.generate import run
 
     run(options, screen_of(options.color), messages)

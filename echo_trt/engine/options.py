@@ -91,7 +91,9 @@ def _load_policies(_: object, tokens: Sequence[Token]) -> Path:
     return file
 
 
-Bundle = Annotated[Path, Parameter(help="A folder that echo-trt build made.")]
+Bundle = Annotated[
+    Path, Parameter(help="A folder that echo-trt build made; chat, generate and serve take a GGUF file, too.")
+]
 BatchSize = Annotated[
     int | None, Parameter(help="Requests running at once. Default: the recipe's.", validator=bounds(1, MAX_AT_ONCE))
 ]

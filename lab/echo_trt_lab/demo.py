@@ -69,7 +69,9 @@ def demo(
     notes, broken = [], []
     for number, one in enumerate(RACES):
         llm = LLM(bundles / one.bundle, one.policy, one.batch, prefix_cache=False)
-        llm.generate([llm.chat_ids(prompts[0].text)], SamplingParams(max_tokens=8))  # the first calls are slow
+        llm.generate(
+            [llm.chat_ids(prompts[0].text)], SamplingParams(max_tokens)
+        )  # functions are compiled at first calls
         job = GenerateRun(prompts, SamplingParams(max_tokens), coloured=coloured)
         first = number == 0
         (plain, other), sides = compare(job, llm, one.policy, out, first, frame if first else lambda picture: None)

@@ -20,7 +20,7 @@ from echo_trt.speculation.arrays import begins, ragged_arange
 from echo_trt.speculation.drafts import ROOT, Draft, KnownTrees
 from echo_trt.speculation.echo.grow import grow
 from echo_trt.speculation.echo.settings import EchoSettings
-from echo_trt.speculation.planner import Iteration, Plan, StepContext
+from echo_trt.speculation.planner import Plan, Planner, StepContext
 from echo_trt.speculation.super_tree import SuperTree
 
 COPIED = 8  # tokens of a continuation that are recorded; larger: longer copies can be replayed, larger files
@@ -143,7 +143,7 @@ class Trees:
             raise UserError(f"{path} is not a recording; name a file that bench --record wrote.") from error
 
 
-class TreeRecorder:
+class TreeRecorder(Planner):
     """A planner that records every tree, and has only the roots verified."""
 
     name, budget = "record", 0
@@ -152,12 +152,6 @@ class TreeRecorder:
         """Record trees of ``shape``'s max_depth, beams and width; without a ``head`` only ``copier`` proposes."""
         self._batch, self._shape, self._copier, self._head = batch, shape, copier, head
         self._parts: list[dict[str, np.ndarray]] = []
-
-    def observe(self, iteration: Iteration) -> None:
-        pass
-
-    def totals(self) -> dict[str, dict[str, float]]:
-        return {}
 
     def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
         batch, count = self._batch, len(roots)
