@@ -128,7 +128,8 @@ StoreFolder = Annotated[
     ),
 ]
 StoreSize = Annotated[
-    str, Parameter(metavar="GIB", converter=_store_size, help="Disk space of the store in GiB, or such as 512M.")
+    str,
+    Parameter(metavar="GIB", converter=_store_size, help="Disk space of the store, GiB or such as 512M. Default: 8G."),
 ]
 SpecialTokens = Annotated[
     Flag,
@@ -218,7 +219,7 @@ class HostedOptions(LatencyOptions):
         ),
     ] = ""
     store: StoreFolder = None
-    store_size: StoreSize = "8G"
+    store_size: StoreSize = ""
     others: ClassVar[tuple[str, ...]] = (
         *LatencyOptions.others,
         "store",

@@ -48,7 +48,7 @@ class GrammarWalk:
         on all tokens. ``choose`` chooses at nodes among those of masks.
         """
         tokens, again = tokens.copy(), []
-        for i in np.flatnonzero(self.constrained[self._tree.request[nodes]]):
+        for i in np.flatnonzero(self.constrained[self._tree.request[nodes]]).tolist():
             request = int(self._tree.request[nodes[i]])
             if request in self.failures:  # a draft goes on behind the end of the text
                 continue

@@ -36,6 +36,7 @@ from echo_trt.speculation.pack import BLOCK
 
 log = logging.getLogger(__name__)
 
+USUAL_SIZE = "8G"  # of a store; larger: more stays warm
 RATE = 2e8  # bytes per second of reading, before the first was timed; larger: a slow disk is tried with more blocks
 NEWEST = 0.3  # weight of the newest reading's rate; larger: one slow reading stops more of the next ones
 RETRIED = 1.1  # by which a rate that was too low for a text rises, so that one slow reading is not the last
@@ -58,7 +59,7 @@ def keep_prefixes(llm: LLM, folder: Path | None, size: str) -> StoredPrefixes | 
             raise UserError("there is no prefix cache to keep.")
         if not all(networks):
             raise UserError(f"engine {manifest.engine} lets nobody read its KV blocks here; use an engine on a CPU.")
-        store = Store(folder, bytes_in("--store-size", size), scope_of(manifest, networks))
+        store = Store(folder, bytes_in("--store-size", size or USUAL_SIZE), scope_of(manifest, networks))
     except UserError as error:
         log.warning("--store is not used: %s", error)
         return None

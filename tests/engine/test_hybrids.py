@@ -83,7 +83,7 @@ def test_a_hybrid_has_no_prefix_cache_and_its_states_are_counted(bundle_of):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"precision": "int8"}, "precision is int8"),
+        ({"precision": "int8"}, "precision is 'int8'"),
         ({"engine": "tensorrt", "precision": "bf16"}, "engine is tensorrt"),
         ({"decoding": {"per_request": 65}}, "verifies 64 tokens"),
     ],

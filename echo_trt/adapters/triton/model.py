@@ -72,7 +72,7 @@ class TritonPythonModel:
         self._reader = Reader(prompts, llm.manifest.sampling.given(), classes)
         publish_kv_events(llm.loop.batch.blocks.cache, _setting(config, "kv_events_config"))
         store = _setting(config, "store")
-        self._prefixes = keep_prefixes(llm, Path(store) if store else None, _setting(config, "store_size") or "8G")
+        self._prefixes = keep_prefixes(llm, Path(store) if store else None, _setting(config, "store_size"))
         self._service = Service(llm, queue or QUEUE, _truth(config, "latency_admission"))
         signals = os.environ.get("ECHO_TRT_SIGNALS")
         name, self._metrics = args["model_name"], EngineMetrics(args["model_name"])

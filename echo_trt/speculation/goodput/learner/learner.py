@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 
@@ -95,8 +96,8 @@ class Learner:
     def dump(self) -> bytes:
         """Return what was learnt of sources and of the machine, for ``load`` of a later process."""
         costs, file = self.costs, io.BytesIO()
-        curves = {"target": costs.target.correction, "draft": costs.draft.correction}
-        np.savez(file, cold=costs.cold, **curves, **self.sources.dump())
+        curves: dict[str, Any] = {"target": costs.target.correction, "draft": costs.draft.correction}
+        np.savez(file, **curves, cold=costs.cold, **self.sources.dump())
         return file.getvalue()
 
     def load(self, learnt: bytes) -> None:

@@ -48,7 +48,8 @@ class Forecast:
         values = np.sort(self._trees[:, groups].transpose(1, 0, 2).reshape(len(groups), -1), axis=1)[:, ::-1]
         sums = np.concatenate(([0.0], values.mean(axis=0).cumsum()))
         share = together / requests
-        return np.interp(nodes * share, np.arange(len(sums)), sums) / share
+        expected: np.ndarray = np.interp(nodes * share, np.arange(len(sums)), sums) / share
+        return expected
 
 
 class Acceptance:

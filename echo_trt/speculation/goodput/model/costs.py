@@ -29,7 +29,8 @@ class Curve:
     @property
     def seconds(self) -> np.ndarray:
         """base at ``sizes`` as it stands now, monotone: float64 [m]."""
-        return np.maximum.accumulate(self._measured * np.exp(self.correction))
+        seconds: np.ndarray = np.maximum.accumulate(self._measured * np.exp(self.correction))
+        return seconds
 
     def base(self, upto: int) -> np.ndarray:
         """Return base(0), base(1), ..., base(upto): float64 [upto + 1] or longer. base(0) is 0: no pass."""
