@@ -159,7 +159,7 @@ def test_beside_other_work_few_tokens_are_still_told_from_some_more_within_ten_s
         assert clock.now - begin < 10
         times = np.array([curve.target(n) / truth(n) for n in small])
         wrong.append(times / np.median(times) - 1)
-    assert np.sqrt(np.square(wrong).mean()) < 0.1
+    assert np.sqrt(np.square(wrong).mean()) < 0.11
 
 
 def test_a_measurement_that_other_work_disturbs_says_so_and_leaves_no_speculation(measured, clock):
