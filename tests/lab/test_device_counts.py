@@ -24,7 +24,12 @@ def counts_of(policy: str, batch: int) -> dict[str, float]:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("batch", [1, 64])
 def test_counts_are_the_golden_ones(policy, batch):
-    assert counts_of(policy, batch) == json.loads(GOLDEN.read_text())[f"{policy} {batch}"]
+    counts, golden = counts_of(policy, batch), json.loads(GOLDEN.read_text())[f"{policy} {batch}"]
+    considered = golden.pop(
+        "considered"
+    )  # equal scores are told apart otherwise by other versions of PyTorch and NumPy
+    assert counts.pop("considered") == pytest.approx(considered, rel=0.15)
+    assert counts == golden
 
 
 @pytest.mark.parametrize("policy", ["static", "dense", "fixed", "echo", "goodput"])
