@@ -97,7 +97,7 @@ class Learner:
         """Return what was learnt of sources and of the machine, for ``load`` of a later process."""
         costs, file = self.costs, io.BytesIO()
         curves: dict[str, Any] = {"target": costs.target.correction, "draft": costs.draft.correction}
-        np.savez(file, **curves, cold=costs.cold, **self.sources.dump())
+        np.savez(file, **curves | {"cold": costs.cold} | self.sources.dump())
         return file.getvalue()
 
     def load(self, learnt: bytes) -> None:

@@ -57,7 +57,7 @@ class Curve:
         dense = np.interp(np.arange(upto + 1), sizes, seconds)
         dense[last + 1 :] = seconds[-1] + steep * np.arange(1, max(upto - last, 0) + 1)
         dense[0] = 0.0
-        self._dense = dense
+        self._dense: np.ndarray = dense
 
 
 @dataclass
