@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tokenize
+import traceback
 import zipfile
 import zlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -77,6 +79,12 @@ def no_memory(error: Exception) -> UserError | None:
 def described(error: Exception) -> str:
     """Describe an error in a clause: its type and its message, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_SHOWN].rstrip(".: ")
+
+
+def raised_at(error: Exception) -> str:
+    """Return the name of the file, and the line, where an error was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
 
 
 def encodable(text: str, name: str) -> str:

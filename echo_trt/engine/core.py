@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -25,7 +23,7 @@ from echo_trt.engine.params import Counters
 from echo_trt.engine.request import Request
 from echo_trt.engine.sampler import TargetOutput, token_logprobs
 from echo_trt.engine.scheduler import Scheduler
-from echo_trt.errors import UserError, described
+from echo_trt.errors import UserError, described, raised_at
 from echo_trt.speculation.accept import accept
 from echo_trt.speculation.arrays import begins, ragged_arange
 from echo_trt.speculation.bill import Bill
@@ -171,8 +169,7 @@ class EngineCore:
             return question()
         except Exception as error:  # a policy may be anybody's file
             self.counters.planner_failures += 1
-            last, policy = traceback.extract_tb(error.__traceback__)[-1], self.planner.name
-            line = f"{Path(last.filename).name}:{last.lineno}"
+            line, policy = raised_at(error), self.planner.name
             if (policy, line) not in self._blamed:
                 self._blamed.add((policy, line))
                 reason = str(error) if isinstance(error, UserError) else f"{described(error)}, at {line}"

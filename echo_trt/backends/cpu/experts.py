@@ -12,8 +12,8 @@ import numpy as np
 
 from echo_trt.backends.cpu.formats import AHEAD, PackedWeights
 from echo_trt.backends.cpu.network_file import NetworkFile
-from echo_trt.backends.cpu.operators import ZERO, _share, activate, four, operator
-from echo_trt.backends.cpu.products import Product, _Rounded, products
+from echo_trt.backends.cpu.operators import ZERO, activate, four, operator, share
+from echo_trt.backends.cpu.products import Product, Rounded, products
 from echo_trt.backends.cpu.program import Op
 from echo_trt.backends.cpu.tiles import ROUNDED
 from echo_trt.backends.cpu.vectors import (
@@ -119,7 +119,7 @@ class _Records:
                 count = len(self._counts)
                 steps[kept.quants.ctypes.data] = (len(kept.quants) - AHEAD) // count
                 steps[kept.scales.ctypes.data] = len(kept.scales) // count
-            elif isinstance(kept, _Rounded):
+            elif isinstance(kept, Rounded):
                 moving += [(kept.factors.ctypes.data, len(kept.factors), kept.factor_row)]
                 moving += [(kept.planes.ctypes.data, len(kept.planes), kept.factor_row)]
                 moving += [(kept.values.ctypes.data, len(kept.values), kept.row)]
@@ -166,7 +166,7 @@ def route(args, thread, threads):
     """
     scores, stride, count, k = four(args, 1)
     normalise, picks, weights = word(args, 5), word(args, 6), word(args, 7)
-    for row in _share(word(word(args, 0), 0), thread, threads):
+    for row in share(word(word(args, 0), 0), thread, threads):
         at, chosen, weight = scores + row * stride, picks + row * k * 8, weights + row * k * 4
         found = 0
         for expert in range(count):
@@ -237,7 +237,7 @@ def gather(args, thread, threads):
     """
     source, stride, out, size = four(args, 1)
     k, positions = word(args, 5), word(args, 6)
-    for pick in _share(word(word(args, 0), 0) * k, thread, threads):
+    for pick in share(word(word(args, 0), 0) * k, thread, threads):
         at, target = source + pick // k * stride, out + word(positions, pick) * size * 4
         for i in range(0, 4 * size, 64):
             store(target + i, load(at + i))
@@ -252,7 +252,7 @@ def combine(args, thread, threads):
     plus, out, stride, outputs = four(args, 1)
     size, k, positions, weights = four(args, 5)
     parts = size // 16
-    for unit in _share(word(word(args, 0), 0) * parts, thread, threads):
+    for unit in share(word(word(args, 0), 0) * parts, thread, threads):
         row, i = unit // parts, unit % parts * 64
         summed = load(plus + row * stride + i) if plus else same(ZERO)
         for pick in range(row * k, row * k + k):

@@ -60,7 +60,7 @@ def four(args, index):
 
 
 @part
-def _share(count, thread, threads):
+def share(count, thread, threads):
     return range(count * thread // threads, count * (thread + 1) // threads)
 
 
@@ -102,7 +102,7 @@ def embed(args, thread, threads):
     tokens, quants, scales, out = four(args, 1)
     size, factor, lanes, bits = word(args, 5), number(args + 48), word(args, 7), word(args, 8)
     offset, has_minimum, integers, kind = four(args, 9)
-    for row in _share(word(word(args, 0), 0), thread, threads):
+    for row in share(word(word(args, 0), 0), thread, threads):
         token, target = word(tokens, row), out + row * size * 4
         block, lane = token // lanes, token % lanes
         if kind:
@@ -139,7 +139,7 @@ def embed(args, thread, threads):
 def round_bf16(args, thread, threads):
     """Round float32 rows to bf16: rows, source, bytes of its rows, out, bytes of its rows, size."""
     (source, stride, out, out_stride), size = four(args, 1), word(args, 5)
-    for row in _share(word(word(args, 0), 0), thread, threads):
+    for row in share(word(word(args, 0), 0), thread, threads):
         for i in range(0, size, 16):
             store_bf16(out + row * out_stride + 2 * i, load(source + row * stride + 4 * i))
 
@@ -150,7 +150,7 @@ def add_norm(args, thread, threads):
     x, delta, post, weight = four(args, 1)
     out, stride, size, true_size = four(args, 5)
     eps, (kept, kept_stride, index, x_stride) = number(args + 72), four(args, 10)
-    for row in _share(word(word(args, 0), 0), thread, threads):
+    for row in share(word(word(args, 0), 0), thread, threads):
         source = word(index, row) if index else row
         at, target = x + source * x_stride, out + row * stride
         summed = target if index else at
@@ -180,7 +180,7 @@ def activate(args, thread, threads):
     """Multiply an activated gate by what is beside it: rows, gate and up, out, size, whether GELU."""
     source, out, size, gelu = four(args, 1)
     one, parts = same(ONE), size // 16
-    for unit in _share(word(word(args, 0), 0) * parts, thread, threads):
+    for unit in share(word(word(args, 0), 0) * parts, thread, threads):
         row, i = unit // parts, unit % parts * 64
         gate, up = load(source + row * size * 8 + i), load(source + row * size * 8 + size * 4 + i)
         if gelu:  # by tanh, which is 2 sigmoid(2 x) - 1, so that the whole is x sigmoid(2 x)
@@ -203,7 +203,7 @@ def keep(args, thread, threads):
     kv_heads, dim, true_dim, pool_rows = four(args, 9)
     keys, values, wide = word(args, 13), word(args, 14), word(args, 15)
     count, half, bytes_ = heads + 2 * kv_heads, 2 * dim, 4 if wide else 2
-    for unit in _share(word(word(args, 0), 0) * count, thread, threads):
+    for unit in share(word(word(args, 0), 0) * count, thread, threads):
         row, head = unit // count, unit % count
         at = projected + unit * dim * 4
         pool_row = word(pool_rows, row)
@@ -245,7 +245,7 @@ def candidates(args, thread, threads):
     Of a row of ``out``, k float32 log-probabilities come first, best first, then k int32 tokens as float32 numbers.
     """
     (logits, stride, vocab, k), out = four(args, 1), word(args, 5)
-    for row in _share(word(word(args, 0), 0), thread, threads):
+    for row in share(word(word(args, 0), 0), thread, threads):
         at, target, found, minimum = logits + row * stride, out + row * k * 8, 0, LOWEST
         for i in range(0, vocab, 16):
             x = within(load(at + 4 * i), 0, vocab - i, LOWEST)

@@ -60,7 +60,7 @@ def products(
     return ops
 
 
-class _Rounded:
+class Rounded:
     """Hold activations in 8 bits, in tiles of 16 rows, or in bf16, row by row.
 
     values   int8 [tiles, K/32, 16 rows, 32]
@@ -81,18 +81,18 @@ class _Rounded:
 
 
 #: By kind, the address of ``rows`` and the size, as long as there are ops.
-_SHARED: WeakValueDictionary[tuple[str, int, int, int], _Rounded] = WeakValueDictionary()
+_SHARED: WeakValueDictionary[tuple[str, int, int, int], Rounded] = WeakValueDictionary()
 
 
-def _rounded(kind: str, x: np.ndarray, rows: np.ndarray) -> _Rounded:
+def _rounded(kind: str, x: np.ndarray, rows: np.ndarray) -> Rounded:
     tiles, groups = -(-len(x) // ROWS) * ROWS // ROUNDED, x.shape[1] // GROUP
     key = (kind, rows.ctypes.data, tiles, groups)
-    rounded = _SHARED.get(key) or _Rounded(kind, tiles, groups)
+    rounded = _SHARED.get(key) or Rounded(kind, tiles, groups)
     _SHARED[key] = rounded
     return rounded
 
 
-def _rounding_op(x: np.ndarray, rows: np.ndarray, rounded: _Rounded, using: InstructionSet) -> Op:
+def _rounding_op(x: np.ndarray, rows: np.ndarray, rounded: Rounded, using: InstructionSet) -> Op:
     values, stride = rounded.values.ctypes.data, x.strides[0]
     if rounded.kind:
         args = [rows.ctypes.data, x.ctypes.data, stride, values, rounded.plane, x.shape[1]]
@@ -105,7 +105,7 @@ def _rounding_op(x: np.ndarray, rows: np.ndarray, rounded: _Rounded, using: Inst
 
 
 def _product_op(
-    product: Product, x: np.ndarray, rows: np.ndarray, rounded: _Rounded | None, using: InstructionSet, joins: bool
+    product: Product, x: np.ndarray, rows: np.ndarray, rounded: Rounded | None, using: InstructionSet, joins: bool
 ) -> Op:
     weights, out, plus = product.weights, product.out, product.plus
     if weights.lanes != using.lanes or weights.columns != x.shape[1]:

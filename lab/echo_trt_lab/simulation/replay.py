@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from echo_trt.backends.cuda.sizes import bucket
 from echo_trt.engine.drafters.levels import device_work
-from echo_trt.errors import UserError, described
+from echo_trt.errors import UserError, described, raised_at
 from echo_trt.speculation.accept import accept
 from echo_trt.speculation.chains import Chains
 from echo_trt.speculation.drafts import Pass, Proposals, TimedDraft
@@ -32,14 +30,13 @@ WARM_UP = 40  # iterations before those that count; larger: a policy has learnt 
 
 
 @contextmanager
-def mended(policy: str) -> Iterator[None]:
+def naming_failures(policy: str) -> Iterator[None]:
     """Tell in a sentence where a policy, which may be anybody's file, fails."""
     try:
         yield
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(last.filename).name}:{last.lineno}"
-        raise UserError(f"policy is {policy}, which fails ({described(error)}, at {where}); mend it.") from error
+        reason = f"{described(error)}, at {raised_at(error)}"
+        raise UserError(f"policy is {policy}, which fails ({reason}); mend it.") from error
 
 
 @dataclass(frozen=True)
@@ -241,7 +238,7 @@ class Replay:
         load = StepContext(slots, max_draft_len, draft_lag, context, recent, epoch, prompt_tokens, pace)
         known, device = RecordedDraft(trees, positions), self._machine.device
         draft = self._draft(known, walk, self._clock, self._block, device)
-        with mended(self.planner.name):
+        with naming_failures(self.planner.name):
             plan = self.planner.plan(walk.roots, draft, load) if batch else Plan.undrafted(walk.roots)
         tree = plan.tree
         candidates = len(plan.explanation.candidates)
@@ -254,7 +251,7 @@ class Replay:
         host = self._machine.host_seconds
         seconds = draft.seconds + planning + target.seconds + host
         passes = tuple(draft.passes)
-        with mended(self.planner.name):
+        with naming_failures(self.planner.name):
             self.planner.observe(Iteration(plan, load, path, target, passes, levels, planning, seconds, host))
         kept = walk.advance(np.bincount(tree.request[path], minlength=batch))
         return Step(kept, len(tree) - batch, len(path) - batch, len(passes), seconds)
