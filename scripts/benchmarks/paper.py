@@ -24,10 +24,11 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-import echo_trt_lab.ablations  # noqa: F401 registers dense and fixed
 from echo_trt.engine.options import run_alone
+from echo_trt.speculation.policies import load_policies
 from echo_trt_lab.bootstrap import Parts, interval, rate
 from echo_trt_lab.calibration.trees import Trees
+from echo_trt_lab.device_counts import ABLATIONS
 from echo_trt_lab.options import WORDS
 from echo_trt_lab.pictures.paper import pictures
 from echo_trt_lab.simulation.command import read_calibration, settings_for, simulate
