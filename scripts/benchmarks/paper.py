@@ -113,6 +113,7 @@ def main(
     if stored:
         write(json.loads(stored.read_text()), docs)
         return
+    load_policies(ABLATIONS)  # dense and fixed
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     files = recordings or []
     answers = {file.stem: Trees.read(file) for file in files}
