@@ -144,7 +144,7 @@ class EngineCore:
         drafting = draft.seconds if draft else 0.0
         seconds = time.perf_counter() - begin
         rows = np.concatenate((plan.tree.sizes, chunks.counts))
-        self.pacer.ran(np.concatenate((slots, chunks.slots)), rows, seconds)
+        self.pacer.ran(np.concatenate((slots, chunks.slots)), rows, seconds, len(chunks.owner))
         iteration = Iteration(
             plan=plan,
             load=load,
