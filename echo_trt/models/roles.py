@@ -17,7 +17,7 @@ from echo_trt.models.decoder import Decoder
 from echo_trt.models.delta_net import DeltaCall
 from echo_trt.models.eagle3 import Eagle3Head, top_candidates
 from echo_trt.models.hybrid_config import MtpConfig
-from echo_trt.models.layers import Attend
+from echo_trt.models.layers import Attend, Embedding
 from echo_trt.models.mtp import MtpHead
 from echo_trt.speculation.paths import COMMIT_OUTPUTS, TREE_INPUTS
 
@@ -129,7 +129,7 @@ def _decoder(config: DecoderConfig, positions: int) -> Decoder:
 
 
 def _embedding(config: Eagle3Config) -> nn.Embedding:
-    return nn.Embedding(config.vocab_size, config.hidden_size)
+    return Embedding(config.vocab_size, config.hidden_size)
 
 
 #: Name -> role, its network's configuration, and what makes the network of a configuration and of rotary positions.

@@ -21,7 +21,7 @@ from echo_trt.models.families.family import NORMS
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, takes
 from echo_trt.models.hybrid_config import OTHERS, HybridConfig, mtp_config
-from echo_trt.models.layers import Config, Linear, ReadBlocks, RMSNorm, Rotary
+from echo_trt.models.layers import Config, Embedding, Linear, ReadBlocks, RMSNorm, Rotary
 from echo_trt.models.mtp import MtpHead
 from echo_trt.models.qwen3_5 import HybridDecoder, delta_net_sources
 from echo_trt.models.ranks import Shard
@@ -109,7 +109,7 @@ def load_eagle3(
     check_fits(config, target.config, where)
     names = {head_tensor_name(name): name for name in checkpoint.names()}
     with torch.device("meta"):
-        model = Eagle3Head(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
+        model = Eagle3Head(config, positions, Embedding(config.vocab_size, config.hidden_size))
     sources = eagle3_sources(config, names)
     if "embed_tokens.weight" not in names:
         del sources["embed.weight"]
