@@ -1,6 +1,7 @@
 """Edits of files, with the file as the prediction of the answer, without one, and with another file in its place.
 
     python scripts/benchmarks/edits.py BUNDLE [--edits 8] [--tokens 300] [--raw]
+    python scripts/benchmarks/edits.py --write edits.jsonl     # prompts for ``bench`` that ask for a name to be changed
 
 A small model does not follow "rename x to y in this file". So each edit begins with the model's own plain answer to a
 prompt that shows a function of Python's standard library, and the prediction is that answer before an edit: an
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
+import keyword
 import random
 import re
 import statistics
@@ -20,6 +23,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
@@ -38,6 +42,12 @@ def functions() -> list[str]:
                 if 15 <= source.count("\n") <= 60:
                     found.append(source)
     return found
+
+
+def renaming(source: str) -> str:
+    words = re.findall(r"\b[a-z_]{4,}\b", source)
+    common = max(sorted(set(words) - set(keyword.kwlist)), key=words.count)
+    return f"Rename {common} to renamed_value, and write the whole function:\n\n```python\n{source}```"
 
 
 def renamed(text: str, draw: random.Random) -> str:
@@ -68,11 +78,16 @@ EDITS: tuple[Callable[[str, random.Random], str], ...] = renamed, other_default,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle")
+    parser.add_argument("bundle", nargs="?")
+    parser.add_argument("--write", type=Path, help="write prompts to this file, and measure nothing")
     parser.add_argument("--edits", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=300, help="of an answer, at most")
     parser.add_argument("--raw", action="store_true", help="take texts that differ, as bf16's may")
     args = parser.parse_args()
+    if args.write:
+        rows = [{"id": str(i), "prompt": renaming(source)} for i, source in enumerate(functions()[: args.edits])]
+        args.write.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return
     llm, draw = LLM(args.bundle, "autoregressive", 1, note=print), random.Random(0)
     sources = functions()
     prompts = [
