@@ -199,7 +199,8 @@ def _second(run: Run) -> str:
     """Say what the default gains on a second model."""
     rows = [row for row in run["results"] if (row["set"], row["policy"]) == ("all", DEFAULT)]
     gains = ", ".join(f"{_ratio(row['ratio'])} at {row['batch']}" for row in rows)
-    return f"A second model without a draft network, {run['bundle']} ({SECOND}): `{DEFAULT}` {gains} requests."
+    named = f"{run['bundle']} in {run['precision']}"
+    return f"A second model without a draft network, {named}: `{DEFAULT}` {gains} requests."
 
 
 def _equal_rows(run: Run) -> list[list[str]]:
