@@ -2,6 +2,14 @@
 
 A role takes its named ``inputs``, the rows of logits that are wanted, and the attention. An exporter turns it into a
 graph and the reference engine calls it directly, so both have the same inputs and outputs by name.
+
+Of a role, engines read ``inputs``, ``outputs``, ``num_layers`` (of KV rows; 0: it has no attention) and ``network``. Of
+a network they read
+
+config  vocab_size, hidden_size, num_kv_heads, head_dim; window_of(layer) with attention, feature_size with features
+norm    where matrices may be stored in a narrower type than the one that is computed in: a norm, which has that
+rotary  with attention: ``layers.Rotary``
+stored  where matrices may stay in their file: ``Decoder.stored``
 """
 
 from __future__ import annotations
@@ -9,8 +17,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from echo_trt.errors import UserError
+from echo_trt.files.extras import DRAFTS, extra, registered
 from echo_trt.models.block import BlockNetwork, block_network
 from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
@@ -132,11 +143,33 @@ def _embedding(config: Eagle3Config) -> nn.Embedding:
     return nn.Embedding(config.vocab_size, config.hidden_size)
 
 
-#: Name -> role, its network's configuration, and what makes the network of a configuration and of rotary positions.
-ROLES: dict[str, tuple[type, type, Callable[[Any, int], nn.Module]]] = {
+#: A role, its network's configuration, and what makes the network of a configuration and of rotary positions.
+RoleMaker = tuple[type, type, Callable[[Any, int], nn.Module]]
+ROLES: dict[str, RoleMaker] = {
     "target": (TargetModule, DecoderConfig, _decoder),
     "draft": (DraftModule, DecoderConfig, _decoder),
     "mtp": (MtpModule, MtpConfig, MtpHead),
     "head": (HeadModule, Eagle3Config, lambda config, length: Eagle3Head(config, length, _embedding(config))),
     "block": (BlockModule, BlockConfig, lambda config, length: block_network(config, length, _embedding(config))),
 }
+
+
+def role_named(name: str) -> RoleMaker:
+    """Return what makes a role of a name: of ROLES, or of the drafter that brings it."""
+    made: RoleMaker = ROLES[name] if name in ROLES else extra(DRAFTS, name).role()
+    return made
+
+
+def name_of(role: nn.Module) -> str:
+    """Return the name of a role, by which ``role_named`` finds it. Raises UserError for one that nobody brings."""
+    name = next((name for name, (role_class, *_) in ROLES.items() if type(role) is role_class), None)
+    name = name or getattr(role, "name", "")
+    if name not in ROLES and name not in registered(DRAFTS):
+        raise UserError(f"{type(role).__name__}.name is {name!r}, which is no drafter; give it its draft.kind.")
+    return name
+
+
+def computed_in(network: nn.Module) -> torch.dtype:
+    """Return the type of a network's activations."""
+    norm = getattr(network, "norm", None)
+    return (next(network.parameters()) if norm is None else norm.weight).dtype

@@ -15,7 +15,7 @@ from echo_trt.bundle.sources import CONFIG, from_hub
 from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.errors import UserError
 from echo_trt.models.read_config import check_division, decoder_config
-from echo_trt.sizing.networks import Sizes, decoder_sizes, draft_sizes
+from echo_trt.sizing.networks import Sizes, decoder_sizes
 
 UNQUANTISED = {"quantization_config": None}  # shapes are those of the weights that a quantised checkpoint stands for
 
@@ -45,7 +45,7 @@ def shapes(recipe: Recipe, recipe_folder: Path) -> tuple[Shape, Shape | None]:
         return target, None
     if source is not None:
         raw, origin = config_of(source, recipe_folder, kind.name)
-    return target, Shape(draft_sizes(kind.config(raw, origin, recipe, config)), origin)
+    return target, Shape(kind.sizes(kind.config(raw, origin, recipe, config)), origin)
 
 
 def config_of(source: Source, recipe_folder: Path, draft: str = "") -> tuple[dict[str, Any], str]:

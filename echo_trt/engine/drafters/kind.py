@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from echo_trt.models.config import DecoderConfig
     from echo_trt.models.decoder import Decoder
     from echo_trt.models.layers import Config
-    from echo_trt.models.roles import Role
+    from echo_trt.models.roles import Role, RoleMaker
+    from echo_trt.sizing.networks import Sizes
 
 HEAD_VOCABULARY = 32000  # of published EAGLE-3 heads for vocabularies of 150,000
 
@@ -86,6 +87,19 @@ class DraftKind:
     def load(self, source: DraftSource) -> tuple[Role, tuple[int, ...]]:
         """Load the network; returns its role, and the target's layers whose inputs it reads."""
         raise NotImplementedError
+
+    def role(self) -> RoleMaker:
+        """Return what makes the role again in PyTorch, where ``load`` returns one that ``models.roles`` does not have.
+
+        Such a role has the drafter's ``name``.
+        """
+        raise NotImplementedError
+
+    def sizes(self, config: Any) -> Sizes:
+        """Count the parameters of a network without weights."""
+        from echo_trt.sizing.networks import draft_sizes
+
+        return draft_sizes(config)
 
     def block_facts(self, config: Any) -> BlockFacts | None:
         """State how a pass looks, for a runtime without PyTorch."""

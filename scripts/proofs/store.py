@@ -1,0 +1,406 @@
+"""What a store is worth, and what it survives: a table, and exit code 1 where a bound is missed.
+
+    python scripts/proofs/store.py bundles/smollm2-135m --exact bundles/smollm2-135m-fp32
+    python scripts/proofs/store.py bundles/smollm2-135m --only restart --triton
+
+restart    first token of a prompt of 4,000 tokens: cold, warm in memory, after restarts of a real server
+crossover  the disk's rate from which reading takes less than computing: predicted beside measured, and what is chosen
+blocks     10,000 blocks: writing, size, and a server's start with them
+kills      kill -9 of a server's engine while it writes, 50 times; needs --exact, as the next two do
+full       a disk that is full (a tmpfs, which root alone can mount), and that has room again
+damage     flipped bits in blocks and in the index, another version
+learnt     tokens per pass of the first ten answers after a restart, with and without what was learnt
+beside     other requests' tokens/s while all that they compute is written
+
+Prompts are pieces of docs/. --exact names a bundle in fp32, whose texts may not differ by a token. By hand, on a quiet
+machine. Needs pip install -e '.[test]' -e ./lab.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+import httpx
+import psutil
+from tokenizers import Tokenizer
+
+from echo_trt.engine import stored_prefixes
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.stored_prefixes import StoredPrefixes, keep_prefixes
+from echo_trt.files.prompts import read_prompts
+from echo_trt_lab.load import measure, started
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG = 4_000  # tokens of a prompt whose first token is awaited
+SHORT, ANSWER = 600, 12  # tokens of a prompt and of its answer where many are asked
+LEAST_BESIDE = 0.97  # of other requests' tokens/s
+
+#: What was measured, the figure, and whether it is within its bound.
+Row = tuple[str, str, bool]
+
+
+@cache
+def _docs(bundle: Path) -> list[int]:
+    text = "\n".join(path.read_text("utf-8") for path in sorted(ROOT.glob("docs/**/*.md")))
+    ids: list[int] = Tokenizer.from_file(str(bundle / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def prompts(bundle: Path, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
+    """Return pieces of docs/ as token ids, of which no two begin alike."""
+    ids, draw = _docs(bundle), random.Random(seed)
+    return [ids[begin : begin + tokens] for begin in draw.sample(range(len(ids) - tokens), count)]
+
+
+def ask(url: str, ids: Sequence[int], tokens: int = 1) -> tuple[float, str]:
+    """Return the seconds until an answer's first token, and its text."""
+    begin, first, text = time.perf_counter(), 0.0, ""
+    body = {"model": "echo", "prompt": ids, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=300) as reply:
+        for line in reply.iter_lines():
+            if line.startswith("data: {"):
+                first = first or time.perf_counter() - begin
+                text += json.loads(line[6:])["choices"][0]["text"]
+    return first, text
+
+
+def counted(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def written(url: str) -> None:
+    """Wait until the store has what was asked."""
+    before = -1.0
+    while (now := counted(url, "echo_stored_bytes_total")) != before:
+        before = now
+        time.sleep(0.5)
+
+
+def serve(bundle: Path, *words: str) -> str:
+    return f"{sys.executable} -m echo_trt serve {bundle} --openai-port {{port}} --no-request-log {' '.join(words)}"
+
+
+def forget_pages(folder: Path) -> None:
+    """Let the next reading of a folder's files come from its disk."""
+    os.sync()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def median(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} s"
+
+
+def restart(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    texts = prompts(job.bundle, 3, job.tokens)
+    door = "--triton --http-port {free} --grpc-port {free} --metrics-port {free}" if job.triton else ""
+    command = serve(job.bundle, f"--store {folder / 'store'}", door)
+    with started("cold", command) as url:
+        cold, memory = ([ask(url, ids)[0] for ids in texts] for _ in range(2))
+        written(url)
+    yield f"{job.tokens} tokens, cold", median(cold), True
+    yield f"{job.tokens} tokens, in memory", median(memory), True
+    for name in ("after a restart", "after a restart, from the disk"):
+        if "disk" in name:
+            forget_pages(folder / "store")
+        with started(name, command) as url:
+            again = [ask(url, ids)[0] for ids in texts]
+            blocks = int(counted(url, "echo_restored_blocks_total"))
+        yield f"{job.tokens} tokens, {name}", f"{median(again)}, {blocks} blocks read", blocks > 0 and again < cold
+
+
+class Kept:
+    """An LLM in this process, with a store in a folder; ``reopen`` is a restart."""
+
+    def __init__(self, bundle: Path, folder: Path, size: str = "20G", policy: str | None = None):
+        self.llm, self._folder, self._size = LLM(bundle, policy, batch=8), folder, size
+        self.prefixes: StoredPrefixes | None = None
+        self.reopen()
+
+    def reopen(self) -> StoredPrefixes:
+        self.close()
+        self.llm.loop.batch.blocks.forget_cached()
+        self.prefixes = keep_prefixes(self.llm, self._folder, self._size)
+        if not self.prefixes:
+            raise SystemExit("the store cannot be used; see the log.")
+        return self.prefixes
+
+    def close(self) -> None:
+        if self.prefixes:
+            self.prefixes.close()
+        self.prefixes = None
+
+    def answer(self, ids: Sequence[int], tokens: int = ANSWER) -> list[int]:
+        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        return self.llm.generate([ids], params)[0].token_ids
+
+    def first(self, ids: Sequence[int]) -> float:
+        begin = time.perf_counter()
+        self.answer(ids, 1)
+        return time.perf_counter() - begin
+
+
+def crossover(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    with closing(Kept(job.bundle, folder / "store")) as kept:
+        kept.first(prompts(job.bundle, 1, 500, 9)[0])
+        for tokens in (job.tokens // 4, job.tokens):
+            (ids,) = prompts(job.bundle, 1, tokens, tokens)
+            cold, memory = kept.first(ids), min(kept.first(ids) for _ in range(3))
+            prefixes = kept.reopen()
+            store, read = prefixes._store, prefixes._store.read
+            size = max(entry.bytes for entry in store._known.values()) * (tokens // 32)
+            predicted, measured = size / prefixes._seconds(tokens // 32), size / (cold - memory)
+            ratio = predicted / measured
+            shown = f"{predicted / 1e6:.0f} MB/s predicted, {measured / 1e6:.0f} measured ({ratio:.2f})"
+            yield f"crossover, {tokens} tokens", shown, 0.5 < ratio < 2
+            for factor in (0.5, 2.0):
+                prefixes = kept.reopen()
+                store, read, rate = prefixes._store, prefixes._store.read, measured * factor
+                prefixes._rate = rate
+
+                def slow(key, entry, read=read, rate=rate):  # type: ignore[no-untyped-def]
+                    end, content = time.perf_counter() + entry.bytes / rate, read(key, entry)
+                    time.sleep(max(end - time.perf_counter(), 0))
+                    return content
+
+                store.read = slow
+                before = kept.llm.counters.restored_blocks
+                seconds, blocks = kept.first(ids), kept.llm.counters.restored_blocks - before
+                way = "read" if blocks else "computed"
+                shown = f"{way} in {seconds:.2f} s, the other way {size / rate if way == 'computed' else cold:.2f} s"
+                yield f"  disk of {rate / 1e6:.0f} MB/s", shown, (way == "read") == (factor > 1)
+
+
+def blocks(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    store, count = folder / "store", job.blocks
+    with closing(Kept(job.bundle, store)) as kept:
+        assert kept.prefixes
+        content = bytearray(os.urandom(len(kept.prefixes._buffers[1])))
+        begin, cpu = time.perf_counter(), time.thread_time()
+        for number in range(count):
+            key = number.to_bytes(16, "big")
+            content[:16] = key
+            kept.prefixes._store.write(key, 1, number % 128, content, 0.05)
+            if number % 128 == 127:
+                kept.prefixes._store.commit()
+        seconds, cpu = time.perf_counter() - begin, time.thread_time() - cpu
+        speed = f"{1e3 * seconds / count:.2f} ms a block, of them {1e3 * cpu / count:.2f} of a processor's"
+        yield f"{count} blocks written", speed, True
+        kept.close()
+        files = sum(file.stat().st_blocks * 512 for file in store.rglob("*") if file.is_file())
+        yield f"{count} blocks on disk", f"{files / 1e9:.2f} GB for {count * len(content) / 1e9:.2f} GB", True
+        forget_pages(store)
+        begin = time.perf_counter()
+        kept.reopen()
+        opening = time.perf_counter() - begin
+    yield "opening that store", f"{opening:.2f} s", opening < 1
+    starts = []
+    for words in (), (f"--store {store} --store-size 20G",):
+        begin = time.perf_counter()
+        with started("with" if words else "without", serve(job.bundle, *words)):
+            starts.append(time.perf_counter() - begin)
+    yield "start to first answer", f"{starts[1]:.1f} s, without a store {starts[0]:.1f} s", starts[1] < starts[0] + 2
+
+
+def kills(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    def engine() -> psutil.Process | None:
+        for each in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if "echo_trt.engine.process" in each.cmdline():
+                    return each
+        return None
+
+    texts, draw = prompts(job.exact, job.kills + 1, SHORT), random.Random(0)
+    with started("expected", serve(job.exact)) as url:
+        expected = [ask(url, ids, ANSWER)[1] for ids in texts]
+    wrong, restored, killed = 0, 0.0, 0
+    with started("killed", serve(job.exact, f"--store {folder / 'store'}")) as url:
+        for number in range(job.kills):
+            wrong += ask(url, texts[number], ANSWER)[1] != expected[number]
+            time.sleep(draw.random() * 0.05)  # the answer's blocks are being written
+            if process := engine():
+                process.kill()
+                killed += 1
+            for other in draw.sample(range(number + 1), min(2, number + 1)):
+                while True:
+                    with suppress(httpx.HTTPError, KeyError):
+                        wrong += ask(url, texts[other], ANSWER)[1] != expected[other]
+                        break
+                    time.sleep(0.1)
+            restored += counted(url, "echo_restored_blocks_total")
+    shown = f"{wrong} wrong texts, {restored:.0f} blocks read afterwards"
+    yield f"{killed} kills while writing", shown, not wrong and restored > 0 and killed == job.kills
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    told: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+
+    handler, log = Handler(logging.WARNING), logging.getLogger("echo_trt")
+    log.addHandler(handler)
+    yield told
+    log.removeHandler(handler)
+
+
+def full(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    disk, texts, stored_prefixes.REST = folder / "disk", prompts(job.exact, 12, SHORT), 0.2
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(disk)], check=False).returncode:
+        yield "a full disk", "not tried: no tmpfs can be mounted", False
+        return
+    try:
+        with _warnings() as told, closing(Kept(job.exact, disk)) as kept:
+            expected = [kept.answer(ids) for ids in texts]
+            kept.reopen()
+            wrong = sum(kept.answer(ids) != text for ids, text in zip(texts, expected, strict=True))
+            refused = sum("takes nothing" in message for message in told)
+            read = kept.llm.counters.restored_blocks
+            yield (
+                "a full disk",
+                f"{wrong} wrong texts, {refused} refusals, {read} blocks read",
+                not wrong and refused > 0,
+            )
+            subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+            for _ in range(2):
+                kept.reopen()
+                wrong = sum(kept.answer(ids) != text for ids, text in zip(texts, expected, strict=True))
+            more = kept.llm.counters.restored_blocks - read
+            yield "  that has room again", f"{wrong} wrong texts, {more} blocks read", not wrong and more > 2 * read
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def damage(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    texts, draw, store = prompts(job.exact, 4, SHORT), random.Random(0), folder / "store"
+
+    def flip(file: Path) -> None:
+        whole = bytearray(file.read_bytes())
+        whole[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        file.write_bytes(whole)
+
+    with closing(Kept(job.exact, store)) as kept:
+        expected = [kept.answer(ids) for ids in texts]
+
+        def round_of(damaged: Sequence[Path]) -> tuple[int, int]:
+            """Close the store, flip a bit of each file, open it; return wrong texts, and blocks read."""
+            kept.close()
+            for file in damaged:
+                flip(file)
+            kept.reopen()
+            before = kept.llm.counters.restored_blocks
+            wrong = sum(kept.answer(ids) != text for ids, text in zip(texts, expected, strict=True))
+            return wrong, kept.llm.counters.restored_blocks - before
+
+        kept.close()
+        files = sorted((store / "blocks").iterdir())
+        some = [round_of(draw.sample(files, 5)) for _ in range(10)]
+        shown = f"{sum(wrong for wrong, _ in some)} wrong texts, {sum(read for _, read in some)} blocks read"
+        yield "bits flipped in 50 blocks", shown, not any(wrong for wrong, _ in some)
+        indexes = [round_of([store / "index.db"]) for _ in range(30)]
+        shown = f"{sum(wrong for wrong, _ in indexes)} wrong texts, {sum(read for _, read in indexes)} blocks read"
+        yield "bits flipped in the index, 30 times", shown, not any(wrong for wrong, _ in indexes)
+        version, stored_prefixes.__version__ = stored_prefixes.__version__, "0.0"
+        wrong, read = round_of(())
+        stored_prefixes.__version__ = version
+        yield "another version", f"{wrong} wrong texts, {read} blocks read", not wrong and not read
+
+
+def learnt(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """Answers of 64 tokens to chats about pieces of docs/; other ones teach than those that are judged."""
+    asked = [row.text for row in read_prompts(ROOT / "scripts/demo_prompts.jsonl")]
+    words = _docs_texts(40)
+    chats = [[{"role": "user", "content": text}] for text in [*asked, *words]]
+    params = SamplingParams(max_tokens=64, temperature=0.0)
+
+    def ten(llm: LLM) -> float:
+        counters, before = llm.counters, (llm.counters.emitted_tokens, llm.counters.verifications)
+        for chat in chats[:10]:
+            llm.chat([chat], params)
+        return (counters.emitted_tokens - before[0]) / (counters.verifications - before[1])
+
+    fresh = ten(LLM(job.bundle, "goodput", batch=8))
+    with closing(Kept(job.bundle, folder / "store", policy="goodput")) as kept:
+        for chat in chats[10:]:
+            kept.llm.chat([chat], params)
+    with closing(Kept(job.bundle, folder / "store", policy="goodput")) as kept:
+        later = ten(kept.llm)
+    shown = f"{later:.3f}, without what was learnt {fresh:.3f} ({later / fresh:.3f})"
+    yield "first ten answers, tokens per pass", shown, later > 0.99 * fresh
+
+
+def _docs_texts(count: int) -> list[str]:
+    pages = "\n\n".join(path.read_text("utf-8") for path in sorted(ROOT.glob("docs/*.md")))
+    pieces = [piece for piece in pages.split("\n\n") if 200 < len(piece) < 800 and not piece.startswith("|")]
+    return [f"Say in one sentence what this means: {piece}" for piece in random.Random(0).sample(pieces, count)]
+
+
+def beside(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """Streams that never repeat a prompt: all is written, and nothing is found."""
+    tokenizer = Tokenizer.from_file(str(job.bundle / "tokenizer.json"))
+    texts = [tokenizer.decode(ids) for ids in prompts(job.bundle, 4000, 200, 5)]
+    with ExitStack() as running:
+        servers = {"without": (), "with": (f"--store {folder / 'store'}",)}
+        urls = {name: running.enter_context(started(name, serve(job.bundle, *w))) for name, w in servers.items()}
+        size = 16
+        rows = []
+        for number in range(job.rounds):  # each round with prompts of its own
+            part = texts[number * 4000 // job.rounds : (number + 1) * 4000 // job.rounds]
+            rows += asyncio.run(measure(urls, part, [size], job.seconds, 1, 64))
+    rates = {name: [row["tokens_per_s"] for row in rows if row["server"] == name] for name in urls}
+    ratio = statistics.median(a / b for a, b in zip(rates["with"], rates["without"], strict=True))
+    shown = f"{ratio:.3f} of {statistics.median(rates['without']):.0f} tokens/s"
+    yield f"writing beside {size} streams", shown, ratio >= LEAST_BESIDE and not any(row["errors"] for row in rows)
+
+
+PROOFS = {each.__name__: each for each in (restart, crossover, blocks, kills, full, damage, learnt, beside)}
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("bundle", type=Path)
+    options.add_argument("--exact", type=Path, help="a bundle in fp32; without it its proofs are left out")
+    options.add_argument("--only", default=",".join(PROOFS), help="proofs, by commas")
+    options.add_argument("--triton", action="store_true", help="let Triton host the engine that is restarted")
+    options.add_argument("--tokens", type=int, default=LONG, help="of the long prompt")
+    options.add_argument("--blocks", type=int, default=10_000)
+    options.add_argument("--kills", type=int, default=50)
+    options.add_argument("--rounds", type=int, default=6, help="of the servers' turns")
+    options.add_argument("--seconds", type=float, default=15, help="of a turn")
+    options.add_argument("--folder", type=Path, help="where stores are made; default: the system's temporary files")
+    job, rows = options.parse_args(), list[Row]()
+    for name in job.only.split(","):
+        if name in ("kills", "full", "damage") and not job.exact:
+            continue
+        with tempfile.TemporaryDirectory(prefix="echo-trt-store-", dir=job.folder) as folder:
+            for row in PROOFS[name](job, Path(folder)):
+                print(*row, sep="; ", file=sys.stderr, flush=True)
+                rows.append(row)
+    width = max(len(name) for name, *_ in rows)
+    print("\n".join(f"{name:{width}}  {shown}{'' if good else '   MISSED'}" for name, shown, good in rows))
+    return int(not all(good for *_, good in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
