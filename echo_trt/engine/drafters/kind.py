@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from echo_trt.models.decoder import Decoder
     from echo_trt.models.layers import Config
     from echo_trt.models.roles import Role, RoleMaker
-    from echo_trt.sizing.networks import Sizes
 
 HEAD_VOCABULARY = 32000  # of published EAGLE-3 heads for vocabularies of 150,000
 
@@ -95,11 +94,8 @@ class DraftKind:
         """
         raise NotImplementedError
 
-    def sizes(self, config: Any) -> Sizes:
-        """Count the parameters of a network without weights."""
-        from echo_trt.sizing.networks import draft_sizes
-
-        return draft_sizes(config)
+    def sizes(self, config: Any) -> Any:
+        """Count a network (``sizing.networks.Sizes``) that ``draft_sizes`` there does not know; None: it does."""
 
     def block_facts(self, config: Any) -> BlockFacts | None:
         """State how a pass looks, for a runtime without PyTorch."""

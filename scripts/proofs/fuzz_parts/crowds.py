@@ -53,7 +53,7 @@ class Pair:
     stored: list[StoredPrefixes] = field(default_factory=list)
 
     def fresh(self, draw: random.Random) -> LLM:
-        """Return the crowd's LLM as it was opened: a round depends on its seed alone, but for what a store still has."""
+        """Return the crowd's LLM as it was opened: a round depends on its seed, and on what a store still has."""
         loop, networks = self.crowd.loop, self.crowd.networks
         loop.drafter, loop.target = networks.drafter, networks.target
         loop.batch.blocks.forget_cached()
