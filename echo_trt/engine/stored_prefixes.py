@@ -220,6 +220,8 @@ class StoredPrefixes:
     # -- the store's thread ----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        if sys.platform == "linux":  # where threads have priorities of their own: a pass goes before writing
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         while (task := self._tasks.get()) is not None:
             if time.monotonic() < self._resting:
                 continue

@@ -15,7 +15,7 @@ from echo_trt.bundle.sources import CONFIG, from_hub
 from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.errors import UserError
 from echo_trt.models.read_config import check_division, decoder_config
-from echo_trt.sizing.networks import Sizes, decoder_sizes
+from echo_trt.sizing.networks import Sizes, decoder_sizes, draft_sizes
 
 UNQUANTISED = {"quantization_config": None}  # shapes are those of the weights that a quantised checkpoint stands for
 
