@@ -3,8 +3,8 @@
 A role takes its named ``inputs``, the rows of logits that are wanted, and the attention. An exporter turns it into a
 graph and the reference engine calls it directly, so both have the same inputs and outputs by name.
 
-Of a role, engines read ``inputs``, ``outputs``, ``num_layers`` (of KV rows; 0: it has no attention) and ``network``. Of
-a network they read
+Of a role, engines read ``name``, ``inputs``, ``outputs``, ``num_layers`` (of KV rows; 0: it has no attention) and
+``network``. Of a network they read
 
 config  vocab_size, hidden_size, num_kv_heads, head_dim; window_of(layer) with attention, feature_size with features
 norm    where matrices may be stored in a narrower type than the one that is computed in: a norm, which has that
@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from echo_trt.errors import UserError
-from echo_trt.files.extras import DRAFTS, extra, registered
+from echo_trt.files.extras import DRAFTS, extra
 from echo_trt.models.block import BlockNetwork, block_network
 from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
@@ -39,6 +38,7 @@ class TargetModule(nn.Module):
     A hybrid has further inputs and outputs (``models.delta_net``): its states, and what a commit of them takes.
     """
 
+    name = "target"
     inputs: tuple[str, ...] = ("token_ids", "positions")
 
     def __init__(self, decoder: Decoder, feature_layers: tuple[int, ...] = ()):
@@ -69,8 +69,7 @@ def _features(inputs: dict[str, Tensor]) -> tuple[Tensor, bool]:
 class DraftModule(nn.Module):
     """A draft: log-probabilities [R, k] and token ids [R, k] of the ``top_k`` best next tokens of every wanted row."""
 
-    inputs = ("token_ids", "positions")
-    outputs = ("scores", "candidates")
+    name, inputs, outputs = "draft", ("token_ids", "positions"), ("scores", "candidates")
 
     def __init__(self, decoder: Decoder, top_k: int):
         super().__init__()
@@ -85,9 +84,9 @@ class DraftModule(nn.Module):
 class HeadModule(nn.Module):
     """An EAGLE-3 head: a draft's outputs, and the state [N, H] of every row for its children's ``hidden``."""
 
+    name, num_layers = "head", 1
     inputs = ("token_ids", "positions", "features", "hidden")
     outputs = ("scores", "candidates", "state")
-    num_layers = 1
 
     def __init__(self, head: Eagle3Head | MtpHead, top_k: int):
         super().__init__()
@@ -104,6 +103,8 @@ class HeadModule(nn.Module):
 class MtpModule(HeadModule):
     """An MTP head, which proposes any token of the vocabulary."""
 
+    name = "mtp"
+
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
         tokens, positions = inputs["token_ids"], inputs["positions"]
         state = self.network(tokens, inputs["features"], inputs["hidden"], positions, attend)
@@ -113,7 +114,7 @@ class MtpModule(HeadModule):
 class BlockModule(nn.Module):
     """A block drafter: a draft's outputs for each of the block's rows, and ``confidence`` [R, 1] with such a head."""
 
-    inputs = ("token_ids", "positions", "features", "state_rows")
+    name, inputs = "block", ("token_ids", "positions", "features", "state_rows")
 
     def __init__(self, drafter: BlockNetwork, top_k: int):
         super().__init__()
@@ -145,7 +146,7 @@ def _embedding(config: Eagle3Config) -> nn.Embedding:
 
 #: A role, its network's configuration, and what makes the network of a configuration and of rotary positions.
 RoleMaker = tuple[type, type, Callable[[Any, int], nn.Module]]
-ROLES: dict[str, RoleMaker] = {
+ROLES: dict[str, RoleMaker] = {  # by name
     "target": (TargetModule, DecoderConfig, _decoder),
     "draft": (DraftModule, DecoderConfig, _decoder),
     "mtp": (MtpModule, MtpConfig, MtpHead),
@@ -155,18 +156,9 @@ ROLES: dict[str, RoleMaker] = {
 
 
 def role_named(name: str) -> RoleMaker:
-    """Return what makes a role of a name: of ROLES, or of the drafter that brings it."""
+    """Return what makes a role of a name: of ROLES, or of the drafter of that name, which brings it."""
     made: RoleMaker = ROLES[name] if name in ROLES else extra(DRAFTS, name).role()
     return made
-
-
-def name_of(role: nn.Module) -> str:
-    """Return the name of a role, by which ``role_named`` finds it. Raises UserError for one that nobody brings."""
-    name = next((name for name, (role_class, *_) in ROLES.items() if type(role) is role_class), None)
-    name = name or getattr(role, "name", "")
-    if name not in ROLES and name not in registered(DRAFTS):
-        raise UserError(f"{type(role).__name__}.name is {name!r}, which is no drafter; give it its draft.kind.")
-    return name
 
 
 def computed_in(network: nn.Module) -> torch.dtype:

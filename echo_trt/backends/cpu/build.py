@@ -31,7 +31,7 @@ from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.first_layers import in_blocks, layers_within
 from echo_trt.backends.kind import CompiledRole
 from echo_trt.models.layers import Rotary
-from echo_trt.models.roles import HeadModule, Role, TargetModule, name_of
+from echo_trt.models.roles import HeadModule, Role, TargetModule
 from echo_trt.models.weights import heights
 
 UNIT = 32  # to a multiple of which widths are padded, and a head's halves to one of half of it
@@ -46,7 +46,7 @@ def compile_role(role: Role, path: Path, precision: str, facts: dict[str, str] |
     """Write ``role`` to ``path`` in ``precision``; ``facts`` gets what formats its matrices have."""
     config = role.network.config
     header = {
-        "role": name_of(role),
+        "role": role.name,
         "config": dataclasses.asdict(config),
         "windows": [config.window_of(layer) for layer in range(role.num_layers)],
         "setting": list(role.feature_layers) if isinstance(role, TargetModule) else role.top_k,

@@ -16,7 +16,7 @@ from echo_trt.models.config import DecoderConfig
 from echo_trt.models.families import FAMILIES
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, dequantise, has_row_products
 from echo_trt.models.layers import Rotary
-from echo_trt.models.roles import Role, computed_in, name_of, role_named
+from echo_trt.models.roles import Role, computed_in, role_named
 from echo_trt.models.weights import TYPES
 
 SCALE = ".scale"  # ends the name of an FP8 matrix's scales
@@ -27,12 +27,12 @@ def save_role(role: Role, path: Path, precision: str) -> None:
 
     Matrices in FP8 are written as they are, with their scales.
     """
-    kind, rotary = name_of(role), getattr(role.network, "rotary", None)
+    rotary = getattr(role.network, "rotary", None)
     header = {
-        "role": kind,
+        "role": role.name,
         "config": dataclasses.asdict(role.network.config),
         "positions": len(rotary.cos) if rotary else 0,
-        "setting": list(role.feature_layers) if kind == "target" else role.top_k,
+        "setting": list(role.feature_layers) if role.name == "target" else role.top_k,
     }
     state = role.network.state_dict()
     kept = {name for name, tensor in state.items() if tensor.dtype == E4M3 or not tensor.is_floating_point()}

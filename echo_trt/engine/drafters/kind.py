@@ -5,7 +5,7 @@ A record costs no import of PyTorch: its methods import what they need when they
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -262,15 +262,8 @@ class BlockKind(DraftKind):
     def block_facts(self, config: Any) -> BlockFacts:
         from echo_trt.backends.self_check import block_shape
 
-        shape = block_shape(config)
-        return BlockFacts(
-            rows=shape.rows,
-            mask_token=shape.mask_token,
-            both_ways=shape.both_ways,
-            anchored=shape.anchored,
-            predicts_next=config.predicts_next,
-            confidence=config.confidence,
-        )
+        shape = asdict(block_shape(config))
+        return BlockFacts(**shape, predicts_next=config.predicts_next, confidence=config.confidence)
 
     def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, folder: Path) -> Drafter:
         from echo_trt.engine.drafters.block import BlockDrafter, read_confidence
