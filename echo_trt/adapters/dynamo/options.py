@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.engine.options import LatencyOptions, StoreFolder, StoreSize, bounds
+from echo_trt.engine.options import DrainSeconds, LatencyOptions, StoreFolder, StoreSize, bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +22,7 @@ class WorkerOptions(LatencyOptions):
     )
     store: StoreFolder = None
     store_size: StoreSize = ""
-    drain_seconds: Annotated[
-        int,
-        Parameter("--drain-timeout", help="Seconds that SIGTERM waits for requests in flight.", validator=bounds(1)),
-    ] = 60
+    drain_seconds: DrainSeconds = 60
     system_port: Annotated[
         int, Parameter(help="Metrics and health; 0: DYN_SYSTEM_PORT, else none.", validator=bounds(0, 32767))
     ] = 0

@@ -88,10 +88,7 @@ class DraftKind:
         raise NotImplementedError
 
     def role(self) -> RoleMaker:
-        """Return what makes the role again in PyTorch, where ``load`` returns one that ``models.roles`` does not have.
-
-        Such a role has the drafter's ``name``.
-        """
+        """Return what makes the role again, where ``load`` returns one of its own, which has the drafter's ``name``."""
         raise NotImplementedError
 
     def sizes(self, config: Any) -> Any:
