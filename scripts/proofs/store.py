@@ -6,7 +6,8 @@
 restart    first token of a prompt of 4,000 tokens: cold, warm in memory, after restarts of a real server
 crossover  the disk's rate from which reading takes less than computing: predicted beside measured, and what is chosen
 blocks     10,000 blocks: writing, size, and a server's start with them
-kills      kill -9 of a server's engine while it writes, 50 times; needs --exact, as the next two do
+kills      kill -9 while writing: of a process that does nothing else, and of a server's engine; needs --exact, as the
+           next two do
 full       a disk that is full (a tmpfs, which root alone can mount), and that has room again
 damage     flipped bits in blocks and in the index, another version
 learnt     tokens per pass of the first ten answers after a restart, with and without what was learnt
@@ -21,50 +22,32 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import logging
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
-from functools import cache
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import httpx
-import psutil
 from tokenizers import Tokenizer
 
-from echo_trt.engine import stored_prefixes
-from echo_trt.engine.llm import LLM
-from echo_trt.engine.params import SamplingParams
-from echo_trt.engine.stored_prefixes import StoredPrefixes, keep_prefixes
-from echo_trt.files.prompts import read_prompts
 from echo_trt_lab.load import measure, started
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(Path(__file__).parent)]
+
+from store_parts.harm import damage, full, kills  # noqa: E402
+from store_parts.kept import ROOT, Kept, Row, prompts  # noqa: E402
+
+from echo_trt.engine.llm import LLM  # noqa: E402
+from echo_trt.engine.params import SamplingParams  # noqa: E402
+from echo_trt.files.prompts import read_prompts  # noqa: E402
+
 LONG = 4_000  # tokens of a prompt whose first token is awaited
-SHORT, ANSWER = 600, 12  # tokens of a prompt and of its answer where many are asked
 LEAST_BESIDE = 0.97  # of other requests' tokens/s
-
-#: What was measured, the figure, and whether it is within its bound.
-Row = tuple[str, str, bool]
-
-
-@cache
-def _docs(bundle: Path) -> list[int]:
-    text = "\n".join(path.read_text("utf-8") for path in sorted(ROOT.glob("docs/**/*.md")))
-    ids: list[int] = Tokenizer.from_file(str(bundle / "tokenizer.json")).encode(text, add_special_tokens=False).ids
-    return ids
-
-
-def prompts(bundle: Path, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
-    """Return pieces of docs/ as token ids, of which no two begin alike."""
-    ids, draw = _docs(bundle), random.Random(seed)
-    return [ids[begin : begin + tokens] for begin in draw.sample(range(len(ids) - tokens), count)]
 
 
 def ask(url: str, ids: Sequence[int], tokens: int = 1) -> tuple[float, str]:
@@ -125,37 +108,6 @@ def restart(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
             again = [ask(url, ids)[0] for ids in texts]
             blocks = int(counted(url, "echo_restored_blocks_total"))
         yield f"{job.tokens} tokens, {name}", f"{median(again)}, {blocks} blocks read", blocks > 0 and again < cold
-
-
-class Kept:
-    """An LLM in this process, with a store in a folder; ``reopen`` is a restart."""
-
-    def __init__(self, bundle: Path, folder: Path, size: str = "20G", policy: str | None = None):
-        self.llm, self._folder, self._size = LLM(bundle, policy, batch=8), folder, size
-        self.prefixes: StoredPrefixes | None = None
-        self.reopen()
-
-    def reopen(self) -> StoredPrefixes:
-        self.close()
-        self.llm.loop.batch.blocks.forget_cached()
-        self.prefixes = keep_prefixes(self.llm, self._folder, self._size)
-        if not self.prefixes:
-            raise SystemExit("the store cannot be used; see the log.")
-        return self.prefixes
-
-    def close(self) -> None:
-        if self.prefixes:
-            self.prefixes.close()
-        self.prefixes = None
-
-    def answer(self, ids: Sequence[int], tokens: int = ANSWER) -> list[int]:
-        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-        return self.llm.generate([ids], params)[0].token_ids
-
-    def first(self, ids: Sequence[int]) -> float:
-        begin = time.perf_counter()
-        self.answer(ids, 1)
-        return time.perf_counter() - begin
 
 
 def crossover(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
@@ -220,113 +172,6 @@ def blocks(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
     yield "start to first answer", f"{starts[1]:.1f} s, without a store {starts[0]:.1f} s", starts[1] < starts[0] + 2
 
 
-def kills(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
-    def engine() -> psutil.Process | None:
-        for each in psutil.Process().children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                if "echo_trt.engine.process" in each.cmdline():
-                    return each
-        return None
-
-    texts, draw = prompts(job.exact, job.kills + 1, SHORT), random.Random(0)
-    with started("expected", serve(job.exact)) as url:
-        expected = [ask(url, ids, ANSWER)[1] for ids in texts]
-    wrong, restored, killed = 0, 0.0, 0
-    with started("killed", serve(job.exact, f"--store {folder / 'store'}")) as url:
-        for number in range(job.kills):
-            wrong += ask(url, texts[number], ANSWER)[1] != expected[number]
-            time.sleep(draw.random() * 0.05)  # the answer's blocks are being written
-            if process := engine():
-                process.kill()
-                killed += 1
-            for other in draw.sample(range(number + 1), min(2, number + 1)):
-                while True:
-                    with suppress(httpx.HTTPError, KeyError):
-                        wrong += ask(url, texts[other], ANSWER)[1] != expected[other]
-                        break
-                    time.sleep(0.1)
-            restored += counted(url, "echo_restored_blocks_total")
-    shown = f"{wrong} wrong texts, {restored:.0f} blocks read afterwards"
-    yield f"{killed} kills while writing", shown, not wrong and restored > 0 and killed == job.kills
-
-
-@contextmanager
-def _warnings() -> Iterator[list[str]]:
-    told: list[str] = []
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            told.append(record.getMessage())
-
-    handler, log = Handler(logging.WARNING), logging.getLogger("echo_trt")
-    log.addHandler(handler)
-    yield told
-    log.removeHandler(handler)
-
-
-def full(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
-    disk, texts, stored_prefixes.REST = folder / "disk", prompts(job.exact, 12, SHORT), 0.2
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(disk)], check=False).returncode:
-        yield "a full disk", "not tried: no tmpfs can be mounted", False
-        return
-    try:
-        with _warnings() as told, closing(Kept(job.exact, disk)) as kept:
-            expected = [kept.answer(ids) for ids in texts]
-            kept.reopen()
-            wrong = sum(kept.answer(ids) != text for ids, text in zip(texts, expected, strict=True))
-            refused = sum("takes nothing" in message for message in told)
-            read = kept.llm.counters.restored_blocks
-            yield (
-                "a full disk",
-                f"{wrong} wrong texts, {refused} refusals, {read} blocks read",
-                not wrong and refused > 0,
-            )
-            subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
-            for _ in range(2):
-                kept.reopen()
-                wrong = sum(kept.answer(ids) != text for ids, text in zip(texts, expected, strict=True))
-            more = kept.llm.counters.restored_blocks - read
-            yield "  that has room again", f"{wrong} wrong texts, {more} blocks read", not wrong and more > 2 * read
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-def damage(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
-    texts, draw, store = prompts(job.exact, 4, SHORT), random.Random(0), folder / "store"
-
-    def flip(file: Path) -> None:
-        whole = bytearray(file.read_bytes())
-        whole[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
-        file.write_bytes(whole)
-
-    with closing(Kept(job.exact, store)) as kept:
-        expected = [kept.answer(ids) for ids in texts]
-
-        def round_of(damaged: Sequence[Path]) -> tuple[int, int]:
-            """Close the store, flip a bit of each file, open it; return wrong texts, and blocks read."""
-            kept.close()
-            for file in damaged:
-                flip(file)
-            kept.reopen()
-            before = kept.llm.counters.restored_blocks
-            wrong = sum(kept.answer(ids) != text for ids, text in zip(texts, expected, strict=True))
-            return wrong, kept.llm.counters.restored_blocks - before
-
-        kept.close()
-        files = sorted((store / "blocks").iterdir())
-        some = [round_of(draw.sample(files, 5)) for _ in range(10)]
-        shown = f"{sum(wrong for wrong, _ in some)} wrong texts, {sum(read for _, read in some)} blocks read"
-        yield "bits flipped in 50 blocks", shown, not any(wrong for wrong, _ in some)
-        indexes = [round_of([store / "index.db"]) for _ in range(30)]
-        shown = f"{sum(wrong for wrong, _ in indexes)} wrong texts, {sum(read for _, read in indexes)} blocks read"
-        yield "bits flipped in the index, 30 times", shown, not any(wrong for wrong, _ in indexes)
-        version, stored_prefixes.__version__ = stored_prefixes.__version__, "0.0"
-        wrong, read = round_of(())
-        stored_prefixes.__version__ = version
-        yield "another version", f"{wrong} wrong texts, {read} blocks read", not wrong and not read
-
-
 def learnt(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
     """Answers of 64 tokens to chats about pieces of docs/; other ones teach than those that are judged."""
     asked = [row.text for row in read_prompts(ROOT / "scripts/demo_prompts.jsonl")]
@@ -385,7 +230,8 @@ def main() -> int:
     options.add_argument("--triton", action="store_true", help="let Triton host the engine that is restarted")
     options.add_argument("--tokens", type=int, default=LONG, help="of the long prompt")
     options.add_argument("--blocks", type=int, default=10_000)
-    options.add_argument("--kills", type=int, default=50)
+    options.add_argument("--kills", type=int, default=50, help="of a process that writes")
+    options.add_argument("--engine-kills", type=int, default=50, help="of a server's engine, while it writes")
     options.add_argument("--rounds", type=int, default=6, help="of the servers' turns")
     options.add_argument("--seconds", type=float, default=15, help="of a turn")
     options.add_argument("--folder", type=Path, help="where stores are made; default: the system's temporary files")
