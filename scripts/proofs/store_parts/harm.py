@@ -159,7 +159,7 @@ def full(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
 
 
 def damage(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
-    texts, draw, store = prompts(job.exact, 4, SHORT), random.Random(0), folder / "store"
+    texts, draw, store = prompts(job.exact, 3, SHORT), random.Random(0), folder / "store"
 
     def flip(file: Path) -> None:
         whole = bytearray(file.read_bytes())
@@ -184,9 +184,9 @@ def damage(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
         some = [round_of(draw.sample(files, 5)) for _ in range(10)]
         shown = f"{sum(wrong for wrong, _ in some)} wrong texts, {sum(read for _, read in some)} blocks read"
         yield "bits flipped in 50 blocks", shown, not any(wrong for wrong, _ in some)
-        indexes = [round_of([store / "index.db"]) for _ in range(30)]
+        indexes = [round_of([store / "index.db"]) for _ in range(12)]
         shown = f"{sum(wrong for wrong, _ in indexes)} wrong texts, {sum(read for _, read in indexes)} blocks read"
-        yield "bits flipped in the index, 30 times", shown, not any(wrong for wrong, _ in indexes)
+        yield "bits flipped in the index, 12 times", shown, not any(wrong for wrong, _ in indexes)
         version, stored_prefixes.__version__ = stored_prefixes.__version__, "0.0"
         wrong, read = round_of(())
         stored_prefixes.__version__ = version
