@@ -32,7 +32,7 @@ from echo_trt.errors import UserError
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.layers import Config
 from echo_trt.models.ranks import Alone, Collectives, among
-from echo_trt.models.roles import Role
+from echo_trt.models.roles import Role, computed_in
 from echo_trt.speculation.pack import BLOCK, ForwardBatch
 from super_tree_attention import super_tree_attention
 
@@ -69,7 +69,7 @@ class TorchEngine(KeepsStates, DeviceEngine):
         self.device = cuda_device() if device == "cuda" else torch.device(device)
         config = role.network.config
         self._role = role.to(self.device)
-        self._dtype = role.network.norm.weight.dtype  # matrices may be stored in a narrower one
+        self._dtype = computed_in(role.network)
         self._collectives = collectives or Alone()
         self._operator = operator or _operator_for(self.device, config)
         states = getattr(role, "states", {})

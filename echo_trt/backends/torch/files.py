@@ -16,7 +16,7 @@ from echo_trt.models.config import DecoderConfig
 from echo_trt.models.families import FAMILIES
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, dequantise, has_row_products
 from echo_trt.models.layers import Rotary
-from echo_trt.models.roles import ROLES, Role
+from echo_trt.models.roles import Role, computed_in, role_named
 from echo_trt.models.weights import TYPES
 
 SCALE = ".scale"  # ends the name of an FP8 matrix's scales
@@ -27,12 +27,12 @@ def save_role(role: Role, path: Path, precision: str) -> None:
 
     Matrices in FP8 are written as they are, with their scales.
     """
-    kind = next(name for name, (role_class, *_) in ROLES.items() if isinstance(role, role_class))
+    rotary = getattr(role.network, "rotary", None)
     header = {
-        "role": kind,
+        "role": role.name,
         "config": dataclasses.asdict(role.network.config),
-        "positions": role.network.rotary.cos.shape[0],
-        "setting": list(role.feature_layers) if kind == "target" else role.top_k,
+        "positions": len(rotary.cos) if rotary else 0,
+        "setting": list(role.feature_layers) if role.name == "target" else role.top_k,
     }
     state = role.network.state_dict()
     kept = {name for name, tensor in state.items() if tensor.dtype == E4M3 or not tensor.is_floating_point()}
@@ -54,7 +54,7 @@ def load_role(path: Path, device: str = "cpu", in_fp8: bool | None = None) -> Ro
         raise UserError(f"{path} holds no network of echo-trt ({error}); build the bundle again.") from error
     kind, setting, positions = header["role"], header["setting"], header["positions"]
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in header["config"].items()}
-    role_class, config_class, network_of = ROLES[kind]
+    role_class, config_class, network_of = role_named(kind)
     if config_class is DecoderConfig:
         config_class = FAMILIES[values["family"]].config
     config = config_class(**values)
@@ -74,8 +74,9 @@ def load_role(path: Path, device: str = "cpu", in_fp8: bool | None = None) -> Ro
                 "FP8 need a GPU of compute capability 8.9 or newer",
                 stacklevel=2,
             )
-        dequantise(network, network.norm.weight.dtype)
-    network.rotary = Rotary(config, positions).to(device)
+        dequantise(network, computed_in(network))
+    if positions:
+        network.rotary = Rotary(config, positions).to(device)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     return role_class(network.eval(), tuple(setting) if kind == "target" else setting)
