@@ -10,8 +10,8 @@ from torch import Tensor
 from super_tree_attention.kernel_plan import ROUNDING
 
 _WIDTH = 1024  # most columns of a row that a program reads at once; larger: more registers
-#: Tokens of a tile of ``multiply`` -> its rows of the matrix, warps, and steps whose loads are in flight. Few tokens wait
-#: for the matrix alone: fewer rows fill more of the card, and more steps in flight hide the memory.
+#: Tokens of a tile of ``multiply`` -> its rows of the matrix, warps, and steps whose loads are in flight. Few tokens
+#: wait for the matrix alone: fewer rows fill more of the card, and more steps in flight hide the memory.
 TILES = {16: (32, 4, 5), 64: (64, 4, 3), 128: (64, 8, 3)}
 
 
