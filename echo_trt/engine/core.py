@@ -276,7 +276,7 @@ class EngineCore:
             nodes = call.seq_begins[1:] - call.seq_begins[:-1] - 1
             context, node_context = int(call.past_lens.sum()), int((nodes * call.past_lens).sum())
         begin = time.perf_counter()
-        outputs = self.target.run(call)
+        outputs = self.target.launch(call)
         finishing = chunks.slots[ends]  # prompts that emit their next token
         verified = TargetOutput(
             tree=plan.tree.with_roots(batch.tokens[finishing, batch.length[finishing] - 1]),

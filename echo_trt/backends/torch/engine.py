@@ -131,9 +131,9 @@ class TorchEngine(KeepsStates, DeviceEngine):
         return self._resident and super().overlap(work)
 
     @torch.inference_mode()
-    def run(self, call: ForwardBatch, **inputs: Any) -> dict[str, np.ndarray]:
+    def launch(self, call: ForwardBatch, **inputs: Any) -> dict[str, np.ndarray]:
         if self._resident:
-            return super().run(call, **inputs)
+            return super().launch(call, **inputs)
         if self._states:
             inputs |= self._states.begin(call, len(call.token_ids)) | self._states.inputs
         arrays = self._arrays_of(call, inputs)

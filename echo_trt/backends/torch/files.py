@@ -6,6 +6,7 @@ import dataclasses
 import json
 import warnings
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,16 +15,18 @@ from safetensors.torch import save_file
 from echo_trt.errors import UserError
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.families import FAMILIES
-from echo_trt.models.fp8_linear import E4M3, Fp8Linear, dequantise, has_row_products
+from echo_trt.models.fp8_linear import E4M3, Fp8Linear, dequantise, has_fp8_products
 from echo_trt.models.layers import Rotary
 from echo_trt.models.roles import Role, computed_in, role_named
 from echo_trt.models.weights import TYPES
 
 SCALE = ".scale"  # ends the name of an FP8 matrix's scales
+#: Device, type and shape -> the newest embedding of an open network.
+_EMBEDDINGS = WeakValueDictionary[tuple, torch.nn.Parameter]()
 
 
 def save_role(role: Role, path: Path, precision: str) -> None:
-    """Write ``role`` in ``precision``, one of TYPES; a head that shares its target's embedding gets a copy of it.
+    """Write ``role`` in ``precision``, one of TYPES; a file has all of its network, what a head shares with its target, too.
 
     Matrices in FP8 are written as they are, with their scales.
     """
@@ -67,7 +70,7 @@ def load_role(path: Path, device: str = "cpu", in_fp8: bool | None = None) -> Ro
         network.set_submodule(module, linear)
     network.load_state_dict(weights, assign=True)
     del weights
-    if rows and not (has_row_products(torch.device(device)) if in_fp8 is None else in_fp8):
+    if rows and not (has_fp8_products(torch.device(device)) if in_fp8 is None else in_fp8):
         if in_fp8 is None:
             warnings.warn(
                 f"the {kind}'s FP8 matrices are dequantised on {device}, where they take twice the memory; products in "
@@ -79,4 +82,19 @@ def load_role(path: Path, device: str = "cpu", in_fp8: bool | None = None) -> Ro
         network.rotary = Rotary(config, positions).to(device)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
+    _share_embedding(network.embed)
     return role_class(network.eval(), tuple(setting) if kind == "target" else setting)
+
+
+def _share_embedding(embed: torch.nn.Embedding) -> None:
+    """Let a network read the table of one that is open, where they are equal: most heads have their target's."""
+    table = embed.weight
+    key = table.device, table.dtype, table.shape
+    known = _EMBEDDINGS.setdefault(key, table)
+    if known is not table and torch.equal(known, table):
+        embed.weight = torch.nn.Parameter(known.data, requires_grad=False)
+        if table.is_cuda:
+            del table
+            torch.cuda.empty_cache()  # or the copy's memory would stay PyTorch's
+    else:
+        _EMBEDDINGS[key] = table
