@@ -59,6 +59,8 @@ class InputBatch:
         self.prediction = np.empty(count, object)  # tokens int64 [n] that a slot's client expects
         self.prediction.fill(NO_PREDICTION)
         self.predicted = ints(count)  # tokens of a slot's prediction
+        self.calls = np.full(count, None, object)  # skeleton int64 [n] of a slot's tool calls (``sources.calls``)
+        self.may_call = np.zeros(count, bool)  # whether it has any
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
         self.blocks = KVBlocks(count, blocks_for(context + reserve), num_blocks, prefix_cache, first_block)
 

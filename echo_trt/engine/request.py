@@ -94,6 +94,7 @@ class Request:
 
     drafts  draft tokens of each verification that had any, and those of them that the text went on behind
     saved   as of ``Event``, with its error; NaN: unknown
+    calls   int64 [n], the skeleton of the calls of its tools (``sources.calls``)
     """
 
     id: int
@@ -106,6 +107,7 @@ class Request:
     verifications: int = 0
     drafts: list[tuple[int, int]] = field(default_factory=list)
     saved: tuple[float, float] = (math.nan, 0.0)
+    calls: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     cached_tokens: int | None = None
     finish_reason: str = ""
     slot: int = -1

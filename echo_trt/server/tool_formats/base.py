@@ -81,6 +81,11 @@ def json_rule(schema: Mapping[str, Any]) -> str:
     return f"%json {json.dumps({**closed(schema), **LAYOUT}, ensure_ascii=False)}"
 
 
+def properties_of(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    properties = schema.get("properties")
+    return properties if isinstance(properties, Mapping) else {}
+
+
 class Parser(ABC):
     """Reads one text. However it is cut into pieces, the events joined are the same; nothing raises.
 
@@ -260,6 +265,10 @@ class Format(ABC):
     def function(self, name: str, schema: Mapping[str, Any]) -> str:
         """Lark of a call, the right side of a rule."""
         return json_rule(call_schema(name, self.key, schema))
+
+    def parts(self, name: str, schema: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the texts of a call between its values, as the model will likely write it; empty: not known."""
+        return ()
 
     def grammar(self, requested: ToolRequest) -> str:
         """Lark of texts as they are ``requested`` for: a line for each function."""
