@@ -93,8 +93,8 @@ class Coder(Marked):
         before, after = self.spelt(self.spelling.before.replace("NAME", name)), self.spelt(self.spelling.after)
         return " ".join([before, *parts, after])
 
-    def _apart(self, before: str, properties: Mapping[str, Any], after: str) -> tuple[str, ...]:
-        opens = [f"{PARAMETER}{key}>\n" for key in properties]
+    def parts(self, name: str, schema: Mapping[str, Any]) -> tuple[str, ...]:
+        opens, (before, after) = [f"{PARAMETER}{key}>\n" for key in properties_of(schema)], self.around(name)
         texts = before, *[f"\n{PARAMETER_END}\n"] * len(opens)
         return tuple(end + begin for end, begin in zip(texts, [*opens, after], strict=True))
 

@@ -11,17 +11,7 @@ from typing import Any
 
 from echo_trt.engine.text.stream import overlap
 from echo_trt.models.tools_as_text import CLOSE, OPEN
-from echo_trt.server.tool_formats.base import (
-    HEAD,
-    NAME,
-    Format,
-    Parser,
-    ToolRequest,
-    call_schema,
-    json_rule,
-    properties_of,
-    written,
-)
+from echo_trt.server.tool_formats.base import HEAD, NAME, Format, Parser, ToolRequest, call_schema, json_rule
 
 #: DeepSeek's, whose lines and spaces are no ASCII.
 CALLS, CALLS_END, CALL, CALL_END, SEPARATOR = (
@@ -142,6 +132,7 @@ class Marked(Format):
     """The formats of SPELLINGS."""
 
     kind: type[MarkedParser] = MarkedParser
+    key = "arguments"
 
     def __init__(self, spelling: Spelling, tokens: Collection[str] = ()):
         super().__init__(tokens)
@@ -157,20 +148,10 @@ class Marked(Format):
         named = "NAME" in self.spelling.before
         return f"{before} {json_rule(schema if named else call_schema(name, 'arguments', schema))} {after}"
 
-    def parts(self, name: str, schema: Mapping[str, Any]) -> tuple[str, ...]:
-        before, after = self.spelling.opens[0] + self.spelling.before.replace("NAME", name), self.spelling.after
-        if "NAME" not in self.spelling.before:
-            before, after = f'{before}{{"name": {written(name)}, "arguments": ', "}" + after
-        return self._apart(before, properties_of(schema), after)
-
-    def _apart(self, before: str, properties: Mapping[str, Any], after: str) -> tuple[str, ...]:
-        """Return the texts around the values of arguments, from ``before`` them to ``after``."""
-        texts, quote = [before + "{"], ""
-        for key, part in properties.items():
-            texts[-1] += f"{', ' * (len(texts) > 1)}{written(key)}: "
-            quote = '"' * (isinstance(part, Mapping) and part.get("type") == "string")
-            texts[-1:] = texts[-1] + quote, quote
-        return (*texts[:-1], texts[-1] + "}" + after)
+    def around(self, name: str) -> tuple[str, str]:
+        begin, after = self.spelling.opens[0] + self.spelling.before.replace("NAME", name), self.spelling.after
+        before, end = ("", "") if "NAME" in self.spelling.before else super().around(name)
+        return begin + before, end + after
 
     def rules(self, requested: ToolRequest) -> list[str]:
         spelling = self.spelling
