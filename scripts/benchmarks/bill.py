@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--streams", default="1,4,8")
     parser.add_argument("--count", type=int, default=160, help="prompts of the file")
     parser.add_argument("--tokens", type=int, default=192, help="of an answer, at most")
+    parser.add_argument("--every", type=float, default=20.0, help="seconds of goodput between two lines")
     parser.add_argument("--costs", type=Path, help="file that keeps what passes cost on this machine")
     args = parser.parse_args()
     columns = (
@@ -68,15 +69,21 @@ def main() -> None:
         plain, goodput = (
             Recorded(loop, texts, streams, params) for loop in side_by_side(llm, ("autoregressive", "goodput"))
         )
+        shown = 0.0
         while plain.busy and goodput.busy:
             min(plain, goodput, key=lambda run: run.emitted).run(SLICE)
-        tokens = min(plain.emitted, goodput.emitted)
-        took, taken, billed = plain.at(tokens, 1), goodput.at(tokens, 1), goodput.at(tokens, 2)
-        saved, error = took - taken, goodput.loop.bill.error
-        print(
-            f"{streams:10}{tokens:10}{took:10.1f}{taken:10.1f}{took / taken:10.2f}{saved:10.1f}{billed:10.1f}", end=""
-        )
-        print(f"{error:10.1f}{billed / saved - 1:+10.1%}{(billed - saved) / took:+10.1%}", flush=True)
+            if goodput.seconds > shown + args.every or not (plain.busy and goodput.busy):
+                shown = goodput.seconds
+                show(plain, goodput)
+
+
+def show(plain: Recorded, goodput: Recorded) -> None:
+    """Print what both runs took for as many tokens as both have, and what the bill says of them."""
+    tokens = min(plain.emitted, goodput.emitted)
+    took, taken, billed = plain.at(tokens, 1), goodput.at(tokens, 1), goodput.at(tokens, 2)
+    saved, error = took - taken, goodput.loop.bill.error
+    row = f"{goodput.batch:10}{tokens:10}{took:10.1f}{taken:10.1f}{took / taken:10.2f}{saved:10.1f}{billed:10.1f}"
+    print(f"{row}{error:10.1f}{billed / saved - 1:+10.1%}{(billed - saved) / took:+10.1%}", flush=True)
 
 
 if __name__ == "__main__":
