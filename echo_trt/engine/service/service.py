@@ -7,6 +7,7 @@ order, and must not block. Where a device computes, they are called while it com
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import threading
 import time
@@ -355,7 +356,7 @@ class Service:
         event.cached_tokens, event.completion_tokens = request.cached_tokens or 0, job.reported
         event.verifications = request.verifications
         event.drafted, event.accepted = ([each[index] for each in request.drafts] for index in range(2))
-        event.saved, event.saved_error = request.saved or (None, 0.0)
+        event.saved, event.saved_error = (None, 0.0) if math.isnan(request.saved[0]) else request.saved
         event.predicted = accepted(request.params.prediction_ids, request.generated[: job.reported])
         event.queue_seconds = job.taken and job.taken - request.submitted
         event.first_token_seconds = job.first_token and job.first_token - request.submitted
