@@ -54,7 +54,10 @@ def command_line() -> str:
         names = [re.split(r"[ ,`]", line[3:])[0] for line in shared]
         more = [f"\nAnd [in common](#options-in-common): {', '.join(f'`{name}`' for name in names)}.\n"] * bool(names)
         kept += own + more
-    kept += ["## Options in common\n", *common]
+    sampled = [line for line in common if line.split("`")[1].split()[0][2:].replace("-", "_") in params.PARAMETERS]
+    kept += ["## Options in common\n", *(line for line in common if line not in sampled)]
+    names = ", ".join(f"`{line.split('`')[1]}`" for line in sampled)
+    kept.append(f"* {names}: as the [fields of a request](openai-api.md#fields-of-a-request).")
     return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip() + "\n"
 
 
@@ -94,9 +97,10 @@ def described(thing: Any) -> str:
     """Return a heading, a signature and the docstring of a function, or of a class and its members."""
     name = thing.__name__
     parts = [f"### {name}"]
-    if inspect.signature(thing).parameters:
+    text = documented(thing)
+    if not all(f"- `{field}`" in text for field in inspect.signature(thing).parameters):  # which the text lists
         parts.append(f"`{signature(name, thing)}`")
-    parts.append(documented(thing))
+    parts.append(text)
     if isinstance(thing, type):
         rows = []
         for member, called in members(thing):
