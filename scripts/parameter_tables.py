@@ -26,8 +26,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from echo_trt.adapters.triton.inputs import ALIASES, INPUTS, Tensor
 from echo_trt.backends.kind import engine_kinds
 from echo_trt.engine.params import PARAMETERS, Counters
-from echo_trt.engine.service.metric_aliases import ALIASES as SERIES
-from echo_trt.engine.service.metric_aliases import TENSORRT_LLM, VLLM
 from echo_trt.engine.service.metrics import EngineMetrics, Statistics
 from echo_trt.models.families import FAMILIES
 from echo_trt.models.families.family import Family
@@ -59,7 +57,9 @@ def config_line(tensor: Tensor) -> str:
 
 
 def triton_table() -> str:
+    """Return the inputs that OpenAI's API has not, or with another name or default."""
     types = {"BYTES": "string"}
+    same = openai_table()
     return table(
         ("input", "type", "default", "values", ""),
         *(
@@ -72,6 +72,7 @@ def triton_table() -> str:
             )
             for tensor in INPUTS
             if tensor.name not in ALIASES
+            and not re.search(rf"`{tensor.name}`[^|]* \| [^|]* \| {written(tensor.default)} ?\|", same)
         ),
     )
 
@@ -96,10 +97,12 @@ def openai_table() -> str:
 
 
 def python_table() -> str:
-    """Return the fields of SamplingParams."""
+    """Return the fields of SamplingParams that OpenAI's API has not, or with another default."""
+    same = openai_table()
     rows = (
         (f"`{name}`", "" if known.default is None else f"`{known.default!r}`", known.values, known.doc)
         for name, known in PARAMETERS.items()
+        if not re.search(rf"`{name}`[^|]* \| [^|]* \| {written(known.default)} ?\|", same)
     )
     return table(("field", "default", "values", ""), *rows)
 
@@ -165,8 +168,8 @@ def metrics_table(text: str) -> str:
             continue
         labels = sorted({label for sample in family.samples for label in sample.labels} - {"le", "model_name"})
         name = family.name + "_total" * (family.type == "counter") + f"{{{', '.join(labels)}}}" * bool(labels)
-        rows.append((f"`{name}`", family.type, family.documentation.rstrip(".")))
-    return table(("name", "type", "meaning"), *sorted(rows))
+        rows.append((f"`{name}`", family.documentation.rstrip(".")))
+    return table(("name", "meaning"), *sorted(rows))
 
 
 def measured() -> EngineMetrics:
@@ -178,19 +181,6 @@ def measured() -> EngineMetrics:
     ended = {"stop": 1}
     metrics.flush(Statistics(0, 0, 1, 1, 0, 0, "goodput", 1, counters, {}, ended, latency=kept, forecast_error=errors))
     return metrics
-
-
-def aliases_table() -> str:
-    """Return the series that have names of other servers, with those names."""
-    rows = []
-    for metric in measured().collect():
-        if theirs := SERIES.get(metric.name.removeprefix("echo_"), "").split():
-            total = "_total" * (metric.type == "counter")
-            names = [
-                [f"`{each}{total}`" for each in theirs if each.startswith(start)] for start in (VLLM, TENSORRT_LLM)
-            ]
-            rows.append((f"`{metric.name}{total}`", *map(", ".join, names)))
-    return table(("series", "vLLM's name", "name on Triton's port"), *rows)
 
 
 def engine_metrics() -> str:
@@ -221,10 +211,14 @@ def raised_errors() -> Iterator[tuple[int, str, str]]:
 
 def errors_table() -> str:
     rows = [
-        (str(status), f"`{kind}`", f"`{code}`" * bool(code), NOTES["errors"][f"{status} {code}".strip()])
+        (f"{status} `{code or kind}`", NOTES["errors"][f"{status} {code}".strip()])
         for status, kind, code in sorted(set(raised_errors()))
     ]
-    return table(("status", "`type`", "`code`", "meaning and remedy"), *rows)
+    return table(("status and `code`, else `type`", "remedy"), *rows)
+
+
+def dynamo_names() -> str:
+    return ", ".join(f"`{name}`" for name in NOTES["variables"]["Dynamo's own"])
 
 
 def variables_table(title: str) -> str:
@@ -274,13 +268,12 @@ WRITTEN: dict[str, list[tuple[str, Callable[[], str]]]] = {
     "docs/metrics.md": [
         (section("The engine's"), engine_metrics),
         (section("The API server's"), server_metrics),
-        (section("Names of other servers"), aliases_table),
     ],
     "docs/openai-api.md": [
         (r"(^)\| field \| type \|(?:[^\n]*\n\|)*[^\n]*\n()", openai_table),
         (r"(^)\| `source` \|(?:[^\n]*\n\|)*[^\n]*\n()", sources_table),
     ],
-    "docs/live-page.md": [(r"(^\| `source` \| )[^;\n]*(; 0 at the root)", source_numbers)],
+    "echo_trt/engine/service/snapshots.py": [(r"(^    source: )[^;\n]*(; 0 at the root)", source_numbers)],
     "echo_trt/server/page/dom.js": [(r"(^export const SOURCES = \[\n)(?:  \{[^\n]*\n)*(\];)", page_sources)],
     "echo_trt/server/page/style.css": [
         (r"(^)  --head: [^\n]*\n(?:  --\w+: #\w+;\n)*?(  --bar-root)", partial(page_colours, 0, "  ")),
@@ -288,7 +281,10 @@ WRITTEN: dict[str, list[tuple[str, Callable[[], str]]]] = {
         (r"(^)(?:\.s-(?!target)\w+ [^\n]*\n)+()", page_lines),
     ],
     "docs/troubleshooting.md": [(section("The API server's answers"), errors_table)],
-    "docs/environment.md": [(section(title), partial(variables_table, title)) for title in NOTES["variables"]],
+    "docs/environment.md": [
+        *((section(title), partial(variables_table, title)) for title in NOTES["variables"] if title != "Dynamo's own"),
+        (r"(^Set, too, in their own meaning: )[^.]*(\.)", dynamo_names),
+    ],
 }
 
 

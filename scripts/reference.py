@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from echo_trt import errors
 from echo_trt.cli.app import app
 from echo_trt.engine import llm, params
 from echo_trt.speculation import drafts, planner, policies, super_tree
-from echo_trt.speculation.goodput import settings
 
 ROOT = Path(__file__).parents[1]
 MARK = "<!-- below: written by scripts/reference.py -->\n"
@@ -30,21 +29,36 @@ NAMED = re.compile(r"^([a-z_]+(?:, [a-z_]+)*)  +(\S.*)$")
 API: dict[str, list[Any]] = {
     "Answering": [llm.LLM],
     "Results": [params.Completion, params.Delta, params.TokenLogprobs, params.TokenSource, errors.UserError],
-    "Policies": [policies.policy, policies.Policy, super_tree.SuperTree, drafts.Draft, settings.GoodputTuning],
-    "Planners": [planner],
+    "Policies": [policies.policy, super_tree.SuperTree, drafts.Draft],
+    "Planners": [planner.Planner, planner.StepContext, planner.Plan, planner.Explanation, planner.Iteration],
 }
 
 
 def command_line() -> str:
-    """Return each command with its arguments and options, as ``echo-trt COMMAND --help`` has them."""
+    """Return each command with its arguments and options, as ``echo-trt COMMAND --help`` has them, each told once."""
     app.resolved_commands()  # of other packages, too
     text = app.generate_docs(output_format="markdown", heading_level=1)
-    text = text[text.index("\n## ") :].strip()
+    text = text[text.index("\n## echo-trt ") :].strip()  # behind the contents, which only list the headings
     text = re.sub(r"^(echo-trt[\w ]+?) -m \S+", r"\1", text, flags=re.MULTILINE)  # how Python itself was started
-    for title in ("Arguments", "Commands"):
-        text = text.replace(f"**{title}**:\n", f"{title}:\n")
-    text = text.replace("**Parameters**:\n", "Options:\n")
-    return re.sub(r"\n{3,}", "\n\n", text.replace("```console", "```")) + "\n"
+    text = text.replace("**[required]**", "Required.").replace("*[default: False]*", "")
+    text = re.sub(r"\*\[(default|choices): (.*?)\]\*", lambda each: f"({each[1]}: {each[2]})", text)
+    text = text.replace(' (default: "")', "").replace("**Parameters**:\n\n", "").replace("**Arguments**:\n\n", "")
+    lines = [line.rstrip() for line in text.replace("```console", "```").splitlines()]
+    listed = Counter(line for line in lines if line.startswith("* `"))
+    common = [line for line, number in listed.items() if number > 1]
+    kept: list[str] = []
+    for section in re.split(r"\n(?=##+ )", "\n".join(lines)):
+        own, shared = [], []
+        for line in section.splitlines():
+            (shared if line in common else own).append(line)
+        names = [re.split(r"[ ,`]", line[3:])[0] for line in shared]
+        more = [f"\nAnd [in common](#options-in-common): {', '.join(f'`{name}`' for name in names)}.\n"] * bool(names)
+        kept += own + more
+    sampled = [line for line in common if line.split("`")[1].split()[0][2:].replace("-", "_") in params.PARAMETERS]
+    kept += ["## Options in common\n", *(line for line in common if line not in sampled)]
+    names = ", ".join(f"`{line.split('`')[1]}`" for line in sampled)
+    kept.append(f"* {names}: as the [fields of a request](openai-api.md#fields-of-a-request).")
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip() + "\n"
 
 
 def documented(thing: Any) -> str:
@@ -83,9 +97,10 @@ def described(thing: Any) -> str:
     """Return a heading, a signature and the docstring of a function, or of a class and its members."""
     name = thing.__name__
     parts = [f"### {name}"]
-    if thing is not settings.GoodputTuning:  # its fields are told one by one
-        parts.append(f"```\n{signature(name, thing)}\n```")
-    parts.append(documented(thing))
+    text = documented(thing)
+    if not all(f"- `{field}`" in text for field in inspect.signature(thing).parameters):  # which the text lists
+        parts.append(f"`{signature(name, thing)}`")
+    parts.append(text)
     if isinstance(thing, type):
         rows = []
         for member, called in members(thing):
@@ -100,13 +115,7 @@ def python() -> str:
     chapters = []
     for title, things in API.items():
         chapters.append(f"## {title}")
-        for thing in things:
-            if isinstance(thing, ModuleType):
-                chapters.append(documented(thing))
-                own = [each for each in vars(thing).values() if getattr(each, "__module__", "") == thing.__name__]
-                chapters += [described(each) for each in own if isinstance(each, type) and each.__doc__]
-            else:
-                chapters.append(described(thing))
+        chapters += map(described, things)
     return "\n\n".join(chapters) + "\n"
 
 

@@ -309,7 +309,7 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
         "## Other machines, earlier versions",
         "Measured before, not repeated with this version; speedups are decode tokens/s of the default pair in bf16. "
         "CPUs are named by family and model, two cores each. `bench` measures [other "
-        "engines](quickstart-gpu.md#beside-other-engines), too.",
+        "engines](measure.md#another-engine), too.",
         _table(["what", "machine", "version", "figures"], old),
     ]
     return "\n\n".join(part if part.startswith(("|", "`")) else _prose(part) for part in sections) + "\n"

@@ -30,17 +30,17 @@ OUTCOMES = ("works", "refused", "broken")
 PAGE = """# Tested clients
 
 `scripts/proofs/clients.py` installs each client in an environment of its own, asks a server of the default bundle, and
-writes this page. A feature works, is *refused* by a sentence that the client shows, or is broken. Claude Code
-asked a bundle of the same weights with a context of 32,768 tokens, GenAI-Perf and tritonclient a server with Triton.
-To repeat it, in a clone, with npm for some clients:
+writes this page. A feature works, is *refused* by a sentence that the client shows, or is broken;
+`scripts/proofs/clients_parts` has what is asked. Claude Code asked a bundle of the same weights with a context of 32,768
+tokens, GenAI-Perf and tritonclient a server with Triton. [Settings to paste](agents.md). To repeat it, with npm for some:
 
 ```
 echo-trt serve bundles/smollm2-135m
 python scripts/proofs/clients.py --folder clients --page docs/clients.md       # in a second terminal
 ```
 
-| client | version | works | refused or broken |
-|---|---|---|---|
+Each with its version, and the number of features that work:
+
 """
 
 
@@ -133,9 +133,9 @@ def main(
 
 def _line(name: str, rows: list[list[str]]) -> str:
     """Return a client's row of the page."""
-    works = "; ".join(feature for _, feature, outcome, _ in rows if outcome == "works")
-    others = [f"{feature} {outcome}: {output}" for _, feature, outcome, output in rows if outcome != "works"]
-    return f"| {name} | {rows[0][0]} | {works} | {'; '.join(others).replace('|', '/')} |\n"
+    works = sum(outcome == "works" for _, _, outcome, _ in rows)
+    others = [f"{feature} {outcome}" for _, feature, outcome, _ in rows if outcome != "works"]
+    return f"- {name} {rows[0][0]}: {'; '.join([str(works), *others])}\n"
 
 
 def _rows(client: Client, folder: Path, facts: Mapping[str, str]) -> tuple[str, list[tuple[str, str, str]]]:

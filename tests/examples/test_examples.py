@@ -67,8 +67,8 @@ def test_a_policy_in_one_file_writes_plain_decoding_s_text(name, bundle_of, tmp_
     assert {row["policy"] for row in json.loads(figures.read_text())["results"]} == {"autoregressive", name}
 
 
-def test_readme_s_python(bundle_of):
-    [program] = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def test_the_python_of_its_page(bundle_of):
+    [program] = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python-api.md").read_text(), re.MULTILINE | re.DOTALL)
     assert "bundles/smollm2-135m" in program
     assert run(sys.executable, "-c", program.replace("bundles/smollm2-135m", str(bundle_of("close")))).strip()
 

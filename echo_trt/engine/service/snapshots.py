@@ -1,6 +1,16 @@
-"""Snapshots of the engine's latest iterations, for the live page. Fields and units: docs/live-page.md.
+"""Snapshots of the engine's latest iterations, for the live page.
 
 A snapshot holds shapes and figures, neither text nor tokens: a viewer need not be the client whose answer is made.
+``recent`` has columns, an entry per iteration since the last snapshot, times in Unix seconds and milliseconds; ``last``
+is the latest iteration that verified anything, or None. Its ``requests`` have an ``id`` and columns, an entry per node,
+parents before children:
+
+    parent: index of the node above, -1 at the root
+    source: 0 head, 1 lookup, 2 both, 3 ngram, 4 grammar, 5 prediction; 0 at the root
+    chance: the planner's P(accept), 0 to 1
+    fate: 0 root (the request's last token), 1 accepted, 2 verified and rejected, 3 considered and not verified
+
+``SNAPSHOT_FORMAT`` changes with a name, a unit or a meaning, not with an added field.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ export function setUp() {
   draw();
 }
 
-/** A snapshot of the server's; its fields are described in docs/live-page.md. */
+/** A snapshot of the server's; its fields are described in echo_trt/engine/service/snapshots.py. */
 export function show(now) {
   const time = performance.now() / 1000;
   if (past.length && past.at(-1).totals.iterations > now.totals.iterations) past = [];

@@ -23,7 +23,7 @@ from echo_trt_lab.simulation.traffic import Traffic
 from echo_trt_lab.simulation.walk import Recording
 
 SHARE = 0.25  # of requests that are interactive
-SATURATED = 10.0  # seconds of a run with as many requests as can run, which tells the capacity
+SATURATED = 10.0  # seconds of a run with as many requests as can run, which tells the capacity; more if few end
 BACKLOG = 50  # requests per slot of that run; larger: short answers do not end it earlier, and it begins later
 DRAIN = 1.0  # times the seconds of arrivals for which the last answers are waited for
 #: A row's name -> its policy, whether it has targets, and whether requests are refused whose targets cannot be kept.
@@ -70,7 +70,9 @@ def run_loads(
 
     drawn = arrivals.drawn(1000.0, 1000.0, SHARE, seed=1)[: BACKLOG * job.slots]
     backlog = [Arrival(0.0, each.prompt, each.kind) for each in drawn]
-    full = serve("goodput", backlog, SATURATED, False)
+    seconds = SATURATED
+    while len((full := serve("goodput", backlog, seconds, False)).done) < job.slots:
+        seconds *= 2
     capacity = len(full.done) / full.now
     result["capacity"] = {"requests_per_s": round(capacity, 2), "tokens_per_s": round(full.tokens / full.now, 1)}
     with output_file("--json", job.json_file, (job.recording, job.calibration)) as write_json:
