@@ -94,7 +94,7 @@ def median(values: Sequence[float]) -> str:
 
 
 def restart(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
-    texts = prompts(job.bundle, 3, job.tokens)
+    texts = prompts(job.bundle, 2, job.tokens)
     door = "--triton --http-port {free} --grpc-port {free} --metrics-port {free}" if job.triton else ""
     command = serve(job.bundle, f"--store {folder / 'store'}", door)
     with started("cold", command) as url:
@@ -114,7 +114,7 @@ def restart(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
 def crossover(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
     with closing(Kept(job.bundle, folder / "store")) as kept:
         kept.first(prompts(job.bundle, 1, 500, 9)[0])
-        for tokens in (job.tokens // 4, job.tokens):
+        for tokens in (job.tokens,):
             (ids,) = prompts(job.bundle, 1, tokens, tokens)
             cold, memory = kept.first(ids), min(kept.first(ids) for _ in range(3))
             prefixes = kept.reopen()
@@ -232,9 +232,9 @@ def main() -> int:
     options.add_argument("--tokens", type=int, default=LONG, help="of the long prompt")
     options.add_argument("--blocks", type=int, default=10_000)
     options.add_argument("--kills", type=int, default=50, help="of a process that writes")
-    options.add_argument("--engine-kills", type=int, default=50, help="of a server's engine, while it writes")
+    options.add_argument("--engine-kills", type=int, default=12, help="of a server's engine, while it writes")
     options.add_argument("--rounds", type=int, default=6, help="of the servers' turns")
-    options.add_argument("--seconds", type=float, default=15, help="of a turn")
+    options.add_argument("--seconds", type=float, default=10, help="of a turn")
     options.add_argument("--folder", type=Path, help="where stores are made; default: the system's temporary files")
     job, rows = options.parse_args(), list[Row]()
     logging.getLogger("echo_trt").addHandler(logging.NullHandler())  # what the store complains of is counted
