@@ -36,7 +36,7 @@ EARLIER = Path(__file__).with_name("earlier.yaml")
 IMAGES = Path("docs", "img")
 DEMO = ROOT / "scripts" / "demo_prompts.jsonl"
 BATCHES = "1,2,4,8,16"
-#: Of a run that is published; a shorter one is called a trial. Policies take turns by seconds, so that one round will do.
+#: Of a run that is published; a shorter one is called a trial. Policies take turns by seconds, so one round will do.
 REQUESTS, ROUNDS, MAX_TOKENS = 32, 1, 64
 PLAIN, DEFAULT, EXACT = "autoregressive", "goodput", "goodput-exact"
 HEAD_ALONE = "goodput-head"
