@@ -181,7 +181,11 @@ def block(run: Run) -> str:
     """README's part: speed by concurrent requests."""
     batches = sorted({row["batch"] for row in run["results"]})
     rows = [[NAMES[p], *(_speed(_row(run, p, batch)) for batch in batches)] for p in SHOWN]
-    made = run["published"]
+    made, second = run["published"], run.get("second")
+    if second:
+        measured = {row["batch"] for row in second["results"]}
+        speeds = {p: [_speed(_row(second, p, b)) if b in measured else "-" for b in batches] for p in SHOWN[::2]}
+        rows += [[f"{second['bundle']}: {NAMES[p]}", *shown] for p, shown in speeds.items()]
     return "\n".join(
         [
             _prose(
