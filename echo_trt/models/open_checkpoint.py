@@ -7,6 +7,7 @@ from pathlib import Path
 
 from echo_trt.errors import UserError
 from echo_trt.files.inputs import is_gguf
+from echo_trt.models.blocks_checkpoint import BlocksCheckpoint
 from echo_trt.models.checkpoint import Checkpoint, SafetensorsCheckpoint
 from echo_trt.models.fp8_checkpoint import dequantised
 
@@ -19,7 +20,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _gguf(path, path.stat().st_size, path.stat().st_mtime_ns)
     if path.is_file():
         raise UserError(f"checkpoint {path} is a single file and no GGUF file; give a Hugging Face folder or one.")
-    return dequantised(SafetensorsCheckpoint(path))
+    checkpoint = SafetensorsCheckpoint(path)
+    return BlocksCheckpoint(path) if "block_types" in checkpoint.config else dequantised(checkpoint)
 
 
 @lru_cache(1)  # a build opens it for its recipe, its engine and its weights, and a vocabulary takes a second

@@ -4,6 +4,7 @@
     python scripts/training/train_eagle3.py generate BUNDLE --prompts FILE --data SHARDS
     python scripts/training/train_eagle3.py train --target CHECKPOINT --data SHARDS --out HEAD --minutes 45
     python scripts/training/train_eagle3.py train --block 6 --start HEAD --target CHECKPOINT --data SHARDS --out DRAFTER
+    python scripts/training/train_eagle3.py shrink HEAD --out SMALL_HEAD
     python scripts/training/train_eagle3.py ngrams --target CHECKPOINT --data SHARDS --out HEAD/ngrams.npz
 
 ``init`` is for a target that has no head yet: BUNDLE is built with what it writes, for the target's features. Progress
@@ -40,7 +41,15 @@ from echo_trt_lab.ngram_tables import over, write_ngrams
 from echo_trt_lab.training.answers import record, write_answers
 from echo_trt_lab.training.corpus import Corpus, draft_vocabulary, features_path
 from echo_trt_lab.training.features import missing_features, write_features
-from echo_trt_lab.training.head import block_config_of, feature_scale, head_config, save_head, start_from, warm_start
+from echo_trt_lab.training.head import (
+    block_config_of,
+    feature_scale,
+    head_config,
+    save_head,
+    start_from,
+    warm_start,
+    write_in_blocks,
+)
 from echo_trt_lab.training.loop import Trainer, TrainingRecipe, load_state
 from echo_trt_lab.training.ngrams import count, held_out, read_texts, right
 
@@ -57,7 +66,7 @@ def init(
 ) -> None:
     """Write a head that has learnt nothing, for the first bundle of a target that has none."""
     checkpoint = open_checkpoint(target)
-    decoder = load_decoder(checkpoint, 1)
+    decoder = load_decoder(checkpoint, 1, torch.bfloat16)
     config = decoder.config
     ids = torch.arange(min(DRAFT_VOCAB, config.vocab_size))
     scale = torch.ones(3 * config.hidden_size)
@@ -123,8 +132,9 @@ def train(
     )
     checkpoint = open_checkpoint(target)
     positions = max_length + recipe.unroll_steps
-    decoder = load_decoder(checkpoint, positions).to(device)
+    decoder = load_decoder(checkpoint, positions, torch.bfloat16).to(device)
     _prepare_features(decoder, data)
+    decoder.layers = decoder.layers[-1:]  # the others have had their say
     corpus = Corpus(data, max_length)
     size = f"{len(corpus.training):,} samples of {corpus.response_tokens:,} response tokens"
     console.print(f"{size}, and {len(corpus.held_out)} samples held out", highlight=False, soft_wrap=True)
@@ -136,6 +146,17 @@ def train(
     with _progress("training") as report:
         agreement = trainer.train(report)
     console.print(f"{out}: step {trainer.step}, held out: {agreement}", highlight=False, soft_wrap=True)
+
+
+@app.command
+def shrink(
+    head: Annotated[Path, Parameter(help="a folder that train has written")],
+    out: Annotated[Path, Parameter(help="folder for the smaller head")],
+) -> None:
+    """Write a head with its matrices in blocks of 4 bits, which the engine cpu takes as they are."""
+    write_in_blocks(head, out)
+    size = (out / "model.safetensors").stat().st_size / 1e6
+    console.print(f"{out}: {size:.1f} MB", highlight=False, soft_wrap=True)
 
 
 @app.command
