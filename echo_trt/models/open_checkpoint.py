@@ -9,7 +9,9 @@ from echo_trt.errors import UserError
 from echo_trt.files.inputs import is_gguf
 from echo_trt.models.blocks_checkpoint import BlocksCheckpoint
 from echo_trt.models.checkpoint import Checkpoint, SafetensorsCheckpoint
+from echo_trt.models.families import FAMILIES
 from echo_trt.models.fp8_checkpoint import dequantised
+from echo_trt.models.split_checkpoint import SplitCheckpoint
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -21,7 +23,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_file():
         raise UserError(f"checkpoint {path} is a single file and no GGUF file; give a Hugging Face folder or one.")
     checkpoint = SafetensorsCheckpoint(path)
-    return BlocksCheckpoint(path) if "block_types" in checkpoint.config else dequantised(checkpoint)
+    if "block_types" in checkpoint.config:
+        return BlocksCheckpoint(path)
+    architecture = str((checkpoint.config.get("architectures") or [""])[0])
+    family = next((family for family in FAMILIES.values() if family.architecture == architecture), None)
+    opened = dequantised(checkpoint)
+    return SplitCheckpoint(opened, family) if family and family.merged else opened
 
 
 @lru_cache(1)  # a build opens it for its recipe, its engine and its weights, and a vocabulary takes a second
