@@ -67,6 +67,9 @@ def test_a_stop_string_ends_an_answer_where_it_begins(path, streamed):
 
 
 def test_what_is_known_of_calls_goes_to_the_engine_in_tokens(path, bundle_of):
+    calls, encode = (("the theme", "a thing"), ("the",)), load_tokenizer(bundle_of("close")).encode
+    wanted = [[encode(part, add_special_tokens=False) for part in each] for each in calls]
+
     async def asked() -> Submit:
         client, submit = TextClient(path), Submit(prompt=[], params=SamplingParams(4, ignore_eos=True))
         prompt = ChatPrompt([{"role": "user", "content": "the theme"}], calls=calls)
@@ -76,10 +79,6 @@ def test_what_is_known_of_calls_goes_to_the_engine_in_tokens(path, bundle_of):
             await client.close()
         return submit
 
-    encode = load_tokenizer(bundle_of("close")).encode
-    wanted = [
-        [encode(part, add_special_tokens=False) for part in each] for each in (("the theme", "a thing"), ("the",))
-    ]
     assert asyncio.run(asked()).calls == wanted
 
 
