@@ -68,7 +68,9 @@ def test_a_policy_in_one_file_writes_plain_decoding_s_text(name, bundle_of, tmp_
 
 
 def test_the_python_of_its_page(bundle_of):
-    [program] = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python-api.md").read_text(), re.MULTILINE | re.DOTALL)
+    [program] = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/python-api.md").read_text(), re.MULTILINE | re.DOTALL
+    )
     assert "bundles/smollm2-135m" in program
     assert run(sys.executable, "-c", program.replace("bundles/smollm2-135m", str(bundle_of("close")))).strip()
 
