@@ -82,6 +82,10 @@ class Engine(Protocol):
         confidence  float32 [R, 1], of a block drafter with a confidence head: its logit, without the token's part
         """
 
+    def launch(self, call: ForwardBatch, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Run a call, without waiting for a device that has yet to compute logits: whoever reads them does."""
+        return self.run(call, **inputs)
+
     def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy KV rows of all layers. All sources are read before a target is written.
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from echo_trt.backends.base import COLLECTIVES, DOMAIN, METADATA, OPERATOR
 from echo_trt.models.layers import Attend
-from echo_trt.models.roles import Role, TargetModule
+from echo_trt.models.roles import Role, TargetModule, computed_in
 from echo_trt.models.weights import TYPES
 from echo_trt.speculation.pack import BLOCK
 
@@ -117,11 +117,11 @@ class _Graph(nn.Module):
         return self.role(inputs, logit_rows, self._attend(metadata, caches))
 
     def _attend(self, metadata: list[Tensor], caches: list[Tensor]) -> Attend:
-        config, longest = self.role.network.config, self.role.network.rotary.cos.shape[0]
+        network, config = self.role.network, self.role.network.config
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             pools = caches[2 * layer : 2 * layer + 2]
-            attributes = config.num_kv_heads, config.head_dim, longest, config.window_of(layer)
+            attributes = config.num_kv_heads, config.head_dim, len(network.rotary.cos), config.window_of(layer)
             return torch.ops.echo.super_tree_attention(query, key, value, *pools, *metadata, *attributes)
 
         return attend
@@ -129,7 +129,7 @@ class _Graph(nn.Module):
 
 def _example(role: Role) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
     """Make the tracer's inputs, of different sizes along different axes."""
-    config, dtype = role.network.config, role.network.norm.weight.dtype
+    config, dtype = role.network.config, computed_in(role.network)
     inputs = {"token_ids": torch.zeros(5, dtype=torch.long), "positions": torch.arange(5)}
     if isinstance(role, TargetModule) and role.states:
         inputs |= _tree_inputs(role)

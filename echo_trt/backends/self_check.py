@@ -15,7 +15,7 @@ from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.manifest import SelfCheck
 from echo_trt.errors import UserError
 from echo_trt.models.config import BlockConfig
-from echo_trt.models.roles import BlockModule, HeadModule, Role, TargetModule
+from echo_trt.models.roles import BlockModule, Role, TargetModule
 from echo_trt.models.weights import release_weights
 from echo_trt.speculation.pack import BLOCK, BlockShape, ForwardBatch, pack, pack_blocks
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
@@ -120,7 +120,7 @@ def _calls(role: Role, table: np.ndarray, text: np.ndarray | None) -> list[Check
 
 def _window(role: Role) -> int:
     """Return the most tokens that a layer with a window sees; 0: no layer has one."""
-    return max(role.network.config.window_of(layer) for layer in range(role.num_layers))
+    return max((role.network.config.window_of(layer) for layer in range(role.num_layers)), default=0)
 
 
 def _beyond(role: Role, window: int) -> list[CheckedCall]:
@@ -166,7 +166,7 @@ def block_shape(config: BlockConfig) -> BlockShape:
 
 
 def _head_inputs(role: Role, call: ForwardBatch) -> dict[str, np.ndarray]:
-    if not isinstance(role, HeadModule):
+    if "hidden" not in role.inputs:
         return {}
     rng, config = np.random.default_rng(1), role.network.config
     count = len(call.token_ids)

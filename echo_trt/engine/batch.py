@@ -50,6 +50,7 @@ class InputBatch:
         self.length, self.committed, self.limit, self.prompt_length = ints(count), ints(count), ints(count), ints(count)
         self.admitted = ints(count)  # serial number of the admission: the youngest has the highest
         self.verifications = ints(count)
+        self.saved = np.full((count, 2), np.nan)  # seconds, as of ``Request.saved``
         self.counted = np.ones(count, bool)  # whether counters have a slot's tokens
         self.sampling = np.array([_row(SamplingParams())] * count, SAMPLING)
         self.biased = ints(count)
@@ -57,6 +58,9 @@ class InputBatch:
         self.grammar = np.full(count, None, object)  # grammar.state.State of each text, None where all may follow
         self.prediction = np.empty(count, object)  # tokens int64 [n] that a slot's client expects
         self.prediction.fill(NO_PREDICTION)
+        self.predicted = ints(count)  # tokens of a slot's prediction
+        self.calls = np.full(count, None, object)  # skeleton int64 [n] of a slot's tool calls (``sources.calls``)
+        self.may_call = np.zeros(count, bool)  # whether it has any
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
         self.blocks = KVBlocks(count, blocks_for(context + reserve), num_blocks, prefix_cache, first_block)
 
@@ -128,13 +132,14 @@ class InputBatch:
     def set_params(self, slot: int, params: SamplingParams) -> None:
         self.sampling[slot] = _row(params)
         self.biased[slot] = biased = len(params.logit_bias)
-        self.prediction[slot] = np.array(params.prediction_ids, np.int64)
+        self.prediction[slot] = predicted = np.array(params.prediction_ids, np.int64)
+        self.predicted[slot] = len(predicted)
         self.bias_tokens[slot, :biased], self.bias[slot, :biased] = [*params.logit_bias], [*params.logit_bias.values()]
 
     def release(self, slot: int) -> None:
         """Free the slot and its blocks; those of committed text stay in the cache."""
         self.blocks.release(slot, self.publish(slot))
-        self.grammar[slot], self.prediction[slot] = None, NO_PREDICTION
+        self.grammar[slot], self.prediction[slot], self.predicted[slot] = None, NO_PREDICTION, 0
         self.active[slot] = False
 
     def append(

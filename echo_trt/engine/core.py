@@ -139,12 +139,13 @@ class EngineCore:
         verified, target = self._verify(plan, slots, chunks)
         with self._timed("accept"):
             path, tokens = accept(verified.tree, verified.next_token)
+        before = self.batch.length[slots]
         with self._timed("commit"):
             emitted = self._commit(verified, path, tokens, chunks)
         drafting = draft.seconds if draft else 0.0
         seconds = time.perf_counter() - begin
         rows = np.concatenate((plan.tree.sizes, chunks.counts))
-        self.pacer.ran(np.concatenate((slots, chunks.slots)), rows, seconds)
+        self.pacer.ran(np.concatenate((slots, chunks.slots)), rows, seconds, len(chunks.owner))
         iteration = Iteration(
             plan=plan,
             load=load,
@@ -157,7 +158,7 @@ class EngineCore:
             host=seconds - planning - drafting - target.seconds,
         )
         if speculates:
-            self._charge(iteration, emitted[: len(slots)])
+            self._charge(iteration, self.batch.length[slots] - before, emitted)
             self._ask(lambda: self.planner.observe(iteration))
         if step_callback:
             step_callback(StepTrace(iteration, ids, drafting, sum(len(new) for _, new in emitted), time.time()))
@@ -180,16 +181,19 @@ class EngineCore:
                 )
             return None
 
-    def _charge(self, iteration: Iteration, emitted: Emitted) -> None:
-        """Add what the requests that decoded have saved against plain decoding, where the policy knows it."""
-        plain = self._ask(lambda: self.planner.plain_cost(iteration.load)) if emitted else None
+    def _charge(self, iteration: Iteration, kept: np.ndarray, emitted: Emitted) -> None:
+        """Add what the requests that decoded have saved against plain decoding, where the policy knows it.
+
+        kept  int64 [B], tokens that their texts have got
+        """
+        slots, batch = iteration.load.slots, self.batch
+        plain = self._ask(lambda: self.planner.plain_cost(iteration)) if len(slots) else None
         if plain is None:
             return
-        kept = np.array([len(tokens) for _, tokens in emitted])
-        saved, error = self.bill.charge(iteration, kept, plain, self.proposer)
-        for (request, _), seconds, wrong in zip(emitted, saved.tolist(), error.tolist(), strict=True):
-            before = request.saved or (0.0, 0.0)
-            request.saved = before[0] + seconds, before[1] + wrong
+        charged = np.stack(self.bill.charge(iteration, kept, plain, self.proposer), axis=1)
+        batch.saved[slots] = np.nan_to_num(batch.saved[slots]) + charged
+        for i in np.flatnonzero(~batch.active[slots]):  # they have left
+            emitted[i][0].saved = tuple(batch.saved[slots[i]].tolist())
 
     def _hold_for_decoding(self) -> np.ndarray:
         """Return decoding slots, which hold KV blocks for their drafts and verifications; the least urgent give way."""
@@ -276,7 +280,7 @@ class EngineCore:
             nodes = call.seq_begins[1:] - call.seq_begins[:-1] - 1
             context, node_context = int(call.past_lens.sum()), int((nodes * call.past_lens).sum())
         begin = time.perf_counter()
-        outputs = self.target.run(call)
+        outputs = self.target.launch(call)
         finishing = chunks.slots[ends]  # prompts that emit their next token
         verified = TargetOutput(
             tree=plan.tree.with_roots(batch.tokens[finishing, batch.length[finishing] - 1]),

@@ -120,6 +120,9 @@ CostsFile = Annotated[
         "bundle.",
     ),
 ]
+DrainSeconds = Annotated[
+    int, Parameter("--drain-timeout", help="Seconds that SIGTERM waits for requests in flight.", validator=bounds(1))
+]
 StoreFolder = Annotated[
     Path | None,
     Parameter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -92,7 +93,8 @@ class Request:
     at times of time.monotonic().
 
     drafts  draft tokens of each verification that had any, and those of them that the text went on behind
-    saved   as of ``Event``, with its error
+    saved   as of ``Event``, with its error; NaN: unknown
+    calls   int64 [n], the skeleton of the calls of its tools (``sources.calls``)
     """
 
     id: int
@@ -104,7 +106,8 @@ class Request:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt but its first token
     verifications: int = 0
     drafts: list[tuple[int, int]] = field(default_factory=list)
-    saved: tuple[float, float] | None = None
+    saved: tuple[float, float] = (math.nan, 0.0)
+    calls: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     cached_tokens: int | None = None
     finish_reason: str = ""
     slot: int = -1

@@ -132,15 +132,19 @@ class TargetOutput:
         walk is not known before.
         """
         logits, tree = self.outputs["logits"], self.tree
-        tokens: np.ndarray = logits.argmax(axis=1)[: len(tree)]
-        if not self._greedy:
-            slots = self._slots_of(np.arange(len(tree)))
-            sampled = self.batch.sampling["adjusted"][slots] | (self.batch.sampling["temperature"][slots] > 0)
-            nodes = np.argsort(np.where(sampled, tree.depth, len(tree)), kind="stable")[: sampled.sum()]
-            order = np.full(len(tree) + 1, -1)  # parent -1 is the last one
-            order[nodes] = np.arange(len(nodes))
-            parent = np.where(self.batch.grammar[slots[nodes]].astype(bool), -1, order[tree.parent[nodes]])
-            tokens[nodes] = logits.choose(nodes, self._choice(nodes), parent, tree.token[nodes])
+        if self._greedy:
+            best: np.ndarray = logits.argmax(axis=1)[: len(tree)]
+            return best
+        slots = self._slots_of(np.arange(len(tree)))
+        sampled = self.batch.sampling["adjusted"][slots] | (self.batch.sampling["temperature"][slots] > 0)
+        nodes = np.argsort(np.where(sampled, tree.depth, len(tree)), kind="stable")[: sampled.sum()]
+        order = np.full(len(tree) + 1, -1)  # parent -1 is the last one
+        order[nodes] = np.arange(len(nodes))
+        parent = np.where(self.batch.grammar[slots[nodes]].astype(bool), -1, order[tree.parent[nodes]])
+        # Prepared and launched while the device still computes the logits: nothing was read so far, and nobody waits.
+        chosen = logits.choose(nodes, self._choice(nodes), parent, tree.token[nodes])
+        tokens = np.empty(len(tree), np.int64) if sampled.all() else logits.argmax(axis=1)[: len(tree)]
+        tokens[nodes] = chosen
         return tokens
 
     def wait(self) -> None:

@@ -111,7 +111,7 @@ class Scheduler:
             request.cached_tokens = int(batch.blocks.found[slot])
         request.generated = batch.tokens[slot, batch.prompt_length[slot] : batch.length[slot]].tolist()
         request.grammar = batch.grammar[slot]
-        request.started = self._pacer.end(slot)
+        request.started, request.saved = self._pacer.end(slot), tuple(batch.saved[slot].tolist())
         batch.release(slot)
         self.forget(slot)
         self._request_in[slot], request.slot = None, -1
@@ -141,6 +141,11 @@ class Scheduler:
         batch.stop_tokens[slot] = -1
         batch.stop_tokens[slot, : len(stops)] = stops
         batch.verifications[slot], batch.counted[slot] = request.verifications, not request.probe
+        batch.saved[slot], batch.calls[slot], batch.may_call[slot] = (
+            request.saved,
+            request.calls,
+            len(request.calls) > 0,
+        )
         latency, behind_first = Latency.of(params.latency), max(len(request.generated) - 1, 0)
         self._pacer.begin(slot, latency, request.submitted, request.started, behind_first, request.sender.tenant)
         batch.admitted[slot], self.admissions = self.admissions, self.admissions + 1

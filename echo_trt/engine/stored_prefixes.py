@@ -45,8 +45,6 @@ TRIES = 3  # copies of a block while the cache gives up others; larger: more blo
 REST = 60.0  # seconds without writing after the disk has refused it, and between two copies of what was learnt
 PATIENCE = 5.0  # seconds that the end waits for what is not yet written; larger: more of it is kept, a later end
 
-Bytes = Callable[[], bytes]
-
 
 def keep_prefixes(llm: LLM, folder: Path | None, size: str) -> StoredPrefixes | None:
     """Let the prefix cache of ``llm`` outlive it in a store; None, with a sentence in the log, where that cannot be."""
@@ -63,9 +61,7 @@ def keep_prefixes(llm: LLM, folder: Path | None, size: str) -> StoredPrefixes | 
     except UserError as error:
         log.warning("--store is not used: %s", error)
         return None
-    prefixes = StoredPrefixes(store, llm, llm.tuning.costs.target.curve())
-    prefixes.keeps(f"learnt by {loop.planner.name}", loop.planner.dump, loop.planner.load)
-    return prefixes
+    return StoredPrefixes(store, llm, llm.tuning.costs.target.curve())
 
 
 def scope_of(manifest: Manifest, networks: Sequence[Sequence[np.ndarray]]) -> bytes:
@@ -87,7 +83,7 @@ def scope_of(manifest: Manifest, networks: Sequence[Sequence[np.ndarray]]) -> by
 
 
 class StoredPrefixes:
-    """The store of an LLM's prefix cache, and of what else it has learnt (``keeps``).
+    """The store of an LLM's prefix cache, and of what its policy has learnt.
 
     ``restore`` and ``released`` are called on the engine's thread.
     """
@@ -98,30 +94,25 @@ class StoredPrefixes:
         self._batch, self._blocks, self._costs = llm.loop.batch, llm.loop.batch.blocks, costs
         self._rate, self._damaged, self._resting, self._learnt = RATE, 0, 0.0, time.monotonic()
         self._declined = np.full(self._batch.count, -1)  # [S], serial number of the request whose blocks stay unread
-        self._states: dict[str, Bytes] = {}
         self._buffers = {drafted: bytearray(sum(v.nbytes for v in self._views(0, drafted))) for drafted in (0, 1)}
+        self._planner, self._state = llm.loop.planner, f"learnt by {llm.loop.planner.name}"
+        self._load_learnt()
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="store", daemon=True)
         self._thread.start()
         self._loop.restore, self._blocks.released = self.restore, self.released
 
-    def keeps(self, name: str, dump: Bytes, load: Callable[[bytes], None]) -> None:
-        """Let a state outlive the process; it is loaded at once where one was kept.
-
-        ``dump`` is called on the engine's thread, where a request leaves, and at the end.
-        """
-        content = self._store.state(name)
+    def _load_learnt(self) -> None:
         try:
-            if content:
-                load(content)
+            if content := self._store.state(self._state):
+                self._planner.load(content)
         except (ValueError, KeyError) as error:
-            log.warning("%s is not taken from the store (%s); it is learnt anew.", name, error)
-        self._states[name] = dump
+            log.warning("what was %s is not taken from the store (%s); it is learnt anew.", self._state, error)
 
     def close(self) -> None:
         """Write what is left and close the store; nothing may be running."""
         self._loop.restore, self._blocks.released = None, lambda keys: None
-        self._keep_states()
+        self._keep_learnt()
         self._tasks.put(None)
         self._thread.join(PATIENCE)
         if not self._thread.is_alive():
@@ -134,12 +125,11 @@ class StoredPrefixes:
         if keys:
             self._tasks.put(partial(self._keep, keys))
         if time.monotonic() > self._learnt + REST:
-            self._keep_states()
+            self._keep_learnt()
 
-    def _keep_states(self) -> None:
+    def _keep_learnt(self) -> None:
         self._learnt = time.monotonic()
-        for name, dump in self._states.items():
-            self._tasks.put(partial(self._store.keep_state, name, dump()))
+        self._tasks.put(partial(self._store.keep_state, self._state, self._planner.dump()))
 
     def restore(self, slots: np.ndarray, alone: bool) -> np.ndarray:
         """Read what the store has of the texts of prefilling ``slots`` int64 [n], where that takes less than computing.
@@ -220,6 +210,8 @@ class StoredPrefixes:
     # -- the store's thread ----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        if sys.platform == "linux":  # where threads have priorities of their own: a pass goes before writing
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         while (task := self._tasks.get()) is not None:
             if time.monotonic() < self._resting:
                 continue

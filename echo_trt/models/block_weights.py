@@ -15,7 +15,7 @@ from echo_trt.models.block_config import block_config, fitted
 from echo_trt.models.checkpoint import Checkpoint
 from echo_trt.models.config import BlockConfig, DecoderConfig
 from echo_trt.models.decoder import Decoder
-from echo_trt.models.layers import Rotary
+from echo_trt.models.layers import Embedding, Rotary
 from echo_trt.models.weights import (
     _assign,
     _layer_sources,
@@ -69,7 +69,7 @@ def load_block(
             "%s has a Markov head, which is left out: its drafts are used without that correction.", checkpoint.path
         )
     with torch.device("meta"):
-        model = block_network(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
+        model = block_network(config, positions, Embedding(config.vocab_size, config.hidden_size))
     sources = anchored_sources(config) if config.anchored else dflash_sources(config)
     sources |= {"embed.weight": ["embed_tokens.weight"], "lm_head.weight": ["lm_head.weight"]}
     if "embed_tokens.weight" not in names:

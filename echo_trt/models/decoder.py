@@ -9,7 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from echo_trt.models.config import DecoderConfig, Eagle3Config
-from echo_trt.models.layers import MLP, Attend, Attention, Experts, Linear, ReadBlocks, RMSNorm, Rotary, widened
+from echo_trt.models.layers import (
+    MLP,
+    Attend,
+    Attention,
+    Embedding,
+    Experts,
+    Linear,
+    ReadBlocks,
+    RMSNorm,
+    Rotary,
+    widened,
+)
 from echo_trt.models.ranks import all_gather
 
 
@@ -54,7 +65,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, positions: int):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.rotary = Rotary(config, positions)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)

@@ -1,4 +1,4 @@
-"""FP8 checkpoints, read as e4m3 weights times their scales, or as FP8 rows with a scale each.
+"""FP8 checkpoints, read as e4m3 weights times their scales, or as FP8 matrices with a scale per row or block.
 
 ModelOpt (quant_algo FP8, or FP8_PER_CHANNEL_PER_TOKEN) and compressed-tensors (strategy tensor, channel or block) store
 a ``weight_scale`` per tensor, output channel or block. quant_method fp8, which Qwen publishes, stores one
@@ -13,18 +13,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from echo_trt.errors import UserError
-from echo_trt.models.fp8_linear import E4M3, quantise_rows
+from echo_trt.models.fp8_linear import BLOCK_COLUMNS, E4M3
 
 if TYPE_CHECKING:
     from echo_trt.models.checkpoint import Checkpoint, Part
 
-#: Error of a block of weights whose rows are quantised again, as a share of its norm. Larger: more matrices are
-#: computed in FP8, and less exactly. Rounding to e4m3 alone is 0.027 off.
-AGREEMENT = 0.04
 MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 _SCALE = re.compile(r"\.(weight_scale|weight_scale_inv|input_scale|k_scale|v_scale)$")
 
@@ -63,16 +58,20 @@ class Fp8Checkpoint:
         row, column = (torch.arange(size)[chosen] for size, chosen in zip(shape, slices, strict=True))
         return tensor.float() * grid[row // rows][:, column // columns]
 
-    def rows(self, name: str, part: Part = ()) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Read a matrix in FP8 or a part of it as e4m3 [n, k] and a scale per row, float32 [n, 1].
+    def in_fp8(self, name: str, part: Part = ()) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Read a matrix in FP8 or a part of it as stored: e4m3 [n, k], and scales float32 [n, 1] or of its blocks.
 
-        Scales of rows are the stored ones. Rows of blocks are quantised again; None where they would be too far off.
+        None where the matrix or the part does not begin and end with a block, or blocks are not of BLOCK_COLUMNS.
         """
-        grid, (rows, columns) = self._scales_of(name)
-        if grid.shape[1] > 1:
-            return requantised(self.get(name, part), (rows, columns))
-        row = torch.arange(self.shape(name)[0])[part[0] if part else slice(None)]
-        return self._stored.get(name, part), grid[row // rows]
+        grid, block = self._scales_of(name)
+        weight, shape = self._stored.get(name, part), self.shape(name)
+        slices = part or tuple(slice(0, size) for size in shape)
+        if grid.shape[1] == 1:
+            return weight, grid[torch.arange(shape[0])[slices[0]] // block[0]]
+        edges = [(chosen.start, chosen.stop, size) for chosen, size in zip(slices, block, strict=True)]
+        if block[1] not in BLOCK_COLUMNS or any(begin % size or end % size for begin, end, size in edges):
+            return None
+        return weight, grid[tuple(slice(begin // size, end // size) for begin, end, size in edges)]
 
     def _scales_of(self, name: str) -> tuple[torch.Tensor, tuple[int, int]]:
         """Return the scales of a weight, float32 [rows of blocks, columns of blocks], and the sizes of a block."""
@@ -135,20 +134,3 @@ def _compressed(scheme: dict[str, Any]) -> tuple[str, tuple[int, int] | None] | 
     if (kind, bits) != ("float", 8):
         return f"of {bits} bits ({kind})", None
     return str(strategy), (block[0], block[1]) if len(block) == 2 else None
-
-
-def requantised(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
-    """Quantise the rows of ``weight`` float32 [O, I], which had a scale per block of ``block`` rows and columns.
-
-    Returns None where a block would be further off than AGREEMENT.
-    """
-    rows, scale = quantise_rows(weight)
-    off = _block_norms(rows.float() * scale - weight, block) / _block_norms(weight, block).clamp(min=1e-30)
-    return (rows, scale) if off.max() <= AGREEMENT else None
-
-
-def _block_norms(weight: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return the norms of the blocks of ``weight`` [O, I], float32; the last blocks may be cut off."""
-    rows, columns = weight.shape
-    padded = F.pad(weight, (0, -columns % block[1], 0, -rows % block[0]))
-    return padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0])).square().sum(dim=(1, 3)).sqrt()

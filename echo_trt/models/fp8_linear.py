@@ -1,6 +1,7 @@
-"""Matrices in FP8 with a scale per row, multiplied in FP8 (W8A8) where the device has that product.
+"""Matrices in FP8 with a scale per row or per block, multiplied in FP8 (W8A8) where the device has that product.
 
-A token's activations get a scale of their own as they come, so a token does not depend on its neighbours.
+A token's activations get scales of their own as they come, one for each block of columns that the matrix has, so a
+token does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -16,10 +17,16 @@ LARGEST = torch.finfo(E4M3).max
 SMALLEST = 1e-12  # of a row's largest magnitude; smaller: the scale is no normal float32, which a GPU takes for 0
 FIRST_CAPABILITY = (8, 9)  # compute capability of the first cards that multiply in FP8: Ada and Hopper
 MULTIPLE = 16  # of both sizes of a matrix, for PyTorch's product
+BLOCK_COLUMNS = (32, 64, 128, 256)  # of blocks that the kernel multiplies
 
 
 class Fp8Linear(nn.Module):
-    """A matrix product. ``weight`` e4m3 [O, I] times ``scale`` float32 [O, 1] is the matrix; ``bias`` [O] or None."""
+    """A matrix product.
+
+    weight  e4m3 [O, I]
+    scale   float32 [O / r, I / c], of the matrix's blocks of r rows and c columns; [O, 1]: of its rows
+    bias    [O], or None
+    """
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None):
         super().__init__()
@@ -31,13 +38,31 @@ class Fp8Linear(nn.Module):
         """Multiply x [N, I]: in FP8 if it is bfloat16, else by the dequantised matrix in the type of x."""
         if x.dtype != torch.bfloat16:
             return F.linear(x, self.dequantised(x.dtype), self.bias)
-        rows, scales = quantise_rows(x)
-        sizes = {"scale_a": scales, "scale_b": self.scale.t(), "out_dtype": x.dtype}
-        product = torch._scaled_mm(rows, self.weight.t(), **sizes, use_fast_accum=True)
+        product = self._by_rows(x) if self.scale.shape[1] == 1 else self._by_blocks(x)
         return product if self.bias is None else product + self.bias
 
+    def _by_rows(self, x: Tensor) -> Tensor:
+        rows, scales = quantise_rows(x)
+        sizes = {"scale_a": scales, "scale_b": self.scale.t(), "out_dtype": x.dtype}
+        return torch._scaled_mm(rows, self.weight.t(), **sizes, use_fast_accum=True)
+
+    def _by_blocks(self, x: Tensor) -> Tensor:
+        """Multiply as vLLM and DeepSeek do: a scale per token and block of columns, sums of a block in float32."""
+        pieces, scales = quantise_rows(x.reshape(-1, self.block_columns))
+        if x.device.type == "cuda":
+            from echo_trt.models.fp8_kernel import multiply_by_kernel
+
+            return multiply_by_kernel(pieces.view(x.shape), scales, self.weight, self.scale)
+        exact = (pieces.float() * scales).view(x.shape)
+        return F.linear(exact, self.dequantised(torch.float32)).to(x.dtype)
+
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        return (self.weight.float() * self.scale).to(dtype)
+        blocks = self.weight.float().view(len(self.scale), -1, self.scale.shape[1], self.block_columns)
+        return (blocks * self.scale[:, None, :, None]).view(self.weight.shape).to(dtype)
+
+    @property
+    def block_columns(self) -> int:
+        return self.weight.shape[1] // self.scale.shape[1]
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,8 +81,8 @@ def takes(shape: torch.Size) -> bool:
     return len(shape) == 2 and not any(size % MULTIPLE for size in shape)
 
 
-def has_row_products(device: torch.device) -> bool:
-    """Tell whether ``device`` multiplies rows in FP8. A CPU does, too, but 30 times slower than in bfloat16."""
+def has_fp8_products(device: torch.device) -> bool:
+    """Tell whether ``device`` multiplies in FP8. A CPU does rows, too, but 30 times slower than in bfloat16."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
 
 

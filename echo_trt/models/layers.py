@@ -53,6 +53,14 @@ class Linear(nn.Linear):
         return F.linear(x, widened(self.weight, x), self.bias)
 
 
+class Embedding(nn.Embedding):
+    """An embedding that draws no weights on the meta device, for which torch would import its compiler."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -75,8 +83,9 @@ class Rotary(nn.Module):
 
     def __init__(self, config: Config, positions: int):
         super().__init__()
-        inv_freq, scale = rope_frequencies(config)
-        angles = torch.arange(positions, dtype=torch.float32)[:, None] * inv_freq.repeat(2)[None, :]
+        with torch.device("cpu"):  # on the meta device torch would import its compiler, which takes seconds
+            inv_freq, scale = rope_frequencies(config)
+            angles = torch.arange(positions, dtype=torch.float32)[:, None] * inv_freq.repeat(2)[None, :]
         self.register_buffer("cos", angles.cos() * scale, persistent=False)
         self.register_buffer("sin", angles.sin() * scale, persistent=False)
         base = config.local_rope_theta

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from echo_trt.models.decoder import DecoderLayer
 from echo_trt.models.hybrid_config import MtpConfig
-from echo_trt.models.layers import Attend, Linear, RMSNorm, Rotary, widened
+from echo_trt.models.layers import Attend, Embedding, Linear, RMSNorm, Rotary, widened
 from echo_trt.models.qwen3_5 import GatedAttention
 
 
@@ -23,7 +23,7 @@ class MtpHead(nn.Module):
         super().__init__()
         hidden, eps = config.hidden_size, config.norm_eps
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, hidden)
+        self.embed = Embedding(config.vocab_size, hidden)
         self.rotary = Rotary(config, positions)
         self.embed_norm, self.hidden_norm, self.norm = (RMSNorm(hidden, eps) for _ in range(3))
         self.fc = Linear(2 * hidden, hidden)

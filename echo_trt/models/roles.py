@@ -2,6 +2,14 @@
 
 A role takes its named ``inputs``, the rows of logits that are wanted, and the attention. An exporter turns it into a
 graph and the reference engine calls it directly, so both have the same inputs and outputs by name.
+
+Of a role, engines read ``name``, ``inputs``, ``outputs``, ``num_layers`` (of KV rows; 0: it has no attention) and
+``network``. Of a network they read
+
+config  vocab_size, hidden_size, num_kv_heads, head_dim; window_of(layer) with attention, feature_size with features
+norm    where matrices may be stored in a narrower type than the one that is computed in: a norm, which has that
+rotary  with attention: ``layers.Rotary``
+stored  where matrices may stay in their file: ``Decoder.stored``
 """
 
 from __future__ import annotations
@@ -9,15 +17,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from echo_trt.files.extras import DRAFTS, extra
 from echo_trt.models.block import BlockNetwork, block_network
 from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.delta_net import DeltaCall
 from echo_trt.models.eagle3 import Eagle3Head, top_candidates
 from echo_trt.models.hybrid_config import MtpConfig
-from echo_trt.models.layers import Attend
+from echo_trt.models.layers import Attend, Embedding
 from echo_trt.models.mtp import MtpHead
 from echo_trt.speculation.paths import COMMIT_OUTPUTS, TREE_INPUTS
 
@@ -28,6 +38,7 @@ class TargetModule(nn.Module):
     A hybrid has further inputs and outputs (``models.delta_net``): its states, and what a commit of them takes.
     """
 
+    name = "target"
     inputs: tuple[str, ...] = ("token_ids", "positions")
 
     def __init__(self, decoder: Decoder, feature_layers: tuple[int, ...] = ()):
@@ -58,8 +69,7 @@ def _features(inputs: dict[str, Tensor]) -> tuple[Tensor, bool]:
 class DraftModule(nn.Module):
     """A draft: log-probabilities [R, k] and token ids [R, k] of the ``top_k`` best next tokens of every wanted row."""
 
-    inputs = ("token_ids", "positions")
-    outputs = ("scores", "candidates")
+    name, inputs, outputs = "draft", ("token_ids", "positions"), ("scores", "candidates")
 
     def __init__(self, decoder: Decoder, top_k: int):
         super().__init__()
@@ -74,9 +84,9 @@ class DraftModule(nn.Module):
 class HeadModule(nn.Module):
     """An EAGLE-3 head: a draft's outputs, and the state [N, H] of every row for its children's ``hidden``."""
 
+    name, num_layers = "head", 1
     inputs = ("token_ids", "positions", "features", "hidden")
     outputs = ("scores", "candidates", "state")
-    num_layers = 1
 
     def __init__(self, head: Eagle3Head | MtpHead, top_k: int):
         super().__init__()
@@ -93,6 +103,8 @@ class HeadModule(nn.Module):
 class MtpModule(HeadModule):
     """An MTP head, which proposes any token of the vocabulary."""
 
+    name = "mtp"
+
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
         tokens, positions = inputs["token_ids"], inputs["positions"]
         state = self.network(tokens, inputs["features"], inputs["hidden"], positions, attend)
@@ -102,7 +114,7 @@ class MtpModule(HeadModule):
 class BlockModule(nn.Module):
     """A block drafter: a draft's outputs for each of the block's rows, and ``confidence`` [R, 1] with such a head."""
 
-    inputs = ("token_ids", "positions", "features", "state_rows")
+    name, inputs = "block", ("token_ids", "positions", "features", "state_rows")
 
     def __init__(self, drafter: BlockNetwork, top_k: int):
         super().__init__()
@@ -129,14 +141,27 @@ def _decoder(config: DecoderConfig, positions: int) -> Decoder:
 
 
 def _embedding(config: Eagle3Config) -> nn.Embedding:
-    return nn.Embedding(config.vocab_size, config.hidden_size)
+    return Embedding(config.vocab_size, config.hidden_size)
 
 
-#: Name -> role, its network's configuration, and what makes the network of a configuration and of rotary positions.
-ROLES: dict[str, tuple[type, type, Callable[[Any, int], nn.Module]]] = {
+#: A role, its network's configuration, and what makes the network of a configuration and of rotary positions.
+RoleMaker = tuple[type, type, Callable[[Any, int], nn.Module]]
+ROLES: dict[str, RoleMaker] = {  # by name
     "target": (TargetModule, DecoderConfig, _decoder),
     "draft": (DraftModule, DecoderConfig, _decoder),
     "mtp": (MtpModule, MtpConfig, MtpHead),
     "head": (HeadModule, Eagle3Config, lambda config, length: Eagle3Head(config, length, _embedding(config))),
     "block": (BlockModule, BlockConfig, lambda config, length: block_network(config, length, _embedding(config))),
 }
+
+
+def role_named(name: str) -> RoleMaker:
+    """Return what makes a role of a name: of ROLES, or of the drafter of that name, which brings it."""
+    made: RoleMaker = ROLES[name] if name in ROLES else extra(DRAFTS, name).role()
+    return made
+
+
+def computed_in(network: nn.Module) -> torch.dtype:
+    """Return the type of a network's activations."""
+    norm = getattr(network, "norm", None)
+    return (next(network.parameters()) if norm is None else norm.weight).dtype

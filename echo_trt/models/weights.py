@@ -21,7 +21,7 @@ from echo_trt.models.families.family import NORMS
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, takes
 from echo_trt.models.hybrid_config import OTHERS, HybridConfig, mtp_config
-from echo_trt.models.layers import Config, Linear, ReadBlocks, RMSNorm, Rotary
+from echo_trt.models.layers import Config, Embedding, Linear, ReadBlocks, RMSNorm, Rotary
 from echo_trt.models.mtp import MtpHead
 from echo_trt.models.qwen3_5 import HybridDecoder, delta_net_sources
 from echo_trt.models.ranks import Shard
@@ -50,7 +50,7 @@ def load_decoder(
 
     positions  the rotary table's length
     dtype      of the weights; None: float32, with matrices in their stored type where it is narrower; E4M3: as None,
-               and a layer's matrices that are stored in FP8 stay FP8, of rows with a scale each
+               and a layer's matrices that are stored in FP8 stay FP8, with the scales that are stored
     in_blocks  whether matrices of blocks of few bits stay in the checkpoint, to be read by ``Decoder.stored``
     """
     whole = decoder_config(checkpoint.config, str(checkpoint.path))
@@ -109,7 +109,7 @@ def load_eagle3(
     check_fits(config, target.config, where)
     names = {head_tensor_name(name): name for name in checkpoint.names()}
     with torch.device("meta"):
-        model = Eagle3Head(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
+        model = Eagle3Head(config, positions, Embedding(config.vocab_size, config.hidden_size))
     sources = eagle3_sources(config, names)
     if "embed_tokens.weight" not in names:
         del sources["embed.weight"]
@@ -283,7 +283,7 @@ def _assign(
         module = model.get_submodule(module_path)
         shape = getattr(module, leaf).shape
         if in_rows and isinstance(module, Linear) and ours != "lm_head.weight" and takes(shape):
-            found = filling.rows(shape, filling.whole.get_parameter(ours).shape, parts)
+            found = filling.in_fp8(shape, filling.whole.get_parameter(ours).shape, parts)
             if found is not None:
                 model.set_submodule(module_path, Fp8Linear(*found, module.bias))
                 read.update(parts)
@@ -328,24 +328,21 @@ class _Filling:
             else:
                 part.copy_(self.checkpoint.get(name, self._slices((height, *shape[1:]), part.shape)))
 
-    def rows(self, shape: torch.Size, stored: torch.Size, names: list[str]) -> tuple[Tensor, Tensor] | None:
-        """Return a matrix e4m3 of ``shape``, stacked as by ``fill``, and the scales of its rows, float32 [n, 1].
+    def in_fp8(self, shape: torch.Size, stored: torch.Size, names: list[str]) -> tuple[Tensor, Tensor] | None:
+        """Return a matrix e4m3 of ``shape``, stacked as by ``fill``, and its scales as ``Fp8Linear`` has them.
 
-        Returns None where a part is not stored in FP8, or is too far off in FP8 rows.
+        Returns None where a part is not stored in FP8, or ends within a block.
         """
-        checkpoint = self.checkpoint
-        weight, scale = torch.empty(shape, dtype=E4M3), torch.empty(shape[0], 1)
-        begin = 0
+        checkpoint, weight, scales = self.checkpoint, torch.empty(shape, dtype=E4M3), list[Tensor]()
         for name, part, height in self._parts(weight, stored, names):
             if not isinstance(checkpoint, Fp8Checkpoint) or not checkpoint.has_fp8(name):
                 return None
-            found = checkpoint.rows(name, self._slices((height, *stored[1:]), part.shape))
+            found = checkpoint.in_fp8(name, self._slices((height, *stored[1:]), part.shape))
             if found is None:
                 return None
             part.copy_(found[0])
-            scale[begin : begin + len(part)] = found[1]
-            begin += len(part)
-        return weight, scale
+            scales.append(found[1])
+        return weight, torch.cat(scales)
 
     def blocks(self, names: list[str]) -> bool:
         """Return whether the named tensors are all stored in blocks."""

@@ -63,8 +63,10 @@ def chat_for(requested: ChatRequest, info: ModelFacts) -> Chat:
     tools = [] if requested.tool_choice == "none" else [tool.for_engine() for tool in requested.tools]
     if tools and info.takes_tools and not format_of(info.template, info.tokens):  # calls that cannot be read
         messages, tools = tools_as_text(messages, tools), []
-    prompt = ChatPrompt(messages, tools, _template_kwargs(requested, info))
     calls, structured = _calls(requested, info), requested.structured
+    free = calls and not calls.must_fit  # else the grammar says it, and more
+    known = tuple(calls.form.parts(name, schema) for name, schema in calls.schemas.items()) if calls and free else ()
+    prompt = ChatPrompt(messages, tools, _template_kwargs(requested, info), tuple(filter(None, known)))
     names, fits = {"prompt": "messages"}, None
     if calls and calls.must_fit:
         grammar, fields = calls.grammar()

@@ -45,7 +45,8 @@ def shapes(recipe: Recipe, recipe_folder: Path) -> tuple[Shape, Shape | None]:
         return target, None
     if source is not None:
         raw, origin = config_of(source, recipe_folder, kind.name)
-    return target, Shape(draft_sizes(kind.config(raw, origin, recipe, config)), origin)
+    own = kind.config(raw, origin, recipe, config)
+    return target, Shape(kind.sizes(own) or draft_sizes(own), origin)
 
 
 def config_of(source: Source, recipe_folder: Path, draft: str = "") -> tuple[dict[str, Any], str]:

@@ -13,7 +13,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,20 +30,26 @@ Loops = TypeVar("Loops", bound=Callable)
 
 def compiled(signature: str | None = None) -> Callable[[Loops], Loops]:
     """Compile a function for arguments of this numba ``signature``; without one, as a part of others."""
+    types = [signature] if signature else []
+    return lambda function: function if njit is None else compiled_once(partial(njit, *types), function)
 
-    def compile_(function: Loops) -> Loops:
-        if njit is None:
-            return function
-        types = [signature] if signature else []
-        try:
-            beside = Path(function.__code__.co_filename).with_name("__pycache__")
-            _bring_code(beside, Path(njit(cache=True)(function).stats.cache_path))
-            machine_code: Loops = njit(*types, cache=True)(function)
-        except RuntimeError:  # no folder of numba's can be written: compiled anew in each process
-            machine_code = njit(*types)(function)
-        return machine_code
 
-    return compile_
+def compiled_once(compiler: Callable[..., Callable[[Loops], Any]], function: Loops) -> Any:
+    """Compile a function by one of numba's decorators, or take what an earlier process compiled."""
+    try:
+        return compiler(cache=code_folder(function) is not None)(function)
+    except OSError:  # a full disk
+        return compiler()(function)
+
+
+def code_folder(function: Callable) -> Path | None:
+    """Return the folder where numba keeps machine code of a function's module; None: no folder can be written."""
+    try:
+        used = Path(njit(cache=True)(function).stats.cache_path)
+    except RuntimeError:
+        return None
+    _bring_code(Path(function.__code__.co_filename).with_name("__pycache__"), used)
+    return used
 
 
 @cache

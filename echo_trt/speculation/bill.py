@@ -12,28 +12,37 @@ from echo_trt.speculation.sources import DRAFT, SOURCES
 
 
 class PlainClock:
-    """Compares what passes of plain decoding take with what a model says; a factor corrects the model.
+    """What passes of plain decoding take at a load, as a factor of what a model says that does not change.
 
-    error  standard error of the factor
+    Passes count by windows of one load: what is wrong by chance is the same within a window, and differs between two.
     """
 
-    def __init__(self, prior_error: float, memory: float, warm_up: int):
-        """Begin with the factor 1. ``warm_up``: passes behind a verification that do not count."""
-        self._memory, self._warm_up, self._row = memory, warm_up, 0
-        self.factor, self._variance, self._known = 1.0, prior_error**2, 1.0
+    def __init__(self, prior_error: float, newest: float, warm_up: int, window: int):
+        """Begin with nothing measured. ``newest``: weight of a load's newest window, at least. ``warm_up``: passes
+        behind a verification that do not count. ``window``: passes of a window that do.
+        """
+        self._prior, self._newest, self._warm_up, self._window = prior_error**2, newest, warm_up, window
+        self._loads: dict[int, list[float]] = {}  # windows, factor, variance; passes, seconds, expected
+        self._row = 0
 
-    @property
-    def error(self) -> float:
-        return math.sqrt(self._variance / self._known)
+    def factor(self, load: int) -> tuple[float, float] | None:
+        """Return the factor of a load class and its standard error, as a share of it; None before any window."""
+        windows, factor, variance, *_ = self._loads.get(load, (0.0, 0.0, 0.0))
+        return (factor, math.sqrt(variance / min(windows, 1 / self._newest))) if windows else None
 
-    def observe(self, plain: bool, seconds: float, expected: float) -> None:
+    def observe(self, load: int, plain: bool, seconds: float, expected: float) -> None:
         """Learn from an iteration; ``plain``: it decoded plainly, and computed no prompt."""
         self._row = self._row + 1 if plain else 0
-        if self._row > self._warm_up:
-            self._known = min(self._known + 1, 1 / (1 - self._memory))
-            ahead = seconds / expected - self.factor
-            self.factor += ahead / self._known
-            self._variance += (ahead**2 - self._variance) / self._known
+        if self._row <= self._warm_up:
+            return
+        known = self._loads.setdefault(load, [0.0, 0.0, self._prior, 0.0, 0.0, 0.0])
+        known[3:] = known[3] + 1, known[4] + seconds, known[5] + expected
+        if known[3] >= self._window:
+            windows, factor, variance = known[0] + 1, known[1], known[2]
+            ahead, weight = known[4] / known[5] - factor, max(1 / windows, self._newest)
+            if windows > 1:
+                variance += ((ahead / factor) ** 2 - variance) * weight
+            known[:] = windows, factor + weight * ahead, variance, 0.0, 0.0, 0.0
 
 
 class Bill:

@@ -18,6 +18,11 @@ PATIENCE = 5.0
 #: running requests are held up less, and a first token comes later.
 HASTE = 0.5
 SMALLEST_CHUNK = 3  # prompt tokens: of fewer one could be a single token, which is rounded differently
+#: Seconds of a pass with prompt tokens at most, where others decode: their longest gap between tokens. Larger: fewer
+#: passes, so that a prompt takes a few per cent less time.
+LONGEST_GAP = 0.5
+#: Prompt tokens of the first such pass, whose time nobody knows yet, and of the shortest one: fewer do not pay.
+FIRST_CHUNK, LEAST_CHUNK = 64, 32
 FASTEST = 1e6  # tokens per second that a target counts as at most, so that no price overflows; no machine is faster
 
 
@@ -110,6 +115,7 @@ class Pacer:
         self._tenant, self._shares = np.full(slots, b"", object), TenantShares()
         self._requests = Counter[bytes]()  # by tenant
         self._absent = np.zeros(0, np.int64)  # slots that sit out the pass that was admitted last
+        self._chunk = FIRST_CHUNK  # prompt tokens that a pass computes in LONGEST_GAP
 
     def begin(
         self,
@@ -144,8 +150,11 @@ class Pacer:
         """Return the part of ``seats`` that is in the next pass.
 
         With latency targets prompts come by when they are due, and the policy, which ``ask`` asks, may let requests
-        without a target sit out, or shorten the chunk; None: it does neither. Without, tenants share passes.
+        without a target sit out, or shorten the chunk; None: it does neither. Without, tenants share passes. Where
+        somebody decodes, a chunk takes LONGEST_GAP at most, as far as earlier passes tell.
         """
+        if len(seats.decoding):
+            seats = replace(seats, chunk=min(seats.chunk, self._chunk))
         decoding, prompts, self._absent = seats.decoding, seats.prompts, self._absent[:0]
         if not self._given.any():
             if len(self._requests) < 2:
@@ -181,8 +190,11 @@ class Pacer:
         self._tokens[new] -= 1  # from the first token on
         self._waited[slots] = 0
 
-    def ran(self, slots: np.ndarray, rows: np.ndarray, seconds: float) -> None:
+    def ran(self, slots: np.ndarray, rows: np.ndarray, seconds: float, prompt_tokens: int = 0) -> None:
         """Note the admitted pass: ``rows`` int64 [C] of requests in ``slots`` int64 [C], and its ``seconds``."""
         self._waited[self._absent] += 1
+        # A short chunk says little of a long one, but that it took too long.
+        if prompt_tokens >= self._chunk or (prompt_tokens and seconds > LONGEST_GAP):
+            self._chunk = max(int(prompt_tokens * LONGEST_GAP / seconds), LEAST_CHUNK)
         if len(self._requests) > 1:
             self._shares.observe(self._tenant[slots], rows, seconds)

@@ -151,8 +151,8 @@ class Iteration:
 class PlainCost(NamedTuple):
     """What plain decoding of an iteration's requests takes.
 
-    here   seconds of a pass with the iteration's prompts
-    each   seconds of a pass without
+    here   seconds of an iteration with the iteration's prompts
+    each   seconds of an iteration without
     error  standard error of both, as a share of them
     """
 
@@ -233,8 +233,8 @@ class Planner(Protocol):
         """
         return None
 
-    def plain_cost(self, load: StepContext) -> PlainCost | None:
-        """Return what plain decoding would take for ``load``; None, the default: not known."""
+    def plain_cost(self, iteration: Iteration) -> PlainCost | None:
+        """Return what plain decoding would have taken in the place of ``iteration``; None, the default: not known."""
         return None
 
 

@@ -46,9 +46,11 @@ DRAFT_SOURCES = (
            "#d1568f", ("#b3245f", "#ff8ab5"), "solid", 3, "echo_trt.engine.sources.grammars:GrammarSource", True),
     Proposer("prediction", "prediction", "the client's own prediction of the answer",
            "#13889c", ("#0b6e80", "#4fc3d9"), "dashed", 3, "echo_trt.engine.sources.predictions:predictions"),
+    Proposer("call", "tool call", "the declaration of a tool that is called: what stands between its arguments",
+           "#8a7a1f", ("#6f6210", "#d3c04d"), "dotted", 3, "echo_trt.engine.sources.calls:calls"),
 )
 # fmt: on
 SOURCES = tuple(source.name for source in DRAFT_SOURCES)
-DRAFT, LOOKUP, BOTH, NGRAM, GRAMMAR, PREDICTION = map(
-    SOURCES.index, ("head", "lookup", "both", "ngram", "grammar", "prediction")
+DRAFT, LOOKUP, BOTH, NGRAM, GRAMMAR, PREDICTION, CALL = map(
+    SOURCES.index, ("head", "lookup", "both", "ngram", "grammar", "prediction", "call")
 )

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.engine.options import Flag, HostedOptions, LogFormat, Port, bounds
+from echo_trt.engine.options import DrainSeconds, Flag, HostedOptions, LogFormat, Port, bounds
 from echo_trt.server.options import ApiOptions
 
 TRITON_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
@@ -29,10 +29,7 @@ class ServeOptions(ApiOptions, HostedOptions):
     start_seconds: Annotated[
         int, Parameter("--start-timeout", help="Seconds until the first answer, at most.", validator=bounds(1))
     ] = 300
-    drain_seconds: Annotated[
-        int,
-        Parameter("--drain-timeout", help="Seconds that SIGTERM waits for requests in flight.", validator=bounds(1)),
-    ] = 60
+    drain_seconds: DrainSeconds = 60
     triton: Annotated[
         Flag, Parameter(help="Let Triton Inference Server host the engine, with Triton's own HTTP and gRPC.")
     ] = False

@@ -53,6 +53,8 @@ class SyntheticEngine:
         tokens = self._text.next_tokens(keys, call.token_ids[rows], call.positions[rows] + 1)
         return dict(outputs) | {"logits": SyntheticLogits(outputs["logits"], tokens)}
 
+    launch = run  # a text is there before the device has ended
+
 
 class SyntheticLogits:
     """A target's logits [n, V], here or on a device, of which ``tokens`` int64 [n] are chosen whatever they are.

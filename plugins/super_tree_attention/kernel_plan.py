@@ -57,16 +57,24 @@ class Steps:
 STEPS = Steps(64, 32, 3)
 
 
-def steps_for(rows: int, compute_capability: int, bytes_of_value: int) -> Steps:
+def steps_for(rows: int, compute_capability: int, bytes_of_value: int, head_dim: int = 128) -> Steps:
     """Return the steps of a tile, shorter where STEPS would spill registers or take more shared memory than there is.
 
     In float32, heads of 128 need up to 177 KB with STEPS, and most cards have 99 KB, an A100 163 KB.
     """
+    if head_dim > 128:
+        wide = _has_wide_products(compute_capability)
+        return Steps(16, 16, 1) if bytes_of_value == 4 else Steps(32, 16, 3 if wide else 2)
     if _has_wide_products(compute_capability) or (bytes_of_value < 4 and rows < 128):
         return STEPS
     if bytes_of_value < 4:
         return Steps(32, 16, 3 if compute_capability == 80 else 1)
     return Steps(64, 32, 2) if rows == 16 else Steps(32 if rows == 64 else 16, 16, 1)
+
+
+def largest_tile(head_dim: int) -> int:
+    """Return the largest of ROWS whose sums, float32 [rows, head_dim], fit in registers beside the rest."""
+    return 64 if head_dim > 128 else ROWS[-1]
 
 
 def warps_of(rows: int) -> int:
@@ -99,6 +107,7 @@ def plan(
     kv_heads: int,
     group: int,
     *,
+    head_dim: int = 128,
     block: int = 32,
     processors: int = 132,
     compute_capability: int = 90,
@@ -112,7 +121,7 @@ def plan(
     num_splits          overrides the most splits of a past, which then have 64 keys or more
     rows                overrides the tile
     """
-    rows = rows or _tile_rows(num_tokens, num_requests, group)
+    rows = rows or min(_tile_rows(num_tokens, num_requests, group), largest_tile(head_dim))
     # All requests but one may leave a tile partly empty.
     tiles = max(-(-num_tokens // (rows // group)) + num_requests - 1, 1)
     wanted = 0

@@ -35,10 +35,10 @@ def super_tree_attention_triton(
     if sliding_window:  # a request sees so many blocks of its past, at most
         entries = min(entries, len(past_lens) * (sliding_window // block + 3))
     launch = plan(
-        num_tokens, len(past_lens), entries, kv_heads, group, block=block, processors=processors,
-        compute_capability=compute_capability, num_splits=num_splits, rows=rows,
+        num_tokens, len(past_lens), entries, kv_heads, group, head_dim=head_dim, block=block,
+        processors=processors, compute_capability=compute_capability, num_splits=num_splits, rows=rows,
     )  # fmt: skip
-    splits, steps = launch.num_splits, steps_for(launch.rows, compute_capability, query.element_size())
+    splits, steps = launch.num_splits, steps_for(launch.rows, compute_capability, query.element_size(), head_dim)
     output = torch.empty_like(query) if out is None else out
     scratch = (num_tokens * kv_heads * group, splits) if splits > 1 else (0, 0)
     partial = query.new_empty((*scratch, head_dim), dtype=torch.float32)

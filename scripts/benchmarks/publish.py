@@ -1,7 +1,7 @@
 """Measure the published figures, and write docs/benchmarks.*, its plots and README's table from that one run.
 
     python scripts/benchmarks/publish.py bundles/smollm2-135m --prompts mt_bench.jsonl --prompts gsm8k.jsonl \
-        --lossless bundles/smollm2-135m-fp32 --second bundles/gemma3-270m
+        --lossless bundles/smollm2-135m-fp32 --second bundles/coder
     python scripts/benchmarks/publish.py --from docs/benchmarks.json       # render again, measure nothing
 
 The demo's prompts are always among those that are asked. Nothing else should run on the machine meanwhile. A bundle in
@@ -69,8 +69,7 @@ PROCESSORS = {
     "family 6, model 207": "5th Xeon, AMX",
 }
 WIDTH = 100  # of README's lines
-SECOND_POLICIES, SECOND_BATCHES = ("static", EXACT, DEFAULT), "1,4,16"  # of a second model
-SECOND = "pretrained, so it repeats itself"  # what favours prompt lookup
+SECOND_POLICIES, SECOND_BATCHES, SECOND_ROUNDS = ("static", EXACT, DEFAULT), "1,4,16", 1  # of a second model
 DATA = (
     "The four sets are the evaluation prompts of EAGLE's repository (SafeAILab/EAGLE, eagle/data, Apache-2.0): MT-bench"
     " and 80 each of GSM8K's tests, HumanEval and Alpaca. A row of a prompts file is a JSON object with `id` and "
@@ -115,30 +114,32 @@ def measure(
     With a bundle ``lossless`` its texts are compared, too: rows of ``lossless.py`` by mode, greedy or sampled. With a
     bundle ``second`` its run is in ``second``.
     """
-    options = ["--requests", str(requests), "--rounds", str(rounds), "--max-tokens", str(max_tokens)]
+    options = ["--requests", str(requests), "--max-tokens", str(max_tokens)]
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run.json"
 
-        def bench(measured: Path, policies: Iterable[str], batches: str) -> Run:
+        def bench(measured: Path, policies: Iterable[str], batches: str, rounds: int) -> Run:
             words = ["bench", str(measured), "--policies", ",".join(policies), "--batch", batches]
+            words += ["--rounds", str(rounds)]
             words += ["--policy-file", str(ABLATIONS)]
             words += [word for file in prompts for word in ("--prompts", str(file))]
             subprocess.run([sys.executable, "-m", "echo_trt.cli.app", *words, *options, "--json", str(out)], check=True)
             found: Run = json.loads(out.read_text())
             return found
 
-        run = bench(bundle, (policy for policy in NAMES if policy != PLAIN), BATCHES)
+        run = bench(bundle, (policy for policy in NAMES if policy != PLAIN), BATCHES, rounds)
         if second:
-            run["second"] = bench(second, SECOND_POLICIES, SECOND_BATCHES)
+            run["second"] = bench(second, SECOND_POLICIES, SECOND_BATCHES, SECOND_ROUNDS)
         if lossless:
             run["lossless"] = {mode: _compared(lossless, prompts, more, out) for mode, more in LOSSLESS.items()}
     named = [word for file in prompts if file != DEMO for word in ("--prompts", file.name)]
     for option, other in (("--lossless", lossless), ("--second", second)):
         named += [option, f"bundles/{other.name}"] if other else []
-    command = ["python", "scripts/benchmarks/publish.py", f"bundles/{bundle.name}", *named, *options]
+    command = ["python", "scripts/benchmarks/publish.py", f"bundles/{bundle.name}", *named, "--rounds", str(rounds)]
+    command += options
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     made = {"commit": git.stdout.strip(), "date": today, "command": shlex.join(command)}
     made["trial"] = requests < REQUESTS or rounds < ROUNDS or max_tokens < MAX_TOKENS
@@ -198,7 +199,8 @@ def _second(run: Run) -> str:
     """Say what the default gains on a second model."""
     rows = [row for row in run["results"] if (row["set"], row["policy"]) == ("all", DEFAULT)]
     gains = ", ".join(f"{_ratio(row['ratio'])} at {row['batch']}" for row in rows)
-    return f"A second model without a draft network, {run['bundle']} ({SECOND}): `{DEFAULT}` {gains} requests."
+    named = f"{run['bundle']} in {run['precision']}"
+    return f"A second model without a draft network, {named}: `{DEFAULT}` {gains} requests."
 
 
 def _equal_rows(run: Run) -> list[list[str]]:

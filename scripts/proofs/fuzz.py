@@ -54,6 +54,7 @@ def main() -> None:
     options.add_argument("--networks", type=Path, help="those of tests/pairs.py; default: written anew")
     options.add_argument("--pairs", default="close,lookup,dspark", help="of tests/pairs.py, by commas")
     options.add_argument("--only", default=",".join(ROUNDS), help="kinds of rounds, by commas")
+    options.add_argument("--store", action="store_true", help="give crowds a store, which is damaged at times")
     options.add_argument("--precisions", default=",".join(PRECISIONS), help="of the promises, by commas")
     requested = options.parse_args()
     torch.set_num_threads(1)
@@ -69,7 +70,8 @@ def main() -> None:
         @cache
         def pair_of(name: str, precision: str) -> Pair:
             pair = opened(name, networks, Path(folder), precision)
-            return Pair(**vars(pair) | {"counts": counts})
+            store = Path(folder) / f"store-{name}-{precision}" if requested.store else None
+            return Pair(**vars(pair) | {"counts": counts, "store": store})
 
         end, seed = time.monotonic() + 60 * requested.minutes, requested.seed
         while seed == requested.seed or time.monotonic() < end:
@@ -85,7 +87,7 @@ def main() -> None:
             except Exception as error:
                 traceback.print_exc()
                 again = f"--seed {seed} --minutes 0 --pairs {requested.pairs} --only {requested.only}"
-                again += f" --precisions {requested.precisions}"
+                again += f" --precisions {requested.precisions}" + " --store" * requested.store
                 sys.exit(f"{type(error).__name__} in a round of the {kind}; repeat it: {again}")
             counts[f"rounds: {kind}"] += 1
             seed += 1

@@ -14,6 +14,7 @@ import pytest
 from gguf.quants import dequantize
 from numba import cfunc, types
 
+from echo_trt.backends.cpu import machine_code
 from echo_trt.backends.cpu.formats import (
     FORMATS,
     GGUF_BYTES,
@@ -229,3 +230,17 @@ def test_a_pool_that_nobody_closes_keeps_no_process_alive():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "end\n"), done.stderr
+
+
+def test_machine_code_is_kept_for_later_processes_and_made_again_where_it_is_of_another_version(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine_code, "code_folder", lambda _: tmp_path)
+    made = []
+
+    def nine() -> int:
+        code = machine_code.MachineCode("nine", lambda: made.append("") or "define i32 @nine() { ret i32 9 }")
+        return ctypes.CFUNCTYPE(ctypes.c_int)(code.address("nine"))()
+
+    assert (nine(), nine(), len(made)) == (9, 9, 1)
+    [file] = tmp_path.iterdir()
+    file.write_bytes(bytes(32) + file.read_bytes()[32:])
+    assert (nine(), nine(), len(made)) == (9, 9, 2)

@@ -1,4 +1,4 @@
-"""Products of FP8 rows, a bundle in fp8, and its engine on a CPU, which has PyTorch's product, too."""
+"""Products in FP8, a bundle in fp8, and its engine on a CPU, where products of blocks are emulated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models.fp8_checkpoints import configure, quantise
+from models.fp8_checkpoints import BLOCK, configure, quantise
 from pairs import recipe_of
 from refusal import refused
 from safetensors.torch import load_file
@@ -21,17 +21,17 @@ from echo_trt.backends.torch.files import load_role
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
-from echo_trt.models.fp8_linear import E4M3, Fp8Linear, has_row_products, quantise_rows
+from echo_trt.models.fp8_linear import E4M3, Fp8Linear, has_fp8_products, quantise_rows
 from echo_trt.models.layers import Linear
 
 
 @pytest.fixture(scope="module")
 def fp8_networks(networks, tmp_path_factory) -> Path:
-    """Write the pairs' target in FP8, with a scale per channel, and the other folders as they are."""
+    """Write the pairs' target in FP8 with block scales, and the other folders as they are."""
     folder = tmp_path_factory.mktemp("fp8")
     shutil.copytree(networks, folder, dirs_exist_ok=True)
-    quantise(folder / "target", "channel")
-    configure(folder / "target", quant_method="modelopt", quant_algo="FP8_PER_CHANNEL_PER_TOKEN")
+    quantise(folder / "target", "block")
+    configure(folder / "target", quant_method="fp8", weight_block_size=list(BLOCK))
     return folder
 
 
@@ -42,12 +42,14 @@ def bundle(fp8_networks, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 64, 48), (7, 576, 960), (33, 1024, 512)])
-def test_a_product_of_rows_is_near_that_of_the_dequantised_matrix(tokens, inputs, outputs):
+def test_a_product_is_near_that_of_the_dequantised_matrix(tokens, inputs, outputs, blocks):
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, inputs, generator=generator).to(torch.bfloat16)
     x[0] *= 1000  # a token's scale is its own
-    product = Fp8Linear(*quantise_rows(torch.randn(outputs, inputs, generator=generator)))
+    weight, scale = quantise_rows(torch.randn(outputs, inputs, generator=generator))
+    product = Fp8Linear(weight, torch.rand(outputs // 16, inputs // 32, generator=generator) if blocks else scale)
     wanted = torch.nn.functional.linear(x.float(), product.dequantised(torch.float32))
     assert torch.equal(product(x.float()), wanted)
     off = (product(x).float() - wanted).norm(dim=1) / wanted.norm(dim=1)
@@ -63,9 +65,9 @@ def test_an_fp8_bundle_holds_the_matrices_of_layers_in_fp8(bundle, fp8_networks)
     assert {tensor.dtype for name, tensor in held.items() if name not in in_fp8 and "scale" not in name} == {
         torch.bfloat16
     }
-    down, scale = (f"model.layers.1.mlp.down_proj.weight{end}" for end in ("", "_scale"))
+    down, scale = (f"model.layers.1.mlp.down_proj.weight{end}" for end in ("", "_scale_inv"))
     assert torch.equal(held["layers.1.mlp.down.weight"].view(torch.uint8), stored[down].view(torch.uint8))
-    assert torch.equal(held["layers.1.mlp.down.scale"].flatten(), stored[scale])
+    assert torch.equal(held["layers.1.mlp.down.scale"], stored[scale])
     draft = load_file(bundle / "draft.safetensors")
     assert {tensor.dtype for tensor in draft.values() if tensor.is_floating_point()} == {torch.bfloat16}
 
@@ -90,7 +92,7 @@ def test_an_engine_in_fp8_is_near_the_reference_and_a_cpu_dequantises(bundle):
 def test_a_card_is_asked_for_its_capability_before_it_multiplies_in_fp8(capability, has, monkeypatch):
     """A trial on an A100 ends in an error of Triton's compiler, and one without a C compiler in another."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert has_row_products(torch.device("cuda", 0)) == has
+    assert has_fp8_products(torch.device("cuda", 0)) == has
 
 
 def test_an_fp8_bundle_answers_as_the_bundle_of_the_dequantised_checkpoint(bundle, fp8_networks, tmp_path):
@@ -114,7 +116,7 @@ def test_the_script_prints_the_agreement_of_rows_and_blocks(networks, tmp_path, 
     script["main"](tmp_path / "recipe.yaml", tmp_path / "text", 24)
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == [
-        f"{scales}, {kind}" for scales in ("rows", "blocks") for kind in ("bf16", "weights in FP8 rows", "W8A8")
+        f"{scales}, {kind}" for scales in ("rows", "blocks") for kind in ("bf16", "W8A8")
     ]
     assert all(0 < float(off) < 0.5 for _, _, off in rows)
-    assert float(rows[1][2]) < float(rows[2][2])  # weights are as stored, and activations are rounded
+    assert float(rows[2][2]) < float(rows[3][2])  # weights are as stored, and activations are rounded

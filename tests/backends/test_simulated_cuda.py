@@ -16,6 +16,7 @@ from simulated_cuda import SimulatedCuda
 from echo_trt.backends.cuda import choose, levels
 from echo_trt.backends.cuda.calls import Graphs, Staging
 from echo_trt.backends.cuda.sizes import CallBounds
+from echo_trt.backends.cuda.transfers import TRANSFERS
 from echo_trt.backends.torch import engine as torch_engine
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.engine.params import SamplingParams
@@ -175,4 +176,10 @@ def test_a_served_text_is_that_of_the_cpus_engine(card):
             loop.step()
         texts.append([request.generated for request in requests])
     assert texts[0] == texts[1]
+    loop, _ = served.loop("autoregressive", prompts[1:], params[1:])
+    while len(loop.batch.decoding()) < 2:
+        loop.step()
+    waits = TRANSFERS.waits
+    loop.step()
+    assert TRANSFERS.waits == waits + 1  # draws are launched behind the logits, before anybody waits for these
     assert not card.faults

@@ -1,5 +1,6 @@
 """The PyTorch engine's way to a GPU, walked on a CPU as far as it goes: padding, staging, rows that are read late."""
 
+import copy
 import random
 import shutil
 import sys
@@ -124,6 +125,19 @@ def test_a_role_comes_back_from_its_file(network, networks, tmp_path):
         assert_same(*(engine.run(call, **inputs) for engine in engines))
 
 
+@pytest.mark.parametrize("own", [0.0, 1.0], ids=["the target's", "its own"])
+def test_a_head_reads_the_table_of_its_open_target_where_they_are_equal(own, networks, tmp_path):
+    roles = copy.deepcopy(roles_of("eagle3", networks))
+    table = roles["target"].network.embed.weight.detach()
+    roles["draft"].network.embed.weight = torch.nn.Parameter(table + own)
+    for name, role in roles.items():
+        save_role(role, tmp_path / name, "fp32")
+    target, head = (load_role(tmp_path / name).network for name in ("target", "draft"))
+    assert (target.embed.weight.data_ptr() == head.embed.weight.data_ptr()) == (own == 0)
+    target.bfloat16()
+    assert torch.equal(head.embed.weight, table + own)
+
+
 def test_a_file_of_something_else_is_refused(networks, tmp_path):
     (tmp_path / "text").write_text("not a network")
     for path in (tmp_path / "text", networks / "target" / "model.safetensors"):
@@ -156,7 +170,9 @@ def test_a_machine_without_a_c_compiler_is_told_what_to_install(monkeypatch):
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 100), (64, 2, 128)])
 def test_heads_that_the_kernel_does_not_have_are_named(heads, kv_heads, head_dim):
     config = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
-    with refused(f"heads of {head_dim} and {heads // kv_heads} query heads", "16, 32, 64, 128", "--engine openvino"):
+    with refused(
+        f"heads of {head_dim} and {heads // kv_heads} query heads", "16, 32, 64, 128, 256", "--engine openvino"
+    ):
         _operator_for(torch.device("cuda"), config)
 
 

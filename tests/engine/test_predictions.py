@@ -9,6 +9,7 @@ import pytest
 from batches import REQUESTS, assert_same
 from driving import add, assert_all_free, goodput_planner, machine, prompt_ids, run
 from refusal import refused
+from scipy.stats import chisquare
 from speculation.machines import load_of
 
 from echo_trt.engine.batch import InputBatch
@@ -106,6 +107,27 @@ def test_a_right_prediction_takes_long_steps(open_llm):
     assert answer.token_ids == plain.token_ids
     assert answer.accepted_length > 10
     assert "prediction" in {entry.source for entry in answer.token_sources}
+
+
+def test_sampled_tokens_keep_their_distribution_under_a_prediction(open_llm):
+    """Two tokens of four each, over seeds; the second is verified beside the prediction's, which is the likeliest."""
+    llm, prompt, draws = open_llm("close", "autoregressive", 8), prompt_ids(12, 0), 600
+
+    def likeliest(ids: list[int]) -> tuple[list[int], np.ndarray]:
+        [answer] = llm.generate([ids], SamplingParams(1, logprobs=4))
+        tokens, log_p = zip(*answer.logprobs[0].top, strict=True)
+        return list(tokens), np.exp(log_p) / np.exp(log_p).sum()
+
+    first, chances = likeliest(prompt)
+    behind = [likeliest([*prompt, token]) for token in first]
+    wanted = np.concatenate([p * chance for chance, (_, p) in zip(chances, behind, strict=True)])
+    params = SamplingParams(3, ignore_eos=True, temperature=1.0, top_k=4, prediction=[first[0], behind[0][0][0], 5])
+    llm.loop.planner = goodput_planner(llm, machine(0.01, 0.5))
+    answers = llm.generate([prompt] * draws, [replace(params, seed=seed) for seed in range(draws)])
+    outcome = {(one, two): 4 * i + k for i, one in enumerate(first) for k, two in enumerate(behind[i][0])}
+    counts = np.bincount([outcome[tuple(answer.token_ids[:2])] for answer in answers], minlength=16)
+    assert sum(answer.accepted_length > 1 for answer in answers) > 50
+    assert chisquare(counts, draws * wanted).pvalue > 0.001
 
 
 def test_a_text_stands_for_its_tokens(open_llm):

@@ -17,7 +17,7 @@ from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.engine.rounds import seconds_again, timed_rounds, typical
 from echo_trt.models.config import DecoderConfig
-from echo_trt.models.fp8_linear import Fp8Linear, dequantise, has_row_products, quantise_rows
+from echo_trt.models.fp8_linear import Fp8Linear, dequantise, has_fp8_products, quantise_rows
 from echo_trt.models.layers import Experts, has_grouped_products
 from echo_trt.models.roles import DraftModule, HeadModule, TargetModule
 from echo_trt.speculation.pack import BLOCK, LevelShape, pack, pack_levels
@@ -158,15 +158,19 @@ def test_costs_have_no_part_of_a_graphs_capture(card, config, figures):
         assert np.abs(measured / again - 1).max() <= TIMED
 
 
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("tokens", [1, 7, 64, 500])
-def test_products_of_fp8_rows_are_near_those_of_the_dequantised_matrix(card, figures, tokens):
+def test_products_in_fp8_are_near_those_of_the_dequantised_matrix(card, figures, tokens, blocks):
     """A card from compute capability 8.9 on has the product, also in a CUDA graph; others dequantise."""
     inputs, outputs = card.pick((4096, 6144), (256, 384))
-    has = has_row_products(card.device)
+    has = has_fp8_products(card.device)
     figures(computes_in_fp8=has)
     generator = torch.Generator().manual_seed(tokens)
     weight, x = (torch.randn(n, inputs, generator=generator) for n in (outputs, tokens))
-    product = Fp8Linear(*quantise_rows(weight)).to(card.device)
+    rows, scale = quantise_rows(weight)
+    if blocks:
+        scale = torch.rand(outputs // 128, inputs // 128, generator=generator)
+    product = Fp8Linear(rows, scale).to(card.device)
     x = x.to(card.device, torch.bfloat16)
     if card.cuda and not has:
         assert torch.cuda.get_device_capability(card.device) < (8, 9)

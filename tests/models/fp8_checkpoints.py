@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 LARGEST = 448.0  # of e4m3
-BLOCK = (8, 16)
+BLOCK = (8, 32)
 
 
 def quantise(folder: Path, kind: str, block: tuple[int, int] = BLOCK) -> dict[str, torch.Tensor]:

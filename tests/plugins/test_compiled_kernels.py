@@ -17,7 +17,7 @@ from echo_trt.models import fp8_kernel
 from echo_trt_lab.kernels.compiled import ARCHITECTURES, compiled, main, sources
 from echo_trt_lab.kernels.floor import GROUP, HEAD_DIM, bytes_of_a_step
 from super_tree_attention import kernel, layer_kernels, sampling_kernels
-from super_tree_attention.kernel_plan import ROWS, SHARED, STEPS, tiles_at_a_time
+from super_tree_attention.kernel_plan import ROWS, SHARED, STEPS, largest_tile, tiles_at_a_time
 
 #: Bytes that Triton 3.7 spills in the largest tiles for sm_80 and sm_100; 3.9 spills none.
 SPILLED = 48 if triton.__version__.startswith("3.7") else 0
@@ -48,10 +48,14 @@ def test_all_kernels_that_are_launched_are_in_the_list():
     assert listed == {name for name in defined if not name.startswith("_")}
 
 
-@pytest.mark.parametrize("head_dim", [16, 32])
-def test_small_heads_compile_without_spills(head_dim):
-    for name in ("attention_16", "attention_64", "attention_128", "combine", "rotated"):
-        assert compiled(name, 90, "bf16", head_dim, 4).spills == 0
+@pytest.mark.parametrize(("head_dim", "architecture"), [(16, 90), (32, 90), (256, 89), (256, 90)])
+def test_other_heads_compile_without_spills(head_dim, architecture):
+    for rows in (rows for rows in ROWS if rows <= largest_tile(head_dim)):
+        kernel = compiled(f"attention_{rows}", architecture, "bf16", head_dim, 4)
+        assert kernel.spills == 0
+        assert kernel.shared <= SHARED.get(architecture, 99) << 10
+    for name in ("combine", "rotated"):
+        assert compiled(name, architecture, "bf16", head_dim, 4).spills == 0
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -81,8 +85,8 @@ def test_the_keys_and_values_of_the_past_are_loaded_16_bytes_at_a_time_and_ahead
 def test_the_table_is_printed_and_the_files_are_written(tmp_path, capsys):
     main(["--arch", "90", "--head-dims", "128", "--groups", "4", "--out", str(tmp_path)])
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 2 + 19 + 18  # in bf16, FP8's activations are quantised
-    assert len(list(tmp_path.glob("*.cubin"))) == len(list(tmp_path.glob("*.ptx"))) == 19 + 18
+    assert len(table) == 2 + 23 + 18  # in bf16 also FP8's five
+    assert len(list(tmp_path.glob("*.cubin"))) == len(list(tmp_path.glob("*.ptx"))) == 23 + 18
 
 
 def test_an_unknown_card_ends_the_command_with_one_sentence(capsys):

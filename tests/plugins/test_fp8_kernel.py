@@ -1,24 +1,19 @@
-"""The kernel that quantises activations against PyTorch, in Triton's interpreter, and compiled for cards."""
+"""The kernels of FP8 against PyTorch, in Triton's interpreter, and compiled for cards."""
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
+from interpreted import interpreted
 
-from echo_trt.models.fp8_linear import E4M3, quantise_rows
+from echo_trt.models.fp8_linear import E4M3, Fp8Linear, quantise_rows
 
-triton = pytest.importorskip("triton", reason="needs Triton: pip install -e '.[cuda]'")
+NAME = "echo_trt.models.fp8_kernel"
 
 
 @pytest.mark.parametrize("width", [16, 1024, 2500])
 def test_the_kernel_quantises_as_pytorch_does(width):
-    spec = importlib.util.find_spec("echo_trt.models.fp8_kernel")
-    module = importlib.util.module_from_spec(spec)
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        spec.loader.exec_module(module)
+    module = interpreted(NAME)
     x = torch.randn(5, width, generator=torch.Generator().manual_seed(width)).to(torch.bfloat16)
     x[1] = 0
     x[2] *= 1e4
@@ -30,17 +25,16 @@ def test_the_kernel_quantises_as_pytorch_does(width):
     assert torch.equal(rows.to(E4M3).view(torch.uint8), wanted.view(torch.uint8))
 
 
-@pytest.mark.parametrize("capability", [89, 90, 100, 120])
-def test_the_kernel_compiles_for_cards_without_spills(capability):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from echo_trt.models import fp8_kernel
-
-    types = ["*bf16", "*fp8e4nv", "*fp32", "i32", "constexpr"]
-    signature = dict(zip(fp8_kernel.quantise.arg_names, types, strict=True))
-    source = ASTSource(fp8_kernel.quantise, signature, {"WIDTH": 1024})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert compiled.metadata.shared < 1024
-    assert ".local" not in compiled.asm["ptx"]
-    assert "e4m3x2" in compiled.asm["ptx"]
+@pytest.mark.parametrize(("tokens", "outputs"), [(1, 96), (17, 48), (70, 128)])
+def test_the_kernel_multiplies_blocks_as_pytorch_does(tokens, outputs):
+    """A tile, one that is partly empty, and two; rows of several blocks in a tile; scales far apart."""
+    generator = torch.Generator().manual_seed(tokens)
+    x, weight = (torch.randn(n, 96, generator=generator).to(torch.bfloat16) for n in (tokens, outputs))
+    scale = torch.rand(outputs // 16, 3, generator=generator) * 10.0 ** torch.arange(-2, 1)
+    product = Fp8Linear(weight.to(E4M3), scale)
+    pieces, scales = quantise_rows(x.view(-1, 32))
+    exact = pieces.float().view(x.shape), scales, product.weight.float(), scale  # NumPy has no e4m3
+    got = interpreted(NAME).multiply_by_kernel(*exact)
+    assert got.shape == (tokens, outputs)
+    wanted = product(x).float()
+    assert (got.float() - wanted).abs().max() <= wanted.abs().max() * 2**-7  # of which both round to bfloat16

@@ -40,6 +40,7 @@ REQUEST = st.tuples(
 @example([(0, 1, False, 0)], (1, 1), 64, torch.float32, None, None, 0, 0)
 @example([(0, 7, True, 9), (0, 0, False, 0), (64, 1, False, 0)], (2, 5), 64, torch.float32, 2, 64, 1, 0)
 @example([(300, 33, True, 0), (1, 1, True, 40)], (1, 16), 128, torch.bfloat16, 7, 128, 2, 0)
+@example([(40, 7, True, 9), (70, 1, False, 0)], (1, 2), 256, torch.bfloat16, 2, None, 4, 0)
 @example([(300, 33, True, 0), (420, 100, False, 0), (70, 5, True, 9)], (1, 4), 64, torch.float32, 2, 16, 3, 80)
 def test_any_batch_equals_the_reference(requests, heads, head_dim, dtype, num_splits, rows, seed, window):
     Batch(requests, *heads, head_dim, dtype, seed).check(num_splits=num_splits, rows=rows, sliding_window=window)

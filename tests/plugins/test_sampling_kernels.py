@@ -165,7 +165,7 @@ def test_nodes_that_the_walk_cannot_visit_are_left_out(monkeypatch):
     monkeypatch.setattr(
         DeviceLogits, "choose", lambda self, *each: found.append(chosen(self.tensor, *each)) or found[0]
     )
-    card = DeviceLogits(torch.from_numpy(logits), logits.argmax(axis=1))
+    card = DeviceLogits(torch.from_numpy(logits))
     verified = TargetOutput(tree, np.arange(2), 2, {"logits": card}, None, batch)
     again = accept(tree, verified.next_token)
     assert [part.tolist() for part in again] == [path.tolist(), emitted.tolist()]

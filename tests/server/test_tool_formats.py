@@ -60,6 +60,15 @@ def read(name: str, pieces: list[str], several: bool = True) -> tuple[str, list[
     return content, calls
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_known_parts_of_a_call_and_its_values_are_a_call(name):
+    city = FORMATS[name].parts("get_weather", NAMES["get_weather"])
+    numbers = FORMATS[name].parts("add", {"properties": {"n": KINDS["n"], "e": KINDS["e"]}})
+    assert read(name, ["Paris".join(city)]) == ("", [PARIS])
+    assert read(name, ["2".join(numbers)]) == ("", [("add", '{"n": 2, "e": 2}')])
+    assert read(name, [*FORMATS[name].parts("add", {})]) == ("", [("add", "{}")])
+
+
 HERMES = [
     ("Hello.", "Hello.", []),
     (f"<tool_call>\n{GET}\n</tool_call>", "", [PARIS]),

@@ -66,15 +66,19 @@ def test_the_source_of_a_draft_is_reported_as_its_own():
     assert len(bill.saved) == len(SOURCES)
 
 
-def test_the_clock_learns_what_plain_passes_take_behind_a_warm_up():
-    clock = PlainClock(0.1, 0.97, 2)
+def test_the_clock_learns_what_plain_passes_take_at_a_load_behind_a_warm_up():
+    clock = PlainClock(0.1, 0.25, 2, 10)
     for _ in range(20):
         for _ in range(2):
-            clock.observe(True, 9.0, 1.0)
-        clock.observe(False, 0.0, 0.0)
-    assert (clock.factor, clock.error) == (1.0, 0.1)
+            clock.observe(4, True, 9.0, 1.0)
+        clock.observe(4, False, 0.0, 0.0)
+    assert clock.factor(4) is None
     draw = np.random.default_rng(0)
-    for seconds in draw.normal(1.3, 0.05, 500):
-        clock.observe(True, seconds, 1.0)
-    assert clock.factor == pytest.approx(1.3, abs=0.05)
-    assert 0 < clock.error < 0.02
+    for number, seconds in enumerate(draw.normal(1.3, 0.05, 500)):
+        clock.observe(4, True, seconds, 1.0)
+        if number == 11:
+            assert clock.factor(4) == pytest.approx((1.3, 0.1), abs=0.05)
+    factor, error = clock.factor(4)
+    assert factor == pytest.approx(1.3, abs=0.05)
+    assert 0 < error < 0.02
+    assert clock.factor(2) is None

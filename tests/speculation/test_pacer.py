@@ -14,7 +14,17 @@ from seeded_draft import SteadyDraft
 from echo_trt.speculation.goodput.ladder import Ladder
 from echo_trt.speculation.goodput.model.costs import Curve
 from echo_trt.speculation.goodput.model.iteration import prices
-from echo_trt.speculation.pacer import HASTE, PATIENCE, Latency, Pace, Pacer, Seats
+from echo_trt.speculation.pacer import (
+    FIRST_CHUNK,
+    HASTE,
+    LEAST_CHUNK,
+    LONGEST_GAP,
+    PATIENCE,
+    Latency,
+    Pace,
+    Pacer,
+    Seats,
+)
 from echo_trt.speculation.shares import TenantShares
 
 KNEE = Curve([1, 8, 16, 32, 64, 256], [10e-3, 10e-3, 12e-3, 20e-3, 38e-3, 150e-3])
@@ -69,6 +79,7 @@ def test_prompts_come_by_when_they_are_due_and_a_late_one_hurries():
     for slot, (ttft, arrived) in enumerate(((None, 0.0), (0.4, 1.0), (0.2, 1.1))):
         pacer.begin(slot, Latency(ttft), arrived)
     pacer.begin(3, Latency(tpot=0.01), 0.0)
+    pacer.ran(np.array([3]), np.array([256]), LONGEST_GAP / 2, 256)
 
     def admitted(now: float, *prompts: int) -> Seats:
         seats = Seats(np.array([3]), np.array([9]), np.array(prompts), 256)
@@ -81,6 +92,26 @@ def test_prompts_come_by_when_they_are_due_and_a_late_one_hurries():
     assert admitted(9.9, 2, 0, 1).prompts.tolist() == [2, 0, 1]  # where nobody has a target they stay as they are
     assert Latency().due(0.0) == PATIENCE
     assert Latency(ttft=9 * PATIENCE).due(1.0) == 1.0 + PATIENCE  # nobody waits for those who come later than that
+
+
+@pytest.mark.parametrize(("pass_s", "token_s"), [(0.03, 4e-3), (0.02, 1e-4), (0.4, 0.1), (0.1, 2e-4)])
+def test_a_chunk_holds_nobody_up_for_longer_than_the_gap_and_is_as_long_as_that_allows(pass_s, token_s):
+    """A pass takes ``pass_s``, and ``token_s`` for a prompt token, one of which took ten times as long."""
+    pacer, decoding, prompt, longest = Pacer(2), np.array([0]), np.array([1]), 0.0
+    pacer.begin(0, Latency(), 0.0)
+
+    def chunk_of(decoding: np.ndarray) -> int:
+        return pacer.admit(Seats(decoding, 0 * decoding, prompt, 512), lambda seats: None, 0.0).chunk
+
+    assert (chunk_of(decoding), chunk_of(decoding[:0])) == (FIRST_CHUNK, 512)
+    for number in range(40):
+        seconds = pass_s + token_s * (chunk := chunk_of(decoding))
+        longest = max(longest, seconds) if number > 30 else 0.0
+        pacer.ran(np.array([0, 1]), np.array([1, chunk]), seconds * (10 if number == 9 else 1), chunk)
+        pacer.ran(np.array([0, 1]), np.array([1, 5]), pass_s + 5 * token_s, 5)  # a prompt's last tokens
+    fits = int((LONGEST_GAP - pass_s) / token_s)
+    assert longest <= max(LONGEST_GAP, pass_s + token_s * LEAST_CHUNK)
+    assert min(max(fits - 2, LEAST_CHUNK), 512) <= chunk <= 512
 
 
 @pytest.mark.parametrize("tpot", [1e-3, 1e-9, 1e-300, 5e-324])

@@ -30,6 +30,7 @@ from echo_trt.engine.llm import LLM
 from echo_trt.engine.service.job import Overloaded
 from echo_trt.engine.service.metrics import EngineMetrics, Statistics
 from echo_trt.engine.service.service import Service
+from echo_trt.engine.stored_prefixes import keep_prefixes
 from echo_trt.engine.text.stream import AnswerText
 from echo_trt.errors import UserError
 from echo_trt.models.token_texts import TokenTexts
@@ -102,7 +103,8 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
         self._tokenizer = load_tokenizer(job.bundle)  # the engine's thread uses another
         self._texts, self._recommended = TokenTexts(self._tokenizer), llm.manifest.sampling.given()
         self._classes = LatencyClasses(job.latency_classes)
-        self._service = Service(llm, job.queue, job.latency_admission)
+        prefixes = keep_prefixes(llm, job.store, job.store_size)
+        self._service = Service(llm, job.queue, job.latency_admission, prefixes)
 
     async def on_endpoint_ready(self, endpoint: Any) -> None:
         self._passes = FpmDirectPublisher(endpoint, str(self._worker_id))

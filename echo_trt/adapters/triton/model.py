@@ -72,8 +72,8 @@ class TritonPythonModel:
         self._reader = Reader(prompts, llm.manifest.sampling.given(), classes)
         publish_kv_events(llm.loop.batch.blocks.cache, _setting(config, "kv_events_config"))
         store = _setting(config, "store")
-        self._prefixes = keep_prefixes(llm, Path(store) if store else None, _setting(config, "store_size"))
-        self._service = Service(llm, queue or QUEUE, _truth(config, "latency_admission"))
+        prefixes = keep_prefixes(llm, Path(store) if store else None, _setting(config, "store_size"))
+        self._service = Service(llm, queue or QUEUE, _truth(config, "latency_admission"), prefixes)
         signals = os.environ.get("ECHO_TRT_SIGNALS")
         name, self._metrics = args["model_name"], EngineMetrics(args["model_name"])
         self._replies = Replies(self._service, self._metrics, name, Path(signals) if signals else None)
@@ -90,8 +90,6 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Triton calls this once no request is open."""
         self._service.close(0)
-        if self._prefixes:
-            self._prefixes.close()
         self._replies.close()
 
     def _take(self, request: pb_utils.InferenceRequest) -> None:

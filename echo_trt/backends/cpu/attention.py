@@ -6,8 +6,6 @@ chain, or in a tree, whose nodes' own blocks are gathered. So a node has the bit
 
 from __future__ import annotations
 
-from numba import njit
-
 from echo_trt.backends.cpu.operators import LOWEST, ONE, ZERO, operator, part
 from echo_trt.backends.cpu.vectors import (
     add,
@@ -135,7 +133,7 @@ def _soften(scores, scale, low, high, state):
     return kept
 
 
-@njit(cache=True)
+@compiled()
 def _step(sizes, queries, outputs, state, scratch, row, rows, limits, block, keys, values):
     """Attend with four query rows of a unit, from ``row`` on, to the 32 keys of one block of the sequence."""
     group, dim, jump, out_jump, scale, window, wide = sizes
@@ -180,7 +178,7 @@ def _gather(keys, values, dim, size, cached, lanes, from_keys, from_values, jump
         _copy(values + lane * dim * size, from_values + row // BLOCK * jump + row % BLOCK * dim * size, dim * size)
 
 
-@njit(cache=True)
+@compiled()
 def _unit(args, job, head, scratch):
     """Attend with the tokens of a job and the query heads of a KV head.
 

@@ -31,7 +31,7 @@ from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.first_layers import in_blocks, layers_within
 from echo_trt.backends.kind import CompiledRole
 from echo_trt.models.layers import Rotary
-from echo_trt.models.roles import ROLES, HeadModule, Role, TargetModule
+from echo_trt.models.roles import HeadModule, Role, TargetModule
 from echo_trt.models.weights import heights
 
 UNIT = 32  # to a multiple of which widths are padded, and a head's halves to one of half of it
@@ -44,10 +44,9 @@ ROUTER = ".router.weight"  # which stays in floats: a little less changes the ch
 
 def compile_role(role: Role, path: Path, precision: str, facts: dict[str, str] | None = None) -> CompiledRole:
     """Write ``role`` to ``path`` in ``precision``; ``facts`` gets what formats its matrices have."""
-    kind = next(name for name, (role_class, *_) in ROLES.items() if type(role) is role_class)
     config = role.network.config
     header = {
-        "role": kind,
+        "role": role.name,
         "config": dataclasses.asdict(config),
         "windows": [config.window_of(layer) for layer in range(role.num_layers)],
         "setting": list(role.feature_layers) if isinstance(role, TargetModule) else role.top_k,

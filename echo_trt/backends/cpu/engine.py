@@ -104,16 +104,8 @@ class CPUEngine(Engine):
             call.past_lens, call.seq_begins, call.block_indices, call.block_begins, call.tree_mask,
             call.tree_mask_begins, self._network.pool_rows, *(arrays[name] for name in names),
         )  # fmt: skip
-        words = (
-            attention.LIMITS,
-            attention.JOBS,
-            attention.COSTS,
-            attention.TABLE,
-            attention.PATHS,
-            attention.PATH_BEGINS,
-        )
-        for index, name in zip(words, names, strict=True):
-            cells[index] = arrays[name].ctypes.data
+        in_order = ("jobs", "costs", "limits", "table", "paths", "path_begins")
+        cells[attention.JOBS : attention.PATH_BEGINS + 1] = [arrays[name].ctypes.data for name in in_order]
         return jobs
 
     def _read(self, tokens: int, rows: int) -> dict[str, np.ndarray]:

@@ -67,7 +67,7 @@ def product(module: ir.Module, shape: WeightFormat, using: InstructionSet) -> No
     # two scales of a group would double what AMX stores, and take longer than without it
     tiled = using.bf16 == "tiles" and not shape.kind and shape.integers < 2
     # 32 registers hold the sums of two tiles, which then share an unpacking
-    wide = _Tile(module, shape, using, 2 * TILE).function if using.lanes == 16 and not shape.kind else None
+    wide = _Tile(module, shape, using, 2 * TILE).function if using.lanes == 16 else None
     if tiled:
         unpack, by_amx = _Unpacked(module, shape, using, 0).function, tiles.product_of_unpacked(module, shape)
     b, (record, _, threads) = start(module, "product", [PTR, I64, I64])

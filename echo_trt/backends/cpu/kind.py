@@ -11,6 +11,8 @@ from echo_trt.backends.kind import Compile, Detail, EngineKind
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError
 
+DRAFTS = ("none", "lookup", "model", "eagle3")  # whose networks it has programs for
+
 
 def _open(
     file: Path, precision: str, num_blocks: int, bounds: CallBounds, facts: dict[str, Any], group: Any = None
@@ -28,7 +30,7 @@ def _compiler(recipe: Recipe, folder: Path, detail: Detail) -> tuple[Compile, di
 
 
 def _check(recipe: Recipe) -> None:
-    if recipe.draft.kind in ("block", "mtp"):
+    if recipe.draft.kind not in DRAFTS:
         raise UserError(
             f"draft.kind is {recipe.draft.kind}, which engine cpu does not run; build with --engine openvino."
         )

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
+from pathlib import Path
 
+import llvmlite
 import llvmlite.binding as llvm
+
+from echo_trt.speculation.arrays import code_folder
 
 
 @cache
@@ -75,22 +83,56 @@ def instruction_set() -> InstructionSet:
 class MachineCode:
     """Hold the functions of a module of IR as machine code, for as long as this object lives.
 
-    ir        text of the module
+    name      of the file that keeps the code for later processes, where numba keeps its own
+    ir        makes the module's text, where it is not kept
     cpu       LLVM's name of a CPU to compile for, with ``features`` as in "+avxvnni"; None: the one at hand
     """
 
-    def __init__(self, ir: str, cpu: str | None = None, features: str = "") -> None:
+    def __init__(self, name: str, ir: Callable[[], str], cpu: str | None = None, features: str = "") -> None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         if cpu is None:
             cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
-        target = llvm.Target.from_default_triple()
-        self.machine = target.create_target_machine(cpu=cpu, features=features, opt=3)
-        module = llvm.parse_assembly(ir)
-        module.verify()
-        self._engine = llvm.create_mcjit_compiler(module, self.machine)
+        self.machine = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3)
+        folder = code_folder(_has_tiles)  # of this module
+        file = folder / f"{name}.nbo" if folder else None
+        made_of = _digest(f"{cpu} {features}")
+        code = _read(file, made_of)
+        if code is None:
+            module = llvm.parse_assembly(ir())
+            module.verify()
+            code = self.machine.emit_object(module)
+            _keep(file, made_of + code)
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), self.machine)
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
 
     def address(self, name: str) -> int:
         """Return where a function of the module begins."""
         return self._engine.get_function_address(name)
+
+
+def _digest(cpu: str) -> bytes:
+    """Return 32 bytes of what code depends on: a CPU, LLVM, and the modules that write IR, which are this folder's."""
+    return sha256(f"{cpu} {llvmlite.__version__}".encode() + _sources()).digest()
+
+
+@cache
+def _sources() -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+
+
+def _read(file: Path | None, digest: bytes) -> bytes | None:
+    """Return the code of a file that begins with this digest."""
+    with suppress(OSError):
+        kept = file.read_bytes() if file else b""
+        return kept[len(digest) :] if kept.startswith(digest) else None
+    return None
+
+
+def _keep(file: Path | None, content: bytes) -> None:
+    with suppress(OSError):  # a full disk
+        if file:
+            part = file.with_suffix(f".{os.getpid()}")
+            part.write_bytes(content)
+            part.replace(file)

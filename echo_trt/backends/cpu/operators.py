@@ -10,6 +10,7 @@ Rows are padded to multiples of 16 numbers, with zeros. A head's first half and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from echo_trt.backends.cpu.vectors import (
     within,
     word,
 )
+from echo_trt.speculation.arrays import compiled_once
 from echo_trt.speculation.pack import BLOCK
 
 LOWEST = np.float32(-1e30)  # a score that is not seen
@@ -44,10 +46,7 @@ ZERO, ONE = np.float32(0), np.float32(1)
 
 def operator(function: Callable[..., None]) -> Any:
     """Compile an operator; its ``address`` is the native function's."""
-    try:
-        return cfunc("void(int64, int64, int64)", cache=True)(function)
-    except RuntimeError:  # no folder of numba's can be written
-        return cfunc("void(int64, int64, int64)")(function)
+    return compiled_once(partial(cfunc, "void(int64, int64, int64)"), function)
 
 
 part: Any = njit(forceinline=True)

@@ -12,7 +12,7 @@ from echo_trt.errors import UserError
 
 GIB = 2**30
 #: Of the attention kernel, whose tiles are powers of two, of 16 rows or more.
-HEAD_DIMS, MAX_GROUP = (16, 32, 64, 128), 16
+HEAD_DIMS, MAX_GROUP = (16, 32, 64, 128, 256), 16
 
 
 def cuda_device() -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from echo_trt.backends.cuda import choose
 from echo_trt.backends.cuda.calls import Staging
 from echo_trt.backends.cuda.device import check_room
-from echo_trt.backends.cuda.transfers import fetch, send
+from echo_trt.backends.cuda.transfers import fetch, read_packed, send
 from echo_trt.speculation.sampling.draw import SamplingBatch
 
 #: Bytes of float32 logits whose best tokens are searched for at once; that takes several times as much memory. Larger:
@@ -21,18 +22,30 @@ from echo_trt.speculation.sampling.draw import SamplingBatch
 _AT_ONCE = 32 << 20
 
 
+class Best:
+    """The best tokens of ``packed`` logits (``transfers.pack_results``), which the host copies when it reads them."""
+
+    def __init__(self, packed: Tensor):
+        self._packed = packed
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        tokens: np.ndarray = read_packed(self._packed)[:, 0].astype(np.int64)
+        return tokens
+
+
 class DeviceRows:
     """Rows that read like a float32 array [n, size]; only rows that are read are copied.
 
     rows   float [m, size], on the device
-    best   int64 [n], on the host: the rows' argmax, for which logits then need no copy
+    best   the rows' argmax, for which logits then need no copy
     index  int64 [n], on the host: the rows among ``rows``; by default all of them
 
     With ``best`` picked rows wait until they are read, mostly never: they are valid until the engine's next run. Other
     rows are copied on the device when they are picked, and stay valid.
     """
 
-    def __init__(self, rows: Tensor, best: np.ndarray | None = None, index: np.ndarray | None = None):
+    def __init__(self, rows: Tensor, best: Best | None = None, index: np.ndarray | None = None):
         self._rows, self._best, self._index = rows, best, index
         self.shape = (len(rows) if index is None else len(index), *rows.shape[1:])
 
@@ -43,7 +56,7 @@ class DeviceRows:
         if isinstance(index, (int, np.integer)):
             return _on_host(self._rows[int(index if self._index is None else self._index[index])])
         handles = (np.arange(len(self)) if self._index is None else self._index)[index]
-        picked = type(self)(self._rows, None if self._best is None else self._best[index], handles)
+        picked = type(self)(self._rows, self._best, handles)
         return picked if self._best is not None else DeviceRows(picked.tensor)
 
     @property
@@ -65,7 +78,9 @@ class DeviceRows:
         """Return a row's first largest column, int64 [n]; ``axis`` is 1."""
         if axis != 1:
             raise ValueError(f"axis is {axis}; rows have an argmax along axis 1")
-        return (_on_host(self.tensor).argmax(1) if self._best is None else self._best).copy()
+        if self._best is None:
+            return _on_host(self.tensor).argmax(1)
+        return self._best.tokens.copy() if self._index is None else self._best.tokens[self._index]
 
 
 class DeviceLogits(DeviceRows):

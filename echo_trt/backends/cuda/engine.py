@@ -14,7 +14,7 @@ from torch import Tensor
 
 from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.calls import Graphs
-from echo_trt.backends.cuda.device_rows import DeviceFeatureCache, DeviceLogits, DeviceRows, numbered
+from echo_trt.backends.cuda.device_rows import Best, DeviceFeatureCache, DeviceLogits, DeviceRows, numbered
 from echo_trt.backends.cuda.levels import Levels
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.cuda.transfers import PACKED, read_results, send
@@ -46,19 +46,24 @@ class DeviceEngine(Engine):
         """Launch on the engine's own stream, if it has one."""
         return nullcontext()
 
-    @torch.inference_mode()
     def run(self, call: ForwardBatch, **inputs: Any) -> dict[str, np.ndarray]:
-        """See ``backends.base.Engine``; large outputs are ``DeviceRows``, which read like arrays.
+        """See ``backends.base.Engine``; large outputs are ``DeviceRows``, which read like arrays."""
+        outputs = self.launch(call, **inputs)
+        if isinstance(logits := outputs.get("logits"), DeviceLogits):
+            logits.argmax(1)
+        return outputs
 
-        One copy brings the small outputs to the host; others are copied as they are read.
-        """
+    @torch.inference_mode()
+    def launch(self, call: ForwardBatch, **inputs: Any) -> dict[str, np.ndarray]:
+        """See ``backends.base.Engine``. One copy brings a draft's outputs, or a target's best tokens, to the host."""
         with self._on_stream():
             outputs = self._outputs(call, numbered(inputs))
             if self._work:
                 self._work()
-            read, best = read_results(outputs.pop(PACKED), outputs)
+            packed = outputs.pop(PACKED)
+            read = {} if "logits" in outputs else read_results(packed, outputs)
             late: dict[str, Any] = {
-                name: DeviceLogits(output, best) if name == "logits" else DeviceRows(output)
+                name: DeviceLogits(output, Best(packed)) if name == "logits" else DeviceRows(output)
                 for name, output in outputs.items()
                 if name not in read
             }

@@ -56,17 +56,19 @@ def pack_results(outputs: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([p.float().view(torch.int32) if p.is_floating_point() else p.to(torch.int32) for p in parts], 1)
 
 
-def read_results(packed: Tensor, outputs: Mapping[str, Tensor]) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """Copy packed results to the host: narrow outputs by name, float32 or int64, and best tokens, int64 [R].
+def read_packed(packed: Tensor) -> np.ndarray:
+    """Copy packed results to the host, int32 [R, w]; no rows are no reason to wait."""
+    return fetch(packed) if len(packed) else np.zeros(tuple(packed.shape), np.int32)
+
+
+def read_results(packed: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Copy a draft's packed results to the host, by name: float32 or int64.
 
     ``outputs`` tell which are packed and how wide they are.
     """
-    table = fetch(packed) if len(packed) else np.zeros(tuple(packed.shape), np.int32)
-    if "logits" in outputs:
-        return {}, table[:, 0].astype(np.int64)
-    read, begin = {}, 0
+    table, read, begin = read_packed(packed), {}, 0
     for name in (name for name in _NARROW if name in outputs):
         end = begin + outputs[name].shape[1]
         part = np.ascontiguousarray(table[:, begin:end])
         read[name], begin = part.view(np.float32) if outputs[name].is_floating_point() else part.astype(np.int64), end
-    return read, None
+    return read

@@ -71,6 +71,8 @@ class OpenVINOEngine(KeepsStates):
 
     def _bind_pool(self, compiled: ov.CompiledModel, cache_type: ov.Type) -> np.ndarray:
         caches = [i for i in compiled.inputs if "_cache." in i.get_any_name()]
+        if not caches:
+            return np.zeros((0, self.num_blocks + 1, 0, BLOCK, 0), _ARRAY_TYPES[cache_type])
         _, heads, block, head_dim = (d.get_length() if d.is_static else -1 for d in caches[0].partial_shape)
         if block != BLOCK or caches[0].element_type != cache_type:
             raise RuntimeError(

@@ -32,7 +32,7 @@ from echo_trt.errors import UserError
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.layers import Config
 from echo_trt.models.ranks import Alone, Collectives, among
-from echo_trt.models.roles import Role
+from echo_trt.models.roles import Role, computed_in
 from echo_trt.speculation.pack import BLOCK, ForwardBatch
 from super_tree_attention import super_tree_attention
 
@@ -69,7 +69,7 @@ class TorchEngine(KeepsStates, DeviceEngine):
         self.device = cuda_device() if device == "cuda" else torch.device(device)
         config = role.network.config
         self._role = role.to(self.device)
-        self._dtype = role.network.norm.weight.dtype  # matrices may be stored in a narrower one
+        self._dtype = computed_in(role.network)
         self._collectives = collectives or Alone()
         self._operator = operator or _operator_for(self.device, config)
         states = getattr(role, "states", {})
@@ -131,9 +131,9 @@ class TorchEngine(KeepsStates, DeviceEngine):
         return self._resident and super().overlap(work)
 
     @torch.inference_mode()
-    def run(self, call: ForwardBatch, **inputs: Any) -> dict[str, np.ndarray]:
+    def launch(self, call: ForwardBatch, **inputs: Any) -> dict[str, np.ndarray]:
         if self._resident:
-            return super().run(call, **inputs)
+            return super().launch(call, **inputs)
         if self._states:
             inputs |= self._states.begin(call, len(call.token_ids)) | self._states.inputs
         arrays = self._arrays_of(call, inputs)

@@ -5,7 +5,7 @@ A record costs no import of PyTorch: its methods import what they need when they
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from echo_trt.models.config import DecoderConfig
     from echo_trt.models.decoder import Decoder
     from echo_trt.models.layers import Config
-    from echo_trt.models.roles import Role
+    from echo_trt.models.roles import Role, RoleMaker
 
 HEAD_VOCABULARY = 32000  # of published EAGLE-3 heads for vocabularies of 150,000
 
@@ -86,6 +86,13 @@ class DraftKind:
     def load(self, source: DraftSource) -> tuple[Role, tuple[int, ...]]:
         """Load the network; returns its role, and the target's layers whose inputs it reads."""
         raise NotImplementedError
+
+    def role(self) -> RoleMaker:
+        """Return what makes the role again, where ``load`` returns one of its own, which has the drafter's ``name``."""
+        raise NotImplementedError
+
+    def sizes(self, config: Any) -> Any:
+        """Count a network (``sizing.networks.Sizes``) that ``draft_sizes`` there does not know; None: it does."""
 
     def block_facts(self, config: Any) -> BlockFacts | None:
         """State how a pass looks, for a runtime without PyTorch."""
@@ -252,15 +259,8 @@ class BlockKind(DraftKind):
     def block_facts(self, config: Any) -> BlockFacts:
         from echo_trt.backends.self_check import block_shape
 
-        shape = block_shape(config)
-        return BlockFacts(
-            rows=shape.rows,
-            mask_token=shape.mask_token,
-            both_ways=shape.both_ways,
-            anchored=shape.anchored,
-            predicts_next=config.predicts_next,
-            confidence=config.confidence,
-        )
+        shape = asdict(block_shape(config))
+        return BlockFacts(**shape, predicts_next=config.predicts_next, confidence=config.confidence)
 
     def drafter(self, manifest: Manifest, batch: InputBatch, engine: Engine, folder: Path) -> Drafter:
         from echo_trt.engine.drafters.block import BlockDrafter, read_confidence

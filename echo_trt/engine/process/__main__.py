@@ -57,7 +57,7 @@ def run(options: HostOptions) -> int:
     classes = LatencyClasses(options.latency_classes)
     publish_kv_events(llm.loop.batch.blocks.cache, options.kv_events_config)
     prefixes = keep_prefixes(llm, options.store, options.store_size)
-    service = Service(llm, options.queue, options.latency_admission)
+    service = Service(llm, options.queue, options.latency_admission, prefixes)
     gc.freeze()  # what was loaded lives as long as the process
 
     async def serve() -> bool:
@@ -69,8 +69,6 @@ def run(options: HostOptions) -> int:
 
     sound = asyncio.run(serve())
     service.close(0)
-    if prefixes:
-        prefixes.close()
     return 0 if sound else 1
 
 

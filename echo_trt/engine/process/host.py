@@ -30,6 +30,7 @@ from echo_trt.engine.service.job import Job, Overloaded
 from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
 from echo_trt.engine.service.snapshots import SnapshotRecorder
+from echo_trt.engine.sources.calls import skeleton
 
 log = logging.getLogger(__name__)
 BEAT = 0.05  # seconds between two looks at what has changed; larger: a drained engine ends later
@@ -236,7 +237,7 @@ class Host:
         if answer.gone:
             raise Overloaded("away", "the request was cancelled.")
         job = answer.job
-        job.request.prompt = np.asarray(message.prompt, np.int64)
+        job.request.prompt, job.request.calls = np.asarray(message.prompt, np.int64), skeleton(message.calls)
         if message.latency_class and (latency := self._classes.read(message.latency_class)):
             job.request.params = replace(message.params, latency=latency)
         job.seconds = message.deadline_ms / 1000 if message.deadline_ms else None

@@ -37,6 +37,7 @@ class Submit(Numbered, kw_only=True, omit_defaults=True):
     deadline_ms    from its arrival, after which the answer ends as it is; 0: never
     streamed       whether tokens are wanted as they come
     request_id     the client's, for lines of the log
+    calls          of each tool that may be called, what is known of a call: as of ``sources.calls.skeleton``
     """
 
     prompt: list[int]
@@ -47,6 +48,7 @@ class Submit(Numbered, kw_only=True, omit_defaults=True):
     streamed: bool = False
     sender: Sender = ANYONE
     request_id: str = ""
+    calls: list[list[list[int]]] = []
 
 
 class Cancel(Numbered):

@@ -7,6 +7,7 @@ order, and must not block. Where a device computes, they are called while it com
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ from echo_trt.engine.service.grammars import GrammarQueue
 from echo_trt.engine.service.job import ExpectedLatency, FairQueue, Job, Overloaded
 from echo_trt.engine.service.metrics import KEPT, Statistics
 from echo_trt.engine.sources.predictions import accepted
+from echo_trt.engine.stored_prefixes import StoredPrefixes
 from echo_trt.errors import described
 from echo_trt.speculation.sources import SOURCES
 
@@ -38,8 +40,11 @@ MANY = 8  # running requests from which on a pass hides the reporting; larger: s
 class Service:
     """Answers requests with ``llm``, which nobody else may use. ``queue``: how many requests may wait for a slot."""
 
-    def __init__(self, llm: LLM, queue: int = 256, keeps_latency: bool = False):
-        """``keeps_latency``: whether a request is refused whose latency targets cannot be kept."""
+    def __init__(self, llm: LLM, queue: int = 256, keeps_latency: bool = False, prefixes: StoredPrefixes | None = None):
+        """``keeps_latency``: whether a request is refused whose latency targets cannot be kept. ``prefixes``: the
+        prefix cache's store, which is closed with the service.
+        """
+        self._prefixes = prefixes
         self.llm, self.loop, self._max_waiting, self._keeps_latency = llm, llm.loop, queue, keeps_latency
         self._forecaster = Forecaster()
         # Guards the attributes up to the blank line, but for reads of ``_open`` by the engine's thread, which alone
@@ -223,6 +228,8 @@ class Service:
         self._thread.join()
         self._grammars.close()
         self.loop.target.overlap(lambda: None)  # breaks a reference cycle that would keep the engine's memory
+        if self._prefixes:
+            self._prefixes.close()
 
     # -- the engine's thread ---------------------------------------------------------------------------------------
 
@@ -349,7 +356,7 @@ class Service:
         event.cached_tokens, event.completion_tokens = request.cached_tokens or 0, job.reported
         event.verifications = request.verifications
         event.drafted, event.accepted = ([each[index] for each in request.drafts] for index in range(2))
-        event.saved, event.saved_error = request.saved or (None, 0.0)
+        event.saved, event.saved_error = (None, 0.0) if math.isnan(request.saved[0]) else request.saved
         event.predicted = accepted(request.params.prediction_ids, request.generated[: job.reported])
         event.queue_seconds = job.taken and job.taken - request.submitted
         event.first_token_seconds = job.first_token and job.first_token - request.submitted

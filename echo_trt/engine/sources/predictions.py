@@ -35,11 +35,11 @@ class PredictionSource(ChainSource):
         self._epoch = np.full(batch.count, -1)  # admission numbers
 
     def forces(self, load: StepContext) -> bool:
-        return any(len(predicted) for predicted in self._batch.prediction[load.slots])
+        return bool(self._batch.predicted[load.slots].any())
 
     def propose(self, load: StepContext) -> Chains:
         predictions = self._batch.prediction[load.slots]
-        requests = np.array([i for i, predicted in enumerate(predictions) if len(predicted)], np.int64)
+        requests = np.flatnonzero(self._batch.predicted[load.slots])
         if len(requests) == 0:
             return NO_CHAINS
         tokens, log_p = np.full((len(requests), self._length), -1), np.zeros((len(requests), self._length))

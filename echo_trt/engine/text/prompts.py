@@ -20,11 +20,16 @@ RULE = 'give a list of objects such as {"role": "user", "content": "..."}.'
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A chat for the model's template, as Hugging Face's templates take it. ``variables``: the template's own."""
+    """A chat for the model's template, as Hugging Face's templates take it.
+
+    variables  the template's own
+    calls      of each tool that may be called, the texts of a call between its values
+    """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] = field(default_factory=list)
     variables: dict[str, Any] = field(default_factory=dict)
+    calls: tuple[tuple[str, ...], ...] = ()
 
 
 PromptInput = list[int] | str | ChatPrompt  # token ids as they are, a text, or a chat
@@ -80,6 +85,7 @@ class PromptReader:
         self._chat = ChatEncoder(self.tokenizer, special_tokens_in_content)
         self.texts = TokenTexts(self.tokenizer)
         self._marks = think_tokens(self.tokenizer)
+        self._calls: tuple[tuple[tuple[str, ...], ...], list[list[list[int]]]] = (), []
         longest = max(map(len, self.tokenizer.get_vocab()))
         self._max_characters = context * longest  # a longer text cannot have as few tokens as fit
 
@@ -97,6 +103,14 @@ class PromptReader:
         if isinstance(params.prediction, str) and len(params.prediction) > self._max_characters:
             raise UserError(too_long(f"{len(params.prediction)} characters", self.context), "prediction")
         return with_prediction_ids(params, self.tokenizer)
+
+    def calls(self, prompt: PromptInput) -> list[list[list[int]]]:
+        """Return the tokens of ``ChatPrompt.calls``."""
+        texts = prompt.calls if isinstance(prompt, ChatPrompt) else ()
+        if texts != self._calls[0]:  # an agent's next request has the same
+            encode = self.tokenizer.encode
+            self._calls = texts, [[encode(part, add_special_tokens=False) for part in parts] for parts in texts]
+        return self._calls[1]
 
     def echoed(self, prompt: PromptInput) -> str:
         """Return the text of a prompt as its client may want to see it; a chat has none."""

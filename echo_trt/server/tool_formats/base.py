@@ -81,6 +81,11 @@ def json_rule(schema: Mapping[str, Any]) -> str:
     return f"%json {json.dumps({**closed(schema), **LAYOUT}, ensure_ascii=False)}"
 
 
+def properties_of(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    properties = schema.get("properties")
+    return properties if isinstance(properties, Mapping) else {}
+
+
 class Parser(ABC):
     """Reads one text. However it is cut into pieces, the events joined are the same; nothing raises.
 
@@ -260,6 +265,19 @@ class Format(ABC):
     def function(self, name: str, schema: Mapping[str, Any]) -> str:
         """Lark of a call, the right side of a rule."""
         return json_rule(call_schema(name, self.key, schema))
+
+    def around(self, name: str) -> tuple[str, str]:
+        """Return the texts before and behind a call's arguments."""
+        return f'{{"name": {written(name)}, "{self.key}": ', "}"
+
+    def parts(self, name: str, schema: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the texts of a call up to its first value, between its values, and behind them."""
+        before, after = self.around(name)
+        texts = [before + "{"]
+        for key, part in properties_of(schema).items():
+            quote = '"' * (isinstance(part, Mapping) and part.get("type") == "string")
+            texts[-1:] = texts[-1] + f"{', ' * (len(texts) > 1)}{written(key)}: {quote}", quote
+        return (*texts[:-1], texts[-1] + "}" + after)
 
     def grammar(self, requested: ToolRequest) -> str:
         """Lark of texts as they are ``requested`` for: a line for each function."""

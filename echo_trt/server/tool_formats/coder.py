@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from echo_trt.grammar.requested import listed, resolved
-from echo_trt.server.tool_formats.base import ToolRequest, json_rule, parsed, written
+from echo_trt.server.tool_formats.base import ToolRequest, json_rule, parsed, properties_of, written
 from echo_trt.server.tool_formats.marked import Marked, MarkedParser
 
 PARAMETER, PARAMETER_END, FUNCTION_END = "<parameter=", "</parameter>", "</function>"
@@ -58,8 +58,7 @@ def _typed(value: str, part: Mapping[str, Any]) -> Any:
 
 def _part(schema: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return the schema of an argument; empty where there is none."""
-    properties = schema.get("properties")
-    part = properties.get(name) if isinstance(properties, Mapping) else None
+    part = properties_of(schema).get(name)
     if isinstance(part, Mapping) and isinstance(reference := part.get("$ref"), str):
         part = resolved(reference, schema)
     return part if isinstance(part, Mapping) else {}
@@ -93,6 +92,11 @@ class Coder(Marked):
             parts.append("parameter*")
         before, after = self.spelt(self.spelling.before.replace("NAME", name)), self.spelt(self.spelling.after)
         return " ".join([before, *parts, after])
+
+    def parts(self, name: str, schema: Mapping[str, Any]) -> tuple[str, ...]:
+        opens, (before, after) = [f"{PARAMETER}{key}>\n" for key in properties_of(schema)], self.around(name)
+        texts = before, *[f"\n{PARAMETER_END}\n"] * len(opens)
+        return tuple(end + begin for end, begin in zip(texts, [*opens, after], strict=True))
 
     def rules(self, requested: ToolRequest) -> list[str]:
         free = f'parameter: "{PARAMETER}" /[^>\\n]{{1,64}}/ ">\\n" free'

@@ -83,7 +83,7 @@ class Llama3(Format):
     """{"name": ..., "parameters": ...}."""
 
     key, parser = "parameters", Llama3Parser
-    around = ("", "; ", "")  # before the calls, between them, behind them
+    around_calls = ("", "; ", "")  # before the calls, between them, behind them
 
     @classmethod
     def of(cls, template: str, tokens: Collection[str]) -> Llama3 | None:
@@ -92,15 +92,19 @@ class Llama3(Format):
             return None
         return cls(tokens, several=re.search(r"single tool.calls?", template) is None)
 
+    def around(self, name: str) -> tuple[str, str]:
+        before, after = super().around(name)
+        return self.around_calls[0] + before, after + self.around_calls[2]
+
     def rules(self, requested: ToolRequest) -> list[str]:
-        before, between, after = map(json.dumps, self.around)
+        before, between, after = map(json.dumps, self.around_calls)
         several = f"({between} function)*" if requested.several else ""
         calls = f"calls: {before} function {several} {after}"
         if requested.call_required:
             return ["start: calls", calls]
         if requested.content is not None:
             return ["start: calls | content", f"content: {requested.content}", calls]
-        first = re.escape((self.around[0] or "{")[0])  # text that begins like a call is none
+        first = re.escape((self.around_calls[0] or "{")[0])  # text that begins like a call is none
         return ["start: calls | text", "text: TEXT", rf"TEXT: /([ \t\r\n]*[^{first} \t\r\n](.|\n)*)?/", calls]
 
 
@@ -121,5 +125,5 @@ class MistralList(Llama3):
         if MISTRALS not in template or "[ARGS]" in template:
             return None
         form = cls(tokens)
-        form.around = (MISTRALS + (" [" if f"{MISTRALS} [" in template else "["), ", ", "]")
+        form.around_calls = (MISTRALS + (" [" if f"{MISTRALS} [" in template else "["), ", ", "]")
         return form

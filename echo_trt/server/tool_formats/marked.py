@@ -132,6 +132,7 @@ class Marked(Format):
     """The formats of SPELLINGS."""
 
     kind: type[MarkedParser] = MarkedParser
+    key = "arguments"
 
     def __init__(self, spelling: Spelling, tokens: Collection[str] = ()):
         super().__init__(tokens)
@@ -146,6 +147,11 @@ class Marked(Format):
         before, after = self.spelt(self.spelling.before.replace("NAME", name)), self.spelt(self.spelling.after)
         named = "NAME" in self.spelling.before
         return f"{before} {json_rule(schema if named else call_schema(name, 'arguments', schema))} {after}"
+
+    def around(self, name: str) -> tuple[str, str]:
+        begin, after = self.spelling.opens[0] + self.spelling.before.replace("NAME", name), self.spelling.after
+        before, end = ("", "") if "NAME" in self.spelling.before else super().around(name)
+        return begin + before, end + after
 
     def rules(self, requested: ToolRequest) -> list[str]:
         spelling = self.spelling

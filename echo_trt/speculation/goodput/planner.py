@@ -22,15 +22,16 @@ worth its expected tokens less the price of its passes; plain decoding is the pl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from echo_trt.speculation.bill import PlainClock
 from echo_trt.speculation.drafts import Draft
-from echo_trt.speculation.goodput.ladder import UNDRAFTED, Ladder
+from echo_trt.speculation.goodput.ladder import UNDRAFTED, Ladder, load_of
 from echo_trt.speculation.goodput.learner.learner import Learner
 from echo_trt.speculation.goodput.model.acceptance import Acceptance
-from echo_trt.speculation.goodput.model.costs import Costs
+from echo_trt.speculation.goodput.model.costs import Costs, Curve
 from echo_trt.speculation.goodput.model.iteration import TOKENS_PER_REQUEST, Admission, IterationModel
 from echo_trt.speculation.goodput.optimiser.candidates import Candidates
 from echo_trt.speculation.goodput.optimiser.levels import LevelSearch
@@ -76,7 +77,11 @@ class GoodputPlanner:
         self.learner = Learner(costs, acceptance, slots, settings.tuning, block)
         self.dump, self.load = self.learner.dump, self.learner.load
         self.ladder = Ladder(settings.tuning, acceptance.calibrated)
-        self._plain_clock = PlainClock(settings.tuning.forecast_error, settings.tuning.memory, settings.tuning.warm_up)
+        tuning, target = settings.tuning, costs.target
+        self._measured = replace(costs, target=Curve(target.sizes, target.seconds, target.per_context))
+        self._plain_clock = PlainClock(
+            tuning.forecast_error, tuning.comparison_weight, tuning.warm_up, tuning.trial_iterations - tuning.warm_up
+        )
 
     def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
         self.learner.forget_departed(load)
@@ -143,17 +148,23 @@ class GoodputPlanner:
         beams = min(settings.level_beams(requests), settings.width)
         return [LevelShape(1, levels, beams, settings.width) for levels in range(1, settings.max_depth)]
 
-    def plain_cost(self, load: StepContext) -> PlainCost:
-        count, host = len(load.slots), self.learner.history.host_seconds
-        each = self.costs.plain(count, load.context) + host
-        here = self.costs.target(count + load.prompt_tokens, load.context) + host if load.prompt_tokens else each
-        clock = self._plain_clock
-        return PlainCost(clock.factor * here, clock.factor * each, clock.error)
+    def plain_cost(self, iteration: Iteration) -> PlainCost:
+        load, costs, host = iteration.load, self.costs, self.learner.history.host_seconds
+        count, prompts, target = len(load.slots), load.prompt_tokens, iteration.target
+        each, error = costs.plain(count, load.context) + host, self.settings.tuning.forecast_error
+        if (known := self._plain_clock.factor(load_of(count))) is not None:
+            each, error = known[0] * self._measured.plain(count, load.context), known[1]
+        if not prompts:
+            return PlainCost(each, each, error)
+        # The curve is of verifications, and prompts take less: what they took is known, but for the drafted tokens.
+        share = costs.target(count + prompts, load.context) / costs.target(target.tokens, load.context)
+        return PlainCost(min(share, 1.0) * target.seconds + host, each, error)
 
     def observe(self, iteration: Iteration) -> None:
-        load, clock = iteration.load, self._plain_clock
-        plain = 0 < len(load.slots) == len(iteration.plan.tree) and not iteration.drafts and not load.prompt_tokens
-        clock.observe(plain, iteration.seconds, self.plain_cost(load).each / clock.factor if plain else 0.0)
+        load, count = iteration.load, len(iteration.load.slots)
+        plain = 0 < count == len(iteration.plan.tree) and not iteration.drafts and not load.prompt_tokens
+        expected = self._measured.plain(count, load.context) if plain else 0.0
+        self._plain_clock.observe(load_of(max(count, 1)), plain, iteration.seconds, expected)
         tokens = self.learner.observe(iteration, self.settings)
         if tokens is not None:
             self.ladder.observe(tokens, iteration.seconds)

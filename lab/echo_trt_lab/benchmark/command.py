@@ -14,7 +14,7 @@ from rich.progress import Progress
 from echo_trt.backends.kind import computes_in
 from echo_trt.bundle.calibration import own_files
 from echo_trt.cli.generate import check_lengths
-from echo_trt.cli.outputs import files_first, json_bytes, output_file
+from echo_trt.cli.outputs import files_first, json_bytes, output_file, print_table
 from echo_trt.engine.core import EngineCore
 from echo_trt.engine.kv_blocks import blocks_for
 from echo_trt.engine.llm import LLM
@@ -95,8 +95,8 @@ def run(job: BenchOptions, out: Console, messages: Console) -> dict[str, Any]:
                 progress.advance(task)
                 if not messages.is_terminal:
                     messages.print(f"batch {batch}, {name}: done", highlight=False)
-        out.print(results_table(result))
-        out.print(latency_table(result))
+        print_table(out, results_table(result))
+        print_table(out, latency_table(result))
         _note_caches(result, messages)
         write_html(html_report(result))
         if job.record_file:

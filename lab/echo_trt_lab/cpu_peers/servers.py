@@ -23,7 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,6 +121,21 @@ def _vllm(name: str, folder: Path, target: LoadTarget, options: list[str]) -> It
 
 @contextmanager
 def llama_cpp(folder: Path, target: LoadTarget) -> Iterator[Peers]:
+    with _llama("llama.cpp", folder, target) as url:
+        yield Peers([f"llama.cpp={url}"])
+
+
+@contextmanager
+def llama_ngrams(folder: Path, target: LoadTarget) -> Iterator[Peers]:
+    """Serve with each of two kinds of n-grams as the draft."""
+    with ExitStack() as running:
+        kinds = ("ngram-simple", "ngram-mod")
+        urls = [running.enter_context(_llama(kind, folder, target, "--spec-type", kind)) for kind in kinds]
+        yield Peers([f"llama.cpp {kind}={url}" for kind, url in zip(kinds, urls, strict=True)])
+
+
+@contextmanager
+def _llama(name: str, folder: Path, target: LoadTarget, *options: str) -> Iterator[str]:
     if target.checkpoint.suffix != ".gguf":
         raise Unavailable("llama.cpp needs a target in GGUF; build the bundle from one.")
     programs = _llama_programs(folder)
@@ -132,12 +147,18 @@ def llama_cpp(folder: Path, target: LoadTarget) -> Iterator[Peers]:
     context = target.manifest.recipe.limits.context
     words = [programs / "llama-server", "--model", model, "--alias", "target", "--threads", os.cpu_count() or 1]
     words += ["--parallel", target.slots, "--ctx-size", target.slots * context, "--no-cache-prompt", "--no-webui"]
-    with _serving("llama.cpp", words, {}, folder) as url:
-        yield Peers([f"llama.cpp={url}"])
+    with _serving(name, [*words, *options], {}, folder) as url:
+        yield url
 
 
 #: In the order of the runs.
-ENGINES = {"genai": genai, "vllm": vllm, "vllm-eagle3": vllm_eagle3, "llama.cpp": llama_cpp}
+ENGINES = {
+    "genai": genai,
+    "vllm": vllm,
+    "vllm-eagle3": vllm_eagle3,
+    "llama.cpp": llama_cpp,
+    "llama.cpp-ngrams": llama_ngrams,
+}
 
 
 def _vllm_python(folder: Path) -> Path:

@@ -21,12 +21,21 @@ from triton.compiler import ASTSource
 
 from echo_trt.models import fp8_kernel
 from super_tree_attention import kernel, layer_kernels, sampling_kernels
-from super_tree_attention.kernel_plan import MAX_SPLITS, ROUNDING, ROWS, SAMPLING, registers_of, steps_for, warps_of
+from super_tree_attention.kernel_plan import (
+    MAX_SPLITS,
+    ROUNDING,
+    ROWS,
+    SAMPLING,
+    largest_tile,
+    registers_of,
+    steps_for,
+    warps_of,
+)
 
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 FP8_FROM = 89  # the first with products in FP8
 DTYPES = ("bf16", "fp16")
-HEAD_DIMS = (16, 32, 64, 128)
+HEAD_DIMS = (16, 32, 64, 128, 256)
 WINDOW = 4096  # of layers with a window; another one compiles the same code
 TABLE_GROUPS = (1, 4, 5, 16)  # query heads of a KV head: the least, Qwen3-8B's, Qwen3-14B's and the largest
 
@@ -44,6 +53,7 @@ _SAMPLED = (
     | {"masks": "*u8", "inverse": "*fp64", "heat": "*fp32", "gap": "*fp32", "top_p": "*fp64"}
     | dict.fromkeys(("size", "mask_size"), "i32")
 )
+_ALIGNED = ("*fp32", "*fp8e4nv")  # pointers whose memory begins at a multiple of 16 bytes, as the network's do
 _PENALISED = (
     dict.fromkeys(("rows", "row", "token"), "*i64")
     | dict.fromkeys(("repetition", "presence", "frequency"), "*fp64")
@@ -51,6 +61,11 @@ _PENALISED = (
 )
 _ADDED = dict.fromkeys(("row", "token"), "*i64") | dict.fromkeys(("count", "size"), "i32")
 _QUANTISED = {"rows": "*fp8e4nv", "scales": "*fp32", "width": "i32"}
+_MULTIPLIED = (
+    dict.fromkeys(("x", "weight"), "*fp8e4nv")
+    | dict.fromkeys(("x_scales", "scales"), "*fp32")
+    | dict.fromkeys(("n", "outputs", "inputs"), "i32")
+)
 _LAYER = dict.fromkeys(("size", "heads", "kv_heads"), "i32") | {"eps": "fp32", "cos": "*fp32", "sin": "*fp32"}
 
 
@@ -88,7 +103,7 @@ def compiled(name: str, architecture: int, dtype: str, head_dim: int, group: int
     source = sources(dtype, head_dim, group, architecture)[name]
     types = dict.fromkeys(source.function.arg_names, f"*{dtype}") | _TYPES | source.types
     types = {n: "constexpr" if n in source.constants else types[n] for n in source.function.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t in (f"*{dtype}", "*fp32")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t in (f"*{dtype}", *_ALIGNED)}
     made = triton.compile(
         ASTSource(source.function, types, source.constants, aligned),
         target=GPUTarget("cuda", architecture, 32),
@@ -104,8 +119,8 @@ def compiled(name: str, architecture: int, dtype: str, head_dim: int, group: int
 def sources(dtype: str, head_dim: int, group: int, architecture: int) -> dict[str, KernelSource]:
     sizes, made = {"HEAD_DIM": head_dim, "BLOCK": 32}, {}
     for end, window in (("", {"WINDOW": 0}), ("_window", {"WINDOW": WINDOW})):
-        for rows in ROWS:
-            steps = steps_for(rows, architecture, 4 if dtype == "fp32" else 2)
+        for rows in (rows for rows in ROWS if rows <= largest_tile(head_dim)):
+            steps = steps_for(rows, architecture, 4 if dtype == "fp32" else 2, head_dim)
             constants = sizes | {"GROUP": group, "ROWS": rows, "KEYS": steps.keys, "NEW_KEYS": steps.new_keys} | window
             options = {"num_warps": warps_of(rows), "maxnreg": registers_of(rows), "num_stages": steps.stages}
             made[f"attention_{rows}{end}"] = KernelSource(kernel.attention, constants, options, {})
@@ -124,7 +139,12 @@ def sources(dtype: str, head_dim: int, group: int, architecture: int) -> dict[st
     constants = {"DIM": head_dim, "NORM": True}
     made["rotated"] = KernelSource(layer_kernels.rotated_kernel, constants, {"num_warps": 1}, _LAYER)
     if architecture >= FP8_FROM and dtype == "bf16":
-        made["quantise"] = KernelSource(fp8_kernel.quantise, {"WIDTH": 1024}, {}, _QUANTISED)
+        for name, width in (("quantise", 1024), ("quantise_block", 128)):
+            made[name] = KernelSource(fp8_kernel.quantise, {"WIDTH": width}, {}, _QUANTISED)
+        for tokens, (rows, warps, stages) in fp8_kernel.TILES.items():
+            constants = {"TOKENS": tokens, "OUTPUTS": rows, "ROWS": 128, "COLUMNS": 128}  # blocks of Qwen's
+            options = {"num_warps": warps, "num_stages": stages}
+            made[f"multiply_{tokens}"] = KernelSource(fp8_kernel.multiply, constants, options, _MULTIPLIED)
     return made
 
 

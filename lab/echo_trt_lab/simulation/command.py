@@ -16,7 +16,7 @@ from echo_trt.bundle.calibration import Calibration
 from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.recipe import Decoding
 from echo_trt.bundle.stored import read_stored
-from echo_trt.cli.outputs import files_first, json_bytes, output_file
+from echo_trt.cli.outputs import files_first, json_bytes, output_file, print_table
 from echo_trt.engine.params import MAX_AT_ONCE
 from echo_trt.engine.sources.ngrams import NGramSource
 from echo_trt.errors import UserError
@@ -92,7 +92,7 @@ def run(job: SimulateOptions, out: Console, messages: Console) -> dict[str, Any]
                     row["ratio_interval"] = list(interval(tally.by_answer, plain.by_answer))
                     result["results"].append(row | tally.figures())
                     progress.advance(task)
-        out.print(table(result))
+        print_table(out, table(result))
         write_json(json_bytes(result))
         write_html(html_report(result))
     return result

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from echo_trt.cli.outputs import json_bytes, output_file
+from echo_trt.cli.outputs import json_bytes, output_file, print_table
 from echo_trt.speculation.pacer import Latency
 from echo_trt.speculation.planner import Planner
 from echo_trt_lab.options import latency_of
@@ -81,7 +81,7 @@ def run_loads(
             for row, (name, *switches) in ROWS.items():
                 traffic = serve(name, coming, (1 + DRAIN) * job.seconds, *switches)
                 result["results"].append({"load": load, "policy": row, **figures(traffic, latency, job.seconds)})
-        out.print(table(result, job))
+        print_table(out, table(result, job))
         write_json(json_bytes(result))
     return result
 

@@ -148,7 +148,7 @@ class Traffic(Walk):
             outcome.tokens += tokens
         emitted = np.concatenate((step.tokens, np.ones(len(started), np.int64)))
         self.pacer.emitted(np.concatenate((ran, started)), emitted, self.now)
-        self.pacer.ran(ran, np.ones(len(ran), np.int64), step.seconds)
+        self.pacer.ran(ran, np.ones(len(ran), np.int64), step.seconds, int(counts.sum()))
         self.tokens += int(emitted.sum())
         for slot in ended:
             self.done.append(one := self._open.pop(slot))

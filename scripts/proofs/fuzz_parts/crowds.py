@@ -23,6 +23,7 @@ from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Completion, SamplingParams
 from echo_trt.engine.service.service import Service
+from echo_trt.engine.stored_prefixes import StoredPrefixes, keep_prefixes
 from echo_trt.errors import UserError
 from echo_trt.speculation.planner import Planner
 
@@ -38,20 +39,44 @@ PROMISED = (*DENSE, "dspark", *HYBRIDS)
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair: its bundle, an LLM with few blocks for a crowd, one that decodes plainly, and what happened so far."""
+    """A pair: its bundle, an LLM with few blocks for a crowd, one that decodes plainly, and what happened so far.
+
+    store    the folder of the crowd's store; None: it has none. ``stored`` has it while it is open
+    """
 
     name: str
     roomy: Path
     crowd: LLM
     plain: LLM
     counts: Counter[str] = field(default_factory=Counter)
+    store: Path | None = None
+    stored: list[StoredPrefixes] = field(default_factory=list)
 
-    def fresh(self) -> LLM:
-        """Return the crowd's LLM as it was opened: a round depends on its seed alone."""
+    def fresh(self, draw: random.Random) -> LLM:
+        """Return the crowd's LLM as it was opened: a round depends on its seed, and on what a store still has."""
         loop, networks = self.crowd.loop, self.crowd.networks
         loop.drafter, loop.target = networks.drafter, networks.target
         loop.batch.blocks.forget_cached()
+        if self.store:
+            self._restart(self.store, draw)
         return self.crowd
+
+    def _restart(self, store: Path, draw: random.Random) -> None:
+        """Open the store as after a restart, at times behind damage, or with room for a few blocks."""
+        if self.stored:
+            self.counts["store: blocks read"] += self.crowd.counters.restored_blocks
+            self.crowd.counters.restored_blocks = 0
+            self.stored.pop().close()
+        files = [file for file in store.rglob("*") if file.is_file() and file.name != "lock"]
+        for file in draw.sample(files, min(len(files), draw.choice((0, 0, 3)))):
+            content = bytearray(file.read_bytes() or b"0")
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            file.write_bytes(content[: draw.randrange(len(content))] if draw.random() < 0.3 else content)
+            self.counts["store: damaged files"] += 1
+        prefixes = keep_prefixes(self.crowd, store, draw.choice(("1G", "1G", "200K")))
+        assert prefixes
+        prefixes._rate = 1e15  # tiny networks compute as fast as a disk is read
+        self.stored.append(prefixes)
 
     def wanted(self, prompt: list[int], params: SamplingParams) -> Completion | UserError:
         """Return what plain decoding answers, or why it does not."""
@@ -116,7 +141,7 @@ def drawn_cases(draw: random.Random, pair: Pair, count: int) -> list[tuple[list[
 
 def of_loop(draw: random.Random, pair: Pair) -> None:
     """Change policies, preempt and cancel between iterations; compare every answer."""
-    llm = pair.fresh()
+    llm = pair.fresh(draw)
     loop = llm.loop
     cases = drawn_cases(draw, pair, draw.randrange(2, 8))
     foresight = draw.random() < 0.3
@@ -154,7 +179,7 @@ def of_loop(draw: random.Random, pair: Pair) -> None:
 
 def default_llm(draw: random.Random, pair: Pair) -> LLM:
     """Open a pair with the default policy on some machine, which may be hostile in part."""
-    llm = pair.fresh()
+    llm = pair.fresh(draw)
     planner = goodput_planner(llm, draw.choice(MACHINES), "goodput", clock=draw.random() < 0.7)
     llm.loop.planner = Hostile(planner, random.Random(draw.random())) if draw.random() < 0.5 else planner
     return llm

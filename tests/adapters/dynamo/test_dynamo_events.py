@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
+import pytest
 from chained import chained_loop
 from driving import add, echo_planner, prompt_ids, run
+from steered import submit
 
 from echo_trt.adapters.dynamo.events import BlockEvents, block_hash
+from echo_trt.engine import stored_prefixes
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.kv_blocks import rows
+from echo_trt.engine.params import SamplingParams
 from echo_trt.speculation.pack import BLOCK
 
 
@@ -84,3 +89,29 @@ def test_blocks_that_follow_each_other_are_one_event():
     assert list(rows([])) == []
     assert list(rows([3])) == [(3, 4)]
     assert list(rows([0, 1, 2, 5, 7, 8])) == [(0, 3), (5, 6), (7, 9)]
+
+
+@pytest.mark.needs_dynamo
+def test_a_worker_tells_the_router_of_blocks_that_it_has_read_from_its_store(bundle_of, tmp_path, monkeypatch):
+    pytest.importorskip("dynamo.common")
+    from echo_trt.adapters.dynamo.engine import EchoEngine
+    from echo_trt.adapters.dynamo.options import WorkerOptions
+
+    monkeypatch.setattr(stored_prefixes, "RATE", 1e15)  # a tiny network computes as fast as a disk is read
+    prompt, params = prompt_ids(3 * BLOCK + 7, 3), SamplingParams(max_tokens=4, ignore_eos=True)
+    job = WorkerOptions(bundle_of("close"), name="echo", store=tmp_path / "store")
+
+    async def lived() -> tuple[list[int], int, int]:
+        engine, router = EchoEngine(job), Router()
+        await engine.start(1)
+        [source] = await engine.kv_event_sources()
+        source.on_ready(router)
+        service = engine._service
+        answer = submit(service, prompt, params)[1]
+        await asyncio.to_thread(service.drain, 60)
+        await engine.cleanup()
+        return answer.token_ids, service.loop.counters.restored_blocks, router.stored
+
+    first, again = (asyncio.run(lived()) for _ in range(2))
+    assert first == (again[0], 0, 3)
+    assert again[1:] == (3, 3)

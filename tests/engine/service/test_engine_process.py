@@ -22,6 +22,8 @@ from waiting import wait_until
 
 from echo_trt import LLM, SamplingParams
 from echo_trt.engine.process import wire
+from echo_trt.files import store
+from echo_trt.speculation.pack import BLOCK
 from echo_trt.supervision.probe import engine_works
 
 
@@ -110,8 +112,9 @@ def test_an_engine_that_is_killed_comes_back_and_open_requests_end_with_an_error
     assert "the engine has died (signal 9, Killed); starting it again" in server.err
 
 
-def test_it_listens_on_ipv6_and_sigterm_lets_open_answers_finish(roomy_bundle, tmp_path):
-    server = Served(roomy_bundle, tmp_path / "log", "--host", "::1").wait_for("serving")
+def test_it_listens_on_ipv6_and_sigterm_lets_open_answers_finish_and_keeps_them(roomy_bundle, tmp_path):
+    options = "--host", "::1", "--store", tmp_path / "store"
+    server = Served(roomy_bundle, tmp_path / "log", *options).wait_for("serving")
     url = f"http://[::1]:{server.openai}/v1"
     try:
         assert url in server.err
@@ -123,6 +126,9 @@ def test_it_listens_on_ipv6_and_sigterm_lets_open_answers_finish(roomy_bundle, t
         assert rest[-1] == "data: [DONE]"
         assert server.process.wait(60) == 0
         assert "Traceback" not in server.err
+        kept = {what: count for _, what, count, _ in store.inspect(tmp_path / "store")}
+        assert kept.pop("blocks") >= 400 // BLOCK
+        assert len(kept) == 1  # what the policy has learnt
     finally:
         server.kill()
 

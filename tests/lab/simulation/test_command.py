@@ -33,7 +33,7 @@ def job(tmp_path_factory) -> SimulateOptions:
 
 
 def simulate(job: SimulateOptions, **changes) -> tuple[dict, str]:
-    out = Console(file=io.StringIO(), width=160)
+    out = Console(file=io.StringIO(), width=80)  # which is not enough for the table
     result = run(replace(job, **({"tokens": 200} | changes)), out, Console(file=io.StringIO()))
     return result, out.file.getvalue()
 
@@ -45,6 +45,8 @@ def test_a_row_for_each_policy_and_batch_and_plain_decoding_first(job, tmp_path)
     assert [r["ratio"] for r in result["results"] if r["policy"] == "autoregressive"] == [1, 1]
     assert json.loads((tmp_path / "out.json").read_text()) == result
     assert "h100-qwen3-8b, K_max 192, static 4/2/8" in shown
+    assert "of drafts used" in shown  # whole, though nobody's terminal is that wide
+    assert "…" not in shown
     assert "3.35 TB/s" in " ".join(result["assumptions"])
     assert "above batch 12 several requests walk one recorded answer" in " ".join(result["assumptions"])
     assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]

@@ -107,7 +107,7 @@ def job(tmp_path_factory) -> SimulateOptions:
 
 @pytest.fixture(autouse=True)
 def capacity_in_a_second(monkeypatch):
-    """Begin with a run in which no answer ends, which is repeated, twice as long, until some do."""
+    """Repeat a run in which no answer ends, twice as long, until some do: 0.001, 0.002, ... 1 second."""
     monkeypatch.setattr(loads, "SATURATED", 0.001)
 
 
