@@ -30,7 +30,7 @@ API: dict[str, list[Any]] = {
     "Answering": [llm.LLM],
     "Results": [params.Completion, params.Delta, params.TokenLogprobs, params.TokenSource, errors.UserError],
     "Policies": [policies.policy, super_tree.SuperTree, drafts.Draft],
-    "Planners": [planner.Planner, planner.StepContext, planner.Plan, planner.Explanation, planner.Iteration],
+    "Planners": [planner.StepContext, planner.Plan, planner.Iteration],
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import tomllib
 from importlib.metadata import version as installed
@@ -66,6 +68,18 @@ def test_agents_in_a_terminal_get_what_their_proofs_use():
     }
     assert len(names) > 15
     assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", used)] == []
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="jq is not installed")
+def test_the_queries_of_a_log_run(tmp_path):
+    """Those of the page about p99, on ten requests of one key and one of another."""
+    row = {"message": "request finished", "prompt_tokens": 5, "completion_tokens": 11, "queue_ms": 1.2}
+    rows = [{**row, "key": 1 + (i == 10), "first_token_ms": 21.2 + i, "total_ms": 221.2 + i} for i in range(11)]
+    (tmp_path / "log.json").write_text("\n".join(map(json.dumps, [{"message": "serving"}, *rows])))
+    queries = re.findall(r"^\$ (jq .*?log\.json)$", (ROOT / "docs/p99.md").read_text(), re.MULTILINE | re.DOTALL)
+    parts, keys = (subprocess.check_output(["bash", "-c", one], cwd=tmp_path, text=True) for one in queries)
+    assert parts.split() == ["queue", "1", "prefill", "30", "per", "token", "20"]
+    assert keys.split() == ["1", "10", "50", "1.2", "30.2", "2", "1", "5", "1.2", "31.2"]
 
 
 def test_a_page_installs_the_torch_that_is_declared():

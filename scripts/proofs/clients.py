@@ -33,7 +33,7 @@ PAGE = """# Tested clients
 writes this page. A feature works, is *refused* by a sentence that the client shows, or is broken;
 `scripts/proofs/clients_parts` has what is asked. Claude Code asked a bundle of the same weights with a context of
 32,768 tokens, GenAI-Perf and tritonclient a server with Triton. [Settings to paste](agents.md). To repeat it, with npm
-for some:
+for some clients:
 
 ```
 echo-trt serve bundles/smollm2-135m
