@@ -16,6 +16,8 @@ _TRAITS = {"limited": "limits_tokens", "penalised": "penalises", "adjusted": "ad
 SAMPLING = np.dtype(
     [(name, _TYPES[known.kind]) for name, known in SINGLE.items()] + [(name, np.bool_) for name in _TRAITS], align=True
 )
+#: Of a slot: verifications; seconds saved, and their error (``Request.speculation``); whether counters have its tokens.
+RECORD = np.dtype([("verifications", np.int64), ("saved", np.float64, 2), ("counted", np.bool_)], align=True)
 LEAST_SHARED = 8  # tokens of a chunk that two prompts may share; less: what is left may be one token, for ever
 
 
@@ -62,15 +64,13 @@ class InputBatch:
         self.tokens = np.zeros((count, context), np.int32)
         self.length, self.committed, self.limit, self.prompt_length = ints(count), ints(count), ints(count), ints(count)
         self.admitted = ints(count)  # serial number of the admission: the youngest has the highest
-        self.verifications = ints(count)
-        self.saved = np.full((count, 2), np.nan)  # seconds, as of ``Request.saved``
-        self.counted = np.ones(count, bool)  # whether counters have a slot's tokens
+        self.record = np.zeros(count, RECORD)
         self.sampling = np.array([_row(SamplingParams())] * count, SAMPLING)
         self.biased = ints(count)
         self.bias_tokens, self.bias = ints(count, MAX_BIASED), np.zeros((count, MAX_BIASED), np.float32)
         self.grammar = np.full(count, None, object)  # grammar.state.State of each text, None where all may follow
-        self.prediction = Known(count)  # tokens that a slot's client expects
-        self.calls = Known(count)  # the skeleton of a slot's tool calls (``sources.calls``)
+        #: Tokens that a slot's client expects, and the skeleton of its tool calls (``sources.calls``)
+        self.known = {"prediction": Known(count), "calls": Known(count)}
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
         self.blocks = KVBlocks(count, blocks_for(context + reserve), num_blocks, prefix_cache, first_block)
 
@@ -142,7 +142,7 @@ class InputBatch:
     def set_params(self, slot: int, params: SamplingParams) -> None:
         self.sampling[slot] = _row(params)
         self.biased[slot] = biased = len(params.logit_bias)
-        self.prediction[slot] = np.array(params.prediction_ids, np.int64)
+        self.known["prediction"][slot] = np.array(params.prediction_ids, np.int64)
         self.bias_tokens[slot, :biased], self.bias[slot, :biased] = [*params.logit_bias], [*params.logit_bias.values()]
 
     def release(self, slot: int) -> None:

@@ -191,9 +191,9 @@ class EngineCore:
         if plain is None:
             return
         charged = np.stack(self.bill.charge(iteration, kept, plain, self.proposer), axis=1)
-        batch.saved[slots] = np.nan_to_num(batch.saved[slots]) + charged
+        batch.record["saved"][slots] = np.nan_to_num(batch.record["saved"][slots]) + charged
         for i in np.flatnonzero(~batch.active[slots]):  # they have left
-            emitted[i][0].saved = tuple(batch.saved[slots[i]].tolist())
+            emitted[i][0].speculation.saved = tuple(batch.record["saved"][slots[i]].tolist())
 
     def _hold_for_decoding(self) -> np.ndarray:
         """Return decoding slots, which hold KV blocks for their drafts and verifications; the least urgent give way."""
@@ -379,8 +379,8 @@ class EngineCore:
         logprobs, sources = verified.logprobs(path, emitted), verified.sources(path, emitted)
         kept, stopped, full = batch.append(slots, counts, emitted)
         self.pacer.emitted(slots, kept, time.monotonic())
-        batch.verifications[slots] += 1
-        counted = batch.counted[slots]
+        batch.record["verifications"][slots] += 1
+        counted = batch.record["counted"][slots]
         self.counters.verifications += int(counted.sum())
         self.counters.verified_tokens += int(verified.tree.sizes[counted].sum())
         self.counters.emitted_tokens += int(kept[counted].sum())
@@ -394,7 +394,7 @@ class EngineCore:
         drafted, accepted = (verified.tree.sizes - 1).tolist(), np.maximum(kept - 1, 0).tolist()
         for request, nodes, length in zip(requests, drafted, accepted, strict=True):
             if nodes:
-                request.drafts.append((nodes, length))
+                request.speculation.drafts.append((nodes, length))
                 self.counters.accepted[length] += 1
         verified.walk.follow(kept, emitted)
         stopped[[*verified.walk.failures]] = True  # a text whose grammar failed ends here, too

@@ -82,6 +82,18 @@ class Event(Struct, tag=True, omit_defaults=True, kw_only=True):
         return self
 
 
+@dataclass
+class SpeculationRecord:
+    """What became of a request's drafts.
+
+    drafts  draft tokens of each verification that had any, and those of them that the text went on behind
+    saved   as of ``Event``, with its error; NaN: unknown
+    """
+
+    drafts: list[tuple[int, int]] = field(default_factory=list)
+    saved: tuple[float, float] = (math.nan, 0.0)
+
+
 @dataclass(eq=False)
 class Request:
     """A request from its arrival to its end.
@@ -92,9 +104,7 @@ class Request:
     one with the highest ``priority`` number gives way first. It was ``submitted`` and had its first token (``started``)
     at times of time.monotonic().
 
-    drafts  draft tokens of each verification that had any, and those of them that the text went on behind
-    saved   as of ``Event``, with its error; NaN: unknown
-    calls   int64 [n], the skeleton of the calls of its tools (``sources.calls``)
+    calls  int64 [n], the skeleton of the calls of its tools (``sources.calls``)
     """
 
     id: int
@@ -105,8 +115,7 @@ class Request:
     sources: list[TokenSource] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt but its first token
     verifications: int = 0
-    drafts: list[tuple[int, int]] = field(default_factory=list)
-    saved: tuple[float, float] = (math.nan, 0.0)
+    speculation: SpeculationRecord = field(default_factory=SpeculationRecord)
     calls: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     cached_tokens: int | None = None
     finish_reason: str = ""

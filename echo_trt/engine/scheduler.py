@@ -106,12 +106,13 @@ class Scheduler:
     def leave(self, request: Request) -> None:
         """Take a request out of its slot; it keeps its text."""
         batch, slot = self._batch, request.slot
-        request.verifications = int(batch.verifications[slot])
+        request.verifications = int(batch.record["verifications"][slot])
         if request.cached_tokens is None:  # text that it finds after a preemption is its own
             request.cached_tokens = int(batch.blocks.found[slot])
         request.generated = batch.tokens[slot, batch.prompt_length[slot] : batch.length[slot]].tolist()
         request.grammar = batch.grammar[slot]
-        request.started, request.saved = self._pacer.end(slot), tuple(batch.saved[slot].tolist())
+        request.speculation.saved = tuple(batch.record["saved"][slot].tolist())
+        request.started = self._pacer.end(slot)
         batch.release(slot)
         self.forget(slot)
         self._request_in[slot], request.slot = None, -1
@@ -140,8 +141,8 @@ class Scheduler:
             request.prompt_logprobs.clear()  # they are computed again, with the prompt
         batch.stop_tokens[slot] = -1
         batch.stop_tokens[slot, : len(stops)] = stops
-        batch.verifications[slot], batch.counted[slot] = request.verifications, not request.probe
-        batch.saved[slot], batch.calls[slot] = request.saved, request.calls
+        batch.record[slot] = request.verifications, request.speculation.saved, not request.probe
+        batch.known["calls"][slot] = request.calls
         latency, behind_first = Latency.of(params.latency), max(len(request.generated) - 1, 0)
         self._pacer.begin(slot, latency, request.submitted, request.started, behind_first, request.sender.tenant)
         batch.admitted[slot], self.admissions = self.admissions, self.admissions + 1

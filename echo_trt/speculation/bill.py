@@ -16,15 +16,15 @@ from echo_trt.speculation.sources import DRAFT, SOURCES
 class _Load:
     """What is known of a load: passes, by their ratios to a model that does not change, and windows of plain ones.
 
-    speed             mean log ratio of verifications, NaN before any: how slow the machine is now
-    windows           of plain passes so far; factor: their mean ratio beside verifications'; variance: of it, relative
+    speed             mean ratio of verifications: how slow the machine is now; NaN before any
+    windows           of plain passes so far; factor: their mean ratio to that; variance: of it, relative
     passes, ratios    of the window that has begun
     """
 
     variance: float
     speed: float = math.nan
     windows: float = 0.0
-    factor: float = 0.0
+    factor: float = 1.0
     passes: int = 0
     ratios: float = 0.0
 
@@ -33,7 +33,8 @@ class PlainClock:
     """What passes of plain decoding take at a load, as a factor of what a model says that does not change.
 
     Plain passes are rare, and are compared with the verifications around them, so that a machine whose speed drifts
-    changes nothing. They count by windows: what is wrong by chance is the same within one, and differs between two.
+    changes nothing; before there are any, they are taken to be as slow. They count by windows: what is wrong by chance
+    is the same within one, and differs between two.
     """
 
     def __init__(self, prior_error: float, newest: float, memory: float, warm_up: int, window: int):
@@ -46,21 +47,19 @@ class PlainClock:
         self._warm_up, self._window, self._row = warm_up, window, 0
         self._loads: dict[int, _Load] = {}
 
-    def factor(self, load: int) -> tuple[float, float] | None:
-        """Return the factor of a load class and its standard error, as a share of it; None before any window."""
-        known = self._loads.get(load)
-        if known is None or not known.windows:
-            return None
-        speed = 0.0 if math.isnan(known.speed) else known.speed
-        return known.factor * math.exp(speed), math.sqrt(known.variance / min(known.windows, 1 / self._newest))
+    def factor(self, load: int) -> tuple[float, float]:
+        """Return the factor of a load class and its standard error, as a share of it."""
+        known = self._loads.get(load) or _Load(self._prior)
+        speed = 1.0 if math.isnan(known.speed) else known.speed
+        return known.factor * speed, math.sqrt(known.variance / min(max(known.windows, 1), 1 / self._newest))
 
     def verified(self, load: int, ratio: float) -> None:
         """Learn from a verification without prompts, which took ``ratio`` times what the model says."""
         self._row, known = 0, self._loads.setdefault(load, _Load(self._prior))
         if math.isnan(known.speed):
-            known.speed = math.log(ratio)
-            known.factor, known.ratios = known.factor / ratio, known.ratios / ratio
-        known.speed += (1 - self._memory) * (math.log(ratio) - known.speed)
+            known.speed, known.ratios = ratio, known.ratios / ratio
+            known.factor = known.factor / ratio if known.windows else 1.0
+        known.speed += (1 - self._memory) * (ratio - known.speed)
 
     def decoded(self, load: int, ratio: float) -> None:
         """Learn from a plain pass without prompts, likewise."""
@@ -68,7 +67,7 @@ class PlainClock:
         if self._row <= self._warm_up:
             return
         known.passes += 1
-        known.ratios += ratio if math.isnan(known.speed) else ratio / math.exp(known.speed)
+        known.ratios += ratio if math.isnan(known.speed) else ratio / known.speed
         if known.passes == self._window:
             known.windows += 1
             ahead, weight = known.ratios / known.passes - known.factor, max(1 / known.windows, self._newest)

@@ -58,7 +58,7 @@ def passes(prompt: list[int], answer: list[int], known: np.ndarray, nodes: int, 
     """Count the passes that write ``answer``, of which the first is the prompt's own."""
     batch = InputBatch(1, len(prompt) + len(answer) + 1, 64, 1)
     text = np.array([*prompt, *answer], np.int32)
-    batch.tokens[0, : len(text)], batch.prompt_length[0], batch.calls[0] = text, len(prompt), known
+    batch.tokens[0, : len(text)], batch.prompt_length[0], batch.known["calls"][0] = text, len(prompt), known
     lookup, source = LookupDrafter(batch, MATCH, ACCEPTANCE), CallSource(batch)
     load, done, count = SimpleNamespace(slots=np.zeros(1, np.int64)), 1, 1
     while done < len(answer):

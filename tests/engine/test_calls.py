@@ -21,7 +21,7 @@ LOAD = load_of(1, epoch=np.array([0]))
 def proposed(answer: list[int]) -> list[tuple[int, float]]:
     """Return the tokens that are proposed behind ``answer``, with their P(accept)."""
     batch = InputBatch(1, 200, 64, 1)
-    batch.calls[0] = TOOLS
+    batch.known["calls"][0] = TOOLS
     batch.prompt_length[0], batch.length[0] = 2, 2 + len(answer)
     batch.tokens[0, : batch.length[0]] = [50, 51, *answer]
     source = CallSource(batch)
@@ -66,7 +66,7 @@ def test_chances_grow_with_what_agrees_and_are_shared_by_tools_that_begin_alike(
 
 @pytest.mark.parametrize("policy", ["goodput", "goodput-exact"])
 def test_no_call_changes_a_text_and_known_parts_take_few_passes(policy, open_llm):
-    llm, prompts = open_llm("lookup", "autoregressive", 3), [prompt_ids(9, seed) for seed in range(6)]
+    llm, prompts = open_llm("lookup", "autoregressive", 3), [prompt_ids(9, seed) for seed in range(3)]
     params = SamplingParams(60, ignore_eos=True, temperature=0.9, seed=5)
     wanted = [answer.token_ids for answer in llm.generate(prompts, params)]
     verifications = {}

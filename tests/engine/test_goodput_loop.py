@@ -178,6 +178,6 @@ def test_answers_are_billed_for_what_plain_decoding_would_have_taken(open_llm):
     saved, plain = llm.loop.bill.saved.sum(), 59 * 1.04e-3
     assert saved == pytest.approx(plain - sum(took), rel=0.1)
     assert saved > 0
-    assert all(request.saved[0] == pytest.approx(saved, rel=0.1) for request in requests)
-    assert 0 < requests[0].saved[1] < 0.2 * plain
+    assert all(request.speculation.saved[0] == pytest.approx(saved, rel=0.1) for request in requests)
+    assert 0 < requests[0].speculation.saved[1] < 0.2 * plain
     assert llm.generate(prompts, params)

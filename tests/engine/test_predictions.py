@@ -111,7 +111,7 @@ def test_a_right_prediction_takes_long_steps(open_llm):
 
 def test_sampled_tokens_keep_their_distribution_under_a_prediction(open_llm):
     """Two tokens of four each, over seeds; the second is verified beside the prediction's, which is the likeliest."""
-    llm, prompt, draws = open_llm("close", "autoregressive", 8), prompt_ids(12, 0), 600
+    llm, prompt, draws = open_llm("close", "autoregressive", 8), prompt_ids(12, 0), 400
 
     def likeliest(ids: list[int]) -> tuple[list[int], np.ndarray]:
         [answer] = llm.generate([ids], SamplingParams(1, logprobs=4))
@@ -126,7 +126,7 @@ def test_sampled_tokens_keep_their_distribution_under_a_prediction(open_llm):
     answers = llm.generate([prompt] * draws, [replace(params, seed=seed) for seed in range(draws)])
     outcome = {(one, two): 4 * i + k for i, one in enumerate(first) for k, two in enumerate(behind[i][0])}
     counts = np.bincount([outcome[tuple(answer.token_ids[:2])] for answer in answers], minlength=16)
-    assert sum(answer.accepted_length > 1 for answer in answers) > 50
+    assert sum(answer.accepted_length > 1 for answer in answers) > 30
     assert chisquare(counts, draws * wanted).pvalue > 0.001
 
 

@@ -355,8 +355,9 @@ class Service:
         job.reported = min(job.reported, self._stopped.pop(job, job.reported))
         event.cached_tokens, event.completion_tokens = request.cached_tokens or 0, job.reported
         event.verifications = request.verifications
-        event.drafted, event.accepted = ([each[index] for each in request.drafts] for index in range(2))
-        event.saved, event.saved_error = (None, 0.0) if math.isnan(request.saved[0]) else request.saved
+        drafts, saved = request.speculation.drafts, request.speculation.saved
+        event.drafted, event.accepted = ([each[index] for each in drafts] for index in range(2))
+        event.saved, event.saved_error = (None, 0.0) if math.isnan(saved[0]) else saved
         event.predicted = accepted(request.params.prediction_ids, request.generated[: job.reported])
         event.queue_seconds = job.taken and job.taken - request.submitted
         event.first_token_seconds = job.first_token and job.first_token - request.submitted

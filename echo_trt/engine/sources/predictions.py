@@ -28,9 +28,9 @@ class FollowingSource(ChainSource):
     chain   writes what is next, as ``_chain`` does
     """
 
-    def __init__(self, batch: InputBatch, known: str, proposer: int, size: int, length: int, follow: Any, chain: Any):
-        """``known``: the field of ``batch`` that has it. ``size``: numbers of a state. ``length``: of chains."""
-        self._batch, self._known, self._proposer, self._length = batch, getattr(batch, known), proposer, length
+    def __init__(self, batch: InputBatch, known: str, number: int, size: int, length: int, follow: Any, chain: Any):
+        """``known``: of ``batch.known``. ``number``: of the source. ``size``: of a state. ``length``: of chains."""
+        self._batch, self._known, self._number, self._length = batch, batch.known[known], number, length
         self._follow, self._chain = follow, chain
         self._state = np.zeros((batch.count, size), np.int64)
         self._followed = np.zeros(batch.count, np.int64)  # tokens of a slot's text
@@ -45,7 +45,7 @@ class FollowingSource(ChainSource):
         for row, slot in enumerate(load.slots[requests].tolist()):
             self._chain(self._known[slot], self._stand(slot), tokens[row], log_p[row])
         found = tokens[:, 0] >= 0
-        source = np.full(len(requests), self._proposer, np.int8)
+        source = np.full(len(requests), self._number, np.int8)
         return Chains(requests[found], tokens[found], log_p[found], source[found]) if found.any() else NO_CHAINS
 
     def _stand(self, slot: int) -> np.ndarray:

@@ -78,7 +78,9 @@ class GoodputPlanner:
         self.dump, self.load = self.learner.dump, self.learner.load
         self.ladder = Ladder(settings.tuning, acceptance.calibrated)
         tuning, target = settings.tuning, costs.target
-        self._measured = replace(costs, target=Curve(target.sizes, target.seconds, target.per_context))
+        self._measured = replace(
+            costs, target=Curve(target.sizes.tolist(), target.seconds.tolist(), target.per_context)
+        )
         self._plain_clock = PlainClock(
             tuning.forecast_error,
             tuning.comparison_weight,
@@ -155,9 +157,8 @@ class GoodputPlanner:
     def plain_cost(self, iteration: Iteration) -> PlainCost:
         load, costs, host = iteration.load, self.costs, self.learner.history.host_seconds
         count, prompts, target = len(load.slots), load.prompt_tokens, iteration.target
-        each, error = costs.plain(count, load.context) + host, self.settings.tuning.forecast_error
-        if (known := self._plain_clock.factor(load_of(count))) is not None:
-            each, error = known[0] * self._measured.plain(count, load.context), known[1]
+        factor, error = self._plain_clock.factor(load_of(max(count, 1)))
+        each = factor * self._measured.plain(count, load.context)
         if not prompts:
             return PlainCost(each, each, error)
         # The curve is of verifications, and prompts take less: what they took is known, but for the drafted tokens.
