@@ -5,7 +5,8 @@
     python scripts/benchmarks/paper.py --from docs/paper.json                     # render again
 
 The recordings' trees are 8 levels deep, with 10 beams and 10 children a node. Loads and budgets are simulated with the
-first recording, a row per set with each. Finished rows are kept in ``--rows``, so a run that was ended goes on there.
+first recording, a row per set with each. Sets of docs/paper.json whose recording is not given keep their rows, and the
+page names the commit that these are of. Finished rows are kept in ``--rows``, so a run that was ended goes on there.
 ``--machines this --costs costs.json`` takes a machine on which costs were measured.
 """
 
@@ -145,8 +146,19 @@ def main(
         "fits": {machine.name: machine.k_max for machine in known},
         "rows": list(compared({cell: done[cell] for cell in wanted})),
     }
+    result = with_kept(result, docs / "paper.json")
     (docs / "paper.json").write_text(json.dumps(result, indent=1) + "\n")
     write(result, docs)
+
+
+def with_kept(result: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Add the rows of the sets in ``file`` that ``result`` lacks, and under ``older`` the commits that they are of."""
+    known = json.loads(file.read_text()) if file.exists() else {"answers": {}}
+    kept = {name: count for name, count in known["answers"].items() if name not in result["answers"]}
+    commits = {name: known.get("older", {}).get(name, known["commit"]) for name in kept}
+    rows = [row for row in known.get("rows", ()) if row["answers"] in kept]
+    added = {"answers": result["answers"] | kept, "older": commits, "rows": result["rows"] + rows}
+    return result | added if kept else result
 
 
 def numbers(cell: Cell) -> dict[str, Any]:
@@ -293,8 +305,10 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     heads = ["static 8/10/60, length", "echo, length", "static, times plain", "echo, times plain"]
     busy = [f"echo 3/3 at {largest}", "over EAGLE-3 3/3/5"]
     blocks["sets"] = table(["set", "answers", "machine", *heads, *busy], lines)
+    older = result.get("older", {})
     made = f"Commit {result['commit']}, {result['seeds']} seeds; " + ", ".join(
-        f"{count} answers of {name}" for name, count in result["answers"].items()
+        f"{count} answers of {name}" + (f" (commit {older[name]})" if name in older else "")
+        for name, count in result["answers"].items()
     )
     sentence = f"{made}. In brackets 95 % intervals, bootstrapped over the answers."
     return blocks | {"made": textwrap.fill(sentence, 120, break_on_hyphens=False)}

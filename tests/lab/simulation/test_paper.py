@@ -74,3 +74,16 @@ def test_finished_rows_are_not_simulated_again(made, capsys):
     paper["main"]([folder / "mt.npz"], quick=True, **given)
     assert not capsys.readouterr().out
     assert (folder / "docs/paper.md").read_text() == page
+
+
+def test_sets_that_are_not_given_keep_their_rows_and_their_commit(made):
+    paper, folder, _ = made
+    file = folder / "docs/paper.json"
+    known = json.loads(file.read_text())
+    rows = [row | {"answers": "new"} for row in known["rows"]]
+    found = paper["with_kept"](known | {"commit": "c0ffee", "answers": {"new": 3}, "rows": rows}, file)
+    assert found["answers"] == {"new": 3, "mt": 6}
+    assert found["rows"] == rows + known["rows"]
+    made_of = " ".join(paper["tables"](found)["made"].split())
+    assert f"Commit c0ffee, 1 seeds; 3 answers of new, 6 answers of mt (commit {known['commit']})." in made_of
+    assert paper["with_kept"](known, file) == known
