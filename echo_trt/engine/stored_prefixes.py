@@ -164,10 +164,10 @@ class StoredPrefixes:
 
     def _compare(self, slots: np.ndarray, alone: bool) -> None:
         """Compare what the last pass took with the costs, if it computed a part of the prompt that goes on, alone."""
-        slot, serial, first, tokens, begin = self._part
-        if alone and slots.tolist() == [slot] and self._batch.admitted[slot] == serial:
+        slot, admitted, first, tokens, begin = self._part
+        if alone and slots.tolist() == [slot] and self._batch.admitted[slot] == admitted:
             done = self._loop.counters.prompt_tokens - tokens
-            if done >= BLOCK and done == self._batch.committed[slot] - first:
+            if done >= self._loop.chunk and done == self._batch.committed[slot] - first:
                 ratio = (time.perf_counter() - begin) / self._seconds(done / BLOCK, first / BLOCK)
                 self._pace += NEWEST * (ratio - self._pace)
 
