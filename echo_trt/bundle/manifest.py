@@ -31,7 +31,7 @@ def _within(name: str) -> str:
 
 FileName = Annotated[str, AfterValidator(_within)]
 Width = Annotated[int, Field(ge=1, le=2**24)]
-Size = Annotated[int, Field(ge=0, le=2**24)]  # 0: of a draft without attention
+Extent = Annotated[int, Field(ge=0, le=2**24)]  # 0: of a draft without attention
 
 
 class _Facts(BaseModel):
@@ -63,11 +63,11 @@ class NetworkFacts(_Facts):
     rank_files: list[FileName] = []
     vocab_size: Width
     hidden_size: Width
-    num_layers: Size
-    num_kv_heads: Size
-    head_dim: Size
+    num_layers: Extent
+    num_kv_heads: Extent
+    head_dim: Extent
     parameters: Annotated[int, Field(ge=0, le=10**15)]
-    feature_size: Size = 0
+    feature_size: Extent = 0
     block: BlockFacts | None = None
     state_values: Annotated[int, Field(ge=0, le=2**32)] = 0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from echo_trt.adapters.triton.host import Triton
 from echo_trt.adapters.triton.server import TritonServer, find_server, own_prefix, remove_folders, remove_regions
 from echo_trt.engine.latency import LatencyClasses
-from echo_trt.engine.service.protocol import MODEL
+from echo_trt.engine.service import MODEL
 from echo_trt.errors import UserError
 from echo_trt.server.keys import read as read_keys
 from echo_trt.server.options import ANY, checked_hosts, checked_names, checked_origins

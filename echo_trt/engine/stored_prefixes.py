@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 USUAL_SIZE = "8G"  # of a store; larger: more stays warm
 RATE = 2e8  # bytes per second of reading, before the first was timed; larger: a slow disk is tried with more blocks
-NEWEST = 0.3  # weight of the newest reading's rate; larger: one slow reading stops more of the next ones
+NEWEST = 0.3  # weight of the newest rate of reading or computing; larger: one slow reading stops more of the next ones
 RETRIED = 1.1  # by which a rate that was too low for a text rises, so that one slow reading is not the last
 PAUSE = 0.02  # seconds of reading between two passes while requests decode; larger: later tokens for these
 TRIES = 3  # copies of a block while the cache gives up others; larger: more blocks of a full pool are kept
@@ -93,7 +93,9 @@ class StoredPrefixes:
         self._store, self._loop = store, llm.loop
         self._batch, self._blocks, self._costs = llm.loop.batch, llm.loop.batch.blocks, costs
         self._rate, self._damaged, self._resting, self._learnt = RATE, 0, 0.0, time.monotonic()
-        self._declined = np.full(self._batch.count, -1)  # [S], serial number of the request whose blocks stay unread
+        self._declined = np.full(self._batch.count, -1)  # [S], serial number of the request whose blocks stayed unread
+        self._pace = 1.0  # times what the costs say that prompts take: other work, or a processor that slows down
+        self._part = (-1, -1, 0, 0, 0.0)  # slot, serial number, committed, all prompts' tokens and time before a pass
         self._buffers = {drafted: bytearray(sum(v.nbytes for v in self._views(0, drafted))) for drafted in (0, 1)}
         self._planner, self._state = llm.loop.planner, f"learnt by {llm.loop.planner.name}"
         self._load_learnt()
@@ -137,6 +139,7 @@ class StoredPrefixes:
         Unless they are ``alone`` it ends after a while. Returns those whose next tokens are to be computed in this
         pass.
         """
+        self._compare(slots, alone)
         begin, waiting = time.perf_counter(), list[int]()
         for slot in slots.tolist():
             self._loop.counters.cached_tokens += self._batch.skip(np.array([slot]), 1)  # what was read for another
@@ -153,12 +156,25 @@ class StoredPrefixes:
         if self._store.damaged > self._damaged:
             self._damaged = self._store.damaged
             log.warning("blocks of the store are not as they were written, and computed instead; check its disk.")
+        if alone and len(slots) == 1:
+            slot, batch = int(slots[0]), self._batch
+            before = int(batch.committed[slot]), self._loop.counters.prompt_tokens, time.perf_counter()
+            self._part = slot, int(batch.admitted[slot]), *before
         return slots[~np.isin(slots, waiting)]
+
+    def _compare(self, slots: np.ndarray, alone: bool) -> None:
+        """Compare what the last pass took with the costs, if it computed a part of the prompt that goes on, alone."""
+        slot, admitted, first, tokens, begin = self._part
+        if alone and slots.tolist() == [slot] and self._batch.admitted[slot] == admitted:
+            done = self._loop.counters.prompt_tokens - tokens
+            if done >= self._loop.chunk and done == self._batch.committed[slot] - first:
+                ratio = (time.perf_counter() - begin) / self._seconds(done / BLOCK, first / BLOCK)
+                self._pace += NEWEST * (ratio - self._pace)
 
     def _worthwhile(self, slot: int) -> list[tuple[bytes, StoredBlock]]:
         """Return the stored blocks that a slot's text goes on with, or none where computing them takes less."""
         batch, blocks = self._batch, self._blocks
-        if blocks.looked[slot] == NEVER or self._declined[slot] == batch.admitted[slot]:
+        if blocks.looked[slot] == NEVER:
             return []
         first, run = int(batch.committed[slot]) // BLOCK, list[tuple[bytes, StoredBlock]]()
         drafted = bool(blocks.drafted[blocks.table[slot, :first]].all())
@@ -169,13 +185,14 @@ class StoredPrefixes:
                 break
             drafted = bool(entry.kind)
             run.append((key, entry))
-        if run and sum(entry.bytes for _, entry in run) / self._rate > self._seconds(len(run), first):
-            self._declined[slot], self._rate = batch.admitted[slot], self._rate * RETRIED
+        if run and sum(entry.bytes for _, entry in run) / self._rate > self._pace * self._seconds(len(run), first):
+            if self._declined[slot] != batch.admitted[slot]:
+                self._declined[slot], self._rate = batch.admitted[slot], self._rate * RETRIED
             return []
         return run
 
-    def _seconds(self, blocks: int, first: int = 0) -> float:
-        """Return the seconds to compute so many blocks of a text from the ``first`` on, in passes of whole chunks."""
+    def _seconds(self, blocks: float, first: float = 0) -> float:
+        """Return the costs' seconds to compute so many blocks of a text from the ``first`` on, in whole chunks."""
         tokens, chunk = blocks * BLOCK, self._loop.chunk
         return tokens * (self._costs(chunk) / chunk + self._costs.per_node * (first * BLOCK + tokens / 2))
 
@@ -200,7 +217,7 @@ class StoredPrefixes:
         self._blocks.found[slot] += tokens
         counters.cached_tokens += tokens
         counters.restored_blocks += count
-        counters.restored_seconds += max(self._seconds(count, first) - seconds, 0.0)
+        counters.restored_seconds += max(self._pace * self._seconds(count, first) - seconds, 0.0)
         batch.publish(slot)
 
     def _views(self, block: int, drafted: int) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 
 from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.options import LogFormat, Port, bounds, command, run_alone
-from echo_trt.engine.service.protocol import MODEL
+from echo_trt.engine.service import MODEL
 from echo_trt.files.log import configure
 from echo_trt.server.app import LARGEST_BODY, create_app
 from echo_trt.server.connections import ConnectionSlots, HttpConnection, max_connections

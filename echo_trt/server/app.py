@@ -22,7 +22,7 @@ from echo_trt import __version__
 from echo_trt.engine.params import MAX_PROMPT_LOGPROBS, check_answer_logprobs, check_prompt_logprobs
 from echo_trt.engine.process.client import EngineError
 from echo_trt.engine.process.wire import AskForecast, Submit, failure_for
-from echo_trt.engine.service.protocol import MODEL
+from echo_trt.engine.service import MODEL
 from echo_trt.engine.text.prompts import PromptInput
 from echo_trt.errors import UserError
 from echo_trt.server.answer_types import Health, Version

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from echo_trt import __version__
 from echo_trt.engine.process.client import Client, EngineError
-from echo_trt.engine.service.protocol import SNAPSHOT_FORMAT
+from echo_trt.engine.service import SNAPSHOT_FORMAT
 from echo_trt.server.answer_types import About
 from echo_trt.server.answers import chained
 from echo_trt.server.errors import ApiError, from_engine, unavailable

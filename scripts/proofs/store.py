@@ -215,7 +215,8 @@ def beside(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
         rows = []
         for number in range(job.rounds):  # each round with prompts of its own
             part = texts[number * 4000 // job.rounds : (number + 1) * 4000 // job.rounds]
-            rows += asyncio.run(measure(urls, part, [size], job.seconds, 1, 64))
+            turns = dict(list(urls.items())[:: 1 - 2 * (number % 2)])
+            rows += asyncio.run(measure(turns, part, [size], job.seconds, 1, 64))
     rates = {name: [row["tokens_per_s"] for row in rows if row["server"] == name] for name in urls}
     ratio = statistics.median(a / b for a, b in zip(rates["with"], rates["without"], strict=True))
     shown = f"{ratio:.3f} of {statistics.median(rates['without']):.0f} tokens/s"

@@ -10,6 +10,7 @@ from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Request, Sender
 from echo_trt.engine.stored_prefixes import keep_prefixes
+from echo_trt.speculation.goodput.model.costs import Curve
 from echo_trt.speculation.pack import BLOCK
 
 PROMPT = prompt_ids(3 * BLOCK + 7, 3)
@@ -129,7 +130,7 @@ def test_one_sender_never_finds_what_another_has_stored(open_llm, stored):
     assert found == [(0, 0), (0, 0), (3 * BLOCK, 3)]
 
 
-def test_reading_that_takes_longer_than_computing_is_left_and_tried_again(open_llm, stored):
+def test_reading_that_takes_longer_than_computing_is_left_and_tried_again(open_llm, stored, monkeypatch):
     llm = open_llm("lookup", "autoregressive")
     stored(llm)
     expected = answers(llm)
@@ -137,12 +138,27 @@ def test_reading_that_takes_longer_than_computing_is_left_and_tried_again(open_l
     size = next(iter(prefixes._store._known.values())).bytes
     seconds = max(prefixes._seconds(blocks) / blocks for blocks in range(1, 9))
     prefixes._rate = size / seconds / stored_prefixes.RETRIED**3  # a disk that is a little too slow
+    monkeypatch.setattr(prefixes, "_compare", lambda *pass_: None)  # whatever else the machine does
     unread = 0
     while not restored(llm):
         llm.loop.batch.blocks.forget_cached()
         assert answers(llm) == expected
         unread += not restored(llm)
     assert 1 <= unread <= 30
+
+
+def test_a_machine_that_computes_slower_than_its_costs_say_reads_more(open_llm, stored):
+    """Also what is left of a text that it has begun to compute."""
+    llm = open_llm("lookup", "autoregressive")
+    stored(llm)
+    expected = llm.generate([PROMPT], WAYS[0])[0].token_ids
+    prefixes = stored(llm)
+    size = next(iter(prefixes._store._known.values())).bytes
+    prefixes._costs = Curve([1, 64], [1e-9, 1e-9])
+    prefixes._rate = size / prefixes._seconds(1) / 10
+    assert llm.generate([PROMPT], WAYS[0])[0].token_ids == expected
+    assert prefixes._pace > 10
+    assert restored(llm) == 3
 
 
 def test_an_engine_that_shows_no_blocks_serves_without_a_store(open_llm, stored, caplog, monkeypatch):

@@ -23,9 +23,9 @@ from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.core import EngineCore
+from echo_trt.engine.measure import timed_rounds, typical
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Request
-from echo_trt.engine.rounds import timed_rounds, typical
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.roles import HeadModule, TargetModule
 from echo_trt.sizing.needs import Needs, needs

@@ -15,7 +15,7 @@ from torch import nn
 
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.engine.rounds import seconds_again, timed_rounds, typical
+from echo_trt.engine.measure import seconds_again, timed_rounds, typical
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.fp8_linear import Fp8Linear, dequantise, has_fp8_products, quantise_rows
 from echo_trt.models.layers import Experts, has_grouped_products

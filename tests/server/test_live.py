@@ -18,7 +18,7 @@ from waiting import wait_until
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.process.client import Client
-from echo_trt.engine.service.protocol import SNAPSHOT_FORMAT
+from echo_trt.engine.service import SNAPSHOT_FORMAT
 from echo_trt.server import live
 from echo_trt.server.errors import ApiError
 from echo_trt.server.page_files import PageFiles

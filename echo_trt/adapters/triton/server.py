@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo_trt.engine.service.protocol import MODEL
+from echo_trt.engine.service import MODEL
 from echo_trt.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")

@@ -18,9 +18,9 @@ from echo_trt.engine.latency import LatencyClasses
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.options import HostedOptions, LogFormat, command, run_alone
 from echo_trt.engine.process.host import Host
+from echo_trt.engine.service import MODEL
 from echo_trt.engine.service.kv_events import publish_kv_events
 from echo_trt.engine.service.metrics import EngineMetrics
-from echo_trt.engine.service.protocol import MODEL
 from echo_trt.engine.service.service import Service
 from echo_trt.engine.stored_prefixes import keep_prefixes
 from echo_trt.files.log import configure

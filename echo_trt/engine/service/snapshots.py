@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from echo_trt.engine.core import StepTrace
+from echo_trt.engine.service import SNAPSHOT_FORMAT
 from echo_trt.engine.service.metrics import COUNTERS, Statistics
-from echo_trt.engine.service.protocol import SNAPSHOT_FORMAT
 from echo_trt.engine.service.service import Service
 from echo_trt.speculation.arrays import begins
 from echo_trt.speculation.super_tree import SuperTree

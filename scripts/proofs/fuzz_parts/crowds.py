@@ -22,6 +22,7 @@ from echo_trt.backends.self_check import RISES
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Completion, SamplingParams
+from echo_trt.engine.request import Sender
 from echo_trt.engine.service.service import Service
 from echo_trt.engine.stored_prefixes import StoredPrefixes, keep_prefixes
 from echo_trt.errors import UserError
@@ -202,9 +203,8 @@ def of_service(draw: random.Random, pair: Pair) -> None:
             reasons = {"stop", "length"} | ({"deadline"} if seconds else set())
             try:
                 tenant = own.choice((b"", b"a", b"b"))
-                job, listener = submit(
-                    service, prompt, params, priority=own.randrange(3), seconds=seconds, tenant=tenant
-                )
+                more = {"priority": own.randrange(3), "sender": Sender(tenant)}
+                job, listener = submit(service, prompt, params, seconds=seconds, **more)
             except UserError as refusal:
                 refusals.append((prompt, params, str(refusal)))
                 continue

@@ -15,7 +15,7 @@ from steered import submit
 
 from echo_trt.engine.core import StepTrace
 from echo_trt.engine.params import SamplingParams
-from echo_trt.engine.service.protocol import SNAPSHOT_FORMAT
+from echo_trt.engine.service import SNAPSHOT_FORMAT
 from echo_trt.engine.service.service import Service
 from echo_trt.engine.service.snapshots import (
     ACCEPTED,

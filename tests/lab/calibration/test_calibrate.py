@@ -46,7 +46,7 @@ def ticks(monkeypatch) -> SimpleNamespace:
         clock.now += 1e-3
         return clock.now
 
-    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr("echo_trt.engine.measure.time", SimpleNamespace(perf_counter=perf_counter))
     return clock
 
 

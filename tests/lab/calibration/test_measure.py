@@ -78,7 +78,7 @@ class Clocked:
 def clock(monkeypatch) -> SimpleNamespace:
     """Return the seconds that passes of a Clocked engine take, instead of the machine's."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("echo_trt.engine.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 

@@ -1,8 +1,0 @@
-"""What the engine's hosts, the launcher and the API server agree on."""
-
-from __future__ import annotations
-
-MODEL = "echo"
-
-#: Of a snapshot's fields: it changes with a name, a unit or a meaning, not with a field that is added.
-SNAPSHOT_FORMAT = 1
