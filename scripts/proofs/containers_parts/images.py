@@ -86,16 +86,18 @@ def have(image: str) -> str:
 
 def stand_in(stage: str) -> str:
     """Make an image of stand_ins/Dockerfile, and return its name."""
-    tag, prefix, options = OFFICIAL.get(stage, f"echo-trt-proof:{stage}"), Path(sys.base_prefix), []
-    if stage == "python":
-        if not tag.startswith(f"python:3.{sys.version_info.minor}.") or prefix == Path("/usr"):
-            sys.exit(f"error: {tag} cannot be pulled; run this by its Python in a folder of its own, not {prefix}.")
-        have(DEBIAN)
-        options = ["--build-context", f"prefix={prefix}"]
-    else:
-        options = ["--build-arg", f"PYTHON={have(OFFICIAL['python'])}"]
-    files = Path(__file__).parent / "stand_ins"
-    docker("build", "--network", "host", *options, "--target", stage, "-t", tag, files, seconds=LONG)
+    tag = OFFICIAL.get(stage, f"echo-trt-proof:{stage}")
+    words = ["--network", "host", "--target", stage, "-t", tag, Path(__file__).parent / "stand_ins"]
+    if stage != "python":
+        docker("build", "--build-arg", f"PYTHON={have(OFFICIAL['python'])}", *words, seconds=LONG)
+        return tag
+    prefix, ignored = Path(sys.base_prefix), shutil.ignore_patterns("site-packages", "test", "__pycache__", "share")
+    if not tag.startswith(f"python:3.{sys.version_info.minor}.") or prefix == Path("/usr"):
+        sys.exit(f"error: {tag} cannot be pulled; run this by its Python in a folder of its own, not {prefix}.")
+    have(DEBIAN)
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(prefix, folder, symlinks=True, ignore=ignored, dirs_exist_ok=True)
+        docker("build", "--build-context", f"prefix={folder}", *words, seconds=LONG)
     return tag
 
 

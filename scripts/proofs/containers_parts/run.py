@@ -25,6 +25,7 @@ import os, psutil, sys
 found = [p for p in psutil.process_iter() if sys.argv[1] in p.cmdline() and p.pid != os.getpid()]
 [p.kill() for p in found] or sys.exit("no such process")"""
 CHAT = "/v1/chat/completions"
+CLIENT = httpx.Client(timeout=PATIENCE, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 QUESTION = "Write a long list of things that one can see in a harbour, with a sentence about each."
 
 
@@ -160,13 +161,13 @@ def asked(path: str, content: dict | None, key: str, port: int) -> dict:
     """Return a request of httpx, a GET without ``content``."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     url, method = f"http://127.0.0.1:{port}{path}", "POST" if content else "GET"
-    return {"method": method, "url": url, "json": content, "headers": headers, "timeout": PATIENCE}
+    return {"method": method, "url": url, "json": content, "headers": headers}
 
 
 def ask(port: int, path: str = CHAT, content: dict | None = None, key: str = "") -> tuple[int, str]:
     """Return a reply's status and text; 0 and the error where nobody answers."""
     try:
-        reply = httpx.request(**asked(path, content, key, port))
+        reply = CLIENT.request(**asked(path, content, key, port))
         return reply.status_code, reply.text
     except httpx.HTTPError as error:
         return 0, repr(error)
@@ -230,7 +231,7 @@ class Streams:
         while True:
             pieces, status, end = [], 0, ""
             try:
-                with httpx.stream(**self._asked) as reply:
+                with CLIENT.stream(**self._asked) as reply:
                     status = reply.status_code
                     for piece in reply.iter_raw():
                         self.waiting.discard(number)

@@ -135,7 +135,7 @@ def no_folder(bench: Bench) -> str:
     if hits != "1":
         raise Missed(f"hits of numba's cache: {hits}")
     words = ("generate", "/bundle", "Why is the sky blue?", "--max-tokens", "8")
-    docker("run", "--rm", *bench.options(), "--user", "54321", "--env", "HOME=/nowhere", IMAGE, *words)
+    docker("run", "--rm", *bench.options(), "--user", "54321", "--env", "HOME=/nowhere", IMAGE, *words, seconds=START)
     return "the image's machine code is used; a user without home and /tmp generates, too"
 
 
