@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import platform
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import llvmlite.binding as llvm
+
+from echo_trt.bundle.sources import cache_folder
 
 
 @cache
@@ -75,22 +82,45 @@ def instruction_set() -> InstructionSet:
 class MachineCode:
     """Hold the functions of a module of IR as machine code, for as long as this object lives.
 
-    ir        text of the module
+    write     returns the text of the module; not asked where a process has compiled it before
     cpu       LLVM's name of a CPU to compile for, with ``features`` as in "+avxvnni"; None: the one at hand
+    name      by which the cache's folder keeps it; "": it is not kept
     """
 
-    def __init__(self, ir: str, cpu: str | None = None, features: str = "") -> None:
+    def __init__(self, write: Callable[[], str], cpu: str | None = None, features: str = "", name: str = "") -> None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         if cpu is None:
             cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
         target = llvm.Target.from_default_triple()
         self.machine = target.create_target_machine(cpu=cpu, features=features, opt=3)
-        module = llvm.parse_assembly(ir)
-        module.verify()
-        self._engine = llvm.create_mcjit_compiler(module, self.machine)
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), self.machine)
+        facts = f"{llvm.llvm_version_info} {cpu} {features} {_sources()}"
+        kept = cache_folder() / "kernels" / f"{name}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.o"
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(self._compiled(write, kept if name else None)))
         self._engine.finalize_object()
+
+    def _compiled(self, write: Callable[[], str], kept: Path | None) -> bytes:
+        if kept and kept.exists():
+            return kept.read_bytes()
+        module = llvm.parse_assembly(write())
+        module.verify()
+        compiled: bytes = self.machine.emit_object(module)
+        if kept:
+            with suppress(OSError):  # nothing can be written there: each process compiles
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                part = kept.with_suffix(f".{os.getpid()}")
+                part.write_bytes(compiled)
+                part.rename(kept)
+        return compiled
 
     def address(self, name: str) -> int:
         """Return where a function of the module begins."""
         return self._engine.get_function_address(name)
+
+
+@cache
+def _sources() -> str:
+    """Return the hash of what writes IR."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -131,10 +131,13 @@ def _product_op(
 
 @cache
 def _machine_code(name: str, using: InstructionSet) -> MachineCode:
-    module = ir.Module()
-    if name == "quantise":
-        kernels.quantise(module)
-    else:
-        kernels.product(module, FORMATS[name], using)
+    def write() -> str:
+        module = ir.Module()
+        if name == "quantise":
+            kernels.quantise(module)
+        else:
+            kernels.product(module, FORMATS[name], using)
+        return str(module)
+
     features = "" if using.cpu is None else ",".join("+" + each for each in using.needs)
-    return MachineCode(str(module), using.cpu, features)
+    return MachineCode(write, using.cpu, features, f"{name}-{using.name}")

@@ -252,7 +252,7 @@ def _executor() -> MachineCode:
     ir = _EXECUTOR
     for word, value in words.items():
         ir = ir.replace(word, value)
-    return MachineCode(ir)
+    return MachineCode(lambda: ir)
 
 
 @cache
