@@ -26,7 +26,13 @@ from echo_trt.backends.cpu.formats import (
     quantised,
     reference,
 )
-from echo_trt.backends.cpu.machine_code import INSTRUCTION_SETS, InstructionSet, host_features, instruction_set
+from echo_trt.backends.cpu.machine_code import (
+    INSTRUCTION_SETS,
+    InstructionSet,
+    MachineCode,
+    host_features,
+    instruction_set,
+)
 from echo_trt.backends.cpu.products import Product, products
 from echo_trt.backends.cpu.program import Op, Pool, Program
 
@@ -229,3 +235,20 @@ def test_a_pool_that_nobody_closes_keeps_no_process_alive():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "end\n"), done.stderr
+
+
+@pytest.mark.parametrize(("writable", "compiled"), [(True, 1), (False, 2)])
+def test_machine_code_is_compiled_once_where_its_cache_can_be_written(writable, compiled, tmp_path, monkeypatch):
+    if not writable:
+        (tmp_path / "echo-trt").write_text("a file where the folder would be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+
+    def write() -> str:
+        asked.append(None)
+        return "define i64 @seven() {\n  ret i64 7\n}"
+
+    for _ in range(2):
+        code = MachineCode(write, name="seven")
+        assert ctypes.CFUNCTYPE(ctypes.c_int64)(code.address("seven"))() == 7
+    assert len(asked) == compiled
