@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from gguf import GGMLQuantizationType
@@ -62,15 +62,19 @@ def _read_as_multiplied(network: nn.Module, name: str, outputs: int) -> None:
         module.register_parameter(name.rpartition(".")[2], None)
         return
     height, bias = len(module.weight), getattr(module, "bias", None)
+
+    def matrix(height: int) -> Callable[[], Tensor]:
+        return cache(lambda: torch.cat([*_rows(read, height)]))  # all calls of a check multiply by it
+
     embeds = isinstance(module, nn.Embedding)
-    module.forward = partial(_looked_up, read) if embeds else partial(_multiplied, read, height, bias)
+    module.forward = partial(_looked_up, read) if embeds else partial(_multiplied, matrix(height), bias)
     module.weight = None
     if name == ("embed.weight" if network.lm_head is None else "lm_head.weight"):
-        network.logits = partial(_multiplied, read, min(outputs, height), None)
+        network.logits = partial(_multiplied, matrix(min(outputs, height)), None)
 
 
-def _multiplied(read: ReadBlocks, height: int, bias: Tensor | None, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, torch.cat([*_rows(read, height)]), bias)
+def _multiplied(matrix: Callable[[], Tensor], bias: Tensor | None, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, matrix(), bias)
 
 
 def _mixed(experts: Experts, reads: dict[str, ReadBlocks | None], x: Tensor) -> Tensor:

@@ -162,6 +162,7 @@ def _empty(shape: WeightFormat, rows: int, columns: int, lanes: int) -> PackedWe
         raise ValueError(f"a matrix in {shape.name} has {columns} columns, must be a multiple of {shape.multiple}")
     blocks = -(-rows // lanes)
     quants = aligned(blocks * columns // GROUP * shape.quant_bytes(lanes) + AHEAD)
+    quants[-AHEAD:] = 0  # goes into the file
     scales = aligned(blocks * columns // shape.multiple * shape.scale_bytes(lanes))
     return PackedWeights(shape, rows, columns, lanes, quants, scales)
 
