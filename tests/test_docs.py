@@ -58,6 +58,18 @@ def test_a_first_run_reads_files_that_exist(name):
     assert "REPOSITORY" not in commands
 
 
+def test_agents_in_a_terminal_get_what_their_proofs_use():
+    page = (ROOT / "docs/agents.md").read_text().partition("## Agents in a terminal")[2].partition("## An edit")[0]
+    parts = [ROOT / "scripts/proofs/clients.py", *(ROOT / "scripts/proofs/clients_parts").glob("*.py")]
+    used = "".join(part.read_text() for part in parts)
+    given = [match[0] for match in FENCE.finditer(page)]
+    names = {
+        name for block in given for name in re.findall(r"\b[A-Z_]{8,}(?==)|^\w+(?= = )|(?<=\")\w+(?=\":)", block, re.M)
+    }
+    assert len(names) > 15
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", used)] == []
+
+
 @pytest.mark.skipif(not shutil.which("jq"), reason="jq is not installed")
 def test_the_queries_of_a_log_run(tmp_path):
     """Those of the page about p99, on ten requests of one key and one of another."""

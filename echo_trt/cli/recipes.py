@@ -121,7 +121,7 @@ def _shipped(target: dict[str, str], draft: str | None) -> Path | None:
     for path in sorted(shipped_folder().glob("*.yaml"), key=lambda path: len(path.name)):
         recipe = load_recipe(path)
         hub = recipe.target.hub
-        if hub and (target.get("hub") == hub or name == hub.split("/")[1]):
+        if hub and (target.get("hub") == hub or name.lower() == hub.split("/")[1].lower()):
             source = recipe.draft.source
             found.append((draft is None or (bool(source) and source.hub != draft), path))
     return min(found, key=lambda entry: entry[0])[1] if found else None

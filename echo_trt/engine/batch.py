@@ -16,8 +16,21 @@ _TRAITS = {"limited": "limits_tokens", "penalised": "penalises", "adjusted": "ad
 SAMPLING = np.dtype(
     [(name, _TYPES[known.kind]) for name, known in SINGLE.items()] + [(name, np.bool_) for name in _TRAITS], align=True
 )
-NO_PREDICTION = np.zeros(0, np.int64)
 LEAST_SHARED = 8  # tokens of a chunk that two prompts may share; less: what is left may be one token, for ever
+
+
+class Known:
+    """What is known beforehand of the answers in slots, tokens int64 [n] each; ``has``: whether it is any, bool [S]."""
+
+    def __init__(self, count: int):
+        self.has, self._tokens = np.zeros(count, bool), np.full(count, None, object)
+
+    def __getitem__(self, slot: int) -> np.ndarray:
+        tokens: np.ndarray = self._tokens[slot]
+        return tokens
+
+    def __setitem__(self, slot: int, tokens: np.ndarray) -> None:
+        self._tokens[slot], self.has[slot] = tokens, len(tokens) > 0
 
 
 class InputBatch:
@@ -56,11 +69,8 @@ class InputBatch:
         self.biased = ints(count)
         self.bias_tokens, self.bias = ints(count, MAX_BIASED), np.zeros((count, MAX_BIASED), np.float32)
         self.grammar = np.full(count, None, object)  # grammar.state.State of each text, None where all may follow
-        self.prediction = np.empty(count, object)  # tokens int64 [n] that a slot's client expects
-        self.prediction.fill(NO_PREDICTION)
-        self.predicted = ints(count)  # tokens of a slot's prediction
-        self.calls = np.full(count, None, object)  # skeleton int64 [n] of a slot's tool calls (``sources.calls``)
-        self.may_call = np.zeros(count, bool)  # whether it has any
+        self.prediction = Known(count)  # tokens that a slot's client expects
+        self.calls = Known(count)  # the skeleton of a slot's tool calls (``sources.calls``)
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
         self.blocks = KVBlocks(count, blocks_for(context + reserve), num_blocks, prefix_cache, first_block)
 
@@ -132,14 +142,13 @@ class InputBatch:
     def set_params(self, slot: int, params: SamplingParams) -> None:
         self.sampling[slot] = _row(params)
         self.biased[slot] = biased = len(params.logit_bias)
-        self.prediction[slot] = predicted = np.array(params.prediction_ids, np.int64)
-        self.predicted[slot] = len(predicted)
+        self.prediction[slot] = np.array(params.prediction_ids, np.int64)
         self.bias_tokens[slot, :biased], self.bias[slot, :biased] = [*params.logit_bias], [*params.logit_bias.values()]
 
     def release(self, slot: int) -> None:
         """Free the slot and its blocks; those of committed text stay in the cache."""
         self.blocks.release(slot, self.publish(slot))
-        self.grammar[slot], self.prediction[slot], self.predicted[slot] = None, NO_PREDICTION, 0
+        self.grammar[slot] = None
         self.active[slot] = False
 
     def append(

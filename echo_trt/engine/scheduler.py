@@ -141,11 +141,7 @@ class Scheduler:
         batch.stop_tokens[slot] = -1
         batch.stop_tokens[slot, : len(stops)] = stops
         batch.verifications[slot], batch.counted[slot] = request.verifications, not request.probe
-        batch.saved[slot], batch.calls[slot], batch.may_call[slot] = (
-            request.saved,
-            request.calls,
-            len(request.calls) > 0,
-        )
+        batch.saved[slot], batch.calls[slot] = request.saved, request.calls
         latency, behind_first = Latency.of(params.latency), max(len(request.generated) - 1, 0)
         self._pacer.begin(slot, latency, request.submitted, request.started, behind_first, request.sender.tenant)
         batch.admitted[slot], self.admissions = self.admissions, self.admissions + 1

@@ -65,6 +65,7 @@ class DecoderConfig(NetworkConfig):
     norm_offset      what norms' weights are stored without
     query_scale      factor on queries beside head_dim ** -0.5, which the query's norm takes
     embedding_scale  factor on embeddings, where they are no output matrix
+    logit_scale      factor on logits, which the last norm takes
     """
 
     family: str
@@ -82,6 +83,7 @@ class DecoderConfig(NetworkConfig):
     norm_offset: float = 0.0
     query_scale: float = 1.0
     embedding_scale: float = 1.0
+    logit_scale: float = 1.0
 
     def window_of(self, layer: int) -> int:
         return 0 if layer in self.full_layers else self.window

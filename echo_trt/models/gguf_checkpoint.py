@@ -22,17 +22,28 @@ from echo_trt.models.checkpoint import Part
 from echo_trt.models.families import gguf_family
 from echo_trt.models.read_config import decoder_config
 from echo_trt.models.sentencepiece import sentencepiece_tokenizer
+from echo_trt.models.split_checkpoint import halved, parts_of
 from echo_trt.models.weights import decoder_sources
 
-#: Tensor by which each inverse rotary frequency is divided; Llama 3.1 and later have one.
-ROPE_DIVISORS = "rope_freqs.weight"
+#: Tensor by which each inverse rotary frequency is divided; Llama 3.1 and later have one, Phi-4-mini one for texts up
+#: to its original length, and another one for longer ones.
+ROPE_DIVISORS, SHORT_DIVISORS, LONG_DIVISORS = (
+    f"rope_{kind}.weight" for kind in ("freqs", "factors_short", "factors_long")
+)
 NORMAL_TOKEN, CONTROL_TOKEN, USER_TOKEN = 1, 3, 4
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-#: llama.cpp's names of splitters by Llama 3's pattern; SmolLM3's files have the second.
-LLAMA_WORDS = dict.fromkeys(("llama-bpe", "smaug-bpe"), QWEN_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))
+#: llama.cpp's names of splitters by Llama 3's pattern; SmolLM3's files have the second, Granite 4.0's the third.
+LLAMA_WORDS = dict.fromkeys(("llama-bpe", "smaug-bpe", "dbrx"), QWEN_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))
+#: llama.cpp's splitter gpt-4o, of Phi-4-mini: cases of letters part words.
+CASED_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SMOLLM_WORDS = "smollm", "refact"  # Granite 3's files have the second
 #: Our sampling parameters -> names behind general.sampling in files that recommend some.
 SAMPLING = {"temperature": "temp", "repetition_penalty": "penalty_repeat"} | {k: k for k in ("top_k", "top_p", "min_p")}
 ELSEWHERE = "name a folder with the model's tokenizer.json in the recipe's tokenizer."
@@ -76,7 +87,8 @@ class GgufCheckpoint:
         self._stored = list(chain(self._reader.tensors, *(each.tensors for each in others)))
         self.config = self._config()
         names = self._names()
-        weights = [tensor for tensor in self._stored if tensor.name != ROPE_DIVISORS]
+        beside = (ROPE_DIVISORS, SHORT_DIVISORS, LONG_DIVISORS)
+        weights = [tensor for tensor in self._stored if tensor.name not in beside]
         if unknown := [tensor.name for tensor in weights if tensor.name not in names]:
             raise UserError(
                 f"{path}: tensor {unknown[0]} belongs to no part of a {self._family.gguf} network; use a file without "
@@ -84,26 +96,24 @@ class GgufCheckpoint:
             )
         stored = {tensor.name: tensor for tensor in weights}
         self._tensors = {
-            name: (stored[theirs], expert)
-            for theirs, parts in names.items()
-            if theirs in stored
-            for name, expert in parts
+            name: (stored[theirs], part) for theirs, parts in names.items() if theirs in stored for name, part in parts
         }
 
     def names(self) -> Sequence[str]:
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        stored, expert = self._tensors[name]
-        return tuple(int(size) for size in reversed(stored.shape))[0 if expert is None else 1 :]
+        stored, part = self._tensors[name]
+        shape = tuple(int(size) for size in reversed(stored.shape))
+        return (part.stop - part.start, *shape[1:]) if isinstance(part, slice) else shape[0 if part is None else 1 :]
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
 
     def get(self, name: str, part: Part = ()) -> torch.Tensor:
-        stored, expert = self._tensors[name]
+        stored, which = self._tensors[name]
         try:
-            chosen = stored.data if expert is None else stored.data[expert]
+            chosen = stored.data if which is None else stored.data[which]
             data = torch.from_numpy(dequantize(chosen, stored.tensor_type).copy())
         except NotImplementedError:
             kind = stored.tensor_type.name
@@ -114,8 +124,8 @@ class GgufCheckpoint:
         return gguf.GGML_QUANT_SIZES[self._tensors[name][0].tensor_type][0] > 1
 
     def stored(self, name: str) -> tuple[str, torch.Tensor]:
-        tensor, expert = self._tensors[name]
-        chosen = tensor.data if expert is None else tensor.data[expert]
+        tensor, which = self._tensors[name]
+        chosen = tensor.data if which is None else tensor.data[which]
         data = torch.from_numpy(np.array(chosen)).view(torch.uint8)
         if hasattr(mmap, "MADV_DONTNEED"):  # pages that were read stay in memory with their map
             for reader in self._readers:
@@ -126,7 +136,7 @@ class GgufCheckpoint:
         """Put the two halves of each head's rotary dimensions apart, which llama.cpp interleaves."""
         if self._family.interleaved and (heads := self._permuted_heads(name)):
             return rows.view(heads, -1, 2, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)
-        return rows
+        return halved(self._family, self.config, self.config["head_dim"], name, rows)
 
     def field(self, key: str, default: Any = None) -> Any:
         entry = self._reader.get_field(key)
@@ -156,6 +166,14 @@ class GgufCheckpoint:
         names = {tensor.name for tensor in self._stored}
         if divisors := [each.data.tolist() for each in self._stored if each.name == ROPE_DIVISORS]:
             scaling = {"rope_type": "divisors", "divisors": divisors[0]}
+        if short := [each.data.tolist() for each in self._stored if each.name == SHORT_DIVISORS]:
+            original = scaling["original_max_position_embeddings"]
+            scaling = {
+                "rope_type": "longrope",
+                "short_factor": short[0],
+                "original_max_position_embeddings": original,
+                "attention_factor": self.field(f"{kind}.rope.scaling.attn_factor"),
+            }
         config = {
             "architectures": [self._family.architecture],
             "vocab_size": len(self._need("tokenizer.ggml.tokens")),
@@ -180,21 +198,29 @@ class GgufCheckpoint:
         known = {name: round(value, 6) for name, value in stated.items() if value is not None}  # of float32
         return known | ({"top_k": 0} if known.get("top_k", 0) < 0 else {})
 
-    def _names(self) -> dict[str, list[tuple[str, int | None]]]:
+    def _names(self) -> dict[str, list[tuple[str, int | slice | None]]]:
         """Return what each tensor holds of a network of this configuration, by the file's name.
 
-        That is one tensor by Hugging Face's name, or one for each expert, with its index along axis 0.
+        That is one tensor by Hugging Face's name, or one for each expert, with its index along axis 0, or parts of a
+        merged matrix, with their rows.
         """
-        network = decoder_config(self.config, str(self.path))
-        kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self._family.gguf)
+        network, family = decoder_config(self.config, str(self.path)), self._family
+        kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf)
         known = gguf.get_tensor_name_map(kind, network.num_layers)
         parts = chain.from_iterable(decoder_sources(network, set()).values())
         names = chain.from_iterable([part] if isinstance(part, str) else part for part in parts)
-        found = dict[str, list[tuple[str, int | None]]]()
+        found = dict[str, list[tuple[str, int | slice | None]]]()
+        rows = {tensor.name: int(tensor.shape[-1]) for tensor in self._stored}
+        for merged in [f"model.layers.{i}.{each}.weight" for i in range(network.num_layers) for each in family.merged]:
+            theirs = known.get_name(merged, (".weight",))
+            found[theirs] = list(parts_of(family, network, merged, rows.get(theirs, 0)))
+        split = {name for parts in found.values() for name, _ in parts}
         for name in names:
+            if name in split:
+                continue
             expert = re.search(r"\.experts\.(\d+)\.", name)
-            merged = name if expert is None else name.replace(expert[0], ".experts.")
-            theirs = known.get_name(merged, (".weight", ".bias"))
+            together = name if expert is None else name.replace(expert[0], ".experts.")
+            theirs = known.get_name(together, (".weight", ".bias"))
             found.setdefault(theirs, []).append((name, None if expert is None else int(expert[1])))
         return found
 
@@ -234,15 +260,17 @@ class GgufCheckpoint:
         )
 
     def _set_word_splitter(self, tokenizer: Tokenizer, kind: str) -> None:
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "smollm")
-        if kind == "smollm":
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in SMOLLM_WORDS)
+        if kind in SMOLLM_WORDS:
             first = pre_tokenizers.Digits(individual_digits=True)
         elif kind == "qwen2":
             first = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
             tokenizer.normalizer = normalizers.NFC()
         elif kind in LLAMA_WORDS:
             first = pre_tokenizers.Split(Regex(LLAMA_WORDS[kind]), "isolated")
+        elif kind == "gpt-4o":
+            first = pre_tokenizers.Split(Regex(CASED_WORDS), "isolated")
         else:
-            known = ", ".join(("smollm", "qwen2", *LLAMA_WORDS))
+            known = ", ".join((*SMOLLM_WORDS, "qwen2", "gpt-4o", *LLAMA_WORDS))
             raise UserError(f"{self.path}: tokenizer.ggml.pre is {kind!r}, not one of {known}; {ELSEWHERE}")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, byte_level])

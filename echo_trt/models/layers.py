@@ -111,13 +111,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def rope_frequencies(config: Config) -> tuple[Tensor, float]:
-    """Return inverse frequencies, float32 [D/2], and the factor on cos and sin."""
+def rope_frequencies(config: Config) -> tuple[Tensor, Tensor | float]:
+    """Return inverse frequencies, float32 [D/2], and the factor on cos and sin, one or of each number [D]."""
     dim = getattr(config, "rotary_dim", config.head_dim)
     scaling = {"rope_theta": config.rope_theta, **config.rope_scaling}
     if scaling.get("rope_type", "divisors") == "divisors":
         divisors = torch.tensor(scaling.get("divisors", 1.0))
-        return config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim) / divisors, 1.0
+        factor = torch.tensor(scaling.get("attention_factor", 1.0))
+        frequencies = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim) / divisors
+        return frequencies, factor.repeat(2) if factor.ndim else factor
     from transformers import LlamaConfig  # takes a second, and few networks need it
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from echo_trt.errors import UserError
 from echo_trt.files.inputs import is_gguf
 from echo_trt.models.checkpoint import Checkpoint, SafetensorsCheckpoint
+from echo_trt.models.families import FAMILIES
 from echo_trt.models.fp8_checkpoint import dequantised
+from echo_trt.models.split_checkpoint import SplitCheckpoint
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -19,7 +21,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _gguf(path, path.stat().st_size, path.stat().st_mtime_ns)
     if path.is_file():
         raise UserError(f"checkpoint {path} is a single file and no GGUF file; give a Hugging Face folder or one.")
-    return dequantised(SafetensorsCheckpoint(path))
+    checkpoint = SafetensorsCheckpoint(path)
+    architecture = str((checkpoint.config.get("architectures") or [""])[0])
+    family = next((family for family in FAMILIES.values() if family.architecture == architecture), None)
+    opened = dequantised(checkpoint)
+    return SplitCheckpoint(opened, family) if family and family.merged else opened
 
 
 @lru_cache(1)  # a build opens it for its recipe, its engine and its weights, and a vocabulary takes a second

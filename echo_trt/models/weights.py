@@ -89,7 +89,9 @@ def decoder_class(config: DecoderConfig) -> type[Decoder]:
 
 @torch.no_grad()
 def _complete_norms(model: Decoder | MtpHead) -> None:
-    """Give norms what their weights are stored without, and the norms of queries the factor on queries."""
+    """Give norms what their weights are stored without, and the factors on queries and on logits."""
+    if model.config.logit_scale != 1:
+        model.norm.weight *= model.config.logit_scale
     for name, module in model.named_modules():
         if isinstance(module, RMSNorm) and model.config.norm_offset:
             module.weight += model.config.norm_offset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,38 +12,70 @@ from echo_trt.speculation.planner import Iteration, PlainCost
 from echo_trt.speculation.sources import DRAFT, SOURCES
 
 
+@dataclass
+class _Load:
+    """What is known of a load: passes, by their ratios to a model that does not change, and windows of plain ones.
+
+    speed             mean log ratio of verifications, NaN before any: how slow the machine is now
+    windows           of plain passes so far; factor: their mean ratio beside verifications'; variance: of it, relative
+    passes, ratios    of the window that has begun
+    """
+
+    variance: float
+    speed: float = math.nan
+    windows: float = 0.0
+    factor: float = 0.0
+    passes: int = 0
+    ratios: float = 0.0
+
+
 class PlainClock:
     """What passes of plain decoding take at a load, as a factor of what a model says that does not change.
 
-    Passes count by windows of one load: what is wrong by chance is the same within a window, and differs between two.
+    Plain passes are rare, and are compared with the verifications around them, so that a machine whose speed drifts
+    changes nothing. They count by windows: what is wrong by chance is the same within one, and differs between two.
     """
 
-    def __init__(self, prior_error: float, newest: float, warm_up: int, window: int):
-        """Begin with nothing measured. ``newest``: weight of a load's newest window, at least. ``warm_up``: passes
-        behind a verification that do not count. ``window``: passes of a window that do.
+    def __init__(self, prior_error: float, newest: float, memory: float, warm_up: int, window: int):
+        """Begin with nothing measured.
+
+        newest   weight of a load's newest window, at least; memory: share of the past in the mean of verifications
+        warm_up  passes behind a verification that do not count; window: passes that do, of a window
         """
-        self._prior, self._newest, self._warm_up, self._window = prior_error**2, newest, warm_up, window
-        self._loads: dict[int, list[float]] = {}  # windows, factor, variance; passes, seconds, expected
-        self._row = 0
+        self._prior, self._newest, self._memory = prior_error**2, newest, memory
+        self._warm_up, self._window, self._row = warm_up, window, 0
+        self._loads: dict[int, _Load] = {}
 
     def factor(self, load: int) -> tuple[float, float] | None:
         """Return the factor of a load class and its standard error, as a share of it; None before any window."""
-        windows, factor, variance, *_ = self._loads.get(load, (0.0, 0.0, 0.0))
-        return (factor, math.sqrt(variance / min(windows, 1 / self._newest))) if windows else None
+        known = self._loads.get(load)
+        if known is None or not known.windows:
+            return None
+        speed = 0.0 if math.isnan(known.speed) else known.speed
+        return known.factor * math.exp(speed), math.sqrt(known.variance / min(known.windows, 1 / self._newest))
 
-    def observe(self, load: int, plain: bool, seconds: float, expected: float) -> None:
-        """Learn from an iteration; ``plain``: it decoded plainly, and computed no prompt."""
-        self._row = self._row + 1 if plain else 0
+    def verified(self, load: int, ratio: float) -> None:
+        """Learn from a verification without prompts, which took ``ratio`` times what the model says."""
+        self._row, known = 0, self._loads.setdefault(load, _Load(self._prior))
+        if math.isnan(known.speed):
+            known.speed = math.log(ratio)
+            known.factor, known.ratios = known.factor / ratio, known.ratios / ratio
+        known.speed += (1 - self._memory) * (math.log(ratio) - known.speed)
+
+    def decoded(self, load: int, ratio: float) -> None:
+        """Learn from a plain pass without prompts, likewise."""
+        self._row, known = self._row + 1, self._loads.setdefault(load, _Load(self._prior))
         if self._row <= self._warm_up:
             return
-        known = self._loads.setdefault(load, [0.0, 0.0, self._prior, 0.0, 0.0, 0.0])
-        known[3:] = known[3] + 1, known[4] + seconds, known[5] + expected
-        if known[3] >= self._window:
-            windows, factor, variance = known[0] + 1, known[1], known[2]
-            ahead, weight = known[4] / known[5] - factor, max(1 / windows, self._newest)
-            if windows > 1:
-                variance += ((ahead / factor) ** 2 - variance) * weight
-            known[:] = windows, factor + weight * ahead, variance, 0.0, 0.0, 0.0
+        known.passes += 1
+        known.ratios += ratio if math.isnan(known.speed) else ratio / math.exp(known.speed)
+        if known.passes == self._window:
+            known.windows += 1
+            ahead, weight = known.ratios / known.passes - known.factor, max(1 / known.windows, self._newest)
+            if known.windows > 1:
+                known.variance += ((ahead / known.factor) ** 2 - known.variance) * weight
+            known.factor += weight * ahead
+            known.passes, known.ratios = 0, 0.0
 
 
 class Bill:

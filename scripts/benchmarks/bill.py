@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument("--streams", default="1,4,8")
     parser.add_argument("--count", type=int, default=160, help="prompts of the file")
     parser.add_argument("--tokens", type=int, default=192, help="of an answer, at most")
-    parser.add_argument("--every", type=float, default=20.0, help="seconds of goodput between two lines")
+    parser.add_argument("--seconds", type=float, default=45.0, help="of goodput, at most")
+    parser.add_argument("--every", type=float, default=15.0, help="seconds of goodput between two lines")
     parser.add_argument("--costs", type=Path, help="file that keeps what passes cost on this machine")
     args = parser.parse_args()
     columns = (
@@ -70,11 +71,12 @@ def main() -> None:
             Recorded(loop, texts, streams, params) for loop in side_by_side(llm, ("autoregressive", "goodput"))
         )
         shown = 0.0
-        while plain.busy and goodput.busy:
+        while plain.busy and goodput.busy and goodput.seconds < args.seconds:
             min(plain, goodput, key=lambda run: run.emitted).run(SLICE)
-            if goodput.seconds > shown + args.every or not (plain.busy and goodput.busy):
+            if goodput.seconds > shown + args.every:
                 shown = goodput.seconds
                 show(plain, goodput)
+        show(plain, goodput)
 
 
 def show(plain: Recorded, goodput: Recorded) -> None:

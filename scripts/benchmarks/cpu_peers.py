@@ -46,6 +46,7 @@ def main(
     rounds: Annotated[int, Parameter(help="Rounds, which are pooled.")] = 3,
     max_tokens: Annotated[int, Parameter(help="New tokens per request.")] = 64,
     long: Annotated[bool, Parameter(help="Add the long prompts.", negative="--no-long")] = True,
+    demo: Annotated[bool, Parameter(help="Add the demo's prompts.", negative="--no-demo")] = True,
     folder: Annotated[Path, Parameter(help="The peers' environments.")] = ENVIRONMENTS,
     recipes: Annotated[Path, Parameter(help="The folder of the bundles' recipe.")] = ROOT / "build",
     json_file: Annotated[Path | None, Parameter("--json", help="Write all figures to this file.")] = None,
@@ -55,7 +56,7 @@ def main(
     if unknown := [name for name in names if name not in ENGINES]:
         raise UserError(f"--engines names {unknown[0]!r}; choose from {', '.join(ENGINES)}.")
     folder.mkdir(parents=True, exist_ok=True)
-    files = [DEMO, *(prompts or []), *([_long_prompts(folder)] if long else [])]
+    files = [*([DEMO] if demo else []), *(prompts or []), *([_long_prompts(folder)] if long else [])]
     options = ["--batch", batch, "--requests", requests, "--rounds", rounds, "--max-tokens", max_tokens]
     options += [word for file in files for word in ("--prompts", file)]
     slots = max(int(size) for size in batch.split(","))

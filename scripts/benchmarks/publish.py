@@ -36,7 +36,8 @@ EARLIER = Path(__file__).with_name("earlier.yaml")
 IMAGES = Path("docs", "img")
 DEMO = ROOT / "scripts" / "demo_prompts.jsonl"
 BATCHES = "1,2,4,8,16"
-REQUESTS, ROUNDS, MAX_TOKENS = 32, 3, 64  # of a run that is published; a shorter one is called a trial
+#: Of a run that is published; a shorter one is called a trial. Policies take turns by seconds, so one round will do.
+REQUESTS, ROUNDS, MAX_TOKENS = 32, 1, 64
 PLAIN, DEFAULT, EXACT = "autoregressive", "goodput", "goodput-exact"
 HEAD_ALONE = "goodput-head"
 ABLATIONS = ROOT / "lab" / "echo_trt_lab" / "ablations.py"
@@ -69,7 +70,7 @@ PROCESSORS = {
     "family 6, model 207": "5th Xeon, AMX",
 }
 WIDTH = 100  # of README's lines
-SECOND_POLICIES, SECOND_BATCHES, SECOND_ROUNDS = ("static", EXACT, DEFAULT), "1,4,16", 1  # of a second model
+SECOND_POLICIES, SECOND_BATCHES, SECOND_REQUESTS = ("static", EXACT, DEFAULT), "1,4,8", 8  # of a second model
 DATA = (
     "The four sets are the evaluation prompts of EAGLE's repository (SafeAILab/EAGLE, eagle/data, Apache-2.0): MT-bench"
     " and 80 each of GSM8K's tests, HumanEval and Alpaca. A row of a prompts file is a JSON object with `id` and "
@@ -114,31 +115,31 @@ def measure(
     With a bundle ``lossless`` its texts are compared, too: rows of ``lossless.py`` by mode, greedy or sampled. With a
     bundle ``second`` its run is in ``second``.
     """
-    options = ["--requests", str(requests), "--max-tokens", str(max_tokens)]
+    options = ["--rounds", str(rounds), "--max-tokens", str(max_tokens)]
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run.json"
 
-        def bench(measured: Path, policies: Iterable[str], batches: str, rounds: int) -> Run:
+        def bench(measured: Path, policies: Iterable[str], batches: str, requests: int) -> Run:
             words = ["bench", str(measured), "--policies", ",".join(policies), "--batch", batches]
-            words += ["--rounds", str(rounds)]
+            words += ["--requests", str(requests)]
             words += ["--policy-file", str(ABLATIONS)]
             words += [word for file in prompts for word in ("--prompts", str(file))]
             subprocess.run([sys.executable, "-m", "echo_trt.cli.app", *words, *options, "--json", str(out)], check=True)
             found: Run = json.loads(out.read_text())
             return found
 
-        run = bench(bundle, (policy for policy in NAMES if policy != PLAIN), BATCHES, rounds)
+        run = bench(bundle, (policy for policy in NAMES if policy != PLAIN), BATCHES, requests)
         if second:
-            run["second"] = bench(second, SECOND_POLICIES, SECOND_BATCHES, SECOND_ROUNDS)
+            run["second"] = bench(second, SECOND_POLICIES, SECOND_BATCHES, SECOND_REQUESTS)
         if lossless:
             run["lossless"] = {mode: _compared(lossless, prompts, more, out) for mode, more in LOSSLESS.items()}
     named = [word for file in prompts if file != DEMO for word in ("--prompts", file.name)]
     for option, other in (("--lossless", lossless), ("--second", second)):
         named += [option, f"bundles/{other.name}"] if other else []
-    command = ["python", "scripts/benchmarks/publish.py", f"bundles/{bundle.name}", *named, "--rounds", str(rounds)]
+    command = ["python", "scripts/benchmarks/publish.py", f"bundles/{bundle.name}", *named, "--requests", str(requests)]
     command += options
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     made = {"commit": git.stdout.strip(), "date": today, "command": shlex.join(command)}
@@ -180,7 +181,11 @@ def block(run: Run) -> str:
     """README's part: speed by concurrent requests."""
     batches = sorted({row["batch"] for row in run["results"]})
     rows = [[NAMES[p], *(_speed(_row(run, p, batch)) for batch in batches)] for p in SHOWN]
-    made = run["published"]
+    made, second = run["published"], run.get("second")
+    if second:
+        measured = {row["batch"] for row in second["results"]}
+        speeds = {p: [_speed(_row(second, p, b)) if b in measured else "-" for b in batches] for p in SHOWN[::2]}
+        rows += [[f"{second['bundle']}: {NAMES[p]}", *shown] for p, shown in speeds.items()]
     return "\n".join(
         [
             _prose(

@@ -46,6 +46,7 @@ from store_parts.kept import ROOT, Kept, Row, prompts  # noqa: E402
 from echo_trt.engine.llm import LLM  # noqa: E402
 from echo_trt.engine.params import SamplingParams  # noqa: E402
 from echo_trt.files.prompts import read_prompts  # noqa: E402
+from echo_trt.files.store import StoredBlock  # noqa: E402
 
 LONG = 4_000  # tokens of a prompt whose first token is awaited
 LEAST_BESIDE = 0.97  # of other requests' tokens/s
@@ -94,7 +95,7 @@ def median(values: Sequence[float]) -> str:
 
 
 def restart(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
-    texts = prompts(job.bundle, 3, job.tokens)
+    texts = prompts(job.bundle, 2, job.tokens)
     door = "--triton --http-port {free} --grpc-port {free} --metrics-port {free}" if job.triton else ""
     command = serve(job.bundle, f"--store {folder / 'store'}", door)
     with started("cold", command) as url:
@@ -114,32 +115,33 @@ def restart(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
 def crossover(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
     with closing(Kept(job.bundle, folder / "store")) as kept:
         kept.first(prompts(job.bundle, 1, 500, 9)[0])
-        for tokens in (job.tokens // 4, job.tokens):
-            (ids,) = prompts(job.bundle, 1, tokens, tokens)
-            cold, memory = kept.first(ids), min(kept.first(ids) for _ in range(3))
-            prefixes = kept.reopen()
-            store, read = prefixes._store, prefixes._store.read
-            size = max(entry.bytes for entry in store._known.values()) * (tokens // 32)
-            predicted, measured = size / prefixes._seconds(tokens // 32), size / (cold - memory)
-            ratio = predicted / measured
-            shown = f"{predicted / 1e6:.0f} MB/s predicted, {measured / 1e6:.0f} measured ({ratio:.2f})"
-            yield f"crossover, {tokens} tokens", shown, 0.5 < ratio < 2
-            for factor in (0.5, 2.0):
-                prefixes = kept.reopen()
-                store, read, rate = prefixes._store, prefixes._store.read, measured * factor
-                prefixes._rate = rate
+        [ids], count = prompts(job.bundle, 1, job.tokens, 1), job.tokens // 32
+        cold, memory = kept.first(ids), min(kept.first(ids) for _ in range(3))
+        prefixes = kept.reopen()
+        size = count * max(entry.bytes for entry in prefixes._store._known.values())
+        predicted, measured = size / prefixes._seconds(count), size / (cold - memory)
+        shown = f"{predicted / 1e6:.0f} MB/s predicted, {measured / 1e6:.0f} measured"
+        yield f"crossover, {job.tokens} tokens", shown, 0.5 < predicted / measured < 2
+        for factor in (0.5, 2.0):
+            yield slowed(kept, ids, measured * factor, cold, size)
 
-                def slow(key, entry, read=read, rate=rate):  # type: ignore[no-untyped-def]
-                    end, content = time.perf_counter() + entry.bytes / rate, read(key, entry)
-                    time.sleep(max(end - time.perf_counter(), 0))
-                    return content
 
-                store.read = slow
-                before = kept.llm.counters.restored_blocks
-                seconds, blocks = kept.first(ids), kept.llm.counters.restored_blocks - before
-                way = "read" if blocks else "computed"
-                shown = f"{way} in {seconds:.2f} s, the other way {size / rate if way == 'computed' else cold:.2f} s"
-                yield f"  disk of {rate / 1e6:.0f} MB/s", shown, (way == "read") == (factor > 1)
+def slowed(kept: Kept, ids: Sequence[int], rate: float, cold: float, size: int) -> Row:
+    """Ask again after a restart, from a disk of ``rate`` bytes per second, which is known."""
+    prefixes = kept.reopen()
+    prefixes._rate, read = rate, prefixes._store.read
+
+    def slow(key: bytes, entry: StoredBlock) -> bytes | None:
+        end, content = time.perf_counter() + entry.bytes / rate, read(key, entry)
+        time.sleep(max(end - time.perf_counter(), 0))
+        return content
+
+    prefixes._store.read = slow  # type: ignore[method-assign]
+    before = kept.llm.counters.restored_blocks
+    seconds, reads = kept.first(ids), kept.llm.counters.restored_blocks > before
+    other = cold if reads else size / rate
+    shown = f"{'read' if reads else 'computed'} in {seconds:.2f} s, the other way takes {other:.2f} s"
+    return f"  disk of {rate / 1e6:.0f} MB/s", shown, seconds < 1.2 * other
 
 
 def blocks(job: argparse.Namespace, folder: Path) -> Iterator[Row]:
@@ -232,9 +234,9 @@ def main() -> int:
     options.add_argument("--tokens", type=int, default=LONG, help="of the long prompt")
     options.add_argument("--blocks", type=int, default=10_000)
     options.add_argument("--kills", type=int, default=50, help="of a process that writes")
-    options.add_argument("--engine-kills", type=int, default=50, help="of a server's engine, while it writes")
+    options.add_argument("--engine-kills", type=int, default=12, help="of a server's engine, while it writes")
     options.add_argument("--rounds", type=int, default=6, help="of the servers' turns")
-    options.add_argument("--seconds", type=float, default=15, help="of a turn")
+    options.add_argument("--seconds", type=float, default=10, help="of a turn")
     options.add_argument("--folder", type=Path, help="where stores are made; default: the system's temporary files")
     job, rows = options.parse_args(), list[Row]()
     logging.getLogger("echo_trt").addHandler(logging.NullHandler())  # what the store complains of is counted

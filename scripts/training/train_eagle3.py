@@ -40,7 +40,14 @@ from echo_trt_lab.ngram_tables import over, write_ngrams
 from echo_trt_lab.training.answers import record, write_answers
 from echo_trt_lab.training.corpus import Corpus, draft_vocabulary, features_path
 from echo_trt_lab.training.features import missing_features, write_features
-from echo_trt_lab.training.head import block_config_of, feature_scale, head_config, save_head, start_from, warm_start
+from echo_trt_lab.training.head import (
+    block_config_of,
+    feature_scale,
+    head_config,
+    save_head,
+    start_from,
+    warm_start,
+)
 from echo_trt_lab.training.loop import Trainer, TrainingRecipe, load_state
 from echo_trt_lab.training.ngrams import count, held_out, read_texts, right
 
@@ -57,7 +64,7 @@ def init(
 ) -> None:
     """Write a head that has learnt nothing, for the first bundle of a target that has none."""
     checkpoint = open_checkpoint(target)
-    decoder = load_decoder(checkpoint, 1)
+    decoder = load_decoder(checkpoint, 1, torch.bfloat16)
     config = decoder.config
     ids = torch.arange(min(DRAFT_VOCAB, config.vocab_size))
     scale = torch.ones(3 * config.hidden_size)
@@ -123,8 +130,9 @@ def train(
     )
     checkpoint = open_checkpoint(target)
     positions = max_length + recipe.unroll_steps
-    decoder = load_decoder(checkpoint, positions).to(device)
+    decoder = load_decoder(checkpoint, positions, torch.bfloat16).to(device)
     _prepare_features(decoder, data)
+    decoder.layers = decoder.layers[-1:]  # the others have had their say
     corpus = Corpus(data, max_length)
     size = f"{len(corpus.training):,} samples of {corpus.response_tokens:,} response tokens"
     console.print(f"{size}, and {len(corpus.held_out)} samples held out", highlight=False, soft_wrap=True)

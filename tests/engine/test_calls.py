@@ -21,7 +21,7 @@ LOAD = load_of(1, epoch=np.array([0]))
 def proposed(answer: list[int]) -> list[tuple[int, float]]:
     """Return the tokens that are proposed behind ``answer``, with their P(accept)."""
     batch = InputBatch(1, 200, 64, 1)
-    batch.calls[0], batch.may_call[0] = TOOLS, True
+    batch.calls[0] = TOOLS
     batch.prompt_length[0], batch.length[0] = 2, 2 + len(answer)
     batch.tokens[0, : batch.length[0]] = [50, 51, *answer]
     source = CallSource(batch)

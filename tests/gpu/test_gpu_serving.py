@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gpu.compiled import assert_caches_are_not_copied, skip_without_tensorrt
-from gpu.engines import apart
+from gpu.engines import Card, apart
 from gpu.random_networks import QWEN3_8B, SMALL, TINY
 from gpu.serving import CacheCopies, KnownText, Served, foreseen, gap, recipe_of, tensorrt_engines, torch_engines
 
@@ -29,6 +29,12 @@ CONSIDERED = 1.5  # draft tokens of a node whose children the planner reads, at 
 COMPILED = dataclasses.replace(QWEN3_8B, num_layers=2, vocab_size=32_768)  # which TensorRT builds in about a minute
 DRAFTED = 0.05  # of the largest drafted score, in bfloat16: graphs have rows of padding, whose products round otherwise
 ROOM = 1.1  # of the bytes that sizing foresaw; larger: a pool that fills a card's memory may not fit
+
+
+@pytest.fixture(scope="module")
+def card(card) -> Card:
+    """On a CPU attention is the reference here: Triton's interpreter takes most of a walk, and ``smoke`` walks it."""
+    return dataclasses.replace(card, operator=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -26,6 +26,8 @@ from echo_trt.models.roles import BlockModule
 from echo_trt.models.weights import load_decoder
 from echo_trt.speculation.pack import pack_blocks
 from echo_trt.speculation.super_tree import SuperTree
+from echo_trt_lab.training.corpus import features_path
+from echo_trt_lab.training.features import write_features
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "training" / "train_eagle3.py"
 
@@ -75,6 +77,27 @@ def head(networks, shards, tmp_path_factory) -> Path:
     words = ["train", "--target", networks / "target", "--data", shards, "--loss-rows", 40]
     assert "held out: top-1" in run(*words, "--draft-vocab", 150, "--minutes", 0.05, "--out", out)
     return out
+
+
+def test_the_engine_cpu_records_what_its_own_features_are(networks, tmp_path):
+    """In fp32 they are those that torch computes over the recorded texts."""
+    bundle, data = tmp_path / "bundle", tmp_path / "data"
+    build(recipe_of("eagle3", networks).model_copy(update={"engine": "cpu"}), networks, bundle)
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"id": "{i}", "prompt": "the theme {i}"}}\n' for i in range(4)))
+    run("generate", bundle, "--prompts", tmp_path / "prompts.jsonl", "--data", data, "--max-tokens", 12)
+    [shard] = data.glob("shard-*.npz")
+    with np.load(shard) as stored:
+        answered = np.concatenate(
+            [np.arange(n) >= prompt for n, prompt in zip(stored["lengths"], stored["prompt_lengths"], strict=True)]
+        )
+        answered[np.cumsum(stored["lengths"]) - 1] = False  # the last token was never read
+
+    def known() -> torch.Tensor:
+        return torch.from_numpy(np.load(features_path(shard))).view(torch.bfloat16).float()
+
+    recorded = known()
+    write_features(load_decoder(open_checkpoint(networks / "target"), 256), shard)
+    torch.testing.assert_close(recorded[answered], known()[answered], atol=0.05, rtol=0.02)
 
 
 def test_a_head_goes_on_as_a_larger_one_that_says_the_same(networks, shards, head, tmp_path):

@@ -12,10 +12,16 @@ from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -51,6 +57,46 @@ def llama(**changes: Any) -> PreTrainedModel:
 
 def mistral(**changes: Any) -> PreTrainedModel:
     return randomise(MistralForCausalLM(MistralConfig(**{**SIZES, **changes})))
+
+
+#: Of Granite, none of them what its place has without it.
+FACTORS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
+
+
+def granite(**changes: Any) -> PreTrainedModel:
+    return randomise(GraniteForCausalLM(GraniteConfig(**{**SIZES, **FACTORS, **changes})))
+
+
+def granitemoehybrid(**changes: Any) -> PreTrainedModel:
+    sizes = {**SIZES, **FACTORS, **changes}
+    sizes["hidden_size"] = 8 * sizes["num_attention_heads"]
+    kinds = {"layer_types": ["full_attention"] * sizes["num_hidden_layers"], "num_local_experts": 0}
+    dense = {"shared_intermediate_size": sizes["intermediate_size"], "position_embedding_type": "rope"}
+    mamba = {"mamba_n_heads": 2}  # of which there are none
+    del sizes["head_dim"]
+    return randomise(GraniteMoeHybridForCausalLM(GraniteMoeHybridConfig(**sizes, **kinds, **dense, **mamba)))
+
+
+def phi3(**changes: Any) -> PreTrainedModel:
+    """Return a network of which three quarters of a head are rotated, with factors of its own for each frequency."""
+    sizes = {**SIZES, "pad_token_id": None, **changes}
+    del sizes["head_dim"]
+    length, sizes["hidden_size"] = sizes["max_position_embeddings"], 16 * sizes["num_attention_heads"]
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 5000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 3.0],
+        "long_factor": [2.0] * 6,
+        "original_max_position_embeddings": length,
+    }
+    sizes |= {"max_position_embeddings": 4 * length, "original_max_position_embeddings": length}
+    return randomise(Phi3ForCausalLM(Phi3Config(**sizes, rope_parameters=rope)))
 
 
 def qwen2(**changes: Any) -> PreTrainedModel:
@@ -118,8 +164,11 @@ def add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 #: family -> what makes a network of it
 BUILDERS = {
     "gemma3": gemma3,
+    "granite": granite,
+    "granitemoehybrid": granitemoehybrid,
     "llama": llama,
     "mistral": mistral,
+    "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
     "qwen3_5": qwen3_5,

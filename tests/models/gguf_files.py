@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 #: transformers' class -> llama.cpp's architecture, and whether its converter interleaves rows of query and key
 ARCHITECTURES = {
     "Gemma3ForCausalLM": (gguf.MODEL_ARCH.GEMMA3, False),
+    "GraniteForCausalLM": (gguf.MODEL_ARCH.GRANITE, True),
     "LlamaForCausalLM": (gguf.MODEL_ARCH.LLAMA, True),
     "MistralForCausalLM": (gguf.MODEL_ARCH.LLAMA, True),
+    "Phi3ForCausalLM": (gguf.MODEL_ARCH.PHI3, False),
     "SmolLM3ForCausalLM": (gguf.MODEL_ARCH.SMOLLM3, True),
     "Qwen2ForCausalLM": (gguf.MODEL_ARCH.QWEN2, False),
     "Qwen3ForCausalLM": (gguf.MODEL_ARCH.QWEN3, False),
@@ -86,16 +88,22 @@ def write_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
+    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    writer.add_key_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if kind == gguf.MODEL_ARCH.QWEN3MOE:
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if kind == gguf.MODEL_ARCH.GRANITE:
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     is_gemma = kind == gguf.MODEL_ARCH.GEMMA3
     if is_gemma:
         writer.add_sliding_window(config.sliding_window)
-    _add_rope(writer, config.rope_parameters["full_attention"] if is_gemma else config.rope_parameters, config.head_dim)
+    _add_rope(writer, config.rope_parameters["full_attention"] if is_gemma else config.rope_parameters, head_dim)
     _add_tokenizer(writer, pre_tokenizer)
     for key, value in (recommended or {}).items():
         getattr(writer, f"add_sampling_{key}")(value)
@@ -137,6 +145,12 @@ def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head_dim: int) -> N
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         kept = ((rope["original_max_position_embeddings"] / waves - low) / (high - low)).clip(0, 1)
         writer.add_tensor("rope_freqs.weight", (1 / ((1 - kept) / rope["factor"] + kept)).astype(np.float32))
+    elif rope["rope_type"] == "longrope":
+        writer.add_rope_dimension_count(int(head_dim * rope["partial_rotary_factor"]))
+        for name in ("short", "long"):
+            writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
+        factor = 1 + np.log(4) / np.log(rope["original_max_position_embeddings"])  # as long as four originals
+        writer.add_rope_scaling_attn_factors(float(factor**0.5))
     elif rope["rope_type"] != "default":
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import head_config, head_tensors, llama, qwen3, qwen3_moe, smollm3, write_head
+from checkpoints import (
+    granite,
+    granitemoehybrid,
+    head_config,
+    head_tensors,
+    llama,
+    phi3,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+    write_head,
+)
 from gguf_files import vocabulary, write_gguf
 from refusal import refused
 from safetensors.torch import load_file, save_file
@@ -133,6 +144,25 @@ def test_rotary_layers_that_are_no_list_of_all(layers, tmp_path):
     smollm3().save_pretrained(tmp_path)
     config(no_rope_layers=layers)(tmp_path)
     with refused("no_rope_layers", layers, "5 layers", "config.json"):
+        load_decoder(open_checkpoint(tmp_path), positions=64)
+
+
+@pytest.mark.parametrize(
+    ("build", "changes", "words"),
+    [
+        (granite, {"residual_multiplier": 0}, ("residual_multiplier", 0, "positive number")),
+        (granite, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ("rope_type", "'yarn'", "'default'")),
+        (granitemoehybrid, {"num_local_experts": 4}, ("experts", "granite-4.0-micro")),
+        (granitemoehybrid, {"position_embedding_type": None}, ("no rotary positions", "granite-4.0-micro")),
+        (phi3, {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, ("short_factor", "list of 8")),
+        (phi3, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, ("rope_type", "'linear'", "longrope")),
+    ],
+    ids=str,
+)
+def test_switches_of_granite_and_phi_that_are_not_theirs(build, changes, words, tmp_path):
+    build().save_pretrained(tmp_path)
+    config(**changes)(tmp_path)
+    with refused(*words):
         load_decoder(open_checkpoint(tmp_path), positions=64)
 
 

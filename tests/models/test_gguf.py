@@ -94,7 +94,7 @@ def test_a_model_in_several_files_is_one(tmp_path):
         open_checkpoint(parts[1])
 
 
-@pytest.fixture(scope="module", params=["smollm", "qwen2"])
+@pytest.fixture(scope="module", params=["refact", "qwen2"])
 def tokenizer(request, tmp_path_factory) -> PreTrainedTokenizerFast:
     path = tmp_path_factory.mktemp("tokenizer") / "model.gguf"
     return open_checkpoint(write_gguf(path, qwen3(**GGUF_SIZES), pre_tokenizer=request.param)).tokenizer()
@@ -133,7 +133,7 @@ def test_qwen_tokenizer_equals_transformers(text, tmp_path):
     assert ours.encode(text) == theirs.encode(text)
 
 
-@pytest.mark.parametrize(("kind", "bos"), [("llama-bpe", True), ("smaug-bpe", False)])
+@pytest.mark.parametrize(("kind", "bos"), [("llama-bpe", True), ("smaug-bpe", False), ("dbrx", False)])
 def test_llama_s_pattern_splits_digits_by_threes(kind, bos, tmp_path):
     tokenizer = open_checkpoint(
         write_gguf(tmp_path / "model.gguf", qwen3(**GGUF_SIZES), pre_tokenizer=kind)
@@ -141,6 +141,15 @@ def test_llama_s_pattern_splits_digits_by_threes(kind, bos, tmp_path):
     words = [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("year 1234567, They'll")]
     assert words == ["year", "Ġ", "123", "456", "7", ",", "ĠThey", "'ll"]
     assert (tokenizer.encode("the")[0] == tokenizer.bos_token_id) == bos
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+
+
+def test_phi_4_s_pattern_splits_at_capitals(tmp_path):
+    file = write_gguf(tmp_path / "model.gguf", qwen3(**GGUF_SIZES), pre_tokenizer="gpt-4o")
+    tokenizer = open_checkpoint(file).tokenizer()
+    words = [w for w, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("readFile 1234567, They'll/\n")]
+    assert words == ["read", "File", "Ġ", "123", "456", "7", ",", "ĠThey'll", "/Ċ"]
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
 

@@ -39,21 +39,21 @@ REQUEST = st.tuples(
 )
 @example([(0, 1, False, 0)], (1, 1), 64, torch.float32, None, None, 0, 0)
 @example([(0, 7, True, 9), (0, 0, False, 0), (64, 1, False, 0)], (2, 5), 64, torch.float32, 2, 64, 1, 0)
-@example([(300, 33, True, 0), (1, 1, True, 40)], (1, 16), 128, torch.bfloat16, 7, 128, 2, 0)
+@example([(200, 17, True, 0), (1, 1, True, 40)], (1, 16), 128, torch.bfloat16, 7, 128, 2, 0)
 @example([(40, 7, True, 9), (70, 1, False, 0)], (1, 2), 256, torch.bfloat16, 2, None, 4, 0)
-@example([(300, 33, True, 0), (420, 100, False, 0), (70, 5, True, 9)], (1, 4), 64, torch.float32, 2, 16, 3, 80)
+@example([(200, 17, True, 0), (150, 40, False, 0), (70, 5, True, 9)], (1, 4), 64, torch.float32, 2, 16, 3, 80)
 def test_any_batch_equals_the_reference(requests, heads, head_dim, dtype, num_splits, rows, seed, window):
     Batch(requests, *heads, head_dim, dtype, seed).check(num_splits=num_splits, rows=rows, sliding_window=window)
 
 
 def test_a_long_past_of_which_a_window_is_seen():
     """Splits cover the window alone, in both kernels; the past before it is not read."""
-    batch = Batch([(3000, 5, True), (1200, 1, False)], 2, 2)
-    expected = super_tree_attention(*batch.packed, *[c.clone() for c in batch.caches], *batch.metadata, 512)
+    batch = Batch([(1500, 5, True), (600, 1, False)], 2, 2)
+    expected = super_tree_attention(*batch.packed, *[c.clone() for c in batch.caches], *batch.metadata, 256)
     for cache in batch.caches:
-        cache[batch.metadata[2][:70].long()] = torch.nan  # 2,240 tokens
+        cache[batch.metadata[2][:35].long()] = torch.nan  # 1,120 tokens
     arguments = [tensor.to(DEVICE) for tensor in (*batch.packed, *batch.caches, *batch.metadata)]
-    output = super_tree_attention_triton(*arguments, sliding_window=512).cpu()
+    output = super_tree_attention_triton(*arguments, sliding_window=256).cpu()
     torch.testing.assert_close(output, expected, atol=2e-6, rtol=2e-6)
 
 
@@ -97,7 +97,7 @@ def test_a_prompt_chunk_a_single_token_and_a_tree_in_one_call():
 
 
 def test_a_long_context_in_as_many_splits_as_the_plan_chooses():
-    Batch([(3000, 5, True)], 2, 2).check()
+    Batch([(1500, 5, True)], 2, 2).check()
 
 
 def test_more_requests_than_one_step_of_the_search():
@@ -155,8 +155,7 @@ def surrounded(tensor: Tensor, margin: int, fill: float) -> tuple[Tensor, Tensor
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="memory around tensors is looked at on a CPU")
-@pytest.mark.parametrize("largest", [9, 2**31 - 1])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("seed", "largest"), enumerate((9, 9, 2**31 - 1, 2**31 - 1)))
 def test_whatever_the_metadata_holds_nothing_outside_is_written(seed, largest):
     """A builder may time the kernels with made-up inputs. Small wrong numbers reach no further than the margins."""
     batch = Batch([(40, 5, True, 7), (70, 3, False, 0), (0, 4, True, 33)], 2, 2, seed=seed)

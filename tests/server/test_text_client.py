@@ -15,6 +15,7 @@ from echo_trt import LLM, SamplingParams
 from echo_trt.engine.process.client import EngineError
 from echo_trt.engine.process.wire import Submit
 from echo_trt.engine.text.prompts import ChatPrompt
+from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.server import text_client
 from echo_trt.server.text_client import Question, TextClient, TextPiece
 
@@ -63,6 +64,22 @@ def test_a_stop_string_ends_an_answer_where_it_begins(path, streamed):
     entries = [entry.token for piece in pieces for entry in piece.logprobs]
     assert entries == [entry.token for piece in pieces for entry in piece.sources]
     assert len(entries) <= last.completion_tokens
+
+
+def test_what_is_known_of_calls_goes_to_the_engine_in_tokens(path, bundle_of):
+    calls, encode = (("the theme", "a thing"), ("the",)), load_tokenizer(bundle_of("close")).encode
+    wanted = [[encode(part, add_special_tokens=False) for part in each] for each in calls]
+
+    async def asked() -> Submit:
+        client, submit = TextClient(path), Submit(prompt=[], params=SamplingParams(4, ignore_eos=True))
+        prompt = ChatPrompt([{"role": "user", "content": "the theme"}], calls=calls)
+        try:
+            assert [piece async for piece in client.answer(Question(prompt, submit))][-1].completion_tokens == 4
+        finally:
+            await client.close()
+        return submit
+
+    assert asyncio.run(asked()).calls == wanted
 
 
 def test_an_echoed_prompt_precedes_the_answer(path):

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from echo_trt.grammar.compiler import GrammarCompiler
 from echo_trt.grammar.state import Vocabulary
+from echo_trt.server.chats import chat_for
+from echo_trt.server.schemas import ChatRequest
+from echo_trt.server.text_client import ModelFacts
 from echo_trt.server.tool_formats import format_of
 from echo_trt.server.tool_formats.base import Arguments, Call, Content, ToolRequest, json_rule
 from echo_trt.server.tool_formats.coder import Coder
@@ -67,6 +70,16 @@ def test_the_known_parts_of_a_call_and_its_values_are_a_call(name):
     assert read(name, ["Paris".join(city)]) == ("", [PARIS])
     assert read(name, ["2".join(numbers)]) == ("", [("add", '{"n": 2, "e": 2}')])
     assert read(name, [*FORMATS[name].parts("add", {})]) == ("", [("add", "{}")])
+
+
+@pytest.mark.parametrize(("choice", "known"), [("auto", 2), ("none", 0), ("required", 0)])
+def test_a_chat_brings_what_is_known_of_its_calls_where_no_grammar_does(choice, known):
+    tools = [{"type": "function", "function": {"name": name, "parameters": {"n": {}}}} for name in NAMES]
+    body = {"model": "x", "messages": [{"role": "user", "content": "x"}], "tools": tools, "tool_choice": choice}
+    facts = ModelFacts("<tool_call>", [], [], True, None, context=99, sampling={}, size=0)
+    chat = chat_for(ChatRequest.model_validate(body), facts)
+    assert len(chat.prompt.calls) == known
+    assert (chat.structured is None) == (choice != "required")
 
 
 HERMES = [

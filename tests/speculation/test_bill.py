@@ -67,18 +67,30 @@ def test_the_source_of_a_draft_is_reported_as_its_own():
 
 
 def test_the_clock_learns_what_plain_passes_take_at_a_load_behind_a_warm_up():
-    clock = PlainClock(0.1, 0.25, 2, 10)
+    clock = PlainClock(0.1, 0.25, 0.97, 2, 10)
     for _ in range(20):
         for _ in range(2):
-            clock.observe(4, True, 9.0, 1.0)
-        clock.observe(4, False, 0.0, 0.0)
+            clock.decoded(4, 9.0)
+        clock.verified(4, 1.0)
     assert clock.factor(4) is None
     draw = np.random.default_rng(0)
-    for number, seconds in enumerate(draw.normal(1.3, 0.05, 500)):
-        clock.observe(4, True, seconds, 1.0)
+    for number, ratio in enumerate(draw.normal(1.3, 0.05, 500)):
+        clock.decoded(4, ratio)
         if number == 11:
             assert clock.factor(4) == pytest.approx((1.3, 0.1), abs=0.05)
     factor, error = clock.factor(4)
     assert factor == pytest.approx(1.3, abs=0.05)
     assert 0 < error < 0.02
     assert clock.factor(2) is None
+
+
+@pytest.mark.parametrize("begins", ["verified", "decoded"])
+def test_a_machine_that_becomes_slower_is_seen_by_its_verifications(begins):
+    clock = PlainClock(0.1, 0.25, 0.97, 0, 10)
+    for one, passes in ((begins, 20), ("verified", 200), ("decoded", 20)):
+        for _ in range(passes):
+            getattr(clock, one)(4, 1.2 if one == "verified" else 0.9)
+    assert clock.factor(4)[0] == pytest.approx(0.9)
+    for _ in range(200):
+        clock.verified(4, 2 * 1.2)
+    assert clock.factor(4)[0] == pytest.approx(2 * 0.9, rel=0.01)

@@ -114,7 +114,7 @@ class CPUEngine(Engine):
             read = {"logits": outputs["logits"][:rows]}
             if "features" in outputs:
                 features = outputs["features"][:tokens, :, : self._hidden]
-                read["features"] = features.reshape(tokens, -1)
+                read |= {"features": features.reshape(tokens, -1), "hidden": outputs["hidden"][:rows]}
             return read
         found = outputs["candidates"][:rows].astype(np.int64)
         read = {"scores": outputs["scores"][:rows], "candidates": found if self._ids is None else self._ids[found]}

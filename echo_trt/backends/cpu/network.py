@@ -191,7 +191,7 @@ class Network:
         self._norm("norm", self._normed, delta, after, index=self.inputs["logit_rows"])
         self._logits("lm_head" if "lm_head.weight" in self._file.header["matrices"] else "embed", self._normed)
         if feature_layers:
-            self.outputs["features"] = kept
+            self.outputs |= {"features": kept, "hidden": self._normed[:, :hidden]}
 
     def _head(self) -> None:
         """Compute an EAGLE-3 head (``models.eagle3``); its residual, which begins as features, becomes ``state``."""

@@ -26,7 +26,7 @@ _EMBEDDINGS = WeakValueDictionary[tuple, torch.nn.Parameter]()
 
 
 def save_role(role: Role, path: Path, precision: str) -> None:
-    """Write ``role`` in ``precision``, one of TYPES; a file has all of its network, what it shares, too.
+    """Write ``role`` in ``precision``, one of TYPES, with what a head shares with its target.
 
     Matrices in FP8 are written as they are, with their scales.
     """

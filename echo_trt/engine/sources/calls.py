@@ -12,21 +12,20 @@ import numpy as np
 
 from echo_trt.engine.assemble import Networks
 from echo_trt.engine.batch import InputBatch
+from echo_trt.engine.sources.predictions import FollowingSource
 from echo_trt.speculation.arrays import compiled
-from echo_trt.speculation.chains import NO_CHAINS, Chains
 from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt.speculation.planner import ChainSource, StepContext
 from echo_trt.speculation.sources import CALL
 
 HOLE, END = -1, -2
-LONGEST = 24  # tokens of a chain; larger: rarely a longer one
+STATE, LONGEST = 4, 24  # tokens of a chain; larger: rarely a longer one
 ENDS = 0.3  # P(a value of one token or more has ended) before anything is learnt; larger: more tokens behind values
-OUTSIDE = -1  # position of a text that calls nothing
-POSITION, BEGIN, VALUE, AGREES = range(4)  # of the state: index of the next token, of its part, in the value, matched
+POSITION, BEGIN, VALUE, AGREES = range(STATE)  # index of the next token, that of its part; tokens in a value, matched
 
 
-class CallSource(ChainSource):
+class CallSource(FollowingSource):
     """Proposes what follows in a request's skeleton up to the next value, where its text stands in a call.
 
     After k tokens in a row that agree, the next is right with probability (k + 1) / (k + 2), shared by the tools whose
@@ -34,37 +33,11 @@ class CallSource(ChainSource):
     """
 
     def __init__(self, batch: InputBatch):
-        self._batch = batch
-        self._state = np.zeros((batch.count, 4), np.int64)  # as of ``_follow``
-        self._followed = np.zeros(batch.count, np.int64)  # tokens of a slot's text
-        self._epoch = np.full(batch.count, -1)  # admission numbers
+        super().__init__(batch, "calls", CALL, STATE, LONGEST, _follow, _chain)
 
     def forces(self, load: StepContext) -> bool:
-        slots = load.slots[self._batch.may_call[load.slots]]
-        for slot in slots.tolist():
-            self._stand(slot)
-        return bool((self._state[slots, POSITION] > self._state[slots, BEGIN]).any())
-
-    def propose(self, load: StepContext) -> Chains:
-        requests = np.flatnonzero(self._batch.may_call[load.slots])
-        tokens, log_p = np.full((len(requests), LONGEST), -1), np.zeros((len(requests), LONGEST))
-        for row, slot in enumerate(load.slots[requests].tolist()):
-            _chain(self._batch.calls[slot], self._stand(slot), tokens[row], log_p[row])
-        found = np.flatnonzero(tokens[:, 0] >= 0) if len(requests) else requests
-        if len(found) == 0:
-            return NO_CHAINS
-        return Chains(requests[found], tokens[found], log_p[found], np.full(len(found), CALL, np.int8))
-
-    def _stand(self, slot: int) -> np.ndarray:
-        """Return the state of the text in ``slot``, which may be another than before."""
-        batch, state = self._batch, self._state[slot]
-        if self._epoch[slot] != batch.admitted[slot]:
-            self._epoch[slot], self._followed[slot] = batch.admitted[slot], batch.prompt_length[slot]
-            state[:] = OUTSIDE, 0, 0, 0
-        length = batch.length[slot]
-        _follow(batch.calls[slot], batch.tokens[slot, self._followed[slot] : length], state)
-        self._followed[slot] = length
-        return state
+        slots = load.slots[self._batch.calls.has[load.slots]]
+        return any(state[POSITION] > state[BEGIN] for state in map(self._stand, slots.tolist()))
 
 
 def skeleton(tools: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
@@ -106,29 +79,32 @@ def _find(skeleton: np.ndarray, begin: int, count: int, token: int, inside: bool
     return part
 
 
-@compiled("void(i8[::1], i4[:], i8[::1])")
-def _follow(skeleton: np.ndarray, text: np.ndarray, state: np.ndarray) -> None:
-    """Follow a ``text``. An argument may be left out, and a value may hold what ends others."""
-    for token in text:
-        position, begin = max(state[POSITION], 0), state[BEGIN] if state[POSITION] >= 0 else 0
-        inside = begin > 0 and skeleton[begin - 1] == HOLE
-        found = _find(skeleton, begin, position - begin, token, inside)
-        if found < 0 and position > begin:  # no end of the value, or no call: from the beginning
-            state[VALUE] += position - begin
-            begin = position = begin if inside else 0
-            found = _find(skeleton, begin, 0, token, inside)
+@compiled("void(i8[::1], i4[::1], i8, i8, i8, i8[::1])")
+def _follow(skeleton: np.ndarray, text: np.ndarray, first: int, begin: int, end: int, state: np.ndarray) -> None:
+    """Follow tokens ``begin`` to ``end`` of a ``text``. Where it is in no call, the next token begins the first part.
+
+    An argument may be left out, and a value may hold what ends others.
+    """
+    for token in text[begin:end]:
+        position, part = state[POSITION], state[BEGIN]
+        inside = part > 0 and skeleton[part - 1] == HOLE
+        found = _find(skeleton, part, position - part, token, inside)
+        if found < 0 and position > part:  # no end of the value, or no call: from the beginning
+            state[VALUE] += position - part
+            part = position = part if inside else 0
+            found = _find(skeleton, part, 0, token, inside)
         if found < 0:
-            state[POSITION], state[BEGIN], state[AGREES] = (begin, begin, state[AGREES]) if inside else (OUTSIDE, 0, 0)
+            state[POSITION], state[BEGIN], state[AGREES] = part, part, state[AGREES] if inside else 0
             state[VALUE] += 1
             continue
-        position += found - begin + 1
+        position += found - part + 1
         state[BEGIN] = found
         state[AGREES] += 1
         if skeleton[position] == HOLE:
             position += 1
             state[BEGIN], state[VALUE] = position, 0
         elif skeleton[position] == END:
-            position, state[AGREES] = OUTSIDE, 0
+            position = state[BEGIN] = state[AGREES] = 0
         state[POSITION] = position
 
 
@@ -137,7 +113,7 @@ def _chain(skeleton: np.ndarray, state: np.ndarray, tokens: np.ndarray, log_p: n
     """Write the next tokens, and their log P(accept), into ``tokens`` int64 [L] and ``log_p`` float64 [L]."""
     position, begin = state[POSITION], state[BEGIN]
     inside = begin > 0 and skeleton[begin - 1] == HOLE
-    if position == OUTSIDE or (position == begin and state[VALUE] == 0):
+    if position == begin and not (inside and state[VALUE]):
         return
     chance = ENDS if position == begin else 1.0
     for level in range(len(tokens)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,46 @@ POSITION, AGREES, SURE, SINCE, RIGHT, WRONG = 0, 1, 2, 3, 4, 5 + MATCHED
 STATE = 6 + 2 * MATCHED
 
 
-class PredictionSource(ChainSource):
+class FollowingSource(ChainSource):
+    """Proposes a chain below the root of each request of which something is known, by a state that follows its text.
+
+    follow  moves the state over tokens of a text, as ``_follow`` does
+    chain   writes what is next, as ``_chain`` does
+    """
+
+    def __init__(self, batch: InputBatch, known: str, proposer: int, size: int, length: int, follow: Any, chain: Any):
+        """``known``: the field of ``batch`` that has it. ``size``: numbers of a state. ``length``: of chains."""
+        self._batch, self._known, self._proposer, self._length = batch, getattr(batch, known), proposer, length
+        self._follow, self._chain = follow, chain
+        self._state = np.zeros((batch.count, size), np.int64)
+        self._followed = np.zeros(batch.count, np.int64)  # tokens of a slot's text
+        self._epoch = np.full(batch.count, -1)  # admission numbers
+
+    def forces(self, load: StepContext) -> bool:
+        return bool(self._known.has[load.slots].any())
+
+    def propose(self, load: StepContext) -> Chains:
+        requests = np.flatnonzero(self._known.has[load.slots])
+        tokens, log_p = np.full((len(requests), self._length), -1), np.zeros((len(requests), self._length))
+        for row, slot in enumerate(load.slots[requests].tolist()):
+            self._chain(self._known[slot], self._stand(slot), tokens[row], log_p[row])
+        found = tokens[:, 0] >= 0
+        source = np.full(len(requests), self._proposer, np.int8)
+        return Chains(requests[found], tokens[found], log_p[found], source[found]) if found.any() else NO_CHAINS
+
+    def _stand(self, slot: int) -> np.ndarray:
+        """Return the state of the text in ``slot``, which may be another than before."""
+        batch = self._batch
+        state: np.ndarray = self._state[slot]
+        first, length = int(batch.prompt_length[slot]), int(batch.length[slot])
+        if self._epoch[slot] != batch.admitted[slot]:
+            self._epoch[slot], self._followed[slot], state[:] = batch.admitted[slot], first, 0
+        self._follow(self._known[slot], batch.tokens[slot], first, int(self._followed[slot]), length, state)
+        self._followed[slot] = length
+        return state
+
+
+class PredictionSource(FollowingSource):
     """Proposes what follows in a request's prediction, as far as one verification of a request reaches.
 
     After k tokens in a row that agree, the next is right with probability (k + 1) / (k + 2) until the request itself
@@ -29,35 +69,7 @@ class PredictionSource(ChainSource):
     """
 
     def __init__(self, batch: InputBatch, length: int):
-        self._batch, self._length = batch, length
-        self._state = np.zeros((batch.count, STATE), np.int64)  # as of ``_follow``
-        self._followed = np.zeros(batch.count, np.int64)  # tokens of a slot's text
-        self._epoch = np.full(batch.count, -1)  # admission numbers
-
-    def forces(self, load: StepContext) -> bool:
-        return bool(self._batch.predicted[load.slots].any())
-
-    def propose(self, load: StepContext) -> Chains:
-        predictions = self._batch.prediction[load.slots]
-        requests = np.flatnonzero(self._batch.predicted[load.slots])
-        if len(requests) == 0:
-            return NO_CHAINS
-        tokens, log_p = np.full((len(requests), self._length), -1), np.zeros((len(requests), self._length))
-        for row, i in enumerate(requests.tolist()):
-            state = self._stand(int(load.slots[i]), int(load.epoch[i]))
-            _chain(predictions[i], state, tokens[row], log_p[row])
-        return Chains(requests, tokens, log_p, np.full(len(requests), PREDICTION, np.int8))
-
-    def _stand(self, slot: int, epoch: int) -> np.ndarray:
-        """Return the state of the text in ``slot``, which may be another than before."""
-        batch = self._batch
-        state: np.ndarray = self._state[slot]
-        first, length = int(batch.prompt_length[slot]), int(batch.length[slot])
-        if self._epoch[slot] != epoch:
-            self._epoch[slot], self._followed[slot], state[:] = epoch, first, 0
-        _follow(batch.prediction[slot], batch.tokens[slot], first, int(self._followed[slot]), length, state)
-        self._followed[slot] = length
-        return state
+        super().__init__(batch, "prediction", PREDICTION, STATE, length, _follow, _chain)
 
 
 def predictions(networks: Networks, settings: GoodputSettings, acceptance: Acceptance) -> ChainSource:

@@ -30,6 +30,8 @@ class Family:
     fixed         switches of config.json that change the arithmetic, with the one value that is implemented
     options       reads what is more than sizes
     norms         our name of a layer's norm -> the checkpoint's
+    merged        the checkpoint's name of a merged matrix of a layer -> the usual ones of its parts
+    rotated       returns how many of a head's numbers are rotated, of config.json and the head's size
     config        what it is read into
     end_of_turn   token that ends an answer, beside those that a checkpoint names; "": none
     sampling      what requests that say nothing get of a GGUF file that recommends nothing
@@ -49,6 +51,8 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     options: ReadOptions = lambda raw, layers, where: {}
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
+    merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rotated: Callable[[dict[str, Any], int], int] = lambda raw, head_dim: head_dim
     config: type[DecoderConfig] = DecoderConfig
     end_of_turn: str = ""
     sampling: Mapping[str, float] = field(default_factory=dict)

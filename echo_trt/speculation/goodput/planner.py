@@ -80,7 +80,11 @@ class GoodputPlanner:
         tuning, target = settings.tuning, costs.target
         self._measured = replace(costs, target=Curve(target.sizes, target.seconds, target.per_context))
         self._plain_clock = PlainClock(
-            tuning.forecast_error, tuning.comparison_weight, tuning.warm_up, tuning.trial_iterations - tuning.warm_up
+            tuning.forecast_error,
+            tuning.comparison_weight,
+            tuning.memory,
+            tuning.warm_up,
+            tuning.trial_iterations - tuning.warm_up,
         )
 
     def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
@@ -161,10 +165,14 @@ class GoodputPlanner:
         return PlainCost(min(share, 1.0) * target.seconds + host, each, error)
 
     def observe(self, iteration: Iteration) -> None:
-        load, count = iteration.load, len(iteration.load.slots)
-        plain = 0 < count == len(iteration.plan.tree) and not iteration.drafts and not load.prompt_tokens
-        expected = self._measured.plain(count, load.context) if plain else 0.0
-        self._plain_clock.observe(load_of(max(count, 1)), plain, iteration.seconds, expected)
+        load, count, done = iteration.load, len(iteration.load.slots), iteration.target
+        if count and not load.prompt_tokens:
+            if len(iteration.plan.tree) > count:
+                expected = self._measured.target(done.tokens, done.context)
+                self._plain_clock.verified(load_of(count), done.seconds / expected)
+            elif not iteration.drafts:
+                expected = self._measured.plain(count, load.context)
+                self._plain_clock.decoded(load_of(count), iteration.seconds / expected)
         tokens = self.learner.observe(iteration, self.settings)
         if tokens is not None:
             self.ladder.observe(tokens, iteration.seconds)

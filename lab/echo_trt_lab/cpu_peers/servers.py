@@ -127,11 +127,14 @@ def llama_cpp(folder: Path, target: LoadTarget) -> Iterator[Peers]:
 
 @contextmanager
 def llama_ngrams(folder: Path, target: LoadTarget) -> Iterator[Peers]:
-    """Serve with each of two kinds of n-grams as the draft."""
+    """Serve without a draft, and with each of two kinds of n-grams."""
+    kinds = {
+        "llama.cpp": [],
+        "ngram-simple": ["--spec-type", "ngram-simple"],
+        "ngram-mod": ["--spec-type", "ngram-mod"],
+    }
     with ExitStack() as running:
-        kinds = ("ngram-simple", "ngram-mod")
-        urls = [running.enter_context(_llama(kind, folder, target, "--spec-type", kind)) for kind in kinds]
-        yield Peers([f"llama.cpp {kind}={url}" for kind, url in zip(kinds, urls, strict=True)])
+        yield Peers([f"{kind}={running.enter_context(_llama(kind, folder, target, *o))}" for kind, o in kinds.items()])
 
 
 @contextmanager

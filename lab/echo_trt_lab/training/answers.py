@@ -69,11 +69,12 @@ def record(llm: LLM, bundle: Path) -> Recorder:
     if manifest.recipe.draft.kind != "eagle3":
         loop.drafter = Recorder(loop.batch, loop.target.num_blocks, 0)
         return loop.drafter
-    if manifest.engine != "openvino":
-        raise UserError(f"{bundle} is for {manifest.engine}, which gives no last states; build with --engine openvino.")
-    with tempfile.TemporaryDirectory(dir=bundle.parent) as folder:
-        graph = _with_hidden_output(bundle, manifest, Path(folder))
-        loop.target = OpenVINOEngine(graph, manifest.precision, loop.target.num_blocks)
+    if manifest.engine not in ("cpu", "openvino"):
+        raise UserError(f"{bundle} is for {manifest.engine}, which gives no last states; build with --engine cpu.")
+    if manifest.engine == "openvino":
+        with tempfile.TemporaryDirectory(dir=bundle.parent) as folder:
+            graph = _with_hidden_output(bundle, manifest, Path(folder))
+            loop.target = OpenVINOEngine(graph, manifest.precision, loop.target.num_blocks)
     loop.drafter = Recorder(loop.batch, loop.target.num_blocks, manifest.target.hidden_size)
     return loop.drafter
 

@@ -41,14 +41,15 @@ def write_features(target: Decoder, shard: Path) -> None:
 
 def _known(target: Decoder, token_ids: Tensor) -> Tensor:
     device = target.embed.weight.device
-    x = target.embed(token_ids.to(device))
+    x = target.embed(token_ids.to(device)) * target.config.embedding_scale
     cos, sin = target.rotary(torch.arange(token_ids.numel(), device=device))
-    kept = []
+    kept = {}
     for i, layer in enumerate(target.layers):
         if i in target.config.feature_layers:
-            kept.append(x)
+            kept[i] = x
         x = layer(x, cos, sin, _causal(target.config.head_dim))
-    return torch.cat((*kept, target.norm(x)), dim=-1).to("cpu", torch.bfloat16)
+    features = [kept[i] for i in target.config.feature_layers]
+    return torch.cat((*features, target.norm(x)), dim=-1).to("cpu", torch.bfloat16)
 
 
 def _causal(head_dim: int):

@@ -85,12 +85,22 @@ def warm_start(
     head.mlp_norm.weight.copy_(last.mlp_norm.weight)
     head.norm.weight.copy_(target.norm.weight)
     head.lm_head.weight.copy_(output_rows(target, target_ids))
-    if isinstance(last.mlp, MLP) and last.mlp.down.weight.shape == head.mlp.down.weight.shape:
-        head.mlp.load_state_dict(last.mlp.state_dict())
+    if isinstance(last.mlp, MLP):
+        _keep_units(head.mlp, last.mlp)
     head.target_ids = target_ids.clone()
     if isinstance(head, ParallelEagle):
         head.mask_state.copy_(torch.randn(hidden) * stream)
     return head
+
+
+def _keep_units(mlp: MLP, larger: MLP) -> None:
+    """Begin as the units of a ``larger`` MLP that have the largest weights, or as all of them."""
+    gate, up = larger.gate_up.weight.float().chunk(2)
+    size = gate.norm(dim=1) * up.norm(dim=1) * larger.down.weight.float().norm(dim=0)
+    units = size.topk(min(mlp.down.weight.shape[1], len(size))).indices.sort().values
+    mine = mlp.gate_up.weight.chunk(2)
+    for part, its in zip((*mine, mlp.down.weight.T), (gate, up, larger.down.weight.T), strict=True):
+        part[: len(units)] = its[units]
 
 
 @torch.no_grad()
