@@ -309,8 +309,7 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
         _table(["Texts compared with plain decoding's", "promise", "equal in this run"], _equal_rows(run)),
         f"The run above, in {run['precision']}, over all rounds:",
         by_batch(lambda row: row["same_texts"].replace(" of ", "/")),
-        "`scripts/benchmarks/lossless.py` in fp32:",
-        _table(["policies", "requests", *LOSSLESS], _lossless_rows(run)),
+        *_lossless_section(run),
         "## Other machines, earlier versions",
         "Measured before, not repeated with this version; speedups are decode tokens/s of the default pair in bf16. "
         "CPUs are named by family and model, two cores each. `bench` measures [other "
@@ -365,6 +364,13 @@ def _equal(run: Run, policy: str, batches: Callable[[int], bool] = lambda batch:
     rows = [row for row in run["results"] if row["policy"] == policy and batches(row["batch"])]
     pairs = [row["same_texts"].split(" of ") for row in rows]
     return " of ".join(str(sum(map(int, column))) for column in zip(*pairs, strict=True))
+
+
+def _lossless_section(run: Run) -> list[str]:
+    rows = _lossless_rows(run)
+    return (
+        ["`scripts/benchmarks/lossless.py` in fp32:", _table(["policies", "requests", *LOSSLESS], rows)] if rows else []
+    )
 
 
 def _lossless_rows(run: Run) -> list[list[str]]:
