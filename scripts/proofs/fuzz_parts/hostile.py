@@ -21,7 +21,8 @@ class Flaky(Engine):
     """An engine that fails before a pass, amid it or behind it, and calls back meanwhile or not. ``failed``: passes."""
 
     def __init__(self, engine: Engine, draw: random.Random):
-        self.num_blocks, self.compact_kv, self.failed = engine.num_blocks, engine.compact_kv, 0
+        self.num_blocks, self.failed = engine.num_blocks, 0
+        self.compact_kv, self.kv_block = engine.compact_kv, engine.kv_block
         self._engine, self._draw, self._overlaps = engine, draw, draw.random() < 0.5
         self._meanwhile: Callable[[], object] = bool
 
