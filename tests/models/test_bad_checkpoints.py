@@ -157,7 +157,7 @@ def test_rotary_layers_that_are_no_list_of_all(layers, tmp_path):
         (phi3, {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, ("short_factor", "list of 8")),
         (phi3, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, ("rope_type", "'linear'", "longrope")),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_switches_of_granite_and_phi_that_are_not_theirs(build, changes, words, tmp_path):
     build().save_pretrained(tmp_path)
