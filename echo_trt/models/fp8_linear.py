@@ -38,7 +38,7 @@ class Fp8Linear(nn.Module):
         """Multiply x [N, I]: in FP8 if it is bfloat16, else by the dequantised matrix in the type of x."""
         if x.dtype != torch.bfloat16:
             return F.linear(x, self.dequantised(x.dtype), self.bias)
-        product = self._by_rows(x) if self.scale.shape[1] == 1 else self._by_blocks(x)
+        product = self._by_rows(x) if len(self.scale) == len(self.weight) else self._by_blocks(x)
         return product if self.bias is None else product + self.bias
 
     def _by_rows(self, x: Tensor) -> Tensor:

@@ -137,11 +137,11 @@ def test_a_server_s_doors_are_loaded_in_turns_and_compared(prompts, url, server,
     order = [(row["round"], row["streams"], row["server"]) for row in rows]
     assert order == [(r, s, name) for r in (0, 1) for s in (1, 3) for name in ("openai", "triton")[:: 1 - 2 * r]]
     for name in ("openai", "triton"):  # over all rounds: a busy machine may answer nothing in one second
-        tokens, messages, ttft = (
-            sum(row[what] for row in rows if row["server"] == name)
-            for what in ("tokens_per_s", "messages_per_s", "ttft_ms")
+        tokens, messages = (
+            sum(row[what] for row in rows if row["server"] == name) for what in ("tokens_per_s", "messages_per_s")
         )
-        assert tokens >= messages > 0 < ttft
+        assert tokens >= messages > 0
+        assert any(row["ttft_ms"] > 0 for row in rows if row["server"] == name)
 
 
 def test_a_server_that_does_not_start_is_told_with_its_own_words(prompts):
