@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from driving import assert_all_free, prompt_ids
 
@@ -175,9 +176,11 @@ def test_goodput_begins_with_what_it_had_learnt(open_llm, stored):
     for number in range(4):
         answers(llm, prompt_ids(20, number))
     stored(later)
-    learnt, unlearnt, now = (each.loop.planner.acceptance.bias for each in (llm, fresh, later))
-    assert abs(learnt - unlearnt).max() > 0.1
-    assert abs(learnt - now).max() < 0.05
+    nodes, none, known = (each.loop.planner.learner.sources.dump() for each in (llm, fresh, later))
+    assert all(np.array_equal(known[source], of_source) for source, of_source in nodes.items())
+    assert sum(map(len, known.values())) > 0 == sum(map(len, none.values()))
+    bias, unlearnt = (each.loop.planner.acceptance.bias for each in (later, fresh))
+    assert abs(bias - unlearnt).max() > 0.01
     costs = [each.loop.planner.costs for each in (llm, fresh, later)]
     before, measured, after = ([*each.target.correction, *each.draft.correction, each.cold] for each in costs)
     assert before == after != measured
