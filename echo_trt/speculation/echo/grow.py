@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 
 from echo_trt.speculation.drafts import Draft
@@ -16,14 +19,14 @@ def grow(
     settings: EchoSettings,
     max_draft_len: np.ndarray,
     gate_by_gate: bool = False,
-    stops_early: bool = False,
+    stops: Mapping[int, float] = MappingProxyType({}),
 ) -> tuple[SuperTree, np.ndarray]:
     """Draft level by level, or ``gate_by_gate`` where a draft looks ahead. A request below a gate stops there.
 
     Each request that goes on claims its best node of the level. Where the budget has fewer nodes left than there are
     claims, the most confident requests get them, and the others stop.
 
-    ``stops_early``: see ``EchoSettings.reach``.
+    ``stops``: gate -> share of single requests that end there, see ``EchoSettings.reach``.
 
     roots int64 [B]: pending tokens. max_draft_len int64 [B]: draft tokens in a row that a request can still use.
     Returns the tree of all candidates and claimed_node int64 [B] (see ``allocate``).
@@ -38,7 +41,7 @@ def grow(
     beams, reached = settings.beams, settings.max_depth
     if gate_by_gate:
         beams = settings.beams_for(len(roots))
-        reached = settings.reach(0, len(requests), spare, stops_early)
+        reached = settings.reach(0, len(requests), spare, stops)
         draft.look_ahead(reached, beams, settings.width, settings.max_nodes(len(roots)))
     log_q, tokens = draft.expand_roots(requests)
     for depth in range(1, settings.max_depth + 1):

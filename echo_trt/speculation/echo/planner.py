@@ -17,13 +17,13 @@ _PACE = 0.1  # of what is learnt from an iteration; larger: drafts follow a text
 class EchoPlanner(Planner):
     """ECHO (``echo``), and the baseline ``static``: no gates, no shared budget.
 
-    Thresholds and budget are calibrated beforehand. It learns one thing while it runs, how often a single request stops
-    at the first gate: that decides how a device drafts, and no tree.
+    Thresholds and budget are calibrated beforehand. It learns one thing while it runs, how often a single request ends
+    at each gate: that decides where a device waits for the host, and no tree.
     """
 
     def __init__(self, name: str, settings: EchoSettings):
         self.name, self.settings, self.budget = name, settings, settings.budget or 0
-        self._stopped = 0.0  # share of single requests that stopped at the first gate, of late
+        self._stops = dict.fromkeys(settings.gates, 0.0)  # gate -> share of the single requests there that it ended
 
     def level_shapes(self, requests: int) -> list[LevelShape]:
         return self.settings.level_shapes(requests)
@@ -31,11 +31,15 @@ class EchoPlanner(Planner):
     def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
         settings = self.settings
         gate_by_gate = draft.looks_ahead and settings.max_depth > 1
-        early = self._stopped > 0.5
-        candidates, claimed_node = grow(roots, draft, settings, load.max_draft_len, gate_by_gate, early)
-        if len(roots) == 1 and settings.gates and load.max_draft_len[0] > min(settings.gates):
-            stopped = candidates.depth[claimed_node[0]] < min(settings.gates)
-            self._stopped += _PACE * (float(stopped) - self._stopped)
+        candidates, claimed_node = grow(roots, draft, settings, load.max_draft_len, gate_by_gate, self._stops)
+        if len(roots) == 1:
+            self._learn(int(candidates.depth[claimed_node[0]]), int(load.max_draft_len[0]))
         tree, nodes = candidates.sorted_by_request(allocate(candidates, claimed_node, settings))
         chances = np.exp(candidates.score.astype(np.float64))
         return Plan(tree, chances[nodes], Explanation(candidates, chances, nodes, gates=settings.gates))
+
+    def _learn(self, claimed: int, max_draft_len: int) -> None:
+        """Learn which gates a single request has passed that claims ``claimed`` of ``max_draft_len`` levels."""
+        for gate in self._stops:
+            if gate <= min(claimed + 1, max_draft_len):
+                self._stops[gate] += _PACE * (float(gate > claimed) - self._stops[gate])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from echo_trt.speculation.pack import WEIGHT_ROWS, LevelShape
 
 #: Nodes of a level that a device expands where the budget leaves each request as many or fewer. Larger: wider trees at
 #: high load, and more rows of the head for each token that is verified.
 NARROW = 4
+#: Levels that a wait at a gate must save a single request, on average. Larger: fewer waits, and more levels in vain.
+WORTH_A_WAIT = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,19 +51,29 @@ class EchoSettings:
             return maximum
         return narrow
 
-    def reach(self, depth: int, requests: int, spare: int, stops_early: bool = False) -> int:
+    def reach(self, depth: int, requests: int, spare: int, stops: Mapping[int, float] = MappingProxyType({})) -> int:
         """Return the depth down to which a device drafts in one go for ``requests`` whose trees are ``depth`` deep.
 
         That is the next gate, where the host waits to hear which requests go on, or the depth at which their claims
         have used up the ``spare`` budget. But where levels have WEIGHT_ROWS rows or fewer, drafts go beyond gates: a
-        request that a gate stops would make no level shorter, so a wait would save nothing. A single request that
-        ``stops_early``, at the first gate more often than not, waits there, which saves whole levels.
+        request that a gate stops would make no level shorter, so a wait would save nothing. A single request saves
+        whole levels: it waits at the gates where ``stops``, the shares of requests that end at them, are large enough.
         """
         used_up = depth - (-spare // requests)
         ends = [*(gate for gate in sorted(self.gates) if depth < gate < self.max_depth), self.max_depth]
-        if self._passes_gates(requests) and not (requests == 1 and depth == 0 and stops_early):
-            return next((end for end in ends if end >= used_up), self.max_depth)
+        if self._passes_gates(requests):
+            waits = self._waits(stops) if requests == 1 else ()
+            return next((end for end in ends if end >= used_up or end in waits), self.max_depth)
         return min(ends[0], used_up)
+
+    def _waits(self, stops: Mapping[int, float]) -> list[int]:
+        """Return the gates at which a wait saves a single request more levels than it costs, on average."""
+        waits, end = [], self.max_depth
+        for gate in sorted(stops, reverse=True):
+            if gate < end and stops[gate] * (end - gate) > WORTH_A_WAIT:
+                waits.append(gate)
+                end = gate
+        return waits
 
     def _passes_gates(self, requests: int) -> bool:
         return requests * self.beams <= WEIGHT_ROWS

@@ -127,23 +127,27 @@ QWEN3_8B = {"max_depth": 8, "beams": 10, "width": 20, "gates": {1: 0.2, 2: 0.3, 
 
 
 @pytest.mark.parametrize(
-    ("depth", "requests", "spare", "beams", "stops_early", "reached"),
+    ("depth", "requests", "spare", "beams", "stops", "reached"),
     [
-        (0, 64, 192, 4, False, 1),  # the next gate
-        (2, 48, 96, 10, False, 4),
-        (4, 33, 128, 4, False, 8),
-        (4, 32, 33, 10, False, 6),  # the budget is used up before
-        (0, 12, 244, 10, False, 8),  # a level of 120 rows takes no longer than one of ten
-        (0, 12, 24, 10, False, 2),
-        (1, 12, 24, 10, False, 4),
-        (0, 1, 59, 10, False, 8),
-        (0, 1, 59, 10, True, 1),  # one request's gate ends the draft
-        (1, 1, 58, 10, True, 8),
+        (0, 64, 192, 4, {}, 1),  # the next gate
+        (2, 48, 96, 10, {}, 4),
+        (4, 33, 128, 4, {}, 8),
+        (4, 32, 33, 10, {}, 6),  # the budget is used up before
+        (0, 12, 244, 10, {}, 8),  # a level of 120 rows takes no longer than one of ten
+        (0, 12, 24, 10, {}, 2),
+        (1, 12, 24, 10, {}, 4),
+        (0, 1, 59, 10, {}, 8),
+        (0, 1, 59, 10, {1: 0.6}, 1),  # one request's gate ends the draft
+        (1, 1, 58, 10, {1: 0.6}, 8),
+        (0, 1, 59, 10, {1: 0.1, 2: 0.2, 4: 0.2}, 4),  # one in five saves four levels
+        (0, 1, 59, 10, {1: 0.2, 2: 0.3, 4: 0.2}, 2),  # levels up to the next wait
+        (2, 1, 57, 10, {1: 0.2, 2: 0.3, 4: 0.2}, 4),
+        (0, 12, 244, 10, {4: 0.9}, 8),
     ],
 )
-def test_how_far_a_device_drafts_in_one_go(depth, requests, spare, beams, stops_early, reached):
+def test_how_far_a_device_drafts_in_one_go(depth, requests, spare, beams, stops, reached):
     settings = settings_of("echo", **QWEN3_8B)
-    assert settings.reach(depth, requests, spare, stops_early) == reached
+    assert settings.reach(depth, requests, spare, stops) == reached
     first = max(depth, 1)
     drafts = [(shape.first, shape.levels, shape.beams) for shape in settings.level_shapes(requests)]
     assert (first, reached - first, beams) in drafts
