@@ -14,7 +14,7 @@ WRITTEN = re.compile(r"<!-- (.*) -->")  # matplotlib's own notes of what its let
 
 
 def test_plots_are_those_of_the_stored_figures(tmp_path):
-    subprocess.run([sys.executable, SCRIPT, "plots", "--folder", tmp_path], check=True)
+    subprocess.run([sys.executable, SCRIPT, "--folder", tmp_path], check=True)
     drawn = sorted(tmp_path.iterdir())
     assert [file.name for file in drawn] == ["drafted.svg", "gates.svg", "iteration.svg", "speedup.svg"]
     for file in drawn:
