@@ -128,11 +128,11 @@ class PrefixCache:
         return self.forget(count)
 
     def forget(self, count: int) -> list[int]:
-        self.forgotten += count
         blocks = [self._idle.popitem(last=False)[0] for _ in range(count)]
         keys = [self._key.pop(block) for block in blocks]
         for block, key in zip(blocks, keys, strict=True):
             del self._block[key], self._holders[block]
+        self.forgotten += count  # last: another thread that copies a block looks here for whether it was one meanwhile
         if keys and self.listener:
             self.listener.removed(keys)
         return blocks

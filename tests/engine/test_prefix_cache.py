@@ -160,6 +160,25 @@ def test_the_text_let_go_longest_ago_goes_first_and_its_end_before_its_beginning
     assert (cache.find(old), cache.find(new), cache.evicted) == ([0], [], 3)
 
 
+def test_a_block_is_counted_as_forgotten_once_nobody_finds_it():
+    """A thread that copies it, and finds the count unchanged, has copied what it looked for."""
+    found = []
+
+    class Watched(PrefixCache):
+        def __setattr__(self, name, value):
+            if name == "forgotten" and value:
+                found.append(self.find(keys))
+            super().__setattr__(name, value)
+
+    cache = Watched()
+    keys = keys_of(cache, np.arange(2 * BLOCK + 1))
+    cache.add(keys, [0, 1], np.arange(2 * BLOCK + 1))
+    cache.leave(keys, [0, 1])
+    cache.forget(1)
+    cache.forget(1)
+    assert found == [[0], []]
+
+
 # -- what is computed ------------------------------------------------------------------------------------------------
 
 
