@@ -60,7 +60,7 @@ def grow(
         requests = requests[deeper]
         frontier = _best(children[deeper], scores[deeper], beams)
         if depth == reached:
-            reached = settings.reach(depth, len(requests), spare)
+            reached = settings.reach(depth, len(requests), spare, stops)
             draft.look_ahead(reached, beams, settings.width, settings.max_nodes(len(roots)))
         expanded = frontier >= 0
         log_q, tokens = draft.expand(tree, frontier[expanded])

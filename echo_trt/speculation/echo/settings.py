@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from echo_trt.speculation.pack import WEIGHT_ROWS, LevelShape
 
@@ -51,7 +50,7 @@ class EchoSettings:
             return maximum
         return narrow
 
-    def reach(self, depth: int, requests: int, spare: int, stops: Mapping[int, float] = MappingProxyType({})) -> int:
+    def reach(self, depth: int, requests: int, spare: int, stops: Mapping[int, float]) -> int:
         """Return the depth down to which a device drafts in one go for ``requests`` whose trees are ``depth`` deep.
 
         That is the next gate, where the host waits to hear which requests go on, or the depth at which their claims

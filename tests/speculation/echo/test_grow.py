@@ -153,6 +153,22 @@ def test_how_far_a_device_drafts_in_one_go(depth, requests, spare, beams, stops,
     assert (first, reached - first, beams) in drafts
 
 
+def test_a_single_request_waits_at_each_gate_that_is_worth_it():
+    """A text that passes all gates tells by the depths that are announced where the host waits."""
+    announced = []
+
+    class Announced(SteadyDraft):
+        looks_ahead = True
+
+        def look_ahead(self, depth, beams, width, maximum):
+            announced.append(depth)
+
+    draft, settings = Announced([[0.99, 0.01]]), settings_of("echo", **QWEN3_8B)
+    for stops in ({}, {1: 0.2, 2: 0.3, 4: 0.2}, {1: 0.6, 2: 0.3, 4: 0.2}):
+        grow(np.arange(1), draft, settings, np.array([9]), True, stops)
+    assert announced == [8, 2, 4, 8, 1, 2, 4, 8]
+
+
 @given(st.integers(1, 256), st.integers(60, 1024))
 def test_beams_of_a_device_follow_what_the_budget_leaves(requests, budget):
     """They are those of the budget, or more up to the policy's, and at high load the head has three rows a token."""
