@@ -181,7 +181,7 @@ def block(run: Run) -> str:
     """README's part: speed by concurrent requests."""
     batches = sorted({row["batch"] for row in run["results"]})
     rows = [[NAMES[p], *(_speed(_row(run, p, batch)) for batch in batches)] for p in SHOWN]
-    made, second = run["published"], run.get("second")
+    second = run.get("second")
     if second:
         measured = {row["batch"] for row in second["results"]}
         speeds = {p: [_speed(_row(second, p, b)) if b in measured else "-" for b in batches] for p in SHOWN[::2]}
@@ -189,23 +189,14 @@ def block(run: Run) -> str:
     return "\n".join(
         [
             _prose(
-                f"Decode tokens/s (times plain decoding) by concurrent requests: {run['bundle']}, {_machine(run)}; "
-                f"{made['date']}, commit {made['commit']}. {_distinct(run)} distinct prompts, {run['max_tokens']} "
-                f"tokens each, all rounds as one.{_trial(run)}",
+                f"Decode tokens/s by concurrent requests, in brackets times plain decoding; {run['bundle']} where no "
+                f"other model is named. [Prompts and commit](docs/benchmarks.md) stand with all tables.{_trial(run)}",
                 WIDTH,
             ),
             "",
-            _table(["", *map(str, batches)], rows),
+            _table([_machine(run), *map(str, batches)], rows),
         ]
     )
-
-
-def _second(run: Run) -> str:
-    """Say what the default gains on a second model."""
-    rows = [row for row in run["results"] if (row["set"], row["policy"]) == ("all", DEFAULT)]
-    gains = ", ".join(f"{_ratio(row['ratio'])} at {row['batch']}" for row in rows)
-    named = f"{run['bundle']} in {run['precision']}"
-    return f"A second model without a draft network, {named}: `{DEFAULT}` {gains} requests."
 
 
 def _equal_rows(run: Run) -> list[list[str]]:
@@ -233,18 +224,15 @@ def _lossless(run: Run, mode: str) -> str:
 
 
 def _proposers(run: Run) -> str:
-    """Name the sources of the default's accepted draft tokens at the least and the most requests that drafted."""
-    output = []
-    for row in (row for row in run["results"] if row["set"] == "all" and row["policy"] == DEFAULT):
-        if total := sum(row["accepted_by_source"].values()):
-            shares = {name: row["accepted_by_source"].get(source, 0) / total for source, name in SOURCES.items()}
-            parts = [f"{share:.0%} {name}" for name, share in shares.items() if share >= 0.005]
-            plural = "" if row["batch"] == 1 else "s"
-            output.append(f"at {row['batch']} request{plural}, {', '.join(parts)}")
-    chosen = [output[0], output[-1]] if len(output) > 1 else output
-    return (
-        f"Who proposed the default's accepted draft tokens: {'; '.join(chosen)}." if chosen else "Nothing was drafted."
-    )
+    """Tell the sources of the default's accepted draft tokens, by concurrent requests."""
+    rows = [row for row in run["results"] if row["set"] == "all" and row["policy"] == DEFAULT]
+    totals = [sum(row["accepted_by_source"].values()) for row in rows]
+    shares = {
+        name: [row["accepted_by_source"].get(source, 0) / (total or 1) for row, total in zip(rows, totals, strict=True)]
+        for source, name in SOURCES.items()
+    }
+    shown = [[name, *(f"{share:.0%}" for share in row)] for name, row in shares.items() if max(row) >= 0.005]
+    return _table(["requests", *(str(row["batch"]) for row in rows)], shown) if shown else "Nothing was drafted."
 
 
 def _machine(run: Run) -> str:
@@ -281,10 +269,19 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
     sections = [
         "# Benchmarks",
         "Written by `scripts/benchmarks/publish.py` from [one run](benchmarks.json); not to be edited by hand.",
-        f"{run['bundle']} on {_machine(run)}; commit {made['commit']}, {made['date']}.{_trial(run)} "
-        f"Prompts: {_distinct(run)}, drawn evenly from {prompts}. Greedy, {run['max_tokens']} new tokens per request, "
-        "policies interleaved by seconds. Rates and ratios are of all rounds as one."
-        + (f" For want of KV blocks one after another at {apart} requests." if apart else ""),
+        _table(
+            ["measured", ""],
+            [
+                ["model", run["bundle"]],
+                ["machine", _machine(run)],
+                ["commit", f"{made['commit']}, {made['date']}"],
+                ["prompts", f"{_distinct(run)} distinct prompts, drawn evenly from {prompts}"],
+                ["answers", f"greedy, {run['max_tokens']} new tokens each"],
+            ],
+        ),
+        "Policies are interleaved by seconds; rates and ratios are of all rounds as one."
+        + (f" For want of KV blocks one after another at {apart} requests." if apart else "")
+        + _trial(run),
         f"```\n{command}\n```",
         DATA,
         "![Speedup over plain decoding by concurrent requests](img/speedup.svg)",
@@ -294,8 +291,9 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
         "The same with the time for prompts included:",
         by_batch(lambda row: _ratio(row["end_to_end_ratio"])),
         "## Who proposed the tokens",
-        "Levels that the draft network computed per iteration. Prompt lookup and the table of earlier answers need no "
-        f"pass. {_proposers(run)}",
+        "The default's accepted draft tokens by source. Prompt lookup and the table of earlier answers need no pass:",
+        _proposers(run),
+        "Levels that the draft network computed per iteration:",
         by_batch(lambda row: _ratio(row["draft_levels_per_iteration"])),
         "## Tokens per second",
         "All requests together, decoding only.",
@@ -328,10 +326,12 @@ def _second_model(run: Run | None) -> list[str]:
     same = [[NAMES[p], *(_row(run, p, batch)["same_texts"] for batch in batches)] for p in SECOND_POLICIES]
     return [
         "## A second model",
-        f"{_second(run)} {_proposers(run)} Decode tokens/s (times plain decoding), then texts equal to plain "
-        "decoding's:",
+        f"{run['bundle']} in {run['precision']} has no draft network. Decode tokens/s (times plain decoding):",
         _table(["requests", *map(str, batches)], rows),
+        "Texts equal to plain decoding's:",
         _table(["requests", *map(str, batches)], same),
+        "The default's accepted draft tokens by source:",
+        _proposers(run),
     ]
 
 
