@@ -160,7 +160,7 @@ def _plain(name: str, settings: Settings, make_goodput: MakeGoodput) -> Planner:
 # The lowest is registered first.
 @policy(
     "echo",
-    "the paper: gates at a few depths with a threshold each, one token budget K_max for the batch",
+    "the paper: gates at a few depths, one token budget K_max for the batch",
     _elastic,
 )
 @policy("static", "EAGLE-3's tree: fixed depth, width and tokens for every request", partial(echo_settings, "static"))
@@ -168,7 +168,7 @@ def _paper(name: str, settings: Settings, make_goodput: MakeGoodput) -> Planner:
     return EchoPlanner(name, echo_settings(name, settings))
 
 
-@policy(EXACT, "the same with chains alone, which CPUs verify bit for bit as they decode", _elastic)
+@policy(EXACT, "the same with chains alone", _elastic)
 @policy(
     DEFAULT, "the default: over the whole batch, drafts a level and verifies a token if it is worth its time", _elastic
 )

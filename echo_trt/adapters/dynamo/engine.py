@@ -39,6 +39,7 @@ from echo_trt.speculation.pack import BLOCK
 
 log = logging.getLogger(__name__)
 BEAT = 0.25  # seconds between two updates of metrics; larger: the router knows a worker's load later
+TELLING = 5.0  # seconds for answers that are handed on to say so; larger: a reader that hangs holds up the end longer
 
 
 class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
@@ -143,10 +144,17 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
             await asyncio.to_thread(self._beats.join)
         if service:
             await asyncio.to_thread(service.close, self._job.drain_seconds)
+            await self._handed_on()
             service.loop.batch.blocks.cache.listener = None
         if self._passes:
             self._passes.shutdown()
             self._passes = None
+
+    async def _handed_on(self) -> None:
+        """Wait until the answers that were cut off have told so: Dynamo's runtime, which ends next, would end them."""
+        end = time.monotonic() + TELLING
+        while self._open and time.monotonic() < end:
+            await asyncio.sleep(0.05)
 
     # -- requests --------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -115,3 +116,34 @@ def test_a_worker_tells_the_router_of_blocks_that_it_has_read_from_its_store(bun
     first, again = (asyncio.run(lived()) for _ in range(2))
     assert first == (again[0], 0, 3)
     assert again[1:] == (3, 3)
+
+
+@pytest.mark.needs_dynamo
+def test_a_worker_ends_behind_the_answers_that_it_hands_on(bundle_of):
+    """Dynamo reads them slowly, and ends with "stop" what is open when the worker has ended."""
+    pytest.importorskip("dynamo.common")
+    from dynamo.llm.exceptions import EngineShutdown
+
+    from echo_trt.adapters.dynamo.engine import EchoEngine
+    from echo_trt.adapters.dynamo.options import WorkerOptions
+
+    asked = {"token_ids": prompt_ids(9, 1), "stop_conditions": {"max_tokens": 1400, "ignore_eos": True}}
+    context = SimpleNamespace(metadata={}, id=lambda: "1")
+
+    async def lived() -> None:
+        engine, began = EchoEngine(WorkerOptions(bundle_of("close"), name="echo", drain_seconds=0)), asyncio.Event()
+        await engine.start(1)
+
+        async def read() -> None:
+            async for _ in engine.generate(asked, context):
+                began.set()
+                await asyncio.sleep(0.3)
+
+        reader = asyncio.create_task(read())
+        await began.wait()
+        await engine.cleanup()
+        assert reader.done()
+        with pytest.raises(EngineShutdown):
+            await reader
+
+    asyncio.run(lived())
