@@ -188,10 +188,11 @@ def test_metrics_and_health(cluster):
         assert worker.healthy()
         cluster.wait(lambda worker=worker: worker.metrics()["dynamo_component_kv_cache_hit_rate"] > 0, 10)
         cluster.wait(lambda worker=worker: worker.metrics()["dynamo_component_gpu_cache_usage_percent"] == 0, 10)
+        for name in ("echo_queued", "echo_running"):  # one of Dynamo's own probes may be under way
+            cluster.wait(lambda worker=worker, name=name: worker.metrics()[name] == 0, 10)
         metrics = worker.metrics()
         assert metrics["echo_emitted_tokens_total"] > 0
         assert metrics["echo_blocks"] == metrics["dynamo_component_total_blocks"] > 0
-        assert metrics["echo_queued"] == metrics["echo_running"] == 0
         assert "echo_speculation_gain" in metrics
 
 
