@@ -192,7 +192,7 @@ class Service:
         loop, batch, planner, of_class = self.loop, self.loop.batch, self.loop.planner, list(self._of_class.items())
         return Statistics(
             queued=len(self._grammars) + len(self._pending) + len(loop.scheduler.waiting),
-            running=loop.scheduler.running,
+            running=sum(request.slot >= 0 and not request.probe for request in list(self._open)),
             slots=batch.count,
             blocks=batch.blocks.count,
             blocks_used=batch.blocks.used,

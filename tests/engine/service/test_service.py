@@ -167,10 +167,15 @@ def test_a_probe_finds_no_queue_too_full_and_waits_for_no_place(start):
 
 
 def test_a_probe_is_counted_nowhere(start):
-    service, _ = start()
+    service, engine = start()
     assert submit(service, prompt_ids(6, 1), SamplingParams(4))[1].end
     before = service.statistics()
-    assert submit(service, [0], PROBE, priority=FIRST)[1].end.reason == "length"
+    engine.open.clear()
+    job, listener = submit(service, [0], PROBE, priority=FIRST)
+    wait_until(lambda: job.request.slot >= 0)
+    assert service.statistics().running == 0
+    engine.open.set()
+    assert listener.end.reason == "length"
     after = service.statistics()
     assert after.ended == before.ended == {"length": 1}
     for name in ("asked_tokens", "prompt_tokens", "emitted_tokens", "verifications", "verified_tokens"):
