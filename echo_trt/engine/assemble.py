@@ -36,6 +36,7 @@ class Networks:
     pool        the size of the KV pool; of a part, the whole pool's
     folder      of the bundle, where a drafter may have more than its network
     ngrams      table of the target's earlier answers; None: the recipe names none
+    learns_answers  whether answers propose to later requests of the same sender
     """
 
     manifest: Manifest
@@ -46,6 +47,7 @@ class Networks:
     calibration: Calibration | None
     folder: Path = Path()
     ngrams: NGrams | None = None
+    learns_answers: bool = False
 
     @cached_property
     def _lookup(self) -> LookupDrafter:
@@ -85,6 +87,7 @@ def load_networks(
     batch: int | None = None,
     prefix_cache: bool | None = None,
     kv_cache_memory: int | None = None,
+    learn_answers: bool = False,
 ) -> Networks:
     """Open a bundle; ``batch`` (running requests) and ``prefix_cache`` override the recipe's.
 
@@ -115,7 +118,7 @@ def load_networks(
     ngrams = None
     if recipe.draft.ngrams is not None:
         ngrams = read_ngrams(folder / NGRAMS, manifest.target_sha256, manifest.target.vocab_size)
-    return Networks(manifest, pool, input_batch, target, draft, known, folder, ngrams)
+    return Networks(manifest, pool, input_batch, target, draft, known, folder, ngrams, learn_answers)
 
 
 def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputBatch, blocks: int) -> Engine:

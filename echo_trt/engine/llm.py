@@ -53,12 +53,14 @@ class LLM:
         special_tokens_in_content: bool = False,
         kv_cache_memory: int | None = None,
         costs: Path | None = None,
+        learn_answers: bool = False,
     ):
         """``policy``, ``batch`` (running requests), ``budget`` (K_max) and ``prefix_cache`` override the recipe's.
 
         ``kv_cache_memory``: bytes of the KV pool; by default the recipe's blocks, or on a CPU what the memory has room
         for, up to a whole context for each running request.
         ``costs``: a file, or its folder, that keeps what passes cost on this machine; by default the bundle does.
+        With ``learn_answers`` the policy goodput drafts from earlier answers, those to the same ``Sender.salt``.
         ``note`` is told, in a sentence, what a user should know of the start. With ``special_tokens_in_content`` a
         control token's name in a prompt, such as ``<|im_end|>``, becomes that token; else it is text.
         """
@@ -67,7 +69,7 @@ class LLM:
         if budget is not None and budget < 1:
             raise UserError(f"budget is {budget}; give a whole number of 1 or more.")
         folder = Path(bundle)
-        self.networks = load_networks(folder, batch, prefix_cache, kv_cache_memory)
+        self.networks = load_networks(folder, batch, prefix_cache, kv_cache_memory, learn_answers)
         for name in registered("networks"):  # wrappers of engines
             self.networks = extra("networks", name)(self.networks, folder, note)
         self.manifest = self.networks.manifest

@@ -134,6 +134,9 @@ StoreSize = Annotated[
     str,
     Parameter(metavar="GIB", converter=_store_size, help="Disk space of the store, GiB or such as 512M. Default: 8G."),
 ]
+LearnAnswers = Annotated[
+    Flag, Parameter(help="Draft from the server's earlier answers, those to the same API key; policy goodput.")
+]
 SpecialTokens = Annotated[
     Flag,
     Parameter(help="Take <|im_end|> and the like in a message for the control token. Default: for text."),
@@ -221,10 +224,12 @@ class HostedOptions(LatencyOptions):
             "others of its fields.",
         ),
     ] = ""
+    learn_answers: LearnAnswers = False
     store: StoreFolder = None
     store_size: StoreSize = ""
     others: ClassVar[tuple[str, ...]] = (
         *LatencyOptions.others,
+        "learn_answers",
         "store",
         "store_size",
         "queue",

@@ -182,6 +182,13 @@ class ChainSource:
     def observe(self, load: StepContext) -> None:
         """Learn from the texts of ``load``, to which an iteration has added its tokens."""
 
+    def dump(self) -> dict[str, np.ndarray]:
+        """Return what it has learnt of texts, for ``load`` in a later process, by names that are its own."""
+        return {}
+
+    def load(self, learnt: Mapping[str, np.ndarray]) -> None:
+        """Begin with what an earlier process has dumped, where ``learnt`` has it."""
+
 
 class Planner(Protocol):
     """Decides what each iteration verifies.

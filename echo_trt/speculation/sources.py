@@ -48,9 +48,11 @@ DRAFT_SOURCES = (
            "#13889c", ("#0b6e80", "#4fc3d9"), "dashed", 3, "echo_trt.engine.sources.predictions:predictions"),
     Proposer("call", "tool call", "the declaration of a tool that is called: what stands between its arguments",
            "#8a7a1f", ("#6f6210", "#d3c04d"), "dotted", 3, "echo_trt.engine.sources.calls:calls"),
+    Proposer("answer", "earlier answer", "answers of the same sender, learnt while serving",
+           "#b0603f", ("#93452a", "#e39a7a"), "double", 3, "echo_trt.engine.sources.answers:answers"),
 )
 # fmt: on
 SOURCES = tuple(source.name for source in DRAFT_SOURCES)
-DRAFT, LOOKUP, BOTH, NGRAM, GRAMMAR, PREDICTION, CALL = map(
-    SOURCES.index, ("head", "lookup", "both", "ngram", "grammar", "prediction", "call")
+DRAFT, LOOKUP, BOTH, NGRAM, GRAMMAR, PREDICTION, CALL, ANSWER = map(
+    SOURCES.index, ("head", "lookup", "both", "ngram", "grammar", "prediction", "call", "answer")
 )

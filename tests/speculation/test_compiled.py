@@ -15,6 +15,7 @@ from echo_trt.speculation.arrays import ragged_arange
 from echo_trt.speculation.sampling.draw import sample
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 from echo_trt.engine.drafters.lookup import _latest_match
+from echo_trt.engine.sources.answers import _chain, _learn
 rng = np.random.default_rng(0)
 tree = SuperTree.from_roots(rng.integers(0, 9, 3))
 for _ in range(4):
@@ -36,6 +37,11 @@ for size in (1, 5, 90, 300):
         print(int(count), round(float(net), 9))
 text = rng.integers(0, 4, (5, 40)).astype(np.int32)
 print([found.tolist() for found in _latest_match(text, np.array([40, 1, 2, 30, 17]), 8)])
+table = np.zeros((4, 8), np.uint64)
+print([_learn(table, row, 0, 40, 0) for row in text], table.tolist())
+proposed, log_p = np.full(9, -1), np.zeros(9)
+_chain(table, text[0, 30:34].astype(np.int64), 2, proposed, log_p)
+print(proposed.tolist(), log_p.round(9).tolist())
 logits, top_k, top_p = rng.normal(0, 3, (4, 700)).astype(np.float32), np.array([0, 0, 9, 700]), np.full(4, 0.99)
 print(sample(logits, np.ones(4), top_k, top_p, np.array([0, 7, 2**62, 3]), np.arange(4)).tolist())
 """
@@ -62,7 +68,7 @@ def answers(program: str, **environment: str) -> tuple[str, str]:
 def test_without_numba_answers_are_the_same_and_one_warning_names_the_remedy():
     compiled, err = answers(ANSWERS.format(missing=False))
     assert err == ""
-    assert len(compiled.splitlines()) == 12
+    assert len(compiled.splitlines()) == 14
     out, err = answers(ANSWERS.format(missing=True))
     assert out == compiled
     assert "install numba" in err

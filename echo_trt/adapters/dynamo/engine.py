@@ -98,8 +98,15 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
 
     def _load(self) -> None:
         job = self._job
-        memory, costs = job.kv_cache_memory, job.costs
-        llm = LLM(job.bundle, job.policy, job.batch, note=log.info, kv_cache_memory=memory, costs=costs)
+        llm = LLM(
+            job.bundle,
+            job.policy,
+            job.batch,
+            note=log.info,
+            kv_cache_memory=job.kv_cache_memory,
+            costs=job.costs,
+            learn_answers=job.learn_answers,
+        )
         log.info(llm.pool.sentence)
         self._tokenizer = load_tokenizer(job.bundle)  # the engine's thread uses another
         self._texts, self._recommended = TokenTexts(self._tokenizer), llm.manifest.sampling.given()

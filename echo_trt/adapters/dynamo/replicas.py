@@ -75,6 +75,7 @@ def _refuse_others(job: ServeOptions) -> None:
         ("--special-tokens-in-content", job.special_tokens_in_content),
         ("--no-prefix-cache", job.no_prefix_cache),
         ("--kv-events-config", job.kv_events_config),
+        ("--learn-answers", job.learn_answers),
         ("--store", job.store),
         ("a second --served-model-name", job.served_model_names[1:]),
         ("--served-model-name *", "*" in job.served_model_names),

@@ -64,6 +64,7 @@ class TritonPythonModel:
             prefix_cache=False if _truth(config, "no_prefix_cache") else None,
             kv_cache_memory=bytes_in("kv_cache_memory", memory) if memory else None,
             costs=Path(costs) if costs else None,
+            learn_answers=_truth(config, "learn_answers"),
         )
         (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
         classes = LatencyClasses(_setting(config, "latency_classes"))

@@ -52,6 +52,7 @@ def run(options: HostOptions) -> int:
         prefix_cache=False if options.no_prefix_cache else None,
         kv_cache_memory=memory,
         costs=options.costs,
+        learn_answers=options.learn_answers,
     )
     (log.warning if llm.pool.warning else log.info)(llm.pool.warning or llm.pool.sentence)
     classes = LatencyClasses(options.latency_classes)

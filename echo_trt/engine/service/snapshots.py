@@ -6,7 +6,7 @@ is the latest iteration that verified anything, or None. Its ``requests`` have a
 parents before children:
 
     parent: index of the node above, -1 at the root
-    source: 0 head, 1 lookup, 2 both, 3 ngram, 4 grammar, 5 prediction, 6 call; 0 at the root
+    source: 0 head, 1 lookup, 2 both, 3 ngram, 4 grammar, 5 prediction, 6 call, 7 answer; 0 at the root
     chance: the planner's P(accept), 0 to 1
     fate: 0 root (the request's last token), 1 accepted, 2 verified and rejected, 3 considered and not verified
 

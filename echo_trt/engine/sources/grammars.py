@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -49,6 +49,12 @@ class GuidedSource(ChainSource):
 
     def observe(self, load: StepContext) -> None:
         self._source.observe(load)
+
+    def dump(self) -> dict[str, np.ndarray]:
+        return self._source.dump()
+
+    def load(self, learnt: Mapping[str, np.ndarray]) -> None:
+        self._source.load(learnt)
 
 
 class GrammarSource(ChainSource):

@@ -57,5 +57,6 @@ export const SOURCES = [
   { name: "grammar", label: "grammar", about: "the grammar, where it allows a single token" },
   { name: "prediction", label: "prediction", about: "the client's own prediction of the answer" },
   { name: "call", label: "tool call", about: "the declaration of a tool that is called: what stands between its arguments" },
+  { name: "answer", label: "earlier answer", about: "answers of the same sender, learnt while serving" },
 ];
 export const sourceOf = (name) => SOURCES.find((each) => each.name === name) || SOURCES[0];

@@ -21,6 +21,8 @@ worth its expected tokens less the price of its passes; plain decoding is the pl
 
 from __future__ import annotations
 
+import io
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -75,7 +77,6 @@ class GoodputPlanner:
         self.sources, self._head = sources, head
         self.costs, self.acceptance = costs, acceptance  # which the learner corrects in place
         self.learner = Learner(costs, acceptance, slots, settings.tuning, block)
-        self.dump, self.load = self.learner.dump, self.learner.load
         self.ladder = Ladder(settings.tuning, acceptance.calibrated)
         tuning, target = settings.tuning, costs.target
         self._measured = replace(
@@ -179,6 +180,17 @@ class GoodputPlanner:
             self.ladder.observe(tokens, iteration.seconds)
         for source in self.sources:
             source.observe(iteration.load)
+
+    def dump(self) -> bytes:
+        file, of_texts = io.BytesIO(), [source.dump() for source in self.sources]
+        np.savez(file, **ChainMap(self.learner.dump(), *of_texts))
+        return file.getvalue()
+
+    def load(self, learnt: bytes) -> None:
+        with np.load(io.BytesIO(learnt)) as found:
+            self.learner.load(found)
+            for source in self.sources:
+                source.load(found)
 
     def totals(self) -> dict[str, dict[str, float]]:
         return self.learner.sources.totals()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -93,20 +92,18 @@ class Learner:
         self._epoch = np.full(slots, -1)
         self.usual_price = 0.0  # of requests with latency targets, running mean
 
-    def dump(self) -> bytes:
+    def dump(self) -> dict[str, np.ndarray]:
         """Return what was learnt of sources and of the machine, for ``load`` of a later process."""
-        costs, file = self.costs, io.BytesIO()
-        curves: dict[str, Any] = {"target": costs.target.correction, "draft": costs.draft.correction}
-        np.savez(file, **curves | {"cold": costs.cold} | self.sources.dump())
-        return file.getvalue()
+        costs = self.costs
+        curves = {"target": costs.target.correction, "draft": costs.draft.correction, "cold": np.array(costs.cold)}
+        return curves | self.sources.dump()
 
-    def load(self, learnt: bytes) -> None:
+    def load(self, learnt: Mapping[str, np.ndarray]) -> None:
         """Begin with what was dumped. Raises ValueError or KeyError where it is of other costs or sources."""
-        with np.load(io.BytesIO(learnt)) as found:
-            self.costs.target.correct(found["target"])
-            self.costs.draft.correct(found["draft"])
-            self.costs.cold = float(found["cold"])
-            self.sources.load(found)
+        self.costs.target.correct(learnt["target"])
+        self.costs.draft.correct(learnt["draft"])
+        self.costs.cold = float(learnt["cold"])
+        self.sources.load(learnt)
 
     def model(self, load: StepContext, settings: GoodputSettings) -> IterationModel:
         """Return the model of an iteration of ``load``."""
