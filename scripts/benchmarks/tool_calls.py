@@ -1,17 +1,20 @@
 """Tokens per pass of tool calls: by prompt lookup, and with what declared tools tell of a call beside it.
 
     python scripts/benchmarks/tool_calls.py BUNDLE [--nodes 16,6,4,2]
+    python scripts/benchmarks/tool_calls.py BUNDLE --streams 1,4
 
 Replays the calls of ``tool_calls.jsonl``, five agents' loops of six calls in Hermes' form, with the bundle's tokenizer
 and chat template, and no network: what is accepted of a draft is what the recorded call says. The best nodes of a
-request are verified, at most as many as --nodes; under load a request gets few.
+request are verified, at most as many as --nodes; under load a request gets few. With --streams the bundle's own model
+answers the same chats under goodput, so many at once, which takes a model that can call tools.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +23,9 @@ import numpy as np
 
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.drafters.lookup import LookupDrafter
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.request import Request
 from echo_trt.engine.sources.calls import CallSource, skeleton
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.tokenizer import load_tokenizer
@@ -27,6 +33,7 @@ from echo_trt.server.tool_formats.marked import HERMES, Marked
 from echo_trt.speculation.goodput.optimiser.merge import merge
 from echo_trt.speculation.super_tree import SuperTree
 
+Recorded = tuple[list[int], list[int], np.ndarray]
 LOOPS = Path(__file__).with_suffix(".jsonl")
 MATCH, ACCEPTANCE = 2, (0.2, 0.4, 0.6, 0.75)  # of prompt lookup, as in recipes
 LENGTH = 8  # of a copy
@@ -34,7 +41,7 @@ LEAST = 0.1  # P(accept) of a node that is verified
 SYSTEM = "You are a helpful assistant. Call the tools to do what the user wants."
 
 
-def calls(bundle: Path) -> Iterator[tuple[list[int], list[int], np.ndarray]]:
+def calls(bundle: Path) -> Iterator[Recorded]:
     """Yield the prompt of each call, the call, and the skeleton of its tools, in tokens."""
     tokenizer, form = load_tokenizer(bundle), Marked(HERMES)
     chat = ChatEncoder(tokenizer, False)
@@ -77,11 +84,45 @@ def passes(prompt: list[int], answer: list[int], known: np.ndarray, nodes: int, 
     return count
 
 
+def written(llm: LLM, recorded: Sequence[Recorded], draws: bool) -> tuple[list[list[int]], float, float]:
+    """Return what the model answers to the prompts, its tokens per verification, and tokens per second."""
+    params, before, begin = SamplingParams(128, temperature=0), llm.counters.copy(), time.perf_counter()
+    no_call = skeleton([])
+    requests = [
+        Request(i, np.array(ids), params, calls=known if draws else no_call)
+        for i, (ids, _, known) in enumerate(recorded)
+    ]
+    for request in requests:
+        llm.prepare(request)
+        llm.loop.scheduler.add(request)
+    while llm.loop.scheduler.busy:
+        llm.loop.step()
+    tokens = llm.counters.emitted_tokens - before.emitted_tokens
+    per_pass = tokens / (llm.counters.verifications - before.verifications)
+    return [request.generated for request in requests], per_pass, tokens / (time.perf_counter() - begin)
+
+
+def by_the_model(bundle: Path, streams: Sequence[int]) -> None:
+    recorded = list(calls(bundle))
+    print(f"{'streams':>7}{'lookup':>8}{'calls':>8}{'tokens/s':>10}  calls of {len(recorded)}, texts")
+    for count in streams:
+        llm = LLM(bundle, "goodput", count)
+        written(llm, recorded[:count], False)  # warm
+        sides = [written(llm, recorded, draws) for draws in (False, True)]
+        (plain, copied, rate), (texts, both, faster) = sides
+        called = sum(llm.tokenizer.decode(text).lstrip().startswith("<tool_call>") for text in texts)
+        same = "equal" if plain == texts else "DIFFER"
+        print(f"{count:7}{copied:8.2f}{both:8.2f}{faster / rate:10.2f}  {called}, {same}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--nodes", default="16,6,4,2", help="of a request and pass, at most")
+    parser.add_argument("--streams", default="", help="let the bundle's model answer, so many requests at once")
     args = parser.parse_args()
+    if args.streams:
+        return by_the_model(args.bundle, [int(count) for count in args.streams.split(",")])
     recorded = list(calls(args.bundle))
     tokens = sum(len(answer) for _, answer, _ in recorded)
     print(f"{len(recorded)} calls, {tokens} tokens\n{'nodes':>6}{'lookup':>8}{'calls':>8}{'gain':>7}")
