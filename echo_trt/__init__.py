@@ -22,7 +22,7 @@ _MODULES = {
     "UserError": "errors",
 }
 __all__ = ["LLM", "Completion", "SamplingParams", "UserError"]
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 def __getattr__(name: str) -> Any:
