@@ -46,7 +46,9 @@ def docker_at_hand(folder: Path) -> Iterator[str]:
     finally:
         daemon.terminate()
         daemon.wait(60)
-        run("umount", "--recursive", "--lazy", folder / "data", check=False)
+        for place in reversed([line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]):
+            if place.startswith(f"{folder}/"):  # what would keep the folder from being removed
+                run("umount", "--lazy", place, check=False)
 
 
 @cache

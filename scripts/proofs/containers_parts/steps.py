@@ -24,7 +24,7 @@ from .run import (
 # isort: on
 
 DYNAMO, GPU = "echo-trt:dynamo", "echo-trt:gpu"
-NVIDIAS = "^(nvidia-|cuda-|tensorrt|triton)"  # packages that need NVIDIA's index, or gigabytes
+NVIDIAS = "^(nvidia-|cuda-|tensorrt)"  # packages that need NVIDIA's index, or gigabytes
 PROXIES = {  # name -> the configuration in docker/proxies, where it is mounted, and the command
     "nginx": ("nginx.conf", "/etc/nginx/conf.d/echo-trt.conf", "nginx -g 'daemon off;'"),
     "HAProxy": ("haproxy.cfg", "/haproxy.cfg", "haproxy -W -db -f /haproxy.cfg"),
