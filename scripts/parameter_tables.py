@@ -143,7 +143,7 @@ def engines_of(family: Family) -> str:
 
 def models_table() -> str:
     return table(
-        ("family", "models", "files", "engines", "drafts", "tools", "thinking", "compared with"),
+        ("family", "models", "files", "engines", "drafts", "tools", "thinking"),
         *(
             (
                 f"`{family.name}`",
@@ -153,7 +153,6 @@ def models_table() -> str:
                 family.drafts,
                 family.tools,
                 family.thinking,
-                f"`{family.architecture}`",
             )
             for family in FAMILIES.values()
         ),

@@ -235,6 +235,11 @@ def _proposers(run: Run) -> str:
     return _table(["requests", *(str(row["batch"]) for row in rows)], shown) if shown else "Nothing was drafted."
 
 
+def _several_sources(run: Run) -> bool:
+    rows = [row for row in run["results"] if row["policy"] == DEFAULT]
+    return len({source for row in rows for source, count in row["accepted_by_source"].items() if count}) > 1
+
+
 def _machine(run: Run) -> str:
     """Return the machine, its processor by the name that is sold."""
     machine: str = run["machine"]
@@ -300,8 +305,6 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
         "## Who proposed the tokens",
         "The default's accepted draft tokens by source. Prompt lookup and the table of earlier answers need no pass:",
         _proposers(run),
-        "Levels that the draft network computed per iteration:",
-        by_batch(lambda row: _ratio(row["draft_levels_per_iteration"])),
         "## Tokens per second",
         "All requests together, decoding only.",
         by_batch(lambda row: _rate(row["decode_tokens_per_s"]), NAMES),
@@ -334,8 +337,7 @@ def _second_model(run: Run | None) -> list[str]:
         _table(["requests", *map(str, batches)], rows),
         "Texts equal to plain decoding's:",
         _table(["requests", *map(str, batches)], same),
-        "The default's accepted draft tokens by source:",
-        _proposers(run),
+        *(["The default's accepted draft tokens by source:", _proposers(run)] if _several_sources(run) else []),
     ]
 
 
