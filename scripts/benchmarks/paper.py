@@ -301,9 +301,9 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
             one.append(find(**at, batch=loads[0], policy=ECHO, levels="low", gates="calibrated", budget=k_of(fit)))
             busy = find(**at, batch=largest, policy=ECHO, levels="high", gates="calibrated", budget=max(budgets))
             lengths = [f"{row['accepted_length']:.2f}" if row else "-" for row in one]
-            cells = [*map(shown, one), shown(busy), shown(busy, "high")]
+            cells = [shown(one[1]), shown(busy), shown(busy, "high")]
             lines.append([answers, NAMES.get(machine, machine), *lengths, *cells])
-    heads = ["static 8/10/60, length", "echo, length", "static, times plain", "echo, times plain"]
+    heads = ["static 8/10/60, length", "echo, length", "echo, times plain"]
     busy = [f"echo 3/3 at {largest}", "over EAGLE-3 3/3/5"]
     blocks["sets"] = table(["set", "machine", *heads, *busy], lines)
     older = result.get("older", {})
