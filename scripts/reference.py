@@ -49,15 +49,16 @@ def command_line() -> str:
     lines = [line.rstrip() for line in text.splitlines()]
     listed = Counter(line for line in lines if line.startswith("* `"))
     common = [line for line, number in listed.items() if number > 1]
+    sampled = [line for line in common if line.split("`")[1].split()[0][2:].replace("-", "_") in params.PARAMETERS]
     kept: list[str] = []
     for section in re.split(r"\n(?=##+ )", "\n".join(lines)):
         own, shared = [], []
         for line in section.splitlines():
             (shared if line in common else own).append(line)
-        names = [re.split(r"[ ,`]", line[3:])[0] for line in shared]
-        more = [f"\nAnd [in common](#options-in-common): {', '.join(f'`{name}`' for name in names)}.\n"] * bool(names)
+        names = [f"`{re.split(r'[ ,`]', line[3:])[0]}`" for line in shared if line not in sampled]
+        names += ["how to sample"] * any(line in sampled for line in shared)
+        more = [f"\nAnd [in common](#options-in-common): {', '.join(names)}.\n"] * bool(names)
         kept += own + more
-    sampled = [line for line in common if line.split("`")[1].split()[0][2:].replace("-", "_") in params.PARAMETERS]
     kept += ["## Options in common\n", *(line for line in common if line not in sampled)]
     names = ", ".join(f"`{line.split('`')[1]}`" for line in sampled)
     kept.append(f"* {names}: as the [fields of a request](openai-api.md#fields-of-a-request).")

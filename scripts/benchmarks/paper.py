@@ -266,7 +266,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         columns = {
             "static 8/10/60": {"policy": "static", "levels": "low"},
             "static 3/3/5": {"policy": "static", "levels": "high"},
-            **{f"{policy}, K {used:,}": {"policy": policy, **gated} for policy in ("dense", "fixed", ECHO)},
+            f"echo, K {used:,}": {"policy": ECHO, **gated},
             f"echo 3/3, K {top:,}": {"policy": ECHO, "levels": "high", "gates": "calibrated", "budget": top},
             "goodput": {"policy": "goodput"},
             "bound": {"policy": "oracle"},
