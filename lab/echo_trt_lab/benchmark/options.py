@@ -61,8 +61,8 @@ class BenchOptions:
         tuple[str, ...],
         WORDS,
         Parameter(
-            help="Other engines, by commas: openvino-genai, openvino-genai-eagle3, transformers, or a server that runs, "
-            "NAME=URL or NAME=URL#MODEL.",
+            help="Other engines, by commas: openvino-genai, openvino-genai-eagle3, transformers, or a server that "
+            "runs, NAME=URL or NAME=URL#MODEL.",
             show_default=False,
         ),
     ] = ()
