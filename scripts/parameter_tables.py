@@ -143,7 +143,7 @@ def engines_of(family: Family) -> str:
 
 def models_table() -> str:
     return table(
-        ("family", "models", "files", "engines", "drafts", "tools", "thinking", "compared with"),
+        ("family", "models", "files", "engines", "drafts", "tools", "thinking"),
         *(
             (
                 f"`{family.name}`",
@@ -153,23 +153,22 @@ def models_table() -> str:
                 family.drafts,
                 family.tools,
                 family.thinking,
-                f"`{family.architecture}`",
             )
             for family in FAMILIES.values()
         ),
     )
 
 
-def metrics_table(text: str) -> str:
-    """Return a row for each family of Prometheus' text; the label that all of the engine's have is left out."""
+def metrics_list(text: str) -> str:
+    """Return a line for each family of Prometheus' text; the label that all of the engine's have is left out."""
     rows = []
     for family in text_string_to_metric_families(text):
         if family.name.endswith("_created") or not family.name.startswith("echo_"):
             continue
         labels = sorted({label for sample in family.samples for label in sample.labels} - {"le", "model_name"})
         name = family.name + "_total" * (family.type == "counter") + f"{{{', '.join(labels)}}}" * bool(labels)
-        rows.append((f"`{name}`", family.documentation.rstrip(".")))
-    return table(("name", "meaning"), *sorted(rows))
+        rows.append(f"- `{name}`: {family.documentation.rstrip('.')}\n")
+    return "".join(sorted(rows))
 
 
 def measured() -> EngineMetrics:
@@ -184,13 +183,13 @@ def measured() -> EngineMetrics:
 
 
 def engine_metrics() -> str:
-    return metrics_table(generate_latest(measured().registry).decode())
+    return metrics_list(generate_latest(measured().registry).decode())
 
 
 def server_metrics() -> str:
     metrics = ServerMetrics()
     metrics.requests.labels("/health", "200")
-    return metrics_table(metrics.text())
+    return metrics_list(metrics.text())
 
 
 def raised_errors() -> Iterator[tuple[int, str, str]]:
@@ -217,8 +216,8 @@ def errors_table() -> str:
     return table(("status and `code`, else `type`", "remedy"), *rows)
 
 
-def dynamo_names() -> str:
-    return ", ".join(f"`{name}`" for name in NOTES["variables"]["Dynamo's own"])
+def names(title: str) -> str:
+    return ", ".join(f"`{name}`" for name in NOTES["variables"][title])
 
 
 def variables_table(title: str) -> str:
@@ -257,8 +256,18 @@ def section(title: str) -> str:
     return rf"(^## {re.escape(title)}\n(?:(?!\n##|\n\|).)*\n)\|(?:[^\n]*\n\|)*[^\n]*\n()"
 
 
+def lines(title: str) -> str:
+    """Return the pattern of the list below a heading."""
+    return section(title).replace(r"\|", "- ")
+
+
 #: Sentences about errors and environment variables, which the code alone does not say.
 NOTES = yaml.safe_load((ROOT / "scripts/reference_notes.yaml").read_text())
+#: Variables that are listed without a sentence each -> the sentence that they stand in.
+NAMED = {
+    "Options of serve": "Those that set the option of `serve` with the same name; a switch takes `true`",
+    "Dynamo's own": "Set, too, in their own meaning",
+}
 #: File -> what its text lies between (a group each before and behind), and who writes it.
 WRITTEN: dict[str, list[tuple[str, Callable[[], str]]]] = {
     "model_repo/echo/config.pbtxt": [(r"(^input \[\n)(?:.*?\n)(\]$)", config_inputs)],
@@ -266,8 +275,8 @@ WRITTEN: dict[str, list[tuple[str, Callable[[], str]]]] = {
     "docs/models.md": [(r"(^)\| family \|(?:[^\n]*\n\|)*[^\n]*\n()", models_table)],
     "docs/python-api.md": [(section("Sampling parameters"), python_table)],
     "docs/metrics.md": [
-        (section("The engine's"), engine_metrics),
-        (section("The API server's"), server_metrics),
+        (lines("The engine's"), engine_metrics),
+        (lines("The API server's"), server_metrics),
     ],
     "docs/openai-api.md": [
         (r"(^)\| field \| type \|(?:[^\n]*\n\|)*[^\n]*\n()", openai_table),
@@ -282,8 +291,8 @@ WRITTEN: dict[str, list[tuple[str, Callable[[], str]]]] = {
     ],
     "docs/troubleshooting.md": [(section("The API server's answers"), errors_table)],
     "docs/environment.md": [
-        *((section(title), partial(variables_table, title)) for title in NOTES["variables"] if title != "Dynamo's own"),
-        (r"(^Set, too, in their own meaning: )[^.]*(\.)", dynamo_names),
+        *((section(title), partial(variables_table, title)) for title in NOTES["variables"] if title not in NAMED),
+        *((rf"(^{re.escape(sentence)}: )[^.]*(\.)", partial(names, title)) for title, sentence in NAMED.items()),
     ],
 }
 

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 MARK = "<!-- below: written by scripts/reference.py -->\n"
 #: What a program calls of LLM; other members are for the doors of this package.
 CALLED = ("generate", "chat", "stream", "stream_chat", "chat_ids", "default_params", "set_policy")
+#: Members of a policy's classes that only this package needs.
+INNER = ("reached", "with_roots", "best_paths", "checked", "on_one_path", "look_ahead")
 #: A line of a docstring that explains a name: the name, two blanks or more, and text.
 NAMED = re.compile(r"^([a-z_]+(?:, [a-z_]+)*)  +(\S.*)$")
 API: dict[str, list[Any]] = {
@@ -43,18 +45,20 @@ def command_line() -> str:
     text = text.replace("**[required]**", "Required.").replace("*[default: False]*", "")
     text = re.sub(r"\*\[(default|choices): (.*?)\]\*", lambda each: f"({each[1]}: {each[2]})", text)
     text = text.replace(' (default: "")', "").replace("**Parameters**:\n\n", "").replace("**Arguments**:\n\n", "")
-    lines = [line.rstrip() for line in text.replace("```console", "```").splitlines()]
+    text = re.sub(r"```console\s+(.*?)\s+```", r"`\1`", text)
+    lines = [line.rstrip() for line in text.splitlines()]
     listed = Counter(line for line in lines if line.startswith("* `"))
     common = [line for line, number in listed.items() if number > 1]
+    sampled = [line for line in common if line.split("`")[1].split()[0][2:].replace("-", "_") in params.PARAMETERS]
     kept: list[str] = []
     for section in re.split(r"\n(?=##+ )", "\n".join(lines)):
         own, shared = [], []
         for line in section.splitlines():
             (shared if line in common else own).append(line)
-        names = [re.split(r"[ ,`]", line[3:])[0] for line in shared]
-        more = [f"\nAnd [in common](#options-in-common): {', '.join(f'`{name}`' for name in names)}.\n"] * bool(names)
+        names = [f"`{re.split(r'[ ,`]', line[3:])[0]}`" for line in shared if line not in sampled]
+        names += ["how to sample"] * any(line in sampled for line in shared)
+        more = [f"\nAnd [in common](#options-in-common): {', '.join(names)}.\n"] * bool(names)
         kept += own + more
-    sampled = [line for line in common if line.split("`")[1].split()[0][2:].replace("-", "_") in params.PARAMETERS]
     kept += ["## Options in common\n", *(line for line in common if line not in sampled)]
     names = ", ".join(f"`{line.split('`')[1]}`" for line in sampled)
     kept.append(f"* {names}: as the [fields of a request](openai-api.md#fields-of-a-request).")
@@ -88,7 +92,7 @@ def members(owner: type) -> Iterator[tuple[str, Any]]:
     """Yield the public methods and properties of a class that have a docstring, in the order of its source."""
     for name, member in vars(owner).items():
         called = getattr(member, "__func__", member)
-        hidden = name.startswith("_") or (owner is llm.LLM and name not in CALLED)
+        hidden = name.startswith("_") or name in INNER or (owner is llm.LLM and name not in CALLED)
         if not hidden and inspect.getdoc(called) and (callable(called) or isinstance(called, property)):
             yield name, called
 

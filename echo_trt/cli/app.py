@@ -48,11 +48,9 @@ def main() -> None:
 def build(options: BuildOptions) -> None:
     """Compile a target and its draft into a bundle.
 
-    A recipe says what to compile and how. A model's name finds the shipped recipe for it, or one is derived from the
-    checkpoints' configurations; weights are fetched once into the hub's cache (HF_HOME).
+    A model's name finds the shipped recipe for it, or one is derived. Weights are fetched once into the hub's cache.
 
-    The bundle is checked against the reference before it is put in its place: it appears whole or not at all. One that
-    is there is replaced, with the calibration and the costs that were written into it.
+    The bundle is checked against the reference, and appears whole or not at all. It replaces one of its name.
 
     Examples: `echo-trt build build/smollm2-135m.yaml -o bundles/smollm2-135m`,
     `echo-trt build Qwen/Qwen3-8B --draft AngelSlim/Qwen3-8B_eagle3 --engine torch --gpu-memory-utilization 0.9`
@@ -121,8 +119,6 @@ def chat(options: ChatOptions) -> None:
 def serve(options: ServeOptions) -> int:
     """Serve a bundle by OpenAI's API; with Triton Inference Server beside it, or with several workers of Dynamo.
 
-    A GGUF file is served without a build of its own, on the CPU: its bundle is kept in the user's cache.
-
     Prints where it listens once a real answer has come. What dies starts again. SIGTERM lets requests in flight finish.
 
     Example: `echo-trt serve bundles/smollm2-135m`
@@ -160,8 +156,8 @@ def _bundle_of(path: Path) -> Path:
 def worker(options: WorkerOptions) -> int:
     """Serve a bundle as a worker of NVIDIA Dynamo, whose frontend finds it.
 
-    Dynamo's own settings are environment variables: DYN_DISCOVERY_BACKEND (here file by default), DYN_FILE_KV,
-    DYN_NAMESPACE and others. SIGTERM lets requests in flight finish; unfinished ones continue at other workers.
+    Dynamo's own settings are environment variables. SIGTERM lets requests in flight finish; unfinished ones continue
+    at other workers.
 
     Example: `echo-trt worker bundles/smollm2-135m --system-port 9191`
     """

@@ -14,8 +14,8 @@ from echo_trt_lab.sizing.options import InspectOptions
 def calibrate(options: CalibrateOptions) -> None:
     """Learn how far this bundle's draft can be trusted, and what passes cost on this machine.
 
-    Writes calibration.json (acceptance and gates, bound to target and draft), costs.json (bound to the machine) and
-    calibration.html, a report of both. Use prompts like those that will be served, but none that a benchmark is run on.
+    Writes calibration.json, costs.json and calibration.html, a report of both. Use prompts like those that will be
+    served, but none that a benchmark is run on.
 
     Example: `echo-trt calibrate bundles/smollm2-135m --prompts prompts.jsonl`
     """

@@ -266,7 +266,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         columns = {
             "static 8/10/60": {"policy": "static", "levels": "low"},
             "static 3/3/5": {"policy": "static", "levels": "high"},
-            **{f"{policy}, K {used:,}": {"policy": policy, **gated} for policy in ("dense", "fixed", ECHO)},
+            f"echo, K {used:,}": {"policy": ECHO, **gated},
             f"echo 3/3, K {top:,}": {"policy": ECHO, "levels": "high", "gates": "calibrated", "budget": top},
             "goodput": {"policy": "goodput"},
             "bound": {"policy": "oracle"},
@@ -279,32 +279,33 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
                 lines.append([str(batch), f"{plain['tokens_per_s']:,.0f}", *cells])
         blocks[f"load {machine}"] = table(["requests", "plain, tokens/s", *columns], lines)
         at["batch"] = largest
-        kinds = {f"echo, {name} gates": {"policy": ECHO, "gates": name} for name in GATES}
-        kinds |= {policy: {"policy": policy, "gates": "calibrated"} for policy in ("fixed", "dense")}
+        kinds = {policy: {"policy": policy, "gates": "calibrated"} for policy in (ECHO, "fixed", "dense")}
         sweep = [k for k in budgets if find(**at, policy=ECHO, levels="high", gates="calibrated", budget=k)]
         lines = [
-            [f"{fit:,} (our fit)" if fit <= largest else "", *["1.00: plain decoding"] * (len(kinds) + 1), "-", "-"]
+            [f"{fit:,} (our fit): plain decoding" if fit <= largest else "", *["1.00"] * (len(kinds) + 1), "-", "-"]
         ]
         for budget in sweep:
             found = [find(**at, levels="high", budget=budget, **kind) for kind in kinds.values()]
             low = find(**at, levels="low", budget=budget, policy=ECHO, gates="calibrated")
-            lines.append([f"{budget:,}", *map(shown, found), shown(low), *(shown(row, "high") for row in found[:2])])
+            theirs = find(**at, levels="high", budget=budget, policy=ECHO, gates="8B's")
+            over = (shown(row, "high") for row in (found[0], theirs))
+            lines.append([f"{budget:,}", *map(shown, found), shown(low), *over])
         blocks[f"budget {machine}"] = table(
             ["K_max", *kinds, "echo, 8 levels", "echo over EAGLE-3 3/3/5", "8B's gates over it"], lines
         )
     lines = []
-    for answers, count in result["answers"].items():
+    for answers in result["answers"]:
         for machine, fit in result["fits"].items():
             at = {"answers": answers, "machine": machine}
             one = [find(**at, batch=loads[0], policy="static", levels="low")]
             one.append(find(**at, batch=loads[0], policy=ECHO, levels="low", gates="calibrated", budget=k_of(fit)))
             busy = find(**at, batch=largest, policy=ECHO, levels="high", gates="calibrated", budget=max(budgets))
             lengths = [f"{row['accepted_length']:.2f}" if row else "-" for row in one]
-            cells = [*map(shown, one), shown(busy), shown(busy, "high")]
-            lines.append([answers, str(count), NAMES.get(machine, machine), *lengths, *cells])
-    heads = ["static 8/10/60, length", "echo, length", "static, times plain", "echo, times plain"]
+            cells = [shown(one[1]), shown(busy), shown(busy, "high")]
+            lines.append([answers, NAMES.get(machine, machine), *lengths, *cells])
+    heads = ["static 8/10/60, length", "echo, length", "echo, times plain"]
     busy = [f"echo 3/3 at {largest}", "over EAGLE-3 3/3/5"]
-    blocks["sets"] = table(["set", "answers", "machine", *heads, *busy], lines)
+    blocks["sets"] = table(["set", "machine", *heads, *busy], lines)
     older = result.get("older", {})
     made = f"Commit {result['commit']}, {result['seeds']} seeds; " + ", ".join(
         f"{count} answers of {name}" + (f" (commit {older[name]})" if name in older else "")

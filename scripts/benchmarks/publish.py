@@ -235,6 +235,11 @@ def _proposers(run: Run) -> str:
     return _table(["requests", *(str(row["batch"]) for row in rows)], shown) if shown else "Nothing was drafted."
 
 
+def _several_sources(run: Run) -> bool:
+    rows = [row for row in run["results"] if row["policy"] == DEFAULT]
+    return len({source for row in rows for source, count in row["accepted_by_source"].items() if count}) > 1
+
+
 def _machine(run: Run) -> str:
     """Return the machine, its processor by the name that is sold."""
     machine: str = run["machine"]
@@ -249,6 +254,11 @@ def _distinct(run: Run) -> int:
     return int(row["same_texts"].split(" of ")[1]) // int(row["rounds"])
 
 
+def _short(policy: str) -> str:
+    """Return the name of a policy in tables behind the first one, which explains it."""
+    return NAMES[PLAIN] if policy == PLAIN else f"`{policy}`"
+
+
 def page(run: Run, earlier: list[dict[str, Any]]) -> str:
     """docs/benchmarks.md."""
     batches = sorted({row["batch"] for row in run["results"]})
@@ -258,8 +268,10 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
     drafting = [policy for policy in NAMES if policy != PLAIN]
     apart = ", ".join(str(batch) for batch in batches if not _row(run, DEFAULT, batch)["side_by_side"])
 
-    def by_batch(shown: Callable[[dict[str, Any]], str], policies: Iterable[str] = drafting) -> str:
-        rows = [[NAMES[p], *(shown(_row(run, p, batch)) for batch in batches)] for p in policies]
+    def by_batch(
+        shown: Callable[[dict[str, Any]], str], policies: Iterable[str] = drafting, name: Callable[[str], str] = _short
+    ) -> str:
+        rows = [[name(p), *(shown(_row(run, p, batch)) for batch in batches)] for p in policies]
         return _table(["requests", *map(str, batches)], rows)
 
     old = [
@@ -279,7 +291,7 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
                 ["answers", f"greedy, {run['max_tokens']} new tokens each"],
             ],
         ),
-        "Policies are interleaved by seconds; rates and ratios are of all rounds as one."
+        "Policies take turns by seconds."
         + (f" For want of KV blocks one after another at {apart} requests." if apart else "")
         + _trial(run),
         f"```\n{command}\n```",
@@ -287,14 +299,12 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
         "![Speedup over plain decoding by concurrent requests](img/speedup.svg)",
         "## Speedup",
         "Decode tokens/s divided by plain decoding's.",
-        by_batch(lambda row: _ratio(row["ratio"])),
+        by_batch(lambda row: _ratio(row["ratio"]), name=NAMES.__getitem__),
         "The same with the time for prompts included:",
         by_batch(lambda row: _ratio(row["end_to_end_ratio"])),
         "## Who proposed the tokens",
         "The default's accepted draft tokens by source. Prompt lookup and the table of earlier answers need no pass:",
         _proposers(run),
-        "Levels that the draft network computed per iteration:",
-        by_batch(lambda row: _ratio(row["draft_levels_per_iteration"])),
         "## Tokens per second",
         "All requests together, decoding only.",
         by_batch(lambda row: _rate(row["decode_tokens_per_s"]), NAMES),
@@ -305,13 +315,10 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
         "![Milliseconds of an iteration by phase and load](img/iteration.svg)",
         "## Texts equal to plain decoding's",
         _table(["Texts compared with plain decoding's", "promise", "equal in this run"], _equal_rows(run)),
-        f"The run above, in {run['precision']}, over all rounds:",
-        by_batch(lambda row: row["same_texts"].replace(" of ", "/")),
         *_lossless_section(run),
         "## Other machines, earlier versions",
-        "Measured before, not repeated with this version; speedups are decode tokens/s of the default pair in bf16. "
-        "CPUs are named by family and model, two cores each. `bench` measures [other "
-        "engines](measure.md#another-engine), too.",
+        "Not repeated with this version. Speedups over plain decoding of the default pair in bf16, by requests, on two "
+        "cores; CPUs are named by family and model.",
         _table(["what", "machine", "version", "figures"], old),
     ]
     return "\n\n".join(part if part.startswith(("|", "`")) else _prose(part) for part in sections) + "\n"
@@ -322,16 +329,15 @@ def _second_model(run: Run | None) -> list[str]:
     if run is None:
         return []
     batches = sorted({row["batch"] for row in run["results"]})
-    rows = [[NAMES[p], *(_speed(_row(run, p, batch)) for batch in batches)] for p in (PLAIN, *SECOND_POLICIES)]
-    same = [[NAMES[p], *(_row(run, p, batch)["same_texts"] for batch in batches)] for p in SECOND_POLICIES]
+    rows = [[_short(p), *(_speed(_row(run, p, batch)) for batch in batches)] for p in (PLAIN, *SECOND_POLICIES)]
+    same = [[_short(p), *(_row(run, p, batch)["same_texts"] for batch in batches)] for p in SECOND_POLICIES]
     return [
         "## A second model",
         f"{run['bundle']} in {run['precision']} has no draft network. Decode tokens/s (times plain decoding):",
         _table(["requests", *map(str, batches)], rows),
         "Texts equal to plain decoding's:",
         _table(["requests", *map(str, batches)], same),
-        "The default's accepted draft tokens by source:",
-        _proposers(run),
+        *(["The default's accepted draft tokens by source:", _proposers(run)] if _several_sources(run) else []),
     ]
 
 

@@ -29,11 +29,9 @@ PARTS = Path(__file__).with_name("clients_parts")
 OUTCOMES = ("works", "refused", "broken")
 PAGE = """# Tested clients
 
-`scripts/proofs/clients.py` installs each client in an environment of its own, asks a server of the default bundle, and
-writes this page. A feature works, is *refused* by a sentence that the client shows, or is broken;
-`scripts/proofs/clients_parts` has what is asked. Claude Code asked a bundle of Qwen2.5-Coder-0.5B with a context of
-32,768 tokens, GenAI-Perf and tritonclient a server with Triton. [Settings to paste](agents.md). To repeat it, with npm
-for some clients:
+`scripts/proofs/clients.py` asks a server of the default bundle with each client, and writes this page. A feature works,
+is *refused* by a sentence that the client shows, or is broken. Claude Code asked a bundle of Qwen2.5-Coder-0.5B,
+GenAI-Perf and tritonclient a server with Triton. [Settings to paste](agents.md). To repeat it, with npm for some:
 
 ```
 echo-trt serve bundles/smollm2-135m

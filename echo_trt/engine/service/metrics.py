@@ -26,19 +26,19 @@ KEPT = ("ttft", "tpot", "both")  # targets of a request, as metrics name them
 #: name -> what it says, of Statistics.counters
 COUNTERS = {
     "iterations": "Iterations of the engine core",
-    "speculative_iterations": "Iterations that verified draft tokens; the others were plain decoding, or prompts alone",
+    "speculative_iterations": "Iterations that verified draft tokens",
     "prompt_tokens": "Prompt tokens computed",
-    "asked_tokens": "Prompt tokens of the requests that were admitted: computed, or found in the prefix cache",
+    "asked_tokens": "Prompt tokens of admitted requests: computed, or found in the prefix cache",
     "cached_tokens": "Prompt tokens found in the prefix cache",
     "evicted_blocks": "KV blocks that the prefix cache gave up for new text",
-    "restored_blocks": "KV blocks read from the store, whose tokens count as found in the prefix cache",
-    "restored_seconds": "Seconds by which reading these blocks was expected to beat computing them",
+    "restored_blocks": "KV blocks read from the store",
+    "restored_seconds": "Seconds by which reading these was expected to beat computing them",
     "stored_bytes": "Bytes of KV blocks written to the store",
     "emitted_tokens": "Tokens emitted",
     "verified_tokens": "Tokens that the target verified, roots included",
     "drafted_tokens": "Draft tokens that were verified",
     "accepted_tokens": "Draft tokens that were accepted",
-    "verifications": "Verifications of one request: emitted over these is the accepted length",
+    "verifications": "Verifications of one request",
     "preemptions": "Requests set back because KV blocks ran out",
     "planner_failures": "Times that a policy or its draft failed, which cost a pass its draft",
 }
@@ -53,7 +53,7 @@ GAUGES = {
     "block_size": "Tokens of a KV block",
     "kv_usage": "Share of the KV blocks that requests hold, 0 to 1",
     "blocks_cached": "KV blocks that no request holds, kept for texts that begin alike",
-    "budget": "K_max: the budget of an iteration; of goodput the knee of the measured costs; 0 of policies without",
+    "budget": "K_max: the budget of an iteration; of goodput the knee of the measured costs",
 }
 HISTOGRAMS = {
     "queue_seconds": (SECONDS, "From a request's arrival until the engine takes it"),
@@ -65,14 +65,14 @@ HISTOGRAMS = {
     "request_prompt_tokens": (TOKENS, "Tokens of a request's prompt"),
     "request_emitted_tokens": (TOKENS, "Tokens of a request's answer"),
 }
-LENGTH = "Tokens emitted per verification, since the last update in which there was a verification"
+LENGTH = "Tokens emitted per verification, lately"
 GAIN = "Tokens per second over plain decoding's at the latest load, as the policy expects; 0: not known"
 SAVED = "Seconds of the engine that drafts have saved since the start, against plain decoding; below 0: lost"
 SAVED_ERROR = "Standard error of echo_saved_seconds, in seconds"
-SOURCE_SAVED = "What a source has saved of them: its accepted tokens less its part of what drafts took"
-DRAFTS = "Draft tokens that goodput verified: the sum of their probabilities, and those accepted"
-POSITIONS = "Draft tokens that were accepted, by their position in the draft; 0: the first"
-SILENT = "Minutes in which a source of drafts was tried and hardly any of its tokens accepted"
+SOURCE_SAVED = "What a source has saved of them"
+DRAFTS = "Draft tokens that goodput verified: their probabilities, summed, and those accepted"
+POSITIONS = "Accepted draft tokens, by their position in the draft; 0: the first"
+SILENT = "Minutes in which hardly any token of a source was accepted"
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ class BenchOptions:
         tuple[str, ...],
         WORDS,
         Parameter(
-            help="Other engines, by commas: openvino-genai, openvino-genai-eagle3, transformers, where installed; "
-            "NAME=URL or NAME=URL#MODEL for a server that runs, as vllm=http://127.0.0.1:8000.",
+            help="Other engines, by commas: openvino-genai, openvino-genai-eagle3, transformers, or a server that "
+            "runs, NAME=URL or NAME=URL#MODEL.",
             show_default=False,
         ),
     ] = ()
@@ -73,8 +73,8 @@ class BenchOptions:
         Parameter(
             metavar="RATES",
             converter=_rates,
-            help="Measure speed without trained weights: the text is made up, and drafts are accepted at this rate, "
-            "such as 0.75, at rates by depth, as 0.8,0.7,0.6, or by depth and rank, in a JSON file.",
+            help="Measure speed with a made-up text, whose drafts are accepted at this rate (0.75), at rates by depth "
+            "(0.8,0.7,0.6), or by depth and rank, in a JSON file.",
         ),
     ] = None
     json_file: JsonFile = None
