@@ -15,16 +15,7 @@ if TYPE_CHECKING:
 NO_MEMORY = "bad_alloc", "start new thread", "allocate memory"  # of what libraries say of it
 LONGEST_SHOWN = 200  # characters of a value, or of an error, in a refusal
 #: What numpy and zipfile raise for a file of arrays that is none of theirs, or was changed.
-DAMAGED = (
-    ValueError,
-    KeyError,
-    EOFError,
-    TypeError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-    tokenize.TokenError,
-)
+DAMAGED = (ValueError, KeyError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError)
 
 
 class UserError(Exception):

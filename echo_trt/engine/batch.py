@@ -43,13 +43,7 @@ class InputBatch:
     """
 
     def __init__(
-        self,
-        count: int,
-        context: int,
-        reserve: int,
-        num_blocks: int,
-        prefix_cache: bool = False,
-        first_block: int = 0,
+        self, count: int, context: int, reserve: int, num_blocks: int, prefix_cache: bool = False, first_block: int = 0
     ):
         """``reserve``: KV rows that one request's drafting and verifying can need beyond its committed tokens.
 

@@ -122,12 +122,7 @@ class SamplingParams:
     )
     ignore_eos: bool = parameter(False, "goes on after the model's end token")
     presence_penalty: float = parameter(
-        0.0,
-        "taken off the logits of tokens that the answer holds",
-        low=-2,
-        high=2,
-        changes="penalties",
-        option=True,
+        0.0, "taken off the logits of tokens that the answer holds", low=-2, high=2, changes="penalties", option=True
     )
     frequency_penalty: float = parameter(
         0.0,

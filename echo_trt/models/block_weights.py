@@ -16,14 +16,7 @@ from echo_trt.models.checkpoint import Checkpoint
 from echo_trt.models.config import BlockConfig, DecoderConfig
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.layers import Embedding, Rotary
-from echo_trt.models.weights import (
-    _assign,
-    _layer_sources,
-    _mlp_sources,
-    _target_ids,
-    eagle3_sources,
-    head_tensor_name,
-)
+from echo_trt.models.weights import _assign, _layer_sources, _mlp_sources, _target_ids, eagle3_sources, head_tensor_name
 
 log = logging.getLogger(__name__)
 MARKOV = "markov_head."

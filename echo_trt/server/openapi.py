@@ -31,13 +31,7 @@ from echo_trt.server.anthropic.types import AnthropicMessage, CountedTokens, Mes
 from echo_trt.server.edge import OPEN
 from echo_trt.server.errors import OllamaFailure, OpenAIFailure, failure_type
 from echo_trt.server.ollama.request import OllamaRequest
-from echo_trt.server.ollama.types import (
-    OllamaChatLine,
-    OllamaModels,
-    OllamaShown,
-    OllamaTextLine,
-    OllamaVersion,
-)
+from echo_trt.server.ollama.types import OllamaChatLine, OllamaModels, OllamaShown, OllamaTextLine, OllamaVersion
 from echo_trt.server.responses.types import CountedInput, ResponseObject, StreamedEvent
 from echo_trt.server.translated import CHAT_FIELDS, TranslatedRequest
 
@@ -145,10 +139,7 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
         "info": {"title": "echo-trt", "version": __version__},
         "tags": [{"name": tag} for tag in dict.fromkeys(each.tag for each in OPERATIONS.values())],
         "paths": paths,
-        "components": {
-            "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
+        "components": {"schemas": schemas, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     }
 
 

@@ -24,8 +24,7 @@ class ApiOptions:
 
     host: Annotated[str, Parameter(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
     api_keys: Annotated[
-        Path | None,
-        Parameter(("--api-keys-file", "--api-keys"), help="Keys that the OpenAI API takes, one per line."),
+        Path | None, Parameter(("--api-keys-file", "--api-keys"), help="Keys that the OpenAI API takes, one per line.")
     ] = None
     served_model_names: Annotated[
         tuple[str, ...],
@@ -50,8 +49,7 @@ class ApiOptions:
         ),
     ] = ()
     strict_fields: Annotated[
-        bool,
-        Parameter(negative="", help="Refuse every field of a request that is not known, instead of dropping it."),
+        bool, Parameter(negative="", help="Refuse every field of a request that is not known, instead of dropping it.")
     ] = False
     page: Annotated[
         bool, Parameter(negative="--no-page", help="Whether / of the OpenAI API's port shows the live page.")

@@ -35,10 +35,7 @@ STOP_STRINGS = 16
 LONGEST_SALT = 1000  # characters
 TOKEN_IDS = 2**18  # of all prompts of a request; no model that we know has a longer context
 #: Other servers' names of fields.
-ALIASES = {
-    "n_predict": "max_tokens",
-    "repeat_penalty": "repetition_penalty",
-}
+ALIASES = {"n_predict": "max_tokens", "repeat_penalty": "repetition_penalty"}
 #: Stands for a top_p of 0, which leaves the best token alone. Larger: a text of nearly equal tokens has several.
 SMALLEST_TOP_P = 1e-9
 
@@ -145,9 +142,7 @@ class Params(Sampled):
     stream_options: StreamOptions | None = None
     max_tokens: Limit | None = None
     logit_bias: Annotated[
-        dict[str, Bias],
-        AfterValidator(_by_token),
-        at_most(PARAMETERS["logit_bias"].entries, "tokens"),
+        dict[str, Bias], AfterValidator(_by_token), at_most(PARAMETERS["logit_bias"].entries, "tokens")
     ] = Field({})
     stop: Annotated[list[StopString], at_most(STOP_STRINGS, "strings")] = Field([])
     stop_token_ids: Annotated[list[Annotated[int, within("stop_token_ids")]], at_most(MAX_STOP_TOKENS, "token ids")] = (

@@ -10,13 +10,7 @@ from typing import Any
 from echo_trt.engine.text.entries import logprob_object, source_object
 from echo_trt.engine.text.prompts import ThinkTokens
 from echo_trt.engine.text.stream import overlap
-from echo_trt.server.answer_types import (
-    AssistantMessage,
-    MessageDelta,
-    PartialCall,
-    SourcedToken,
-    WrittenCall,
-)
+from echo_trt.server.answer_types import AssistantMessage, MessageDelta, PartialCall, SourcedToken, WrittenCall
 from echo_trt.server.text_client import TextPiece
 from echo_trt.server.tool_formats.base import Arguments, Call, Content, ParsedPart, Parser
 

@@ -16,16 +16,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from echo_trt.backends.cpu.engine import CPUEngine
-from echo_trt.backends.cpu.formats import (
-    AHEAD,
-    FORMATS,
-    GGUF_BYTES,
-    PackedWeights,
-    Weights,
-    pack,
-    pack_gguf,
-    quantised,
-)
+from echo_trt.backends.cpu.formats import AHEAD, FORMATS, GGUF_BYTES, PackedWeights, Weights, pack, pack_gguf, quantised
 from echo_trt.backends.cpu.network_file import NetworkWriter, network_writer
 from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.first_layers import in_blocks, layers_within

@@ -15,16 +15,7 @@ from echo_trt.backends.cuda.calls import Graphs, Staging
 from echo_trt.backends.cuda.device import check_heads, check_room, cuda_device, has_cuda, launching_kernels
 from echo_trt.backends.cuda.device_rows import DeviceFeatureCache, compile_choice, gathered
 from echo_trt.backends.cuda.engine import DeviceEngine
-from echo_trt.backends.cuda.sizes import (
-    SIZES,
-    Arrays,
-    CallBounds,
-    capacity_of,
-    empty_call,
-    graph_sizes,
-    pad,
-    size_for,
-)
+from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, capacity_of, empty_call, graph_sizes, pad, size_for
 from echo_trt.backends.cuda.transfers import PACKED, pack_results, send
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.backends.states import KeepsStates

@@ -43,10 +43,7 @@ ALIASES = {
 }
 #: Labels that all series of a prefix have beside, own labels by other names, and reasons by outcome.
 FIXED = {VLLM: {"engine": "0"}, TENSORRT_LLM: {"version": "1"}}
-LABELS = {
-    VLLM: {"outcome": "finished_reason", "blocks": "num_gpu_blocks"},
-    TENSORRT_LLM: {"model_name": "model"},
-}
+LABELS = {VLLM: {"outcome": "finished_reason", "blocks": "num_gpu_blocks"}, TENSORRT_LLM: {"model_name": "model"}}
 REASONS = {"stop": "stop", "length": "length", "deadline": "length", "cancelled": "abort", "failed": "error"}
 _ALIAS = re.compile(r'([\w:]+)(?:{(\w+)="(\w+)"})?')
 

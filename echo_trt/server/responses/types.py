@@ -123,11 +123,7 @@ class _Numbered(TypedDict):
 
 class ResponseEvent(_Numbered):
     type: Literal[
-        "response.created",
-        "response.in_progress",
-        "response.completed",
-        "response.incomplete",
-        "response.failed",
+        "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
     ]
     response: ResponseObject
 
