@@ -92,22 +92,24 @@ class Answer(ABC, Generic[Requested]):
             self._count()
 
     def _count(self) -> None:
-        self._metrics.prompt_tokens.inc(sum(turn.prompt_tokens for turn in self._prompts if turn.finish_reason))
-        self._metrics.completion_tokens.inc(sum(turn.completion_tokens for turn in self._turns if turn.finish_reason))
+        prompts = sum(turn.newest.prompt_tokens for turn in self._prompts if turn.finish_reason)
+        self._metrics.prompt_tokens.inc(prompts)
+        tokens = sum(turn.newest.completion_tokens for turn in self._turns if turn.finish_reason)
+        self._metrics.completion_tokens.inc(tokens)
 
     def summary(self) -> dict[str, Any]:
         """Return what the log says of it, whose choices are one answer; tokens as far as they are known."""
-        turns, prompts, model = self._turns, self._prompts, getattr(self._requested, "model", None)
-        reasons = dict.fromkeys(turn.finish_reason or "cancelled" for turn in turns)
+        turns, prompts = [turn.newest for turn in self._turns], [turn.newest for turn in self._prompts]
+        reasons = dict.fromkeys(turn.finish_reason or "cancelled" for turn in self._turns)
         tokens = {
-            "prompt_tokens": sum(turn.prompt_tokens for turn in prompts),
-            "cached_tokens": sum(turn.cached_tokens for turn in prompts),
-            "completion_tokens": sum(turn.completion_tokens for turn in turns),
-            "queue_ms": max((turn.queue_ms for turn in turns if turn.queue_ms is not None), default=None),
+            "prompt_tokens": sum(each.prompt_tokens for each in prompts),
+            "cached_tokens": sum(each.cached_tokens for each in prompts),
+            "completion_tokens": sum(each.completion_tokens for each in turns),
+            "queue_ms": max((each.queue_ms for each in turns if each.queue_ms is not None), default=None),
             "first_token_ms": min((t.first_token_ms for t in turns if t.first_token_ms is not None), default=None),
         }
         known = tokens if tokens["prompt_tokens"] else {}
-        return {"model": model, "finish_reason": ",".join(reasons), **known}
+        return {"model": getattr(self._requested, "model", None), "finish_reason": ",".join(reasons), **known}
 
     def begin(self, first: TextPiece) -> Iterator[AnswerEvent]:
         """Yield events before the first text."""
@@ -164,16 +166,17 @@ class ApiAnswer(Answer[OpenAIRequest]):
 
     def _usage(self) -> Usage:
         """Count tokens: every prompt once however many choices it has, and every choice."""
-        prompt = sum(turn.prompt_tokens for turn in self._prompts)
-        body = _counts(prompt, sum(turn.completion_tokens for turn in self._turns))
-        body["prompt_tokens_details"] = {"cached_tokens": sum(turn.cached_tokens for turn in self._prompts)}
+        prompt = sum(turn.newest.prompt_tokens for turn in self._prompts)
+        body = _counts(prompt, sum(turn.newest.completion_tokens for turn in self._turns))
+        body["prompt_tokens_details"] = {"cached_tokens": sum(turn.newest.cached_tokens for turn in self._prompts)}
         if details := completion_details(self._turns):
             body["completion_tokens_details"] = details
         return body
 
     def _ended(self) -> AnswerHead:
         """Return the head, and vLLM's field of draft acceptance where one choice was asked for and drafts verified."""
-        head, drafted, accepted = self._head(), self._turn.drafted, self._turn.accepted
+        head, last = self._head(), self._turn.newest
+        drafted, accepted = last.drafted, last.accepted
         if len(self._turns) > 1 or not drafted:
             return head
         reported: DraftAcceptance = {
@@ -186,8 +189,8 @@ class ApiAnswer(Answer[OpenAIRequest]):
             "per_step_accepted": accepted,
             "per_step_drafted": drafted,
         }
-        if self._turn.saved_ms is not None and self._turn.saved_error_ms is not None:
-            reported |= {"saved_ms": self._turn.saved_ms, "saved_error_ms": self._turn.saved_error_ms}
+        if last.saved_ms is not None and last.saved_error_ms is not None:
+            reported |= {"saved_ms": last.saved_ms, "saved_error_ms": last.saved_error_ms}
         return {**head, "metrics": {"speculative_decoding": reported}}
 
 
@@ -314,8 +317,8 @@ def completion_details(turns: Sequence[OutputParser]) -> CompletionDetails:
     details: CompletionDetails = {}
     if turns[0].thinks:
         details["reasoning_tokens"] = sum(turn.reasoning_tokens for turn in turns)
-    if predicted := sum(turn.prediction for turn in turns):
-        details["accepted_prediction_tokens"] = sum(turn.predicted for turn in turns)
+    if predicted := sum(turn.newest.prediction for turn in turns):
+        details["accepted_prediction_tokens"] = sum(turn.newest.predicted for turn in turns)
         details["rejected_prediction_tokens"] = predicted - details["accepted_prediction_tokens"]
     return details
 

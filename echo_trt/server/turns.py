@@ -18,11 +18,10 @@ from echo_trt.server.tool_formats.base import Arguments, Call, Content, ParsedPa
 class OutputParser:
     """One choice: takes pieces as they come. The deltas joined are the same however the text is cut.
 
-    content, reasoning, calls            of the text so far
-    logprobs, sources                    entries of tokens, until ``take_details``
-    prompt_tokens, completion_tokens     of the text so far
-    finish_reason, cached_tokens, times  once the last piece has come
-    drafted, accepted                    likewise, as of ``TextPiece``; so are predictions and saved times
+    content, reasoning, calls  of the text so far
+    logprobs, sources          entries of tokens, until ``take_details``
+    newest                     the piece that came last, whose counts are of the text so far
+    finish_reason              once the last piece has come
     """
 
     def __init__(self, reasoning: ThinkTokens | None = None, parser: Parser | None = None):
@@ -35,14 +34,7 @@ class OutputParser:
         self.logprobs: list[dict[str, Any]] = []
         self.sources: list[SourcedToken] = []
         self.finish_reason: Any = ""  # a FinishReason
-        self.drafted: list[int] = []
-        self.accepted: list[int] = []
-        self.reasoning_tokens = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
-        self.predicted = self.prediction = 0
-        self.saved_ms: float | None = None
-        self.saved_error_ms: float | None = None
-        self.queue_ms: float | None = None
-        self.first_token_ms: float | None = None
+        self.newest, self.reasoning_tokens = TextPiece(), 0
 
     @property
     def thinks(self) -> bool:
@@ -51,7 +43,7 @@ class OutputParser:
     def take(self, piece: TextPiece) -> list[MessageDelta]:
         """Deltas of OpenAI's for what became certain; all of the rest with the last piece."""
         deltas: list[MessageDelta] = []
-        self.prompt_tokens, self.completion_tokens = piece.prompt_tokens, piece.completion_tokens
+        self.newest = piece
         if self._reasoning and self._first:
             self._reasoning.begin(piece.in_thought)
         self._first = False
@@ -64,11 +56,6 @@ class OutputParser:
             if self._parser:
                 deltas += map(self._delta, self._parser.finish())
             self.finish_reason = "tool_calls" if self.calls and piece.finish_reason == "stop" else piece.finish_reason
-            self.cached_tokens = piece.cached_tokens
-            self.queue_ms, self.first_token_ms = piece.queue_ms, piece.first_token_ms
-            self.drafted, self.accepted = piece.drafted, piece.accepted
-            self.saved_ms, self.saved_error_ms = piece.saved_ms, piece.saved_error_ms
-            self.predicted, self.prediction = piece.predicted, piece.prediction
         if self._reasoning:
             self._count(piece)
         self.logprobs += map(logprob_object, piece.logprobs)

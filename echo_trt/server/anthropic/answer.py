@@ -32,7 +32,6 @@ REASONS: dict[str, Literal["end_turn", "max_tokens", "tool_use"]] = {
 class MessagesAnswer(Answer[MessagesRequest]):
     """The answer to one request."""
 
-    _stop_string = ""
     _index, _kind = -1, ""  # of the block that is open; without a kind none is
 
     def begin(self, first: TextPiece) -> Iterator[MessageEvent]:
@@ -41,7 +40,6 @@ class MessagesAnswer(Answer[MessagesRequest]):
         yield {"type": "message_start", "message": {**message, "content": []}}
 
     def take(self, choice: int, piece: TextPiece) -> Iterator[MessageEvent]:
-        self._stop_string = piece.stop_string
         for delta in self._turn.take(piece):
             for kind, text in (("thinking", delta.get("reasoning")), ("text", delta.get("content"))):
                 if text:
@@ -63,7 +61,7 @@ class MessagesAnswer(Answer[MessagesRequest]):
         yield error.body_for("/v1/messages")
 
     def complete(self) -> AnthropicMessage:
-        turn = self._turn
+        turn, counts = self._turn, self._turn.newest
         texts = {"thinking": turn.reasoning, "text": turn.content}
         calls = [_call(call["id"], **call["function"]) for call in turn.calls]
         return {
@@ -74,15 +72,15 @@ class MessagesAnswer(Answer[MessagesRequest]):
             "content": [*(_block(kind, text) for kind, text in texts.items() if text), *calls],
             **self._end(),
             "usage": {
-                "input_tokens": turn.prompt_tokens - turn.cached_tokens,  # the API counts these apart
+                "input_tokens": counts.prompt_tokens - counts.cached_tokens,  # the API counts these apart
                 "cache_creation_input_tokens": 0,
-                "cache_read_input_tokens": turn.cached_tokens,
-                "output_tokens": turn.completion_tokens,
+                "cache_read_input_tokens": counts.cached_tokens,
+                "output_tokens": counts.completion_tokens,
             },
         }
 
     def _end(self) -> MessageEnd:
-        stopped = self._stop_string if self._turn.finish_reason == "stop" else ""
+        stopped = self._turn.newest.stop_string if self._turn.finish_reason == "stop" else ""
         reason = REASONS.get(self._turn.finish_reason)
         return {
             "stop_reason": "stop_sequence" if stopped else reason,

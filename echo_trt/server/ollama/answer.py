@@ -75,8 +75,8 @@ class OllamaAnswer(Answer[OllamaRequest]):
             "done_reason": "length" if self._turn.finish_reason == "length" else "stop",
             "total_duration": ended - self._began,
             "load_duration": 0,
-            "prompt_eval_count": self._turn.prompt_tokens,
+            "prompt_eval_count": self._turn.newest.prompt_tokens,
             "prompt_eval_duration": self._first - self._began,
-            "eval_count": self._turn.completion_tokens,
+            "eval_count": self._turn.newest.completion_tokens,
             "eval_duration": ended - self._first,
         }

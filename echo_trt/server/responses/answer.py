@@ -107,12 +107,13 @@ class Response(Answer[ResponsesRequest]):
 
 
 def _counted(turn: OutputParser) -> ResponseUsage:
+    counts = turn.newest
     return {
-        "input_tokens": turn.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": turn.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": turn.completion_tokens,
+        "input_tokens": counts.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": counts.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": counts.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": turn.reasoning_tokens, **completion_details([turn])},
-        "total_tokens": turn.prompt_tokens + turn.completion_tokens,
+        "total_tokens": counts.prompt_tokens + counts.completion_tokens,
     }
 
 
