@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echo_trt.models.hybrid_config import DeltaNetSizes
+from echo_trt.models.hybrid_config import HybridConfig
 from echo_trt.models.layers import Attend, Linear
 from echo_trt.speculation.paths import CONV_PAST, MAX_ROWS
 
@@ -101,23 +101,23 @@ def inverse(lower: Tensor, steps: list[Tensor]) -> Tensor:
 class DeltaNet(nn.Module):
     """A gated delta-net layer, the ``layer``-th of its kind."""
 
-    def __init__(self, sizes: DeltaNetSizes, layer: int, hidden: int, eps: float):
+    def __init__(self, config: HybridConfig, layer: int):
         super().__init__()
-        self.sizes, self.layer, self.eps = sizes, layer, eps
-        self.project = Linear(hidden, sum(sizes.projected))
-        self.conv = nn.Parameter(torch.empty(sizes.channels, 1, CONV_PAST + 1))
-        self.decay_log = nn.Parameter(torch.empty(sizes.value_heads))
-        self.decay_bias = nn.Parameter(torch.empty(sizes.value_heads))
-        self.norm = nn.Parameter(torch.ones(sizes.value_dim))
-        self.out = Linear(sizes.values, hidden)
+        self.config, self.layer = config, layer
+        self.project = Linear(config.hidden_size, sum(config.linear_projected))
+        self.conv = nn.Parameter(torch.empty(config.linear_channels, 1, CONV_PAST + 1))
+        self.decay_log = nn.Parameter(torch.empty(config.linear_value_heads))
+        self.decay_bias = nn.Parameter(torch.empty(config.linear_value_heads))
+        self.norm = nn.Parameter(torch.ones(config.linear_value_dim))
+        self.out = Linear(config.linear_values, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, call: DeltaCall) -> Tensor:
         """Mix x [N, H] along the paths of ``call``, without positions; returns [N, H]."""
-        mixed, gate, write, decay = self.project(x).split(self.sizes.projected, dim=-1)
+        mixed, gate, write, decay = self.project(x).split(self.config.linear_projected, dim=-1)
         key, update, total, output = self._trees(self._convolve(mixed, call), write, decay, call)
         call.results.append((key, update, total, mixed))
         heads = output.transpose(1, 2).flatten(0, 1).index_select(0, call.row_places)  # [N, Hv, dv]
-        normed = F.rms_norm(heads, (self.sizes.value_dim,), self.norm.to(heads.dtype), self.eps)
+        normed = F.rms_norm(heads, (self.config.linear_value_dim,), self.norm.to(heads.dtype), self.config.norm_eps)
         return self.out(normed.flatten(1).to(gate.dtype) * F.silu(gate))
 
     def _convolve(self, mixed: Tensor, call: DeltaCall) -> Tensor:
@@ -134,12 +134,12 @@ class DeltaNet(nn.Module):
         self, mixed: Tensor, write: Tensor, decay: Tensor, call: DeltaCall
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute keys, U, G and outputs [B, H, T, ...] of padded trees from packed rows [N, ...], in float32."""
-        sizes, state = self.sizes, call.states[f"delta_state.{self.layer}"].float()
+        config, state = self.config, call.states[f"delta_state.{self.layer}"].float()
         mixed, write, decay = mixed.float(), write.float(), decay.float()
-        keys, ancestors = sizes.key_heads * sizes.key_dim, call.ancestors.unsqueeze(1)  # [B, 1, T, T]
+        keys, ancestors = config.linear_key_heads * config.linear_key_dim, call.ancestors.unsqueeze(1)  # [B, 1, T, T]
         query, key, value = call.padded(mixed).split((keys, keys, mixed.shape[-1] - 2 * keys), dim=-1)
-        query, key = self._unit(query, sizes.key_dim**-0.5), self._unit(key)
-        value = value.unflatten(-1, (sizes.value_heads, sizes.value_dim)).transpose(1, 2)
+        query, key = self._unit(query, config.linear_key_dim**-0.5), self._unit(key)
+        value = value.unflatten(-1, (config.linear_value_heads, config.linear_value_dim)).transpose(1, 2)
         beta = call.padded(write.sigmoid()).transpose(1, 2).unsqueeze(-1)  # [B, H, T, 1]
         step = -self.decay_log.float().exp() * F.softplus(decay + self.decay_bias)
         own = call.ancestors + identity(call.ancestors)
@@ -155,9 +155,9 @@ class DeltaNet(nn.Module):
 
     def _unit(self, rows: Tensor, length: float = 1.0) -> Tensor:
         """Return heads of ``length``, one per head of values: [B, T, Hk * dk] to [B, Hv, T, dk]."""
-        width = self.sizes.key_dim
-        heads = rows.unflatten(-1, (self.sizes.key_heads, width)).transpose(1, 2)
+        width = self.config.linear_key_dim
+        heads = rows.unflatten(-1, (self.config.linear_key_heads, width)).transpose(1, 2)
         scale = torch.full((width,), length * width**-0.5)
         heads = F.rms_norm(heads, (width,), scale, 1e-6 / width)  # for which compilers have a kernel
-        repeats = self.sizes.value_heads // self.sizes.key_heads
+        repeats = self.config.linear_value_heads // self.config.linear_key_heads
         return heads.unsqueeze(2).expand(-1, -1, repeats, -1, -1).flatten(1, 2) if repeats > 1 else heads

@@ -14,35 +14,10 @@ OTHERS = ("mtp.", "model.visual.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeltaNetSizes:
-    """The sizes of a delta-net layer: heads of keys and of values, and their widths."""
-
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-
-    @property
-    def channels(self) -> int:
-        """Columns of query, key and value side by side, which the convolution mixes along the text."""
-        return 2 * self.key_heads * self.key_dim + self.values
-
-    @property
-    def values(self) -> int:
-        """Columns of the output of all heads."""
-        return self.value_heads * self.value_dim
-
-    @property
-    def projected(self) -> list[int]:
-        """Columns of the merged projection: query, key and value; the output's gate; write strength; decay."""
-        return [self.channels, self.values, self.value_heads, self.value_heads]
-
-
-@dataclass(frozen=True, kw_only=True)
 class HybridConfig(DecoderConfig):
     """A decoder some of whose layers are gated delta nets.
 
-    linear_layers  indices of the delta-net layers
+    linear_layers  indices of the delta-net layers; the other names beginning so are of their heads
     rotary_dim     numbers of a head that are rotated, the first ones
     """
 
@@ -55,13 +30,19 @@ class HybridConfig(DecoderConfig):
     gated: ClassVar[bool] = True
 
     @property
-    def delta_net(self) -> DeltaNetSizes:
-        return DeltaNetSizes(
-            key_heads=self.linear_key_heads,
-            value_heads=self.linear_value_heads,
-            key_dim=self.linear_key_dim,
-            value_dim=self.linear_value_dim,
-        )
+    def linear_channels(self) -> int:
+        """Columns of query, key and value side by side, which the convolution mixes along the text."""
+        return 2 * self.linear_key_heads * self.linear_key_dim + self.linear_values
+
+    @property
+    def linear_values(self) -> int:
+        """Columns of the output of all heads."""
+        return self.linear_value_heads * self.linear_value_dim
+
+    @property
+    def linear_projected(self) -> list[int]:
+        """Columns of the merged projection: query, key and value; the output's gate; write strength; decay."""
+        return [self.linear_channels, self.linear_values, self.linear_value_heads, self.linear_value_heads]
 
     @property
     def attention_layers(self) -> int:
@@ -70,17 +51,15 @@ class HybridConfig(DecoderConfig):
     @property
     def other_parameters(self) -> int:
         """Parameters of the delta-net layers: projections, the convolution of four, decays and the norm of heads."""
-        sizes = self.delta_net
-        small = 4 * sizes.channels + 2 * sizes.value_heads + sizes.value_dim
-        return len(self.linear_layers) * (self.hidden_size * (sum(sizes.projected) + sizes.values) + small)
+        small = 4 * self.linear_channels + 2 * self.linear_value_heads + self.linear_value_dim
+        projections = self.hidden_size * (sum(self.linear_projected) + self.linear_values)
+        return len(self.linear_layers) * (projections + small)
 
     @property
     def states(self) -> StateLayout:
-        sizes, layers = self.delta_net, range(len(self.linear_layers))
-        kinds = {
-            "conv_state": (CONV_PAST, sizes.channels),
-            "delta_state": (sizes.value_heads, sizes.key_dim, sizes.value_dim),
-        }
+        delta_state = self.linear_value_heads, self.linear_key_dim, self.linear_value_dim
+        kinds = {"conv_state": (CONV_PAST, self.linear_channels), "delta_state": delta_state}
+        layers = range(len(self.linear_layers))
         return StateLayout({f"{kind}.{layer}": shape for kind, shape in kinds.items() for layer in layers})
 
 

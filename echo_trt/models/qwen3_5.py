@@ -35,7 +35,7 @@ class HybridDecoder(Decoder):
         linear = full = 0
         for i, layer in enumerate(self.layers):
             if i in config.linear_layers:
-                layer.attention = DeltaNet(config.delta_net, linear, config.hidden_size, config.norm_eps)
+                layer.attention = DeltaNet(config, linear)
                 linear += 1
             else:
                 layer.attention = GatedAttention(config, full)

@@ -386,7 +386,7 @@ def _stored_type(filling: _Filling, shape: torch.Size, parts: list) -> torch.dty
 def heights(config: Config, parts: int = 3) -> list[int]:
     """Return the rows of the ``parts`` that a merged projection is made of."""
     if parts > 3:
-        return config.delta_net.projected
+        return config.linear_projected
     queries = config.num_heads * (2 if config.gated else 1)  # gated: a gate beside each
     return [heads * config.head_dim for heads in (queries, config.num_kv_heads, config.num_kv_heads)]
 
