@@ -58,7 +58,9 @@ class DynamoAnswer(Pending):
             while not self.events.empty():
                 event = self.events.get_nowait().appended_to(event)
             if self.text:
-                self._stop_at(self.text, event)
+                _, _, stops = self.text.read(event)
+                if stops and self.service:
+                    self.service.stop(self.job, self.text.used)
             chunk: dict[str, Any] = {"token_ids": event.token_ids, "index": 0}
             if event.logprobs:
                 chunk |= _logprobs(event.logprobs, texts)
@@ -68,18 +70,6 @@ class DynamoAnswer(Pending):
             if event.reason:
                 chunk |= self._last(event, texts)
             yield chunk, event
-
-    def _stop_at(self, text: AnswerText, event: Event) -> None:
-        """End the answer where a stop string is complete."""
-        before = text.stopped
-        _, used, _ = text.take(event.token_ids, event.reason in ("stop", "length", "deadline"))
-        event.token_ids, event.logprobs = event.token_ids[:used], event.logprobs[:used]
-        if text.stopped:
-            event.completion_tokens = text.used
-            if event.reason in ("length", "deadline"):
-                event.reason = "stop"
-            elif self.service and not before and not event.reason:
-                self.service.stop(self.job, text.used)
 
     def _last(self, end: Event, texts: TokenTexts) -> dict[str, Any]:
         chunk: dict[str, Any] = {

@@ -120,6 +120,20 @@ class AnswerText:
         self.used += used
         return piece, used, self._stream.settle()
 
+    def read(self, event: Event) -> tuple[str, list[int], bool]:
+        """Take an event's tokens; it loses those behind a stop string, which is then the answer's end.
+
+        Returns text and offsets as ``take``, and whether the engine goes on behind the stop string: tell it to stop.
+        """
+        before = self.stopped
+        piece, used, offsets = self.take(event.token_ids, bool(event.reason) and event.reason != "failed")
+        event.token_ids, event.logprobs = event.token_ids[:used], event.logprobs[:used]
+        event.sources = event.sources[:used]
+        if self.stopped:
+            event.completion_tokens = self.used
+            event.reason = "stop" if event.reason and event.reason not in ERRORS else event.reason
+        return piece, offsets, bool(self.stopped) and not before and not event.reason
+
     def follow(
         self, request: Request, tokens: Sequence[int], cancel: Callable[[Request], None]
     ) -> tuple[str, int, list[int]]:
@@ -186,26 +200,19 @@ class OutgoingText:
         return self._text.used
 
     def add(self, event: Event) -> bool:
-        """Take news; say whether they complete a stop string while the engine goes on, which must be told to stop.
-
-        ``event`` says then how the text has it: an answer of which a stop string was the end has stopped.
-        """
-        before = self.stopped
-        piece, used, offsets = self._text.take(event.token_ids, bool(event.reason) and event.reason != "failed")
+        """Take news, as ``AnswerText.read``; say whether the engine must be told to stop."""
+        piece, offsets, stops = self._text.read(event)
         self.unsent += piece
-        self.tokens += event.token_ids[:used]
+        self.tokens += event.token_ids
         if self.logprobs:
             if not self._began and self._params.prompt_logprobs is not None:
                 self.logprobs.begin(self.ids, event.prompt_logprobs)
             if self._params.logprobs is not None:
-                self.logprobs.take(event.logprobs[:used], offsets)
+                self.logprobs.take(event.logprobs, offsets)
         if self.sources:
-            self.sources.take(event.sources[:used], offsets)
+            self.sources.take(event.sources, offsets)
         self._began = True
-        if self.stopped:
-            event.completion_tokens = self.used
-            event.reason = "stop" if event.reason and event.reason not in ERRORS else event.reason
-        return bool(self.stopped) and not before and not event.reason
+        return stops
 
     def take(self) -> tuple[str, list[int]]:
         """Return unsent text and tokens, which are sent then."""
