@@ -19,9 +19,9 @@ from echo_trt.backends.cpu.build import compile_role
 from echo_trt.backends.cpu.engine import CPUEngine
 from echo_trt.backends.kind import engine_kinds
 from echo_trt.backends.onnx_export import export
+from echo_trt.backends.openvino.build import export_parted
 from echo_trt.backends.openvino.cpu import has_bf16
 from echo_trt.backends.openvino.engine import OpenVINOEngine
-from echo_trt.backends.openvino.export import export_parted
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.models.families import FAMILIES
 from echo_trt.models.families.family import Family
