@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +88,13 @@ def check_room(device: torch.device, needed: int, name: str, remedy: str) -> Non
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if needed > free:
         raise UserError(missing(needed, free, torch.cuda.get_device_name(device), name, remedy))
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str) -> torch.Tensor:
+    """Make a tensor of zeros whose size follows the KV blocks; refuse, by ``name``, where a GPU has no room for it."""
+    if device.type == "cuda":
+        check_room(device, math.prod(shape) * dtype.itemsize, name, "lower limits.kv_blocks")
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def missing(needed: int, free: int, device: str, name: str, remedy: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from echo_trt.backends.cuda import choose
 from echo_trt.backends.cuda.calls import Staging
-from echo_trt.backends.cuda.device import check_room
+from echo_trt.backends.cuda.device import zeros
 from echo_trt.backends.cuda.transfers import fetch, read_packed, send
 from echo_trt.speculation.sampling.draw import SamplingBatch
 
@@ -143,10 +143,7 @@ class DeviceFeatureCache:
         device: torch.device,
         project: Callable[[Tensor], Tensor] = lambda rows: rows,
     ):
-        if device.type == "cuda":
-            needed = count * width * dtype.itemsize
-            check_room(device, needed, f"the draft's memory of {count:,} rows", "lower limits.kv_blocks")
-        self.rows = torch.zeros(count, width, dtype=dtype, device=device)
+        self.rows = zeros((count, width), dtype, device, f"the draft's memory of {count:,} rows")
         self._project = project
 
     @torch.inference_mode()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from echo_trt.backends.base import ROW_OUTPUTS
 from echo_trt.backends.cuda.calls import Graphs, Staging
-from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device, launching_kernels, own_stream
+from echo_trt.backends.cuda.device import compute_capability, cuda_device, launching_kernels, own_stream, zeros
 from echo_trt.backends.cuda.device_rows import DeviceFeatureCache, compile_choice, gathered
 from echo_trt.backends.cuda.engine import DeviceEngine
 from echo_trt.backends.cuda.levels import parts_of_level
@@ -69,7 +69,8 @@ class TensorRTEngine(DeviceEngine):
             )
         self.prefill_alone = min(LARGEST, self._tokens)
         block = (session.largest(self._caches[0], axis) for axis in (1, 2, 3))
-        self._pool = self._allocate((len(self._caches), num_blocks, *block))
+        shape, dtype = (len(self._caches), num_blocks, *block), session.types[self._caches[0]]
+        self._pool = zeros(shape, dtype, self.device, f"the KV cache of {num_blocks} blocks")
         self._stream = own_stream(self.device, self) if self.device.type == "cuda" else None
         if self._stream is not None:  # the pool is zeroed on PyTorch's current stream
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -124,13 +125,6 @@ class TensorRTEngine(DeviceEngine):
         self.compact_kv(row, row)
         if "logits" in self._session.outputs:
             compile_choice(self._session.width("logits"), self._session.types["logits"], self.device)
-
-    def _allocate(self, shape: tuple[int, ...]) -> Tensor:
-        dtype = self._session.types[self._caches[0]]
-        needed = int(np.prod(shape)) * dtype.itemsize
-        if self.device.type == "cuda":
-            check_room(self.device, needed, f"the KV cache of {self.num_blocks} blocks", "lower limits.kv_blocks")
-        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def _outputs(self, call: ForwardBatch, inputs: dict[str, np.ndarray]) -> dict[str, Tensor]:
         return self._join(call, packed_pieces(call, inputs, self._tokens, self._sizes, self._bounds))

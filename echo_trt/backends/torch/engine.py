@@ -12,7 +12,7 @@ from torch import Tensor
 
 from echo_trt.backends.base import METADATA, ROW_OUTPUTS
 from echo_trt.backends.cuda.calls import Graphs, Staging
-from echo_trt.backends.cuda.device import check_heads, check_room, cuda_device, has_cuda, launching_kernels
+from echo_trt.backends.cuda.device import check_heads, cuda_device, has_cuda, launching_kernels, zeros
 from echo_trt.backends.cuda.device_rows import DeviceFeatureCache, compile_choice, gathered
 from echo_trt.backends.cuda.engine import DeviceEngine
 from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, capacity_of, empty_call, graph_sizes, pad, size_for
@@ -71,10 +71,7 @@ class TorchEngine(KeepsStates, DeviceEngine):
             )
         self._open_states(states, bounds.requests if bounds else MAX_REQUESTS)
         shape = 2 * role.num_layers, num_blocks, config.num_kv_heads, BLOCK, config.head_dim
-        if self.device.type == "cuda":
-            needed = int(np.prod(shape)) * self._dtype.itemsize
-            check_room(self.device, needed, f"the KV cache of {num_blocks} blocks", "lower limits.kv_blocks")
-        self._pool = torch.zeros(shape, dtype=self._dtype, device=self.device)
+        self._pool = zeros(shape, self._dtype, self.device, f"the KV cache of {num_blocks} blocks")
         self._resident = self.device.type != "cpu" if resident is None else resident
         self._bounds = bounds or CallBounds(MAX_REQUESTS, num_blocks, table=num_blocks)
         self._feature_caches = self._make_feature_caches() if self._resident else {}
@@ -129,7 +126,8 @@ class TorchEngine(KeepsStates, DeviceEngine):
             inputs |= self._states.begin(call, len(call.token_ids)) | self._states.inputs
         arrays = self._arrays_of(call, inputs)
         outputs = self._forward({name: torch.from_numpy(array) for name, array in arrays.items()})
-        named = {name: _as_array(o) for name, o in zip(self._role.outputs, outputs, strict=True)}
+        on_host = ((each.float() if each.is_floating_point() else each).numpy() for each in outputs)
+        named = dict(zip(self._role.outputs, on_host, strict=True))
         if self._states:
             self._states.keep(named)
         return named
@@ -203,10 +201,6 @@ class TorchEngine(KeepsStates, DeviceEngine):
             from super_tree_attention.triton_attention import move_rows
 
             move_rows(self._pool, old, new)
-
-
-def _as_array(tensor: Tensor) -> np.ndarray:
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def _operator_for(device: torch.device, config: Config) -> Callable[..., Tensor]:
