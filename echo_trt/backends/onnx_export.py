@@ -50,12 +50,13 @@ def _(query: Tensor, *others: object) -> Tensor:
 def export(role: Role, path: Path) -> None:
     """Write the graph to ``path`` (.onnx), its weights beside it (.onnx.data) without a second copy in memory."""
     inputs, metadata, caches = _example(role)
+    cache_names = [f"{kind}_cache.{layer}" for layer in range(role.num_layers) for kind in ("key", "value")]
     auto = {0: torch.export.Dim.DYNAMIC}
     program = trace(
         _Graph(role),
         (inputs, metadata, torch.zeros(2, dtype=torch.long), caches),
         (_dynamic(inputs), [auto] * len(metadata), auto, [auto] * len(caches)),
-        [*inputs, *METADATA, "logit_rows", *cache_names(role.num_layers)],
+        [*inputs, *METADATA, "logit_rows", *cache_names],
         list(role.outputs),
         OPSET,
         {torch.ops.echo.super_tree_attention.default: _to_onnx},
@@ -100,10 +101,6 @@ def in_precision(role: Role, precision: str) -> Role:
     dtype = TYPES[precision]
     shared = {id(p): p for p in role.parameters() if p.dtype == dtype}
     return copy.deepcopy(role, shared).to(dtype)
-
-
-def cache_names(num_layers: int) -> list[str]:
-    return [f"{kind}_cache.{layer}" for layer in range(num_layers) for kind in ("key", "value")]
 
 
 class _Graph(nn.Module):

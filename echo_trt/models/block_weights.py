@@ -32,8 +32,9 @@ def check_block(checkpoint: Checkpoint, target: DecoderConfig, rows: int | None 
     where = str(checkpoint.path)
     config = fitted(block_config(checkpoint.config, where, rows), target, where)
     names = _names(config, checkpoint)
-    for name in _head_tensors(config):
-        if name not in names:
+    wanted = {CONFIDENCE + "weight": config.confidence, EMBEDDING: config.confidence and config.confidence_sees_token}
+    for name in wanted:
+        if wanted[name] and name not in names:
             key = "confidence_head_with_markov" if name == EMBEDDING else "enable_confidence_head"
             raise UserError(
                 f"{where}: tensor {name} is missing, but config.json has {key} {checkpoint.config.get(key)}; download "
@@ -108,12 +109,6 @@ def confidence_by_token(model: BlockNetwork, checkpoint: Checkpoint) -> np.ndarr
 def _names(config: BlockConfig, checkpoint: Checkpoint) -> dict[str, str]:
     """Map DFlash's or EAGLE's spelling of a tensor's name to the checkpoint's."""
     return {head_tensor_name(name, "midlayer." if config.anchored else ""): name for name in checkpoint.names()}
-
-
-def _head_tensors(config: BlockConfig) -> list[str]:
-    if not config.confidence:
-        return []
-    return [CONFIDENCE + "weight", *([EMBEDDING] if config.confidence_sees_token else [])]
 
 
 def dflash_sources(config: BlockConfig) -> dict[str, Any]:

@@ -78,11 +78,6 @@ def ignore(name: str) -> None:
             raise ApiError(400, f"The body has more than {FIELDS} fields that are not known here; leave them out.")
 
 
-def is_strict() -> bool:
-    reading = READING.get(None)
-    return reading is not None and reading.strict
-
-
 def read_fields(given: Mapping[str, Any], known: Collection[str], path: str = "") -> dict[str, Any]:
     """Return the fields that are ``known``, and drop the others but those that matter to the text.
 
@@ -187,7 +182,8 @@ class RequestBody(Strict):
     def kept(cls, given: dict[str, Any]) -> dict[str, Any]:
         """Return the fields as they are checked. Raises ApiError."""
         read = super().kept({name: value for name, value in bounded(given).items() if value is not None})
-        for name in read.keys() & cls.NEUTRAL.keys() if not is_strict() else ():
+        strict = (READING.get(None) or Reading()).strict
+        for name in read.keys() & cls.NEUTRAL.keys() if not strict else ():
             if type(read[name]) is not bool and read[name] in cls.NEUTRAL[name]:
                 ignore(name)
                 del read[name]

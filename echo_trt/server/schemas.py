@@ -46,13 +46,6 @@ def _by_token(bias: dict[str, float]) -> dict[int, float]:
     return {int(key): value for key, value in bias.items()}
 
 
-def _check_best_of(best_of: Any, n: Any) -> None:
-    """Refuse a ``best_of`` other than n: texts are not ranked. Raises ApiError."""
-    if type(best_of) is not int or best_of != (1 if n is None else n):
-        message = f"best_of is {shown(best_of)}, and texts are not ranked here; give the value of n, or leave it out."
-        raise ApiError(400, message, param="best_of")
-
-
 Limit = Annotated[int, within("max_tokens")]
 Bias = Annotated[float, within("logit_bias")]
 Alternatives = Annotated[int, within("logprobs")]
@@ -158,8 +151,10 @@ class Params(Sampled):
     @classmethod
     def kept(cls, given: dict[str, Any]) -> dict[str, Any]:
         given = super().kept(given)
-        if "best_of" in given:
-            _check_best_of(given.pop("best_of"), given.get("n"))
+        best_of, n = given.pop("best_of", None), given.get("n", 1)
+        if best_of is not None and (type(best_of) is not int or best_of != n):
+            why = "and texts are not ranked here; give the value of n, or leave it out."
+            raise ApiError(400, f"best_of is {shown(best_of)}, {why}", param="best_of")
         for name, ours in ALIASES.items():
             if name in given and given[name] != given.get(ours, given[name]):
                 raise ApiError(400, f"{name} and {ours} are both given; give the latter.", param=name)

@@ -96,7 +96,7 @@ class MachineCode:
         self.machine = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3)
         folder = code_folder(_has_tiles)  # of this module
         file = folder / f"{name}.nbo" if folder else None
-        made_of = _digest(f"{cpu} {features}")
+        made_of = sha256(f"{cpu} {features} {llvmlite.__version__}".encode() + _sources()).digest()
         code = _read(file, made_of)
         if code is None:
             module = llvm.parse_assembly(ir())
@@ -112,13 +112,9 @@ class MachineCode:
         return self._engine.get_function_address(name)
 
 
-def _digest(cpu: str) -> bytes:
-    """Return 32 bytes of what code depends on: a CPU, LLVM, and the modules that write IR, which are this folder's."""
-    return sha256(f"{cpu} {llvmlite.__version__}".encode() + _sources()).digest()
-
-
 @cache
 def _sources() -> bytes:
+    """Return the modules that write IR, which are this folder's."""
     return b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
 
 

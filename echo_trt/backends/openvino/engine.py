@@ -52,7 +52,8 @@ class OpenVINOEngine(KeepsStates):
         #: Columns of inputs and outputs with one row per token, by name.
         self.widths = {name: port.partial_shape[1].get_length() for port in tables for name in port.names}
         self._target = "logits" in self._outputs
-        self.rounds_trees = self._target and rounds_coarsely(precision)
+        # In bf16 logits can change visibly with the shape of a call.
+        self.rounds_trees = self._target and cpu.compute_type(precision) == ov.Type.bf16
         # Products of a single row are rounded differently from those of several rows.
         minimum = 2 if self.rounds_trees else 1
         if self.rounds_trees and precision == "bf16" and not cpu.has_amx():
@@ -152,11 +153,6 @@ class OpenVINOEngine(KeepsStates):
     def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
         rows = self._pool[:, source // BLOCK, :, source % BLOCK]
         self._pool[:, target // BLOCK, :, target % BLOCK] = rows
-
-
-def rounds_coarsely(precision: str) -> bool:
-    """Return whether logits can change visibly with the shape of a call, by bf16."""
-    return cpu.compute_type(precision) == ov.Type.bf16
 
 
 def _longer(inputs: dict[str, np.ndarray], more: int) -> dict[str, np.ndarray]:

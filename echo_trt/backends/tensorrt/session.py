@@ -71,7 +71,9 @@ class Session:
         scratch = self._engine.device_memory_size_v2
         check_room(device, scratch, f"the scratch memory of {file.name}", "lower limits.batch or limits.prefill_chunk")
         self._scratch = torch.empty(max(scratch, 1), dtype=torch.uint8, device=device)
-        self._settings = self._runtime_settings()
+        self._settings = self._engine.create_runtime_config()
+        by_user = self._api.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._settings.set_execution_context_allocation_strategy(by_user)
         self._contexts: dict[Any, Any] = {}
         self._in_graphs: dict[int, Any] = {}  # contexts of captured graphs, by their identity
 
@@ -80,11 +82,6 @@ class Session:
 
     def width(self, output: str) -> int:
         return self._engine.get_tensor_shape(output)[-1]
-
-    def _runtime_settings(self) -> Any:
-        settings = self._engine.create_runtime_config()
-        settings.set_execution_context_allocation_strategy(self._api.ExecutionContextAllocationStrategy.USER_MANAGED)
-        return settings
 
     def launch(
         self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], recurs: bool = True
