@@ -104,16 +104,8 @@ class ApiServer(Supervised):
 
     def _spawn(self) -> Process:
         job = self._job
-        words = [
-            "--engine-socket",
-            str(self._engine),
-            "--bundle",
-            str(job.bundle),
-            "--port",
-            str(job.openai_port),
-            *job.api_words,
-        ]
-        words += ["--drain-seconds", str(job.drain_seconds), f"--latency-classes={job.latency_classes}"]
+        words = ["--engine-socket", str(self._engine), "--bundle", str(job.bundle), "--port", str(job.openai_port)]
+        words += [*job.api_words, "--drain-seconds", str(job.drain_seconds), f"--latency-classes={job.latency_classes}"]
         words += ["--liveness-socket", str(self.socket), "--log-format=json"]
         self.socket.unlink(missing_ok=True)
         return Process("server", [sys.executable, "-m", "echo_trt.server", *words], dict(os.environ), self._log)

@@ -114,7 +114,7 @@ class TextClient(Client):
         async with aclosing(self.submit(submit)) as answers:
             async for event in answers:
                 if out.add(event):
-                    self.stop(submit, out.used)
+                    self.stop(submit, out.text.used)
                 if event.reason or out.unsent:
                     yield _piece(out, event)
 
@@ -149,7 +149,7 @@ def _piece(out: OutgoingText, event: Event) -> TextPiece:
     piece.logprobs = out.logprobs.clear() if out.logprobs else []
     piece.sources = out.sources.clear() if out.sources else []
     if event.reason:
-        piece.finish_reason, piece.stop_string = event.reason, out.stopped
+        piece.finish_reason, piece.stop_string = event.reason, out.text.stopped
         piece.completion_tokens, piece.cached_tokens = event.completion_tokens, event.cached_tokens
         piece.drafted, piece.accepted = event.drafted, event.accepted
         piece.predicted, piece.prediction = event.predicted, out.prediction

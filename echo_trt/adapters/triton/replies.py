@@ -131,7 +131,7 @@ class Replies:
     def _merge(self, reply: Reply, event: Event) -> None:
         try:
             if not reply.broken and reply.out.add(event):
-                self._service.stop(reply.job, reply.out.used)
+                self._service.stop(reply.job, reply.out.text.used)
         except Exception:  # this thread answers all the others, too
             self._break(reply)
         reply.observe(event, self._metrics)

@@ -8,6 +8,7 @@ from llvmlite import ir
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32, PTR = ir.HalfType(), ir.FloatType(), ir.PointerType()
+vec = ir.VectorType
 
 
 class _BFloat(ir.types.Type):
@@ -113,10 +114,6 @@ class Builder(ir.IRBuilder):
         """Return where a thread's share of ``total`` things begins and ends."""
         begin = self.sdiv(self.mul(total, thread), threads)
         return begin, self.sdiv(self.mul(total, self.add(thread, I64(1))), threads)
-
-
-def vec(kind: ir.Type, lanes: int) -> ir.VectorType:
-    return ir.VectorType(kind, lanes)
 
 
 def const(kind: ir.VectorType, value: float) -> ir.Constant:

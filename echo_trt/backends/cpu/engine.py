@@ -19,6 +19,8 @@ from echo_trt.backends.cpu.program import Pool
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import ForwardBatch
 
+#: The threads that all networks of this process share, one pass at a time.
+_pool = cache(Pool)
 CAPACITY = 512  # tokens of a pass that a network is prepared for at first. Larger: more address space
 
 
@@ -127,12 +129,6 @@ class CPUEngine(Engine):
 
     def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
         self._kv.move(source, target)
-
-
-@cache
-def _pool(threads: int) -> Pool:
-    """Return the threads that all networks of this process share, one pass at a time."""
-    return Pool(threads)
 
 
 def _threads() -> int:

@@ -170,6 +170,7 @@ def overlap(text: str, mark: str) -> int:
 class OutgoingText:
     """An answer's text from its tokens, as they come.
 
+    text                        of all tokens so far
     ids                         the prompt's
     in_thought                  whether the prompt ends inside a thought; None for a model that does not think
     prediction                  tokens that the client expects
@@ -184,24 +185,14 @@ class OutgoingText:
         self.ids, self.in_thought, self.prediction = ids, reader.in_thought(ids), len(params.prediction_ids)
         echoed = reader.echoed(prompt) if echoes else ""
         self.unsent, self.tokens = echoed, list[int]()
-        self._params, self._text, self._began = params, AnswerText(reader.tokenizer.backend_tokenizer, params), False
+        self._params, self.text, self._began = params, AnswerText(reader.tokenizer.backend_tokenizer, params), False
         wanted = params.logprobs is not None or params.prompt_logprobs is not None
         self.logprobs = OutgoingLogprobs(reader.texts, echoed) if wanted else None
         self.sources = OutgoingSources(reader.texts) if params.token_sources else None
 
-    @property
-    def stopped(self) -> str:
-        """The stop string that has ended it; empty: none."""
-        return self._text.stopped
-
-    @property
-    def used(self) -> int:
-        """Tokens of the answer, up to a stop string."""
-        return self._text.used
-
     def add(self, event: Event) -> bool:
         """Take news, as ``AnswerText.read``; say whether the engine must be told to stop."""
-        piece, offsets, stops = self._text.read(event)
+        piece, offsets, stops = self.text.read(event)
         self.unsent += piece
         self.tokens += event.token_ids
         if self.logprobs:
