@@ -14,26 +14,7 @@ from typing import Any, Generic, TypeVar
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from echo_trt.server.answer_types import (
-    AnswerHead,
-    ChatChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatDetails,
-    ChatLogprobs,
-    ChatToken,
-    ChunkChoice,
-    CompletionDetails,
-    DraftAcceptance,
-    FinishReason,
-    MessageDelta,
-    RunningUsage,
-    SourcedChoice,
-    TextChoice,
-    TextCompletion,
-    TextLogprobs,
-    Usage,
-)
+from echo_trt.server import answer_types as api
 from echo_trt.server.choices import ClientGone, PieceStream
 from echo_trt.server.errors import ApiError, stopped
 from echo_trt.server.fields import RequestBody
@@ -149,22 +130,22 @@ class ApiAnswer(Answer[OpenAIRequest]):
     def failed(self, error: ApiError) -> Iterator[AnswerEvent]:
         yield error.body
 
-    def _head(self) -> AnswerHead:
+    def _head(self) -> api.AnswerHead:
         return {"id": self._id, "created": self._created, "model": self._requested.model}
 
-    def _running(self, piece: TextPiece) -> RunningUsage:
+    def _running(self, piece: TextPiece) -> api.RunningUsage:
         """Return a chunk's field of usage, where it has one."""
         if self._requested.wants_running_usage:
             return {"usage": _counts(piece.prompt_tokens, piece.completion_tokens)}
         return {"usage": None} if self._requested.wants_usage else {}
 
-    def _taken(self, turn: OutputParser) -> tuple[list[TokenLogprob] | None, SourcedChoice]:
+    def _taken(self, turn: OutputParser) -> tuple[list[TokenLogprob] | None, api.SourcedChoice]:
         """Take a choice's log-probabilities, None where none are asked for, and its field ``token_sources``."""
         entries, sources = turn.take_details()
-        sourced: SourcedChoice = {"token_sources": sources} if self._requested.token_sources else {}
+        sourced: api.SourcedChoice = {"token_sources": sources} if self._requested.token_sources else {}
         return (None if self._requested.alternatives is None else entries), sourced
 
-    def _usage(self) -> Usage:
+    def _usage(self) -> api.Usage:
         """Count tokens: every prompt once however many choices it has, and every choice."""
         prompt = sum(turn.newest.prompt_tokens for turn in self._prompts)
         body = _counts(prompt, sum(turn.newest.completion_tokens for turn in self._turns))
@@ -173,13 +154,13 @@ class ApiAnswer(Answer[OpenAIRequest]):
             body["completion_tokens_details"] = details
         return body
 
-    def _ended(self) -> AnswerHead:
+    def _ended(self) -> api.AnswerHead:
         """Return the head, and vLLM's field of draft acceptance where one choice was asked for and drafts verified."""
         head, last = self._head(), self._turn.newest
         drafted, accepted = last.drafted, last.accepted
         if len(self._turns) > 1 or not drafted:
             return head
-        reported: DraftAcceptance = {
+        reported: api.DraftAcceptance = {
             "mean_acceptance_length": 1 + sum(accepted) / len(accepted),
             "draft_acceptance_rate": sum(accepted) / sum(drafted),
             "acceptance_histogram": [accepted.count(length) for length in range(max(accepted) + 1)],
@@ -199,19 +180,19 @@ class ChatAnswer(ApiAnswer[ChatRequest]):
 
     prefix = "chatcmpl-"
 
-    def complete(self) -> ChatCompletion:
-        choices: list[ChatChoice] = []
+    def complete(self) -> api.ChatCompletion:
+        choices: list[api.ChatChoice] = []
         for index, turn in enumerate(self._turns):
             message, details = turn.message(), self._details(turn)
             choices.append({"index": index, "message": message, **details, "finish_reason": turn.finish_reason})
         return {**self._ended(), "object": "chat.completion", "choices": choices, "usage": self._usage()}
 
-    def begin(self, first: TextPiece) -> Iterator[ChatCompletionChunk]:
+    def begin(self, first: TextPiece) -> Iterator[api.ChatCompletionChunk]:
         begin = TextPiece(prompt_tokens=first.prompt_tokens)  # all choices of a chat have one prompt
         for index in range(len(self._turns)):
             yield self._chunk(_delta(index, {"role": "assistant", "content": ""}), begin)
 
-    def take(self, choice: int, piece: TextPiece) -> Iterator[ChatCompletionChunk]:
+    def take(self, choice: int, piece: TextPiece) -> Iterator[api.ChatCompletionChunk]:
         turn = self._turns[choice]
         deltas = turn.take(piece)
         if not self._requested.stream:
@@ -222,15 +203,15 @@ class ChatAnswer(ApiAnswer[ChatRequest]):
             last = _delta(choice, {}, turn.finish_reason)
             yield self._chunk({**last, **self._details(turn)} if turn.logprobs or turn.sources else last, piece)
 
-    def end(self) -> Iterator[ChatCompletionChunk]:
+    def end(self) -> Iterator[api.ChatCompletionChunk]:
         if self._requested.wants_usage:
             yield {**self._ended(), "object": "chat.completion.chunk", "choices": [], "usage": self._usage()}
 
-    def _details(self, turn: OutputParser) -> ChatDetails:
+    def _details(self, turn: OutputParser) -> api.ChatDetails:
         entries, sourced = self._taken(turn)
         return {"logprobs": None if entries is None else chat_logprobs(entries), **sourced}
 
-    def _chunk(self, choice: ChunkChoice, piece: TextPiece) -> ChatCompletionChunk:
+    def _chunk(self, choice: api.ChunkChoice, piece: TextPiece) -> api.ChatCompletionChunk:
         return {**self._head(), "object": "chat.completion.chunk", "choices": [choice], **self._running(piece)}
 
 
@@ -239,23 +220,23 @@ class TextAnswer(ApiAnswer[CompletionRequest]):
 
     prefix = "cmpl-"
 
-    def complete(self) -> TextCompletion:
+    def complete(self) -> api.TextCompletion:
         turns = enumerate(self._turns)
         choices = [self._choice(index, turn, turn.content, turn.finish_reason) for index, turn in turns]
         return {**self._ended(), "object": "text_completion", "choices": choices, "usage": self._usage()}
 
-    def take(self, choice: int, piece: TextPiece) -> Iterator[TextCompletion]:
+    def take(self, choice: int, piece: TextPiece) -> Iterator[api.TextCompletion]:
         turn = self._turns[choice]
         turn.take(piece)
         if self._requested.stream:
             choices = [self._choice(choice, turn, piece.text, turn.finish_reason or None)]
             yield {**self._head(), "object": "text_completion", "choices": choices, **self._running(piece)}
 
-    def end(self) -> Iterator[TextCompletion]:
+    def end(self) -> Iterator[api.TextCompletion]:
         if self._requested.wants_usage:
             yield {**self._ended(), "object": "text_completion", "choices": [], "usage": self._usage()}
 
-    def _choice(self, index: int, turn: OutputParser, text: str, reason: FinishReason | None) -> TextChoice:
+    def _choice(self, index: int, turn: OutputParser, text: str, reason: api.FinishReason | None) -> api.TextChoice:
         entries, sourced = self._taken(turn)
         logprobs = None if entries is None else _completion_logprobs(entries)
         return {"index": index, "text": text, "logprobs": logprobs, **sourced, "finish_reason": reason}
@@ -288,15 +269,15 @@ async def chained(first: Item, rest: AsyncGenerator[Item]) -> AsyncIterator[Item
             yield item
 
 
-def chat_logprobs(entries: Sequence[TokenLogprob]) -> ChatLogprobs:
-    content: list[ChatToken] = [
+def chat_logprobs(entries: Sequence[TokenLogprob]) -> api.ChatLogprobs:
+    content: list[api.ChatToken] = [
         {"token": e["token"], "logprob": e["logprob"], "bytes": e["bytes"], "top_logprobs": e["top_logprobs"]}
         for e in entries
     ]
     return {"content": content, "refusal": None}
 
 
-def _completion_logprobs(entries: Sequence[TokenLogprob]) -> TextLogprobs:
+def _completion_logprobs(entries: Sequence[TokenLogprob]) -> api.TextLogprobs:
     return {
         "tokens": [entry["token"] for entry in entries],
         "token_logprobs": [entry["logprob"] for entry in entries],
@@ -312,9 +293,9 @@ def _by_token(entry: TokenLogprob) -> dict[str, float] | None:
     return {each["token"]: each["logprob"] for each in (*entry["top_logprobs"], entry)}
 
 
-def completion_details(turns: Sequence[OutputParser]) -> CompletionDetails:
+def completion_details(turns: Sequence[OutputParser]) -> api.CompletionDetails:
     """Count tokens of thoughts, where the model thinks, and of predictions, where there are any."""
-    details: CompletionDetails = {}
+    details: api.CompletionDetails = {}
     if turns[0].thinks:
         details["reasoning_tokens"] = sum(turn.reasoning_tokens for turn in turns)
     if predicted := sum(turn.newest.prediction for turn in turns):
@@ -323,9 +304,9 @@ def completion_details(turns: Sequence[OutputParser]) -> CompletionDetails:
     return details
 
 
-def _counts(prompt: int, completion: int) -> Usage:
+def _counts(prompt: int, completion: int) -> api.Usage:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _delta(index: int, delta: MessageDelta, reason: FinishReason | None = None) -> ChunkChoice:
+def _delta(index: int, delta: api.MessageDelta, reason: api.FinishReason | None = None) -> api.ChunkChoice:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}

@@ -14,19 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from echo_trt import __version__
-from echo_trt.server.answer_types import (
-    About,
-    ChatCompletion,
-    ChatCompletionChunk,
-    DetokenizedText,
-    Health,
-    LatencyForecast,
-    ServedModel,
-    ServedModels,
-    TextCompletion,
-    TokenizedText,
-    Version,
-)
+from echo_trt.server import answer_types as api
 from echo_trt.server.anthropic.types import AnthropicMessage, CountedTokens, MessageEvent
 from echo_trt.server.edge import OPEN
 from echo_trt.server.errors import OllamaFailure, OpenAIFailure, failure_type
@@ -48,15 +36,15 @@ class Operation(NamedTuple):
 
 OPERATIONS = {
     "/v1/chat/completions": Operation(
-        "OpenAI", "createChatCompletion", "Answer a chat", ChatCompletion, ChatCompletionChunk | OpenAIFailure
+        "OpenAI", "createChatCompletion", "Answer a chat", api.ChatCompletion, api.ChatCompletionChunk | OpenAIFailure
     ),
     "/v1/completions": Operation(
-        "OpenAI", "createCompletion", "Continue texts", TextCompletion, TextCompletion | OpenAIFailure
+        "OpenAI", "createCompletion", "Continue texts", api.TextCompletion, api.TextCompletion | OpenAIFailure
     ),
     "/v1/responses": Operation("OpenAI", "createResponse", "Answer by items", ResponseObject, StreamedEvent),
     "/v1/responses/input_tokens": Operation("OpenAI", "countInputTokens", "Count an input's tokens", CountedInput),
-    "/v1/models": Operation("OpenAI", "listModels", "Name the model", ServedModels),
-    "/v1/models/{name}": Operation("OpenAI", "retrieveModel", "Describe the model", ServedModel),
+    "/v1/models": Operation("OpenAI", "listModels", "Name the model", api.ServedModels),
+    "/v1/models/{name}": Operation("OpenAI", "retrieveModel", "Describe the model", api.ServedModel),
     "/v1/messages": Operation("Anthropic", "createMessage", "Answer by blocks", AnthropicMessage, MessageEvent),
     "/v1/messages/count_tokens": Operation("Anthropic", "countTokens", "Count a prompt's tokens", CountedTokens),
     "/api/chat": Operation("Ollama", "ollamaChat", "Answer a chat", OllamaChatLine, OllamaChatLine | OllamaFailure),
@@ -67,16 +55,16 @@ OPERATIONS = {
     "/api/ps": Operation("Ollama", "ollamaPs", "Name the loaded model", OllamaModels),
     "/api/show": Operation("Ollama", "ollamaShow", "Describe the model", OllamaShown),
     "/api/version": Operation("Ollama", "ollamaVersion", "Name Ollama's version", OllamaVersion),
-    "/tokenize": Operation("Tokens", "tokenize", "Turn a text or a chat into tokens", TokenizedText),
-    "/detokenize": Operation("Tokens", "detokenize", "Turn tokens into text", DetokenizedText),
-    "/v1/forecast": Operation("Server", "forecast", "Forecast a request's latency", LatencyForecast),
-    "/health": Operation("Server", "health", "Tell whether the engine works", Health),
-    "/ping": Operation("Server", "ping", "Tell whether the engine works", Health),
-    "/version": Operation("Server", "version", "Name the package's version", Version),
+    "/tokenize": Operation("Tokens", "tokenize", "Turn a text or a chat into tokens", api.TokenizedText),
+    "/detokenize": Operation("Tokens", "detokenize", "Turn tokens into text", api.DetokenizedText),
+    "/v1/forecast": Operation("Server", "forecast", "Forecast a request's latency", api.LatencyForecast),
+    "/health": Operation("Server", "health", "Tell whether the engine works", api.Health),
+    "/ping": Operation("Server", "ping", "Tell whether the engine works", api.Health),
+    "/version": Operation("Server", "version", "Name the package's version", api.Version),
     "/openapi.json": Operation("Server", "openapi", "Describe this API", dict[str, Any]),
     "/metrics": Operation("Server", "metrics", "Count, for Prometheus", str),
     "/live": Operation("Server", "live", "Show the engine at work", event=dict[str, Any]),
-    "/live/about": Operation("Server", "liveAbout", "Describe model and server", About),
+    "/live/about": Operation("Server", "liveAbout", "Describe model and server", api.About),
 }
 TEXT, MANY = {"type": "string"}, {"type": "array", "items": {}}
 #: Fields that are taken in more shapes than they are kept in.

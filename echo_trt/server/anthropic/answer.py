@@ -6,18 +6,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 from echo_trt.server.answers import Answer, AnswerEvent
+from echo_trt.server.anthropic import types
 from echo_trt.server.anthropic.request import MessagesRequest
-from echo_trt.server.anthropic.types import (
-    AnthropicMessage,
-    Block,
-    BlockDelta,
-    BlockPart,
-    BlockStart,
-    BlockStop,
-    MessageEnd,
-    MessageEvent,
-    ToolUse,
-)
 from echo_trt.server.errors import ApiError
 from echo_trt.server.text_client import TextPiece
 from echo_trt.server.translated import arguments_of
@@ -34,12 +24,12 @@ class MessagesAnswer(Answer[MessagesRequest]):
 
     _index, _kind = -1, ""  # of the block that is open; without a kind none is
 
-    def begin(self, first: TextPiece) -> Iterator[MessageEvent]:
+    def begin(self, first: TextPiece) -> Iterator[types.MessageEvent]:
         message = self.complete()
         message["usage"]["input_tokens"] = first.prompt_tokens
         yield {"type": "message_start", "message": {**message, "content": []}}
 
-    def take(self, choice: int, piece: TextPiece) -> Iterator[MessageEvent]:
+    def take(self, choice: int, piece: TextPiece) -> Iterator[types.MessageEvent]:
         for delta in self._turn.take(piece):
             for kind, text in (("thinking", delta.get("reasoning")), ("text", delta.get("content"))):
                 if text:
@@ -52,7 +42,7 @@ class MessagesAnswer(Answer[MessagesRequest]):
                 if arguments := call["function"]["arguments"]:
                     yield self._added(arguments)
 
-    def end(self) -> Iterator[MessageEvent]:
+    def end(self) -> Iterator[types.MessageEvent]:
         yield from self._close()
         yield {"type": "message_delta", "delta": self._end(), "usage": self.complete()["usage"]}
         yield {"type": "message_stop"}
@@ -60,7 +50,7 @@ class MessagesAnswer(Answer[MessagesRequest]):
     def failed(self, error: ApiError) -> Iterator[AnswerEvent]:
         yield error.body_for("/v1/messages")
 
-    def complete(self) -> AnthropicMessage:
+    def complete(self) -> types.AnthropicMessage:
         turn, counts = self._turn, self._turn.newest
         texts = {"thinking": turn.reasoning, "text": turn.content}
         calls = [_call(call["id"], **call["function"]) for call in turn.calls]
@@ -79,7 +69,7 @@ class MessagesAnswer(Answer[MessagesRequest]):
             },
         }
 
-    def _end(self) -> MessageEnd:
+    def _end(self) -> types.MessageEnd:
         stopped = self._turn.newest.stop_string if self._turn.finish_reason == "stop" else ""
         reason = REASONS.get(self._turn.finish_reason)
         return {
@@ -88,29 +78,29 @@ class MessagesAnswer(Answer[MessagesRequest]):
             "stop_details": None,
         }
 
-    def _open(self, block: Block) -> Iterator[BlockStart | BlockStop]:
+    def _open(self, block: types.Block) -> Iterator[types.BlockStart | types.BlockStop]:
         yield from self._close()
         self._index, self._kind = self._index + 1, block["type"]
         yield {"type": "content_block_start", "index": self._index, "content_block": block}
 
-    def _added(self, text: str) -> BlockDelta:
-        part: BlockPart = {"type": "input_json_delta", "partial_json": text}
+    def _added(self, text: str) -> types.BlockDelta:
+        part: types.BlockPart = {"type": "input_json_delta", "partial_json": text}
         if self._kind != "tool_use":
             thinks = self._kind == "thinking"
             part = {"type": "thinking_delta", "thinking": text} if thinks else {"type": "text_delta", "text": text}
         return {"type": "content_block_delta", "index": self._index, "delta": part}
 
-    def _close(self) -> Iterator[BlockStop]:
+    def _close(self) -> Iterator[types.BlockStop]:
         if self._kind:
             self._kind = ""
             yield {"type": "content_block_stop", "index": self._index}
 
 
-def _block(kind: str, text: str) -> Block:
+def _block(kind: str, text: str) -> types.Block:
     if kind == "thinking":
         return {"type": "thinking", "thinking": text, "signature": ""}
     return {"type": "text", "text": text}
 
 
-def _call(id: str, name: str, arguments: str) -> ToolUse:
+def _call(id: str, name: str, arguments: str) -> types.ToolUse:
     return {"type": "tool_use", "id": id, "name": name, "input": arguments_of(arguments)}
