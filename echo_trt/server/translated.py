@@ -18,18 +18,8 @@ from echo_trt.server.text_client import ModelFacts
 #: Fields that these APIs have by the chat's names; the chat checks them.
 CHAT_FIELDS = (
     *(name for name in SHARED if name != "token_sources"),
-    "top_logprobs",
-    "logit_bias",
-    "stop",
-    "stop_token_ids",
-    "priority",
-    "deadline_ms",
-    "latency",
-    "prediction",
-    "cache_salt",
-    "structured_outputs",
-    "chat_template_kwargs",
-    "parallel_tool_calls",
+    *("top_logprobs", "logit_bias", "stop", "stop_token_ids", "priority", "deadline_ms", "latency", "prediction"),
+    *("cache_salt", "structured_outputs", "chat_template_kwargs", "parallel_tool_calls"),
 )
 _TURN = re.compile(r"^messages\.(\d+)(?:\.tool_calls\.(\d+))?(?:\.function)?")
 

@@ -102,19 +102,9 @@ ALIASES = {
     "min_tokens": "min_length",
     "sampling_param_stop": "stop_words",
     "sampling_param_exclude_input_from_output": "exclude_input_in_output",
-} | {
-    f"sampling_param_{name}": name
-    for name in (
-        "max_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "frequency_penalty",
-        "presence_penalty",
-        "seed",
-        "return_perf_metrics",
-    )
 }
+_SAME = ("max_tokens", "temperature", "top_k", "top_p", "frequency_penalty", "presence_penalty", "seed")
+ALIASES |= {f"sampling_param_{name}": name for name in (*_SAME, "return_perf_metrics")}
 _DATATYPES = {tensor.name: (tensor.datatype, tensor.many) for tensor in INPUTS}
 INPUTS += tuple(
     Tensor(alias, _DATATYPES[name][0], None, f"as `{name}`", many=_DATATYPES[name][1])
