@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 
 from echo_trt.bundle.stored import partial_name, write_whole
 from echo_trt.errors import UserError
@@ -94,14 +92,6 @@ def files_first(out: Console) -> Iterator[None]:
         out.file = printed
     if stream.error:
         raise stream.error
-
-
-def print_table(out: Console, table: Table) -> None:
-    """Print a table whole: in a file or a pipe, no terminal's width cuts it."""
-    if not out.is_terminal:
-        unbounded = out.options.update(max_width=10_000)
-        out.width = max(out.width, Measurement.get(out, unbounded, table).maximum)
-    out.print(table)
 
 
 class _PatientStream:

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from echo_trt.backends.kind import computes_in
 from echo_trt.bundle.calibration import own_files
 from echo_trt.cli.generate import check_lengths
-from echo_trt.cli.outputs import files_first, json_bytes, output_file, print_table
+from echo_trt.cli.outputs import files_first, json_bytes, output_file
 from echo_trt.engine.core import EngineCore
 from echo_trt.engine.kv_blocks import blocks_for
 from echo_trt.engine.llm import LLM
@@ -36,6 +36,7 @@ from echo_trt_lab.calibration.record import record
 from echo_trt_lab.options import tree_named
 from echo_trt_lab.side_by_side import side_by_side
 from echo_trt_lab.synthetic_engine import SyntheticNetworks, rates_given
+from echo_trt_lab.tables import print_table
 
 WITH_TARGETS = " with targets"  # behind the name of a policy that is told of latency targets
 

@@ -16,7 +16,7 @@ from echo_trt.bundle.calibration import Calibration
 from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.recipe import Decoding
 from echo_trt.bundle.stored import read_stored
-from echo_trt.cli.outputs import files_first, json_bytes, output_file, print_table
+from echo_trt.cli.outputs import files_first, json_bytes, output_file
 from echo_trt.engine.params import MAX_AT_ONCE
 from echo_trt.engine.sources.ngrams import NGramSource
 from echo_trt.errors import UserError
@@ -37,6 +37,7 @@ from echo_trt_lab.simulation.oracle import Oracle
 from echo_trt_lab.simulation.replay import RecordedCopies, Replay, Tally
 from echo_trt_lab.simulation.report import html_report, table
 from echo_trt_lab.simulation.walk import Recording, Walk
+from echo_trt_lab.tables import print_table
 
 ORACLE = "oracle"
 STATIC = (6, 4, 8)  # depth, top_k and tokens of the default pair's recipe

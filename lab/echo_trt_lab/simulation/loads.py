@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from echo_trt.cli.outputs import json_bytes, output_file, print_table
+from echo_trt.cli.outputs import json_bytes, output_file
 from echo_trt.speculation.pacer import Latency
 from echo_trt.speculation.planner import Planner
 from echo_trt_lab.options import latency_of
@@ -21,6 +21,7 @@ from echo_trt_lab.simulation.options import SimulateOptions
 from echo_trt_lab.simulation.replay import Replay
 from echo_trt_lab.simulation.traffic import Traffic
 from echo_trt_lab.simulation.walk import Recording
+from echo_trt_lab.tables import print_table
 
 SHARE = 0.25  # of requests that are interactive
 SATURATED = 10.0  # seconds of a run with as many requests as can run, which tells the capacity; more if few end
