@@ -24,14 +24,8 @@ def run(options: ChatOptions, out: Console, messages: Console) -> None:
     coloured = wants_colour(out, options.color) and "text" in registered("generate")
     params = replace(sampling_params(options), token_sources=coloured)
     with messages.status("loading the bundle"):
-        llm = LLM(
-            options.bundle,
-            options.policy,
-            options.batch or 1,
-            note=messages.print,
-            kv_cache_memory=options.kv_cache_memory,
-            costs=options.costs,
-        )
+        memory, costs, batch = options.kv_cache_memory, options.costs, options.batch or 1
+        llm = LLM(options.bundle, options.policy, batch, note=messages.print, kv_cache_memory=memory, costs=costs)
     messages.print(COMMANDS, highlight=False)
     system = encodable(options.system, "--system")
     turns: list[dict[str, str]] = []

@@ -8,22 +8,11 @@ from echo_trt.errors import UserError
 from echo_trt.models.families import gemma3, granite, llama, mistral, phi3, qwen2, qwen3, qwen3_5, qwen3_moe, smollm3
 from echo_trt.models.families.family import Family
 
-FAMILIES = {
-    row.name: row
-    for row in (
-        gemma3.FAMILY,
-        granite.FAMILY,
-        granite.DENSE,
-        llama.FAMILY,
-        mistral.FAMILY,
-        phi3.FAMILY,
-        qwen2.FAMILY,
-        qwen3.FAMILY,
-        qwen3_5.FAMILY,
-        qwen3_moe.FAMILY,
-        smollm3.FAMILY,
-    )
-}
+_ROWS = (
+    *(gemma3.FAMILY, granite.FAMILY, granite.DENSE, llama.FAMILY, mistral.FAMILY, phi3.FAMILY, qwen2.FAMILY),
+    *(qwen3.FAMILY, qwen3_5.FAMILY, qwen3_moe.FAMILY, smollm3.FAMILY),
+)
+FAMILIES = {row.name: row for row in _ROWS}
 
 
 def family_of(architecture: str, where: str) -> Family:

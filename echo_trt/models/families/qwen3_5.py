@@ -20,15 +20,10 @@ def _options(raw: dict[str, Any], layers: int, where: str) -> dict[str, Any]:
         )
     rope = raw.get("rope_parameters") or {}
     share = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 0.25
-    sizes = {
-        f"linear_{short}": count(raw, f"linear_{name}", where)
-        for short, name in (
-            ("key_heads", "num_key_heads"),
-            ("value_heads", "num_value_heads"),
-            ("key_dim", "key_head_dim"),
-            ("value_dim", "value_head_dim"),
-        )
-    }
+    sizes: dict[str, int] = {}
+    for kind in ("key", "value"):
+        sizes[f"linear_{kind}_heads"] = count(raw, f"linear_num_{kind}_heads", where)
+        sizes[f"linear_{kind}_dim"] = count(raw, f"linear_{kind}_head_dim", where)
     return {
         "qk_norm": True,
         "norm_offset": 1.0,
