@@ -56,7 +56,6 @@ def _lines(out: Console) -> Iterator[str]:
 
 
 def _answer(llm: LLM, conversation: list[dict[str, str]], params: SamplingParams, out: Console) -> str:
-    """Print an answer as it comes, and return it."""
     text = of_lab("generate", "text")() if params.token_sources else PlainText()
     for delta in llm.stream_chat(conversation, params):
         out.print(text.add(delta), end="", highlight=False, soft_wrap=True)

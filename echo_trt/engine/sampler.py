@@ -67,7 +67,6 @@ class GrammarWalk:
         return tokens
 
     def _state_at(self, node: int) -> State:
-        """Return the grammar state at a visited node."""
         if node not in self._states:
             above, state = int(self._tree.parent[node]), self._batch.grammar[self._slots[self._tree.request[node]]]
             if above >= 0:

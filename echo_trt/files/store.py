@@ -138,7 +138,6 @@ class Store:
             self._path(name).unlink(missing_ok=True)
 
     def _evict(self, room: int) -> None:
-        """Drop blocks until ``room`` bytes fit."""
         while self._total + room > self._size and self._total > 0:
             question = "SELECT name, bytes, worth FROM blocks ORDER BY worth, position DESC LIMIT ?"
             going = []

@@ -31,8 +31,6 @@ ROPE_REQUIRED = {
 #: Keys that a family reads, and that concern images alone: a text has one position in all their sections.
 ROPE_OTHERS = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
 ROPE_OPTIONAL = ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
-
-
 #: Key that names layers -> our id less theirs: ours is of the layer whose input is read, DFlash's of that whose output.
 LAYER_KEYS = {"target_layer_ids": 1, "aux_hidden_state_layer_ids": 0}
 

@@ -35,7 +35,6 @@ class Tensor:
 
 
 def _sampling(name: str) -> Tensor:
-    """Make the tensor of a sampling parameter."""
     known = PARAMETERS[name]
     many = isinstance(known.default, tuple | dict)
     facts: dict[str, Any] = {

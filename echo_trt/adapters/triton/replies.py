@@ -44,8 +44,6 @@ CODES: dict[FailureKind, str] = {
 LOOK, FLUSH, STUCK = 0.05, 0.25, 15.0
 LOOKED_AT = 16  # clients checked at once, in turn; larger: one that leaves is noticed sooner, at the engine's cost
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-
-
 #: An event of a reply, None with it where the reply begins; None: close.
 QueuedReply = tuple[Reply, Event | None] | None
 

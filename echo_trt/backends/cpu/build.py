@@ -133,7 +133,6 @@ class _Writing:
             self._writer.array(f"{name}.{part}", _placed(table, (np.arange(half), -(-half // 16) * 16), 1))
 
     def _parts(self, name: str) -> Iterator[_Part]:
-        """Yield the parts of a parameter."""
         config, (stem, _, leaf) = self._config, name.rpartition(".")
         above, _, module = stem.rpartition(".")
         above += "." if above else ""

@@ -19,12 +19,8 @@ WAIT_S = 10.0  # seconds that a probe, or a question which no iteration answers,
 SCRAPE_S = 1.0  # seconds that metrics may take
 PROBE = SamplingParams(max_tokens=1, ignore_eos=True)
 FRESH_S = 2.0  # seconds for which text proves the engine alive; larger: fewer probes of a busy engine
-
-
 #: What has come for open questions, by their numbers; None: the engine has left.
 Answers = dict[int, "asyncio.Queue[wire.FromEngine | None]"]
-
-
 AWAY = wire.Failure(kind="away", message="the engine is away.")
 
 

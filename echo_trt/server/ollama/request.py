@@ -103,7 +103,6 @@ class GenerateRequest(OllamaRequest):
 
 
 def _turn(field: str, message: dict[str, Any]) -> dict[str, Any]:
-    """Return one message as a chat has it."""
     names = {"thinking": "reasoning_content", "tool_name": "name"}
     turn = {"content": ""} | {names.get(name, name): value for name, value in message.items()}
     if turn.pop("images", None):

@@ -46,7 +46,6 @@ class CoderParser(MarkedParser):
 
 
 def _typed(value: str, part: Mapping[str, Any]) -> Any:
-    """Return an argument's value, as ``part`` of the schema has it."""
     kinds, plain = _kinds(part), PYTHONS.get(value, value)
     if "string" in kinds and not ("null" in kinds and plain == "null"):
         return value
