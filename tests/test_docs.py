@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tomllib
 from importlib.metadata import version as installed
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,13 @@ def test_agents_in_a_terminal_get_what_their_proofs_use():
 
 
 @pytest.mark.skipif(not shutil.which("jq"), reason="jq is not installed")
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_the_rows_of_a_table_have_its_columns(page):
+    rows = re.sub(r"`[^`\n]*`|\\\|", "", FENCE.sub("", page.read_text("utf-8"))).split("\n")
+    for above, row in pairwise(rows):
+        assert not above.startswith("|") or not row.startswith("|") or above.count("|") == row.count("|"), row
+
+
 def test_the_queries_of_a_log_run(tmp_path):
     """Those of the page about p99, on ten requests of one key and one of another."""
     row = {"message": "request finished", "prompt_tokens": 5, "completion_tokens": 11, "queue_ms": 1.2}

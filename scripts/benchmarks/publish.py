@@ -189,8 +189,8 @@ def block(run: Run) -> str:
     return "\n".join(
         [
             _prose(
-                f"Decode tokens/s by concurrent requests, in brackets times plain decoding; {run['bundle']} where no "
-                f"other model is named. [Prompts and commit](docs/benchmarks.md) stand with all tables.{_trial(run)}",
+                f"Decode tokens/s by concurrent requests; brackets hold the speedup over plain decoding. The model is "
+                f"{run['bundle']} unless a row names another. [Prompts and commit](docs/benchmarks.md).{_trial(run)}",
                 WIDTH,
             ),
             "",
