@@ -165,7 +165,9 @@ class Pacer:
                 if owed is None
                 else replace(seats.of(owed[: len(decoding)]), prompts=prompts[owed[len(decoding) :]])
             )
-        seats = replace(seats, prompts=prompts[np.argsort(self._due[prompts], kind="stable")], shared=False)
+        prompts = prompts[np.argsort(self._due[prompts], kind="stable")]
+        # A long prompt without a target, which is due after PATIENCE, must not hold up all that come later.
+        seats = replace(seats, prompts=prompts, shared=not self._given[prompts[:1]].any())
         if (pace := self.pace(decoding, now)) is None:
             return seats
         seats = replace(seats, pace=pace)

@@ -176,7 +176,11 @@ class ChainSource:
         return NO_CHAINS
 
     def extend(self, tree: SuperTree, probability: np.ndarray, load: StepContext) -> Chains:
-        """Return chains below leaves of ``tree``, whose nodes have P(accept) ``probability`` float64 [n]."""
+        """Return chains below leaves of ``tree``, whose nodes have P(accept) ``probability`` float64 [n].
+
+        A root is a leaf where nothing was drafted below it. A chain below another node would repeat its children, and
+        a plan with two equal children is refused.
+        """
         return NO_CHAINS
 
     def observe(self, load: StepContext) -> None:

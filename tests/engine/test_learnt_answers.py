@@ -14,7 +14,7 @@ from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Request, Sender
-from echo_trt.engine.sources.answers import CONTEXT, TABLES, AnswerSource, _chain, _learn
+from echo_trt.engine.sources.answers import CONTEXT, KEPT, POINTS, TABLES, AnswerSource, _chain, _learn
 
 ANSWER = list(range(100, 140))
 
@@ -79,7 +79,41 @@ def test_nobody_is_proposed_what_another_salt_has_written():
     assert texts.proposed() == ANSWER[CONTEXT : CONTEXT + 16]
     texts.begin(ANSWER[:CONTEXT], salt=b"alice")  # others have come since
     assert texts.proposed() == []
-    assert len(texts.source.dump()) <= TABLES
+    assert len(texts.source.dump()) == KEPT
+
+
+def test_a_preempted_text_is_learnt_once():
+    texts = Writing()
+    texts.begin(ANSWER[:CONTEXT])
+    texts.write(ANSWER[CONTEXT:20])
+    once = texts.source.dump()
+    for _ in range(3):  # in a slot again, with its text so far
+        texts.batch.admitted[0] += 1
+        texts.source.propose(texts.load())
+        texts.source.observe(texts.load())
+    again = texts.source.dump()
+    different = [np.count_nonzero(again[name] != cells) for name, cells in once.items()]
+    assert different == [1]  # its last token
+
+
+def test_a_request_without_drafts_holds_nobody_up():
+    texts = Writing()
+    for _ in range(2):
+        texts.begin(ANSWER[:CONTEXT])
+        texts.write(ANSWER[CONTEXT:])
+    assert texts.source.forces(texts.load())
+    assert not texts.source.forces(replace(texts.load(), max_draft_len=np.zeros(1, np.int64)))
+
+
+def test_what_does_not_follow_any_more_gives_way():
+    table, text = np.zeros((1, 8), np.uint64), np.array([*range(1, CONTEXT + 1), 9], np.int32)
+    for token, times in ((9, 300), (5, POINTS)):
+        text[-1] = token
+        for _ in range(times):
+            _learn(table, text, CONTEXT, len(text), 0)
+    tokens, log_p = np.full(1, -1), np.zeros(1)
+    _chain(table, text[:CONTEXT].astype(np.int64), 0, tokens, log_p)
+    assert tokens.tolist() == [5]
 
 
 def test_samples_of_one_prompt_propose_to_each_other():

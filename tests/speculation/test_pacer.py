@@ -48,6 +48,17 @@ def seated(planner, pace: Pace, context: int = 0) -> np.ndarray:
     return np.isin(np.arange(len(pace.wanted)), planner.admit(seats_of(pace, context)).decoding)
 
 
+@pytest.mark.parametrize(("target", "shared"), [(None, True), (0.5, False)])
+def test_a_long_prompt_leaves_a_part_of_the_chunk_to_others_unless_its_target_hurries(target, shared):
+    """Without a target it is due after PATIENCE, before all that come later, and takes many passes."""
+    pacer, none = Pacer(2), np.zeros(0, np.int64)
+    pacer.begin(0, Latency(target), 0.0)
+    pacer.begin(1, Latency(0.3), 2 * PATIENCE)
+    found = pacer.admit(Seats(none, none, np.array([1, 0]), 256), lambda seats: None, 2 * PATIENCE + 0.1)
+    assert found.prompts.tolist() == [0, 1]
+    assert found.shared == shared
+
+
 def test_passes_are_shared_only_while_several_tenants_run(monkeypatch):
     """Where no keys are used, a pass costs nothing more."""
     pacer, slots, observed = Pacer(2), np.arange(2), []

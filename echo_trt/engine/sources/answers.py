@@ -26,8 +26,9 @@ from echo_trt.speculation.sources import ANSWER
 CONTEXT = 4  # tokens of a key; smaller: more proposals, of which fewer are right
 BUCKETS, WAYS = 1 << 15, 8  # of a table, 2 MiB: about 260,000 contexts; larger: older answers are known longer
 TABLES = 64  # the salts of the latest requests; larger: more memory where many keys come in turn
-KEPT = 8  # tables that outlive the process, of the latest salts; larger: more to write each minute
-MARK = "answers/"  # before the digest of a salt
+KEPT = 4  # tables that outlive the process, of the latest salts; larger: more to write each minute
+POINTS = 15  # of a token at most; larger: one that does not follow any more is proposed longer
+MARK = f"answers of {BUCKETS}, {CONTEXT}/"  # before the digest of a salt
 RUN = 8  # tokens that were right in a row, with which a request is sure to repeat an answer
 
 
@@ -45,7 +46,7 @@ class AnswerSource(ChainSource):
 
     def forces(self, load: StepContext) -> bool:
         self._begin(load)
-        return bool((self._right[load.slots] >= RUN).any())
+        return bool((self._right[load.slots[load.max_draft_len > 0]] >= RUN).any())
 
     def propose(self, load: StepContext) -> Chains:
         self._begin(load)
@@ -70,7 +71,8 @@ class AnswerSource(ChainSource):
                 self._table_of(blake2b(self._batch.blocks.salts[slot]).hexdigest()),
                 0,
             )
-            self._followed[slot] = self._batch.prompt_length[slot]
+            # Behind a preemption it has more than one token, which were learnt before.
+            self._followed[slot] = max(self._batch.prompt_length[slot], self._batch.length[slot] - 1)
         self._epoch[load.slots] = load.epoch
 
     def _table_of(self, salt: str) -> np.ndarray:
@@ -139,7 +141,7 @@ def _learn(table: np.ndarray, text: np.ndarray, begin: int, end: int, right: int
         if way < 0:
             way, right = int((table[bucket] & np.uint64(0xFF)).argmin()), 0
         elif _token(table[bucket, way]) == token:
-            right, points = right + 1, min(_points(table[bucket, way]) + 1, 255)
+            right, points = right + 1, min(_points(table[bucket, way]) + 1, POINTS)
         else:
             right = 0
             if _points(table[bucket, way]) > 1:
@@ -152,13 +154,13 @@ def _learn(table: np.ndarray, text: np.ndarray, begin: int, end: int, right: int
 def _chain(table: np.ndarray, context: np.ndarray, right: int, tokens: np.ndarray, log_p: np.ndarray) -> None:
     """Write what follows ``context`` int64 [CONTEXT], and its log P(accept): int64 and float64 [L].
 
-    By Laplace's rule of succession, of points and of the tokens in a row that were ``right``.
+    By Laplace's rule of succession, of points beyond the first and of the tokens in a row that were ``right``.
     """
     for level in range(len(tokens)):
         bucket, way, _ = _find(table, context)
         if way < 0:
             return
-        known = _points(table[bucket, way]) + right + level
+        known = _points(table[bucket, way]) - 1 + right + level
         tokens[level], log_p[level] = _token(table[bucket, way]), np.log((known + 1) / (known + 2))
         context[:-1] = context[1:]
         context[-1] = tokens[level]

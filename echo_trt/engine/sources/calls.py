@@ -36,7 +36,7 @@ class CallSource(FollowingSource):
         super().__init__(batch, "calls", CALL, STATE, LONGEST, _follow, _chain)
 
     def forces(self, load: StepContext) -> bool:
-        slots = load.slots[self._known.has[load.slots]]
+        slots = load.slots[self._known.has[load.slots] & (load.max_draft_len > 0)]
         return any(state[POSITION] > state[BEGIN] for state in map(self._stand, slots.tolist()))
 
 

@@ -37,7 +37,7 @@ class FollowingSource(ChainSource):
         self._epoch = np.full(batch.count, -1)  # admission numbers
 
     def forces(self, load: StepContext) -> bool:
-        return bool(self._known.has[load.slots].any())
+        return bool(self._known.has[load.slots[load.max_draft_len > 0]].any())
 
     def propose(self, load: StepContext) -> Chains:
         requests = np.flatnonzero(self._known.has[load.slots])
