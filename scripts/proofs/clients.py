@@ -104,7 +104,9 @@ def main(
     http: Annotated[str, Parameter(help="HOST:PORT of Triton's HTTP endpoint")] = "127.0.0.1:8000",
     model: str = "echo",
     context: Annotated[int, Parameter(help="tokens, for clients that ask for it")] = 8192,
-    tokenizer: Annotated[Path, Parameter(help="folder with the model's tokenizer, such as the bundle")] = Path("."),
+    tokenizer: Annotated[Path, Parameter(help="folder with the model's tokenizer, such as the bundle")] = Path(
+        "bundles/smollm2-135m"
+    ),
     only: Annotated[str, Parameter(help="clients, by semicolons")] = ";".join(CLIENTS),
     page: Annotated[Path | None, Parameter(help="the page to write")] = None,
 ) -> None:
