@@ -67,10 +67,8 @@ class AnswerSource(ChainSource):
     def _begin(self, load: StepContext) -> None:
         """Give requests that have come into a slot the table of their salt."""
         for slot in load.slots[self._epoch[load.slots] != load.epoch].tolist():
-            self._table[slot], self._right[slot] = (
-                self._table_of(blake2b(self._batch.blocks.salts[slot]).hexdigest()),
-                0,
-            )
+            salt = blake2b(self._batch.blocks.salts[slot]).hexdigest()
+            self._table[slot], self._right[slot] = self._table_of(salt), 0
             # Behind a preemption it has more than one token, which were learnt before.
             self._followed[slot] = max(self._batch.prompt_length[slot], self._batch.length[slot] - 1)
         self._epoch[load.slots] = load.epoch
