@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checkout import needs_git
 from command_line import options_of
 from packaging.requirements import Requirement
 
@@ -114,6 +115,7 @@ def test_the_citation_is_this_version_s_and_names_the_paper():
     assert citation["references"][0]["url"].endswith("2604.09603")
 
 
+@needs_git
 def test_code_names_pages_that_exist():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in listed.splitlines():

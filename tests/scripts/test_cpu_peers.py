@@ -6,6 +6,8 @@ import json
 import runpy
 from pathlib import Path
 
+from checkout import needs_git
+
 from echo_trt_lab.cpu_peers.table import markdown
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "cpu_peers.py"
@@ -30,6 +32,7 @@ def test_the_table_has_ours_once_and_a_row_for_every_peer():
     assert {line.count("|") for line in lines} == {12}
 
 
+@needs_git
 def test_an_engine_that_does_not_run_is_left_out_with_a_reason(bundle_of, tmp_path, capsys):
     main, folder = runpy.run_path(str(SCRIPT))["main"], tmp_path / "peers"
     main([bundle_of("lookup")], engines="vllm-eagle3,llama.cpp", folder=folder, json_file=tmp_path / "peers.json")

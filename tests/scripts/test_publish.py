@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checkout import needs_git
 
 from echo_trt.engine.llm import LLM
 
@@ -39,6 +40,7 @@ def test_a_short_run_is_called_a_trial(run):
             assert ("not a result" in " ".join(text.split())) == trial
 
 
+@needs_git
 def test_a_bundle_is_measured_and_published(bundle_of, tmp_path, monkeypatch):
     known = publish.measure.__globals__  # fewer cells than are published
     fewer = {"BATCHES": "1,2", "LOSSLESS_BATCHES": "2", "LOSSLESS_TOKENS": 12}

@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import io
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -183,7 +184,8 @@ class GoodputPlanner:
 
     def dump(self) -> bytes:
         file, of_texts = io.BytesIO(), [source.dump() for source in self.sources]
-        np.savez(file, **ChainMap(self.learner.dump(), *of_texts))
+        learnt: Mapping[str, Any] = ChainMap(self.learner.dump(), *of_texts)
+        np.savez(file, **learnt)
         return file.getvalue()
 
     def load(self, learnt: bytes) -> None:

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+from engine.service.served import free_ports
 from refusal import refused
 
 from echo_trt.adapters.dynamo import environment, replicas
@@ -99,7 +100,7 @@ def test_dynamo_missing_or_of_another_version_is_said(bundle, monkeypatch):
     with refused("ai-dynamo is 1.7.0", "1.6.1"):
         run(WorkerOptions(bundle))
     with refused("ai-dynamo is 1.7.0", "1.6.1"):
-        replicas.run(ServeOptions(bundle, replicas=2))
+        replicas.run(ServeOptions(bundle, replicas=2, openai_port=free_ports(1)[0]))
 
 
 @pytest.mark.needs_dynamo

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from checkout import needs_git
 from synthetic import recorded
 
 from echo_trt.bundle.stored import CALIBRATION, write
@@ -38,6 +39,7 @@ def made(tmp_path_factory):
     return paper, folder, given
 
 
+@needs_git
 def test_every_block_of_the_page_is_written(made):
     _, folder, _ = made
     page, before = ((place / "paper.md").read_text() for place in (folder / "docs", ROOT / "docs"))
@@ -49,6 +51,7 @@ def test_every_block_of_the_page_is_written(made):
     }
 
 
+@needs_git
 def test_a_row_has_its_ratios_with_intervals(made):
     _, folder, _ = made
     rows = json.loads((folder / "docs/paper.json").read_text())["rows"]
@@ -67,6 +70,7 @@ def test_a_row_has_its_ratios_with_intervals(made):
     assert all(row["verified_per_iteration"] <= max(row["budget"], row["batch"]) for row in rows if row["budget"])
 
 
+@needs_git
 def test_finished_rows_are_not_simulated_again(made, capsys):
     paper, folder, given = made
     page = (folder / "docs/paper.md").read_text()
@@ -76,6 +80,7 @@ def test_finished_rows_are_not_simulated_again(made, capsys):
     assert (folder / "docs/paper.md").read_text() == page
 
 
+@needs_git
 def test_sets_that_are_not_given_keep_their_rows_and_their_commit(made):
     paper, folder, _ = made
     file = folder / "docs/paper.json"

@@ -8,7 +8,7 @@ from machines import TUNING, random_acceptance
 
 from echo_trt.speculation.goodput.learner.sources import SourceLearner
 from echo_trt.speculation.goodput.model.acceptance import CALIBRATED, KNOTS, Acceptance
-from echo_trt.speculation.sources import BOTH, DRAFT, LOOKUP
+from echo_trt.speculation.sources import BOTH, DRAFT, LOOKUP, SOURCES
 
 
 def read(table: np.ndarray, source: int, depth: int, x: float) -> float:
@@ -107,7 +107,7 @@ def test_one_verification_moves_little_and_in_the_right_direction():
     assert before - 0.15 < ask(model, BOTH, 1, 0.5) <= before
     learner.observe(many, depth, score, np.full(64, 0.5), np.ones(64))
     assert ask(model, BOTH, 1, 0.5) > before
-    none = {"head": 0, "lookup": 0, "both": 0, "ngram": 0, "grammar": 0, "prediction": 0, "call": 0}
+    none = dict.fromkeys(SOURCES, 0)
     assert learner.totals() == {
         "expected": {**none, "both": pytest.approx(32.5)},
         "accepted": {**none, "both": 64},
