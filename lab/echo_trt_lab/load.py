@@ -206,8 +206,10 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         for name, own in mine.items():
 
             def shown(key: str, own: list[dict[str, Any]] = own, base: list[dict[str, Any]] = mine[names[0]]) -> str:
-                ratio = statistics.median(a[key] / b[key] for a, b in zip(own, base, strict=True))
-                return f"{statistics.median(r[key] for r in own):8.1f}" + f" ({ratio:.3f})" * (own is not base)
+                # None of a round in which the first server has answered nothing.
+                ratios = [a[key] / b[key] for a, b in zip(own, base, strict=True) if b[key]] or [float("nan")]
+                median, ratio = statistics.median(r[key] for r in own), statistics.median(ratios)
+                return f"{median:8.1f}" + f" ({ratio:.3f})" * (own is not base)
 
             errors = sum(len(r["errors"]) for r in own)
             yield (

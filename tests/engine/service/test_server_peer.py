@@ -144,6 +144,18 @@ def test_a_server_s_doors_are_loaded_in_turns_and_compared(prompts, url, server,
         assert any(row["ttft_ms"] > 0 for row in rows if row["server"] == name)
 
 
+def test_a_round_in_which_the_first_server_answers_nothing_has_no_ratio():
+    kinds = "tokens_per_s", "messages_per_s", "ttft_ms", "ttft_p99_ms"
+    rates = {"first": (0.0, 2.0), "second": (5.0, 3.0)}
+    rows = [
+        {"server": name, "streams": 1, "errors": [], **dict.fromkeys(kinds, rate)}
+        for name, each in rates.items()
+        for rate in each
+    ]
+    assert [line.count("(1.500)") for line in load.table(rows)] == [0, 4]
+    assert [line.count("(nan)") for line in load.table(rows[::2])] == [0, 4]
+
+
 def test_a_server_that_does_not_start_is_told_with_its_own_words(prompts):
     command = f"broken={sys.executable} -c 'import sys; sys.exit(\"no {{port}} for me\")'"
     done = subprocess.run(
