@@ -72,7 +72,6 @@ def test_agents_in_a_terminal_get_what_their_proofs_use():
     assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", used)] == []
 
 
-@pytest.mark.skipif(not shutil.which("jq"), reason="jq is not installed")
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_the_rows_of_a_table_have_its_columns(page):
     rows = re.sub(r"`[^`\n]*`|\\\|", "", FENCE.sub("", page.read_text("utf-8"))).split("\n")
@@ -80,6 +79,7 @@ def test_the_rows_of_a_table_have_its_columns(page):
         assert not above.startswith("|") or not row.startswith("|") or above.count("|") == row.count("|"), row
 
 
+@pytest.mark.skipif(not shutil.which("jq"), reason="jq is not installed")
 def test_the_queries_of_a_log_run(tmp_path):
     """Those of the page about p99, on ten requests of one key and one of another."""
     row = {"message": "request finished", "prompt_tokens": 5, "completion_tokens": 11, "queue_ms": 1.2}

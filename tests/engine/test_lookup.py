@@ -44,9 +44,9 @@ def test_chains_copy_the_latest_longest_match(texts, min_match, random):
         assert log_q.shape == tokens.shape == (len(nodes), 1)
         for node, score, token in zip(nodes, log_q[:, 0], tokens[:, 0], strict=True):
             matched, follows = naive(texts[slots[tree.request[node]]], min_match)
-            if depth < len(follows):
+            if follows:
                 assert score == pytest.approx(np.log(ACCEPTANCE[matched - 1]))
-                assert token == follows[depth]
+                assert token == follows[depth % len(follows)]
             else:
                 assert score == -np.inf
         exists = log_q[:, 0] > -np.inf
@@ -54,5 +54,4 @@ def test_chains_copy_the_latest_longest_match(texts, min_match, random):
             break
         nodes = tree.add(nodes[exists], tokens[exists, 0], log_q[exists, 0])
         log_q, tokens = draft.expand(tree, nodes)
-    else:
-        raise AssertionError("a chain must end with the text")
+    assert not (log_q > -np.inf).any()  # a chain is no longer than a verification

@@ -186,6 +186,17 @@ def test_goodput_begins_with_what_it_had_learnt(open_llm, stored):
     assert before == after != measured
 
 
+def test_what_was_learnt_before_a_source_existed_is_taken(open_llm):
+    llm, later = (open_llm("close", "goodput") for _ in range(2))
+    answers(llm, prompt_ids(20, 1))
+    known = llm.loop.planner.learner.dump()
+    del known["answer"]
+    later.loop.planner.learner.load(known)
+    taken = later.loop.planner.learner.sources.dump()
+    assert all(np.array_equal(taken[source], known[source]) for source in taken if source != "answer")
+    assert sum(map(len, taken.values())) > 0 == len(taken["answer"])
+
+
 def test_a_state_of_no_use_is_learnt_anew(open_llm, stored, caplog):
     llm = open_llm("lookup", "goodput")
     stored(llm)

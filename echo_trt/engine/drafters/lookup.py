@@ -38,15 +38,15 @@ class LookupDrafter(Drafter):
     def matches(self, slots: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ``length`` tokens behind the matches of ``slots`` [B], -1 for none: int64 [B, length].
 
+        Where the text ends, what was copied goes on as if it had been written: a run, or a pattern, repeats itself.
         Also returns the tokens that matched, 0 for none: int64 [B].
         """
         ends = self.batch.length[slots]
         text = self.batch.tokens[slots, : ends.max(initial=1)]
         begin, matched = _latest_match(text, ends, len(self.log_acceptance))
-        position = begin[:, None] + np.arange(length)
-        inside = (matched >= max(self.min_match, 1))[:, None] & (position < ends[:, None])
-        tokens = np.take_along_axis(text, np.minimum(position, text.shape[1] - 1), axis=1)
-        return np.where(inside, tokens, -1).astype(np.int64), matched
+        position = begin[:, None] + np.arange(length) % np.maximum(ends - begin, 1)[:, None]
+        found = (matched >= max(self.min_match, 1))[:, None]
+        return np.where(found, np.take_along_axis(text, position, axis=1), -1).astype(np.int64), matched
 
     def chains(self, slots: np.ndarray, length: int) -> Chains:
         """Return a chain below each root of ``slots`` int64 [B], in that order, of ``length`` tokens at most."""

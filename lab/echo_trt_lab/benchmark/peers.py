@@ -59,7 +59,7 @@ def check_peers(names: Sequence[str]) -> None:
         if name in SERVERS:
             raise UserError(
                 f"peer {name} is a server in an environment of its own: pip install {name} there, start "
-                f"{SERVERS[name]}, and give {name}=http://127.0.0.1:8000 (docs/quickstart-gpu.md)."
+                f"{SERVERS[name]}, and give {name}=http://127.0.0.1:8000 (docs/measure.md)."
             )
         if name not in PEERS:
             raise UserError(f"peer {shown(name)} is unknown; use NAME=URL for a server, or one of {', '.join(PEERS)}.")

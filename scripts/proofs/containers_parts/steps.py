@@ -354,7 +354,8 @@ def readme(image: str, prepare: str, bench: Bench) -> str:
         inside = partial(docker, "exec", "--workdir", "/echo-trt", it.name)
         seen = [inside("python3", "--version")]
         for command in ("scripts/demo", *["scripts/test"] * bench.tests):
-            seen.append(inside(command, seconds=3 * LONG).splitlines()[-1].strip())
+            said = inside(command, seconds=3 * LONG).splitlines()
+            seen += [" ".join(line.strip("= ").split()) for line in said if re.search(r"\d of \d+$|\d passed", line)]
         return "; ".join([*seen, inside("du", "-sh", ".").split()[0] + "B of disk"])
 
 

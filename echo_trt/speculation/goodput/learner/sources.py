@@ -139,9 +139,11 @@ class SourceLearner:
         return {source: fit.dump() for source, fit in zip(SOURCES, self.fits, strict=True)}
 
     def load(self, nodes: Mapping[str, np.ndarray]) -> None:
+        """Begin with dumped ``nodes``; a source that another version did not have begins anew."""
         for number, (source, fit) in enumerate(zip(SOURCES, self.fits, strict=True)):
-            fit.load(nodes[source])
-            self.acceptance.slope[number], self.acceptance.bias[number] = fit.slope, fit.bias
+            if source in nodes:
+                fit.load(nodes[source])
+                self.acceptance.slope[number], self.acceptance.bias[number] = fit.slope, fit.bias
 
     def elapsed(self, seconds: float) -> None:
         """Let time pass, by which minutes are judged."""
