@@ -22,6 +22,8 @@ def end_tokens(checkpoint: Checkpoint, config: DecoderConfig, tokenizer: Any) ->
     if generation.exists():
         stated = read_json(generation).get("eos_token_id")
         ids += stated if isinstance(stated, list) else [stated]
+    elif checkpoint.path.is_file():  # GGUF names one end token, where Qwen2.5, for one, writes two
+        ids.append(tokenizer.backend_tokenizer.token_to_id("<|endoftext|>"))
     # One that is no token of the target's, such as -1 for none, is never written.
     ends = sorted({int(i) for i in ids if i is not None and 0 <= int(i) < config.vocab_size})
     if len(ends) > MAX_STOP_TOKENS:

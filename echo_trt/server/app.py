@@ -189,7 +189,7 @@ async def completions(request: Request, requested: CompletionRequest) -> Respons
     info = await state.client.model()
     await _check_echo(requested, state.client)
     names, fits = ({"structured": structured.field}, structured.for_engine()) if structured else ({}, None)
-    pieces = _pieces(request, requested, info, requested.prompt, names, fits)
+    pieces = _pieces(request, requested, info, requested.prompts, names, fits)
     pieces = prompts_alone(pieces) if requested.scores else pieces
     turns = [OutputParser() for _ in range(len(requested.prompt) * requested.n)]
     return await _sent(request, TextAnswer(requested, turns, state.metrics), pieces, requested.stream)

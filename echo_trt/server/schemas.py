@@ -21,6 +21,7 @@ from pydantic import (
 from echo_trt.engine.latency import RULE
 from echo_trt.engine.parameter import INT32
 from echo_trt.engine.params import MAX_ANSWER_LOGPROBS, MAX_STOP_TOKENS, PARAMETERS, SINGLE, SamplingParams
+from echo_trt.engine.text.prompts import Infill, PromptInput
 from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.errors import ApiError, shown
 from echo_trt.server.fields import FIELDS, MESSAGES, RequestBody, Strict, at_most, ignore, within
@@ -312,6 +313,7 @@ class CompletionRequest(Params):
     prompt: list[str | list[int]]
     max_tokens: Annotated[int, Field(ge=0, le=INT32, json_schema_extra={"minimum": 1})] | None = None  # 0: see scores
     logprobs: Alternatives | None = None
+    suffix: str | None = None  # what follows the answer, of a model that can fill a gap in a text
     echo: bool = False  # the prompt precedes the answer, with its log-probabilities where those are asked for
 
     @field_validator("prompt", mode="before")
@@ -334,6 +336,8 @@ class CompletionRequest(Params):
 
     @model_validator(mode="after")
     def _not_too_many(self) -> CompletionRequest:
+        if self.suffix and (self.echo or not all(isinstance(prompt, str) for prompt in self.prompt)):
+            raise ApiError(400, "suffix goes with a prompt of text, and without echo; leave it out.", param="suffix")
         if len(self.prompt) * self.n > CHOICES:
             message = f"{len(self.prompt)} prompts times n = {self.n} are more than {CHOICES} choices; ask for fewer."
             raise ApiError(400, message, param="prompt")
@@ -341,6 +345,10 @@ class CompletionRequest(Params):
             message = "max_tokens is 0, which asks for the prompt's log-probabilities; give echo and logprobs, or 1."
             raise ApiError(400, message, param="max_tokens")
         return self
+
+    @property
+    def prompts(self) -> list[PromptInput]:
+        return [Infill(str(prompt), self.suffix) if self.suffix else prompt for prompt in self.prompt]
 
     @property
     def scores(self) -> bool:

@@ -107,9 +107,9 @@ class TextClient(Client):
         """Yield pieces as they come. Close it early and the engine drops the request. Raises EngineError."""
         reader, _ = await self._model()
         prompt, submit = question.prompt, question.submit
-        submit.prompt, submit.calls = await self._on_thread(lambda: (reader.ids(prompt), reader.calls(prompt)))
-        if submit.params.prediction:
-            submit.params = await self._on_thread(lambda: reader.predicted(submit.params))
+        submit.prompt, submit.calls, submit.params = await self._on_thread(
+            lambda: (reader.ids(prompt), reader.calls(prompt), reader.params(prompt, submit.params))
+        )
         out = OutgoingText(reader, prompt, submit.prompt, submit.params, question.echoes)
         async with aclosing(self.submit(submit)) as answers:
             async for event in answers:

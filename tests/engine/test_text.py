@@ -11,7 +11,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Request
+from echo_trt.engine.text.prompts import Infill, PromptReader
 from echo_trt.engine.text.stream import AnswerText, TextStream
+from echo_trt.errors import UserError
 
 #: Bytes, merges that end inside a character, and special tokens, all in the same text.
 ids_of_anything = st.lists(st.integers(0, VOCAB - 1) | st.integers(130, 258), max_size=24)
@@ -140,3 +142,27 @@ def test_a_stop_string_that_only_the_end_completes_is_the_reason(stop, reason, t
     request.generated = [half]
     AnswerText(tokenizer, request.params).follow(request, [half], lambda request: None)
     assert request.finish_reason == reason
+
+
+@pytest.mark.parametrize("spelling", ["<|fim_{}|>", "<fim_{}>"])
+def test_a_gap_is_filled_between_its_ends(tmp_path, spelling):
+    """Until a token that begins another file; a text that has no gap keeps its parameters."""
+    tokenizer = byte_tokenizer()
+    marks = [spelling.format(part) for part in ("prefix", "suffix", "middle", "pad")]
+    tokenizer.add_special_tokens([*marks, "<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    reader, params = PromptReader(tmp_path, 1000), SamplingParams(stop_token_ids=(7,))
+    gap = Infill("def f(", "return a")
+    before, behind, middle, pad, end = map(tokenizer.token_to_id, [*marks, "<|endoftext|>"])
+    texts = [tokenizer.encode(text).ids for text in ("def f(", "return a")]
+    assert reader.ids(gap) == [before, *texts[0], behind, *texts[1], middle]
+    assert set(reader.params(gap, params).stop_token_ids) == {7, pad, end}
+    assert reader.params("def f(", params) == params
+
+
+def test_a_model_without_tokens_for_a_gap_says_so(tmp_path):
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="no tokens by which a gap is filled"):
+        PromptReader(tmp_path, 1000).ids(Infill("a", "b"))

@@ -59,7 +59,7 @@ VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
         "logprobs": (21, True),
         "top_logprobs": (1,),
         "min_tokens": (17,),  # 16 is the limit where none is given
-        "suffix": ("end",),
+        "suffix": (5, {}),
     },
     "/v1/responses": {
         "input": (None, [], 5, [USER] * 2049, [{"type": "reasoning", "id": "r", "summary": []}]),

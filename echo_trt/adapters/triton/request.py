@@ -84,7 +84,7 @@ class Reader:
                 "latency": self._classes.read(inputs.get("latency", "")),
             }
         )
-        params = self._prompts.predicted(params)
+        params = self._prompts.params(prompt, params)
         request = Request(-1, np.asarray(ids, np.int64), params, priority=_value(inputs, "priority"))
         echoes = not _value(inputs, "exclude_input_in_output")
         return Reply(

@@ -38,8 +38,7 @@ class LookupDrafter(Drafter):
     def matches(self, slots: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ``length`` tokens behind the matches of ``slots`` [B], -1 for none: int64 [B, length].
 
-        Where the text ends, what was copied goes on as if it had been written: a run, or a pattern, repeats itself.
-        Also returns the tokens that matched, 0 for none: int64 [B].
+        Where the text ends, the copy goes on with itself. Also returns the tokens that matched, 0 for none: int64 [B].
         """
         ends = self.batch.length[slots]
         text = self.batch.tokens[slots, : ends.max(initial=1)]

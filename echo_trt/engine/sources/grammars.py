@@ -24,7 +24,7 @@ WORTH = 0.1  # P(accept) of a leaf that is continued; larger: fewer are looked a
 
 
 class GuidedSource(ChainSource):
-    """A source whose chains end where the requests' grammars forbid them; below leaves nothing is looked for."""
+    """A source whose chains end where requests' grammars forbid them, or after ``LONGEST``; none are below leaves."""
 
     def __init__(self, source: ChainSource, batch: InputBatch):
         self._source, self._batch = source, batch

@@ -13,8 +13,19 @@ from echo_trt.grammar.state import AT_END
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.messages import checked_messages, checked_tools
 from echo_trt.models.token_texts import TokenTexts
-from echo_trt.models.tokenizer import REASONING, BundleTokenizer, load_tokenizer, think_tokens
+from echo_trt.models.tokenizer import REASONING, BundleTokenizer, added_tokens, load_tokenizer, think_tokens
 
+#: Tokens before a prefix, a suffix and a middle, as Qwen spells them, and StarCoder; and those that end a middle.
+FILLS = (("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
+FILLED = (
+    "<|endoftext|>",
+    "<|fim_pad|>",
+    "<|file_sep|>",
+    "<|repo_name|>",
+    "<fim_pad>",
+    "<file_sep>",
+    "<|file_separator|>",
+)
 RULE = 'give a list of objects such as {"role": "user", "content": "..."}.'
 
 
@@ -32,7 +43,15 @@ class ChatPrompt:
     calls: tuple[tuple[str, ...], ...] = ()
 
 
-PromptInput = list[int] | str | ChatPrompt  # token ids as they are, a text, or a chat
+@dataclass(frozen=True)
+class Infill:
+    """Two texts between which the answer belongs (fill in the middle, arXiv 2207.14255)."""
+
+    prefix: str
+    suffix: str
+
+
+PromptInput = list[int] | str | ChatPrompt | Infill  # token ids as they are, a text, a chat, or the ends of a gap
 
 
 @dataclass(frozen=True)
@@ -85,6 +104,9 @@ class PromptReader:
         self._chat = ChatEncoder(self.tokenizer, special_tokens_in_content)
         self.texts = TokenTexts(self.tokenizer)
         self._marks = think_tokens(self.tokenizer)
+        known = added_tokens(self.tokenizer)
+        self._fill = next(([known[name] for name in names] for names in FILLS if known.keys() >= {*names}), None)
+        self._filled = {known[name] for name in FILLED if name in known}
         self._calls: tuple[tuple[tuple[str, ...], ...], list[list[list[int]]]] = (), []
         longest = max(map(len, self.tokenizer.get_vocab()))
         self._max_characters = context * longest  # a longer text cannot have as few tokens as fit
@@ -95,11 +117,15 @@ class PromptReader:
             return prompt
         if isinstance(prompt, ChatPrompt):
             return self._chat_ids(prompt)
+        if isinstance(prompt, Infill):
+            return self._infill_ids(prompt)
         self._check_length(len(prompt))
         return self.tokenizer.encode(prompt, add_special_tokens=special_tokens)
 
-    def predicted(self, params: SamplingParams) -> SamplingParams:
-        """Return the parameters with the prediction's token ids in the place of its text. Raises UserError."""
+    def params(self, prompt: PromptInput, params: SamplingParams) -> SamplingParams:
+        """Return those of a prompt's answer, with a prediction's token ids in the place of its text. Raises UserError."""
+        if isinstance(prompt, Infill):
+            params = replace(params, stop_token_ids=tuple({*params.stop_token_ids, *self._filled}))
         if isinstance(params.prediction, str) and len(params.prediction) > self._max_characters:
             raise UserError(too_long(f"{len(params.prediction)} characters", self.context), "prediction")
         return with_prediction_ids(params, self.tokenizer)
@@ -150,6 +176,13 @@ class PromptReader:
         self._check_length(sum(len(message["content"]) for message in messages))
         tools = checked_tools(chat.tools) if chat.tools else None
         return self._chat.ids(messages, tools, chat.variables)
+
+    def _infill_ids(self, gap: Infill) -> list[int]:
+        if self._fill is None:
+            raise UserError("this model has no tokens by which a gap is filled; leave suffix out.", "suffix")
+        self._check_length(len(gap.prefix) + len(gap.suffix))
+        prefix, suffix = (self.tokenizer.encode(text, add_special_tokens=False) for text in (gap.prefix, gap.suffix))
+        return [self._fill[0], *prefix, self._fill[1], *suffix, self._fill[2]]
 
     def _check_length(self, characters: int) -> None:
         if characters > self._max_characters:
