@@ -186,7 +186,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of the bundle ``folder``. Raises UserError where this version can read none."""
     path = folder / MANIFEST
     if not os.path.exists(folder):
-        raise UserError(f"bundle {folder} does not exist; make one with echo-trt build.")
+        raise UserError(f"there is no bundle or GGUF file {folder}; check the path, or make one with echo-trt build.")
     if not path.exists():
         raise UserError(f"{folder} is not a bundle: it holds no {MANIFEST}; make one with echo-trt build.")
     try:

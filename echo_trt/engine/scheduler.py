@@ -54,8 +54,8 @@ class Scheduler:
         if free_tokens < 1:
             raise TooLong(
                 f"the prompt has {len(request.prompt)} tokens, but this model's maximum context length is "
-                f"{self._batch.context} tokens for prompt and answer; shorten it, or raise limits.context in the "
-                "recipe and build again.",
+                f"{self._batch.context} tokens for prompt and answer; shorten it, or build a bundle with a "
+                "larger --max-model-len.",
                 "prompt",
             )
         batch = self._batch

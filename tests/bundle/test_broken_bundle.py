@@ -137,6 +137,10 @@ def test_links(bundle, tmp_path):
 
 
 def test_a_folder_that_is_no_bundle(tmp_path):
-    for index, what in ((tmp_path, "not a bundle"), (Path(__file__), "not a bundle"), (tmp_path / "none", "not exist")):
+    for index, what in (
+        (tmp_path, "not a bundle"),
+        (Path(__file__), "not a bundle"),
+        (tmp_path / "none", "there is no bundle"),
+    ):
         with refused(index, what, "echo-trt build"):
             LLM(index)

@@ -135,7 +135,7 @@ def test_a_refused_prompt_leaves_nothing_behind(open_llm):
         f"{CONTEXT} tokens",
         f"context length is {CONTEXT}",
         "shorten it",
-        "limits.context",
+        "--max-model-len",
     ):
         llm.generate([prompt_ids(5, 0), prompt_ids(CONTEXT, 1)])
     assert_all_free(llm.loop)

@@ -123,7 +123,7 @@ class PromptReader:
         return self.tokenizer.encode(prompt, add_special_tokens=special_tokens)
 
     def params(self, prompt: PromptInput, params: SamplingParams) -> SamplingParams:
-        """Return those of a prompt's answer, with a prediction's token ids in the place of its text. Raises UserError."""
+        """Return those of an answer, with a prediction's token ids in the place of its text. Raises UserError."""
         if isinstance(prompt, Infill):
             params = replace(params, stop_token_ids=tuple({*params.stop_token_ids, *self._filled}))
         if isinstance(params.prediction, str) and len(params.prediction) > self._max_characters:
