@@ -174,6 +174,7 @@ FIELDS: dict[str, Callable[[random.Random], Any]] = {
     "deadline_ms": lambda draw: draw.choice((1, 20, 2**31 - 1)),
     "prompt": lambda draw: draw.choice((_sentence(draw), _ids(draw), [_ids(draw), _ids(draw)], [_sentence(draw)])),
     "echo": lambda draw: draw.random() < 0.5,
+    "suffix": lambda draw: "",  # these models have no tokens that fill a gap
     "messages": lambda draw: [
         {"role": role, "content": _sentence(draw)} for role in ("user", "assistant", "user")[: draw.choice((1, 3))]
     ],

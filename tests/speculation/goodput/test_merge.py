@@ -14,7 +14,7 @@ from echo_trt.speculation.chains import Chains
 from echo_trt.speculation.goodput.model.acceptance import CALIBRATED_START, Acceptance
 from echo_trt.speculation.goodput.model.costs import Costs
 from echo_trt.speculation.goodput.optimiser.candidates import Candidates
-from echo_trt.speculation.goodput.optimiser.merge import merge
+from echo_trt.speculation.goodput.optimiser.merge import SURE, merge
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.sources import BOTH, GRAMMAR, LOOKUP, NGRAM
 from echo_trt.speculation.super_tree import SuperTree
@@ -63,7 +63,8 @@ def test_a_path_is_one_node_whoever_proposes_it(several, room):
     assert paths.keys() == chances.keys()
     for path, node in paths.items():
         siblings = [other for other in chances if other[:-1] == path[:-1]]
-        odds = {other: chances[other] / (1 - chances[other]) for other in siblings}
+        known = {other: min(chances[other], SURE) for other in siblings}
+        odds = {other: chance / (1 - chance) for other, chance in known.items()}
         assert np.exp(found.log_p[node]) == pytest.approx(odds[path] / (1 + sum(odds.values())), rel=1e-3)
         assert sum(np.exp(found.log_p[paths[other]]) for other in siblings) < 1
         below = {paths[other] for other in paths if other[: len(path)] == path}
