@@ -106,7 +106,7 @@ def test_a_page_installs_the_torch_that_is_declared():
 def test_the_lab_is_this_version_s_and_brings_what_compiles():
     lab = tomllib.loads((ROOT / "lab" / "pyproject.toml").read_text())["project"]
     assert lab["version"] == __version__
-    assert f"echo-trt[bench]=={__version__}" in lab["dependencies"]
+    assert lab["dependencies"] == [f"echo-trt[bench]=={__version__}", "httpx>=0.27"]
 
 
 def test_the_citation_is_this_version_s_and_names_the_paper():

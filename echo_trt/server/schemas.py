@@ -335,7 +335,7 @@ class CompletionRequest(Params):
         return prompt
 
     @model_validator(mode="after")
-    def _not_too_many(self) -> CompletionRequest:
+    def _fits_together(self) -> CompletionRequest:
         if self.suffix and (self.echo or not all(isinstance(prompt, str) for prompt in self.prompt)):
             raise ApiError(400, "suffix goes with a prompt of text, and without echo; leave it out.", param="suffix")
         if len(self.prompt) * self.n > CHOICES:

@@ -151,7 +151,7 @@ ABOUT = {"prompt_cache_retention": "24h", "request_id": "r", "prompt_cache_optio
 #: What "vllm bench serve" sends beside a prompt (docs/measure.md).
 BENCH = {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True, "temperature": 0.0}
 PASSED: dict[str, list[dict[str, Any]]] = {
-    "/v1/completions": [BENCH | {"max_tokens": 8, "repetition_penalty": 1.0, "logprobs": None}],
+    "/v1/completions": [BENCH | {"max_tokens": 8, "repetition_penalty": 1.0, "logprobs": None}, {"suffix": "end"}],
     "/v1/chat/completions": [
         ABOUT,
         BENCH | {"max_completion_tokens": 8, "messages": [USER | {"content": [{"type": "text", "text": "x"}]}]},
@@ -206,6 +206,11 @@ def test_a_request_is_refused_by_field(client, path, change, param):
     assert param.partition(".")[0] in sentence
     if path == "/v1/responses":
         assert not any(name in sentence for name in ("messages", "function.", "response_format", "completion"))
+
+
+@pytest.mark.parametrize("change", [{"prompt": [1, 2]}, {"prompt": ["a", [1]]}, {"prompt": "a", "echo": True}])
+def test_a_suffix_goes_with_a_text_that_is_not_echoed(client, change):
+    refused(client.post("/v1/completions", json=BODIES["/v1/completions"] | {"suffix": "b"} | change), 400, "suffix")
 
 
 @pytest.mark.parametrize(("path", "change"), [(path, change) for path, changes in PASSED.items() for change in changes])

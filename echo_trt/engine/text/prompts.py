@@ -17,15 +17,7 @@ from echo_trt.models.tokenizer import REASONING, BundleTokenizer, added_tokens, 
 
 #: Tokens before a prefix, a suffix and a middle, as Qwen spells them, and StarCoder; and those that end a middle.
 FILLS = (("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
-FILLED = (
-    "<|endoftext|>",
-    "<|fim_pad|>",
-    "<|file_sep|>",
-    "<|repo_name|>",
-    "<fim_pad>",
-    "<file_sep>",
-    "<|file_separator|>",
-)
+FILLED = ("<|endoftext|>", "<|fim_pad|>", "<|file_sep|>", "<|repo_name|>", "<fim_pad>", "<file_sep>")
 RULE = 'give a list of objects such as {"role": "user", "content": "..."}.'
 
 
