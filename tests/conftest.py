@@ -158,6 +158,7 @@ def open_llm(bundle_of, networks) -> Callable[..., LLM]:
     """
     from pairs import reference_engines
 
+    from echo_trt.backends.states import KeptStates
     from echo_trt.engine.assemble import drafter_with
     from echo_trt.engine.llm import LLM
 
@@ -166,7 +167,9 @@ def open_llm(bundle_of, networks) -> Callable[..., LLM]:
         if engine in ("torch", "resident"):
             blocks, batch = llm.loop.target.num_blocks, llm.loop.batch.count
             engines = reference_engines(pair, networks, blocks, batch, engine == "resident")
-            llm.loop.target = engines["target"]
+            llm.loop.target = target = engines["target"]
+            if target.states:
+                llm.loop.batch.blocks.states = KeptStates(target.states)
             if "draft" in engines:
                 llm.loop.drafter = drafter_with(llm.manifest, llm.loop.batch, engines["draft"], bundle_of(pair))
         return llm

@@ -1,19 +1,22 @@
-"""States of delta-net layers: a slot for each running request, beside the KV pool, in the host's memory."""
+"""States of delta-net layers beside the KV pool, in the host's memory: a slot for each running request, and copies."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from echo_trt.backends.base import Engine
 from echo_trt.speculation.arrays import begins, compiled
-from echo_trt.speculation.pack import ForwardBatch
+from echo_trt.speculation.pack import BLOCK, ForwardBatch
 from echo_trt.speculation.paths import COMMIT_OUTPUTS, MAX_ROWS, tree_inputs
 
 #: Tokens of a path up to which a state is updated row by row. Larger: longer paths miss the matrix product.
 SHORT = 8
+#: Copies of states that a prefix cache keeps for each slot. Larger: more conversations are found, in more memory.
+KEPT = 3
 
 
 class KeepsStates(Engine):
@@ -22,16 +25,20 @@ class KeepsStates(Engine):
     A run reads the states of its ``ForwardBatch.slots``, and starts from zero where a request has no past.
     """
 
-    _states: RequestStates | None = None
+    states: RequestStates | None = None
 
     def _open_states(self, shapes: Mapping[str, tuple[int, ...]], slots: int) -> None:
         """Make states of ``slots`` requests; ``shapes``: of a request's by input name, kind.layer, none without any."""
         if shapes:
-            self._states, self.paged, self.longest = RequestStates(shapes, slots), False, MAX_ROWS
+            self.states, self.paged, self.longest = RequestStates(shapes, slots), False, MAX_ROWS
 
     def commit(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        if self._states:
-            self._states.commit(rows, counts)
+        if self.states:
+            self.states.commit(rows, counts)
+
+
+#: A request's states of convolutions [L, 1, 3, C] and delta-nets [L, 1, H, dk, dv], float32.
+StateCopy = tuple[np.ndarray, np.ndarray]
 
 
 class RequestStates:
@@ -80,20 +87,102 @@ class RequestStates:
 
     def commit(self, rows: np.ndarray, counts: np.ndarray) -> None:
         """Advance the last pass's requests over the packed ``rows``, ``counts`` int64 [B] of them, in path order."""
-        keys, updates, decays, mixed = self._outputs
         ends = begins(counts)
         for request in np.flatnonzero(counts):
             slot, path = int(self._slots[request]), rows[ends[request] : ends[request + 1]]
-            nodes, tree = path - self._seq_begins[request], slot - self.span.start
-            if len(path) <= SHORT:
-                _advance(self.delta, keys, updates, decays, slot, tree, nodes)
-            else:
-                total = decays[:, tree][..., nodes]  # [L, H, n]
-                kept = np.exp(total[..., -1:] - total)[..., None]
-                written = np.swapaxes(keys[:, tree][:, :, nodes] * kept, -1, -2) @ updates[:, tree][:, :, nodes]
-                self.delta[:, slot] = self.delta[:, slot] * np.exp(total[..., -1])[..., None, None] + written
-            text = np.concatenate((self.conv[:, slot], mixed[:, path]), axis=1)
-            self.conv[:, slot] = text[:, -self.conv.shape[2] :]
+            self._follow((self.conv, self.delta), slot, request, path)
+
+    def ahead(self, request: int, path: np.ndarray) -> StateCopy:
+        """Return the states that a request of the last pass, not yet committed, has behind packed rows ``path``."""
+        slot = int(self._slots[request])
+        state = self.conv[:, slot : slot + 1].copy(), self.delta[:, slot : slot + 1].copy()
+        self._follow(state, 0, request, path)
+        return state
+
+    def put(self, slot: int, state: StateCopy) -> None:
+        """Let a slot go on from a ``state`` that ``ahead`` has returned."""
+        self.conv[:, slot : slot + 1], self.delta[:, slot : slot + 1] = state
+
+    def _follow(self, state: StateCopy, slot: int, request: int, path: np.ndarray) -> None:
+        """Advance the ``slot`` of a ``state`` in place, along a path of a request's packed rows."""
+        (conv, delta), (keys, updates, decays, mixed) = state, self._outputs
+        nodes, tree = path - self._seq_begins[request], int(self._slots[request]) - self.span.start
+        if len(path) <= SHORT:
+            _advance(delta, keys, updates, decays, slot, tree, nodes)
+        else:
+            total = decays[:, tree][..., nodes]  # [L, H, n]
+            kept = np.exp(total[..., -1:] - total)[..., None]
+            written = np.swapaxes(keys[:, tree][:, :, nodes] * kept, -1, -2) @ updates[:, tree][:, :, nodes]
+            delta[:, slot] = delta[:, slot] * np.exp(total[..., -1])[..., None, None] + written
+        text = np.concatenate((conv[:, slot], mixed[:, path]), axis=1)
+        conv[:, slot] = text[:, -conv.shape[2] :]
+
+
+class KeptStates:
+    """States by the key of the block that they stand behind; least recently used ones go first.
+
+    One is taken where a prompt ends, where an answer ends, and where a text parts from a cached one, since the next of
+    its kind will part there, too. They are larger than blocks, so not one of each.
+    """
+
+    def __init__(self, states: RequestStates):
+        self._states, self._most = states, (KEPT - 1) * states.slots  # and a running text has one that is not yet found
+        self._kept: OrderedDict[bytes, StateCopy] = OrderedDict()
+        self._own: list[dict[int, StateCopy]] = [{} for _ in range(states.slots)]  # by the number of blocks before it
+        self._wanted: list[set[int]] = [set() for _ in range(states.slots)]
+
+    def get(self, key: bytes) -> StateCopy | None:
+        return self._kept.get(key)
+
+    def open(self, slot: int, keys: Sequence[bytes], last: int) -> int:
+        """Begin a text in a slot; returns behind how many of its cached blocks ``keys`` it goes on from a state.
+
+        last  blocks of the text that a later one may share
+        """
+        found = next((n for n in range(len(keys), 0, -1) if keys[n - 1] in self._kept), 0)
+        self._wanted[slot], self._own[slot] = {len(keys), last}, {}
+        if found:
+            self._kept.move_to_end(keys[found - 1])
+            self._states.put(slot, self._kept[keys[found - 1]])
+        return found
+
+    def take(self, slots: np.ndarray, committed: np.ndarray, rows: np.ndarray, counts: np.ndarray, decode: int) -> None:
+        """Take the states that the last pass's requests have at ends of blocks, before it is committed.
+
+        slots, committed  int64 [B], and a text's tokens before the pass
+        rows, counts      as of ``Engine.commit``
+        decode            requests that decode; they are the first
+        """
+        row, after = begins(counts), (committed + counts) // BLOCK
+        for i in np.flatnonzero(after * BLOCK > committed).tolist():
+            slot, first = int(slots[i]), int(committed[i])
+            ends = {int(after[i])} if i < decode else self._wanted[slot] & {*range(first // BLOCK + 1, after[i] + 1)}
+            if i < decode:  # an answer's newest one is enough
+                self._own[slot].clear()
+            for end in ends:
+                path = rows[row[i] : row[i] + end * BLOCK - first]
+                self._own[slot][end] = self._states.ahead(i, path)
+
+    def publish(self, slot: int, keys: Sequence[bytes]) -> None:
+        """Let others find the states of a slot's text behind the blocks of ``keys``."""
+        for blocks, state in self._own[slot].items():
+            if blocks <= len(keys):
+                self.keep(keys[blocks - 1], state)
+        self._own[slot] = {}
+
+    def load(self, slot: int, key: bytes, content: bytes) -> None:
+        """Let a slot go on from the bytes of a ``StateCopy``, which stands behind the block of ``key``."""
+        conv, delta = self._states.conv[:, :1], self._states.delta[:, :1]
+        values = np.frombuffer(content, np.float32)
+        state = values[: conv.size].reshape(conv.shape), values[conv.size :].reshape(delta.shape)
+        self._states.put(slot, state)
+        self.keep(key, state)
+
+    def keep(self, key: bytes, state: StateCopy) -> None:
+        self._kept[key] = state
+        self._kept.move_to_end(key)
+        if len(self._kept) > self._most:
+            self._kept.popitem(last=False)
 
 
 @compiled("void(f4[:, :, :, :, ::1], f4[:, :, :, :, :], f4[:, :, :, :, :], f4[:, :, :, :], i8, i8, i8[::1])")

@@ -10,6 +10,7 @@ from pathlib import Path
 from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.kind import engine_kind
+from echo_trt.backends.states import KeepsStates, KeptStates
 from echo_trt.bundle.calibration import Calibration, read_calibration
 from echo_trt.bundle.manifest import MANIFEST, NGRAMS, Manifest, NetworkFacts, read_manifest, verify_files
 from echo_trt.bundle.ngrams import read_ngrams
@@ -109,7 +110,9 @@ def load_networks(
     cached = limits.prefix_cache if prefix_cache is None else prefix_cache
     input_batch = InputBatch(count, limits.context, reserve, pool.blocks, cached)
     target = _engine(folder, manifest, manifest.target, input_batch, pool.blocks)
-    input_batch.blocks.cache.enabled = cached and target.paged
+    if isinstance(target, KeepsStates) and target.states and cached:
+        input_batch.blocks.states = KeptStates(target.states)
+    input_batch.blocks.cache.enabled = cached and (target.paged or input_batch.blocks.states is not None)
     draft = _engine(folder, manifest, manifest.draft, input_batch, pool.blocks) if manifest.draft else None
     path = folder / CALIBRATION
     known = None

@@ -341,11 +341,14 @@ class EngineCore:
         self._move_accepted(tree, nodes, owner, position)
         # Packed rows are the nodes of the decoding requests, then the chunks' tokens (``_build_call``).
         chunk_rows = len(verified.call.token_ids) - len(chunks.owner) + np.arange(len(chunks.owner))
-        lengths = np.concatenate((counts[:decoding], chunks.counts))
-        self.target.commit(np.concatenate((nodes, chunk_rows)), lengths)
+        rows, lengths = np.concatenate((nodes, chunk_rows)), np.concatenate((counts[:decoding], chunks.counts))
+        if states := batch.blocks.states:
+            owners = np.concatenate((slots[:decoding], chunks.slots))
+            states.take(owners, batch.committed[owners], rows, lengths, decoding)
+        self.target.commit(rows, lengths)
         if self.drafter:
-            rows = batch.blocks.rows(np.concatenate((owner, chunks.owner)), np.concatenate((position, chunks.position)))
-            self.drafter.observe(rows, verified.outputs, np.concatenate((nodes, chunk_rows)))
+            kept = batch.blocks.rows(np.concatenate((owner, chunks.owner)), np.concatenate((position, chunks.position)))
+            self.drafter.observe(kept, verified.outputs, rows)
         batch.committed[slots[:decoding]] += counts[:decoding]
         batch.committed[chunks.slots] += chunks.counts
         self._collect_prompt_logprobs(verified, chunks)

@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from echo_trt.backends.states import KeptStates
 from echo_trt.speculation.arrays import compiled, ragged_arange
 from echo_trt.speculation.pack import BLOCK
 
@@ -162,6 +163,7 @@ class KVBlocks:
         self.keys: list[list[bytes]] = [[] for _ in range(slots)]
         self.salts = [b""] * slots
         self.found, self.looked = np.zeros((2, slots), np.int64)
+        self.states: KeptStates | None = None  # of a target that goes on from states, too
         self.released: Callable[[Sequence[bytes]], None] = lambda keys: None  # gets the keys of a text that leaves
 
     @property
@@ -182,6 +184,8 @@ class KVBlocks:
         length = len(text)
         self.cache.extend(keys, text, shareable(length), salt)
         found = self.cache.find(keys[: shareable(length)]) if finds else []
+        if self.states:
+            found = found[: self.states.open(slot, keys[: len(found)], shareable(length))]
         if blocks_for(length + reserve) - len(found) > self.free + self.cached - self.cache.idle_of(found):
             return False
         self.cache.hold(found)
@@ -193,7 +197,7 @@ class KVBlocks:
 
     def search(self, slot: int, committed: int, length: int) -> int:
         """Use blocks behind the ``committed`` tokens of a slot's text that others have computed; returns the tokens."""
-        if self.looked[slot] >= self.cache.added:
+        if self.states or self.looked[slot] >= self.cache.added:
             return 0
         first, self.looked[slot] = committed // BLOCK, self.cache.added
         found = self.cache.find(self.keys[slot][first : shareable(length)])
@@ -209,6 +213,8 @@ class KVBlocks:
     def awaits(self, slots: np.ndarray, committed: np.ndarray, worth: int) -> list[int]:
         """Return which of ``slots`` will find ``worth`` tokens or more in blocks that one before them computes."""
         needed, before, found = -(-worth // BLOCK), list[list[bytes]](), list[int]()
+        if self.states:
+            return found
         for i, slot in enumerate(slots.tolist()):  # a prompt's blocks are found once all of it is computed
             keys, last = self.keys[slot], int(committed[i]) // BLOCK + needed - 1
             # A key is of all the text up to its block, so one says that all before it are alike.
@@ -223,6 +229,8 @@ class KVBlocks:
         self.cache.extend(self.keys[slot], text, full, self.salts[slot])
         keys = self.keys[slot][:full]
         self.cache.add(keys, self.table[slot, : len(keys)].tolist(), text)
+        if self.states:
+            self.states.publish(slot, keys)
         return keys
 
     def hold(self, slots: np.ndarray, lengths: np.ndarray) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_trt.backends.kind import engine_kind
+from echo_trt.backends.states import KEPT
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.engine.host_memory import OPTION, available_memory, gigabytes, memory_limit
 from echo_trt.errors import UserError
@@ -29,8 +30,7 @@ class KVPool:
     block_bytes     of a block, with the features of its tokens, which a draft reads
     request_blocks  of a request of ``context`` tokens, the longest
     available       bytes of this machine's memory that the weights leave free; None: of a GPU, whose engine checks it
-    states          bytes of the states of all running requests, of a target with delta-net layers; it has no prefix
-                    cache
+    states          bytes of states of a target with delta-net layers, those that its prefix cache keeps among them
     """
 
     blocks: int
@@ -52,7 +52,7 @@ class KVPool:
     @property
     def sentence(self) -> str:
         full = f"{self.requests:,} request{'s' * (self.requests != 1)} of {self.context:,} tokens"
-        states = f"; {gigabytes(self.states)} of states beside it, and no prefix cache" if self.states else ""
+        states = f"; up to {gigabytes(self.states)} of states beside it" if self.states else ""
         return f"KV pool: {gigabytes(self.bytes)}, {self.blocks * BLOCK:,} tokens, {full}{states}"
 
     @property
@@ -82,7 +82,7 @@ def kv_pool(
     networks = [(manifest.target, manifest.precision), *([(manifest.draft, own)] if manifest.draft else [])]
     size, needed = block_bytes(manifest.engine, networks), manifest.recipe.request_blocks
     wanted, available = needed * (batch or limits.batch), None
-    states = 4 * manifest.target.state_values * (batch or limits.batch)
+    states = 4 * manifest.target.state_values * (batch or limits.batch) * (1 + KEPT * limits.prefix_cache)
     maximum = limits.kv_blocks or wanted
     if engine_kind(manifest.engine).on_host:
         fixed = _weights(folder, manifest) + states

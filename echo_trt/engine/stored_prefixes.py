@@ -43,6 +43,7 @@ RETRIED = 1.1  # by which a rate that was too low for a text rises, so that one 
 PAUSE = 0.02  # seconds of reading between two passes while requests decode; larger: later tokens for these
 TRIES = 3  # copies of a block while the cache gives up others; larger: more blocks of a full pool are kept
 REST = 60.0  # seconds without writing after the disk has refused it, and between two copies of what was learnt
+STATE = 2  # kind of what is stored, after blocks with (1) and without (0) a draft's KV rows
 PATIENCE = 5.0  # seconds that the end waits for what is not yet written; larger: more of it is kept, a later end
 
 
@@ -145,13 +146,13 @@ class StoredPrefixes:
             self._loop.counters.cached_tokens += self._batch.skip(np.array([slot]), 1)  # what was read for another
             first, done, start = int(self._batch.committed[slot]) // BLOCK, 0, time.perf_counter()
             for key, entry in self._worthwhile(slot):
-                if not alone and time.perf_counter() - begin > PAUSE:
+                if not alone and time.perf_counter() - begin > PAUSE and self._blocks.states is None:
                     waiting.append(slot)
                     break
                 if not self._read(int(self._blocks.table[slot, first + done]), key, entry):
                     break
                 done += 1
-            if done:
+            if done and self._put_state(slot, self._blocks.keys[slot][first + done - 1]):
                 self._restored(slot, first, done, time.perf_counter() - start)
         if self._store.damaged > self._damaged:
             self._damaged = self._store.damaged
@@ -185,6 +186,8 @@ class StoredPrefixes:
                 break
             drafted = bool(entry.kind)
             run.append((key, entry))
+        while run and blocks.states and self._store.find(_state_key(run[-1][0])) is None:
+            run.pop()
         if run and sum(entry.bytes for _, entry in run) / self._rate > self._pace * self._seconds(len(run), first):
             if self._declined[slot] != batch.admitted[slot]:
                 self._declined[slot], self._rate = batch.admitted[slot], self._rate * RETRIED
@@ -208,6 +211,16 @@ class StoredPrefixes:
         seconds = time.perf_counter() - begin
         self._rate += NEWEST * (len(content) / seconds - self._rate)
         return True
+
+    def _put_state(self, slot: int, key: bytes) -> bool:
+        """Let a slot go on from the stored states behind the block of ``key``, if its target has any; else: False."""
+        if (states := self._blocks.states) is None:
+            return True
+        entry = self._store.find(name := _state_key(key))
+        content = self._store.read(name, entry) if entry else None
+        if content is not None:
+            states.load(slot, key, content)
+        return content is not None
 
     def _restored(self, slot: int, first: int, count: int, seconds: float) -> None:
         """Go on behind ``count`` blocks that were read in so many ``seconds``, and let others find them."""
@@ -249,6 +262,11 @@ class StoredPrefixes:
             content = self._buffers[drafted]
             store.write(key, drafted, position, content, price)
             self._loop.counters.stored_bytes += len(content)
+        for position, key in enumerate(keys):
+            state = self._blocks.states and self._blocks.states.get(key)
+            if state and store.find(_state_key(key)) is None:  # worth as much as all the text before it
+                copied = b"".join(part.tobytes() for part in state)
+                store.write(_state_key(key), STATE, position, copied, self._seconds(position + 1))
         store.commit()
 
     def _is_new(self, key: bytes) -> bool:
@@ -267,6 +285,11 @@ class StoredPrefixes:
             if cache.forgotten == forgotten:  # so no pass has written to the block meanwhile
                 return drafted
         return None
+
+
+def _state_key(key: bytes) -> bytes:
+    """Return the name of the states behind a block of ``key`` in the store."""
+    return key + b"state"
 
 
 def _copy(views: Sequence[np.ndarray], content: bytes | bytearray, into_pool: bool) -> None:

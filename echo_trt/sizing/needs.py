@@ -8,6 +8,7 @@ from pathlib import Path
 
 from echo_trt.backends.cuda.sizes import LARGEST
 from echo_trt.backends.kind import engine_kind
+from echo_trt.backends.states import KEPT
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.engine.drafters.kind import draft_kind
@@ -34,7 +35,7 @@ class Needs:
     reserved        bytes that CUDA graphs and the like take before requests come
     features_token  bytes of a token's features, which a draft reads and the card keeps beside the KV pool
     request_blocks  the most blocks of one request
-    states          bytes of all running requests' states, in delta-net layers
+    states          bytes of delta-net layers' states, of all running requests and in the prefix cache
     """
 
     target_weights: int
@@ -115,7 +116,7 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
         reserved=reserved(recipe, target, draft, calls),
         blocks=calls.pool,
         request_blocks=calls.blocks,
-        states=target.state_bytes * calls.batch,
+        states=target.state_bytes * calls.batch * (1 + KEPT * recipe.limits.prefix_cache),
     )
 
 

@@ -9,10 +9,12 @@ from driving import assert_all_free, goodput_planner, machine, prompt_ids
 from pairs import recipe_of
 from transformers import AutoModelForCausalLM
 
+from echo_trt.backends.states import KEPT
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.errors import UserError
+from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.policies import BUILT_IN, POLICIES
 
 MATRIX = [
@@ -66,15 +68,35 @@ def test_the_mtp_head_drafts_a_tree_that_is_accepted(llm_of):
         assert answer[0].accepted_length > 1.5
 
 
-def test_a_hybrid_has_no_prefix_cache_and_its_states_are_counted(bundle_of):
-    llm = LLM(bundle_of("mtp"), "autoregressive", 4, prefix_cache=True)
-    prompt = prompt_ids(100, 0)
-    for _ in range(2):
-        llm.generate([prompt], SamplingParams(max_tokens=4))
-    assert llm.counters.cached_tokens == 0
-    config = llm.manifest.target
-    assert llm.pool.states == 4 * 4 * config.state_values > 0
-    assert "no prefix cache" in llm.pool.sentence
+def test_texts_go_on_where_a_prompt_ended_and_where_others_have_parted(bundle_of):
+    llm, plain = (LLM(bundle_of("mtp"), "autoregressive", 4, prefix_cache=cached) for cached in (True, False))
+    system, few = prompt_ids(2 * BLOCK + 9, 0), SamplingParams(max_tokens=4, ignore_eos=True)
+    found = []
+    for text in [
+        system,
+        system,
+        [*system, *prompt_ids(40, 1)],
+        *([*system[:50], *prompt_ids(40, i)] for i in (2, 3, 4)),
+    ]:
+        before = llm.counters.cached_tokens
+        assert llm.generate([text], few)[0].token_ids == plain.generate([text], few)[0].token_ids
+        found.append((llm.counters.cached_tokens - before) // BLOCK)
+    assert found == [0, 2, 2, 0, 1, 1]  # the first that parts in the second block computes the states at its beginning
+    assert_all_free(llm.loop)
+
+
+def test_kept_states_are_bounded_and_counted(bundle_of):
+    llm = LLM(bundle_of("mtp"), "autoregressive", 2)
+    for i in range(9):
+        llm.generate([prompt_ids(40, i)] * 2, SamplingParams(max_tokens=40, ignore_eos=True))
+    states, slots = llm.loop.batch.blocks.states, 2
+    assert len(states._kept) == slots * (KEPT - 1)
+    assert llm.pool.states == slots * (1 + KEPT) * 4 * llm.manifest.target.state_values > 0
+    assert "of states beside it" in llm.pool.sentence
+
+
+def test_networks_of_a_hybrid_say_what_they_keep(llm_of):
+    llm = llm_of("mtp", "autoregressive", 1)
     target, draft = llm.networks.target, llm.networks.draft
     assert (target.paged, draft.paged) == (False, True)  # the MTP head's layer has attention alone
     assert llm.loop.chunk <= target.longest < draft.longest

@@ -32,12 +32,12 @@ def conversation(llm: LLM, **sampling) -> list[list[int]]:
     return answers
 
 
-@pytest.mark.parametrize("pair", ["lookup", "model", "close", "dspark"])
+@pytest.mark.parametrize("pair", ["lookup", "model", "close", "dspark", "mtp"])
 def test_a_conversation_is_the_same_under_every_policy(pair, open_llm, without):
     """Greedy and seeded in turn."""
     ways = [(way, conversation(without(pair), **way)) for way in (GREEDY, SEEDED)]
     llm = open_llm(pair, "autoregressive")
-    for number, policy in enumerate(BUILT_IN, PAIRS.index(pair)):
+    for number, policy in enumerate(BUILT_IN, (*PAIRS, "mtp").index(pair)):
         sampling, expected = ways[number % 2]
         if policy.startswith("goodput"):
             llm.loop.planner = goodput_planner(llm, machine(), policy)

@@ -88,8 +88,8 @@ class OpenVINOEngine(KeepsStates):
 
     def _bind_span(self) -> None:
         """Let the pass read the states of its slots in place."""
-        if self._states and self._span != self._states.span:
-            self._span, parts = self._states.span, self._states.inputs
+        if self.states and self._span != self.states.span:
+            self._span, parts = self.states.span, self.states.inputs
             self._state_tensors = {name: ov.Tensor(part, shared_memory=True) for name, part in parts.items()}
             for name, tensor in self._state_tensors.items():
                 self._request.set_tensor(name, tensor)
@@ -101,7 +101,7 @@ class OpenVINOEngine(KeepsStates):
         """
         begin = time.perf_counter()
         for count in (size for size in self.sizes if size <= PREPARED):
-            if time.perf_counter() - begin > PREPARE_SECONDS or (self._states and count > self._states.slots):
+            if time.perf_counter() - begin > PREPARE_SECONDS or (self.states and count > self.states.slots):
                 return
             for used in widths or [""]:  # a head reads features, or its state where it goes on from a drafted token
                 shapes = {name: (count if name == used else 0, width) for name, width in widths.items()}
@@ -121,15 +121,15 @@ class OpenVINOEngine(KeepsStates):
         size = max(size, call.padded_to)
         if drafts:
             inputs = _longer(inputs, size - tokens)
-        if self._states:
-            inputs |= self._states.begin(whole, size)
+        if self.states:
+            inputs |= self.states.begin(whole, size)
             self._bind_span()
         call = pad_requests(call, size, self.num_blocks, pad_rows=self._target)
         self._feed(call._asdict() | inputs)
         outputs = self._request.infer(share_outputs=True).values()  # a copy of the logits would take half a millisecond
         read = dict(zip(self._outputs, outputs, strict=True))
-        if self._states:
-            self._states.keep(read)
+        if self.states:
+            self.states.keep(read)
         read = {name: read[name][: height.get(name, rows)] for name in self._outputs if name not in COMMIT_OUTPUTS}
         if self._short:
             read[FEATURES] = _from_bf16(read[FEATURES])

@@ -122,14 +122,14 @@ class TorchEngine(KeepsStates, DeviceEngine):
     def launch(self, call: ForwardBatch, **inputs: Any) -> dict[str, np.ndarray]:
         if self._resident:
             return super().launch(call, **inputs)
-        if self._states:
-            inputs |= self._states.begin(call, len(call.token_ids)) | self._states.inputs
+        if self.states:
+            inputs |= self.states.begin(call, len(call.token_ids)) | self.states.inputs
         arrays = self._arrays_of(call, inputs)
         outputs = self._forward({name: torch.from_numpy(array) for name, array in arrays.items()})
         on_host = ((each.float() if each.is_floating_point() else each).numpy() for each in outputs)
         named = dict(zip(self._role.outputs, on_host, strict=True))
-        if self._states:
-            self._states.keep(named)
+        if self.states:
+            self.states.keep(named)
         return named
 
     def _arrays_of(self, call: ForwardBatch, inputs: dict[str, np.ndarray]) -> Arrays:
@@ -148,7 +148,7 @@ class TorchEngine(KeepsStates, DeviceEngine):
         named = {name: gathered(name, tensors[name], self._feature_caches) for name in self._role.inputs}
         if "features" in self._feature_caches and tensors["features"].ndim == 1:
             named["combined"] = named.pop("features")
-        own = {"ancestors", *(self._states.inputs if self._states else ())}  # float32, as delta-net layers compute
+        own = {"ancestors", *(self.states.inputs if self.states else ())}  # float32, as delta-net layers compute
         narrow = {name for name, tensor in named.items() if tensor.is_floating_point()} - own
         named |= {name: named[name].to(self._dtype) for name in narrow}
         metadata = [tensors[name] for name in METADATA]
