@@ -38,16 +38,18 @@ def recipe_for(what: str, draft: str | None = None) -> tuple[Recipe, Path]:
     if named.is_file() and not path.exists():
         recipe = load_recipe(named)
         head = recipe.draft.source.path if recipe.draft.source and not draft else None
-        if named.parent == PACKAGED and head and not (PACKAGED / head).exists():
+        if recipe.target.wheel and named.parent == PACKAGED and head and not (PACKAGED / head).exists():
             raise UserError(f"recipe {what} has a head that comes with echo-trt-lab; run pip install ./lab.")
-        return (_with_draft(recipe, draft) if draft else recipe), named.parent
+        recipe = _with_draft(recipe, draft) if draft else _for_these_weights(recipe, named.parent)
+        return recipe, named.parent
     target = source_of(what)
     shipped = _shipped(target, draft)
     if shipped is None:
         return _derived(target, draft), Path()
     recipe = load_recipe(shipped)
     recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"hub": None, **target})})
-    return (_with_draft(recipe, draft) if draft else recipe), Path()
+    recipe = _with_draft(recipe, draft) if draft else _for_these_weights(recipe, shipped.parent)
+    return recipe, shipped.parent
 
 
 def _is_recipe(path: Path) -> bool:
@@ -125,6 +127,22 @@ def _shipped(target: dict[str, str], draft: str | None) -> Path | None:
             source = recipe.draft.source
             found.append((draft is None or (bool(source) and source.hub != draft), path))
     return min(found, key=lambda entry: entry[0])[1] if found else None
+
+
+def _for_these_weights(recipe: Recipe, folder: Path) -> Recipe:
+    """Leave a shipped head and its table out where they are not there, or were trained for another file's weights."""
+    head, target = recipe.draft.source and recipe.draft.source.path, recipe.target.path
+    if not head or recipe.target.wheel:
+        return recipe
+    config = folder / head / "config.json"
+    if target and config.exists():
+        from echo_trt.models.checkpoint import read_json, weights_sha256
+
+        if read_json(config).get("target_sha256") == weights_sha256(Path(target)):
+            return recipe
+    draft = recipe.draft.model_dump(exclude={"source", "ngrams", "precision", "block"}) | {"kind": "lookup"}
+    whole = recipe.model_dump(exclude_unset=True) | {"draft": draft, "calibration": None}
+    return parse_recipe(whole, f"{recipe.name} without its head")
 
 
 def _with_draft(recipe: Recipe, draft: str) -> Recipe:

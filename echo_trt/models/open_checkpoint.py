@@ -7,6 +7,7 @@ from pathlib import Path
 
 from echo_trt.errors import UserError
 from echo_trt.files.inputs import is_gguf
+from echo_trt.models.blocks_checkpoint import BlocksCheckpoint
 from echo_trt.models.checkpoint import Checkpoint, SafetensorsCheckpoint
 from echo_trt.models.families import FAMILIES
 from echo_trt.models.fp8_checkpoint import dequantised
@@ -22,6 +23,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_file():
         raise UserError(f"checkpoint {path} is a single file and no GGUF file; give a Hugging Face folder or one.")
     checkpoint = SafetensorsCheckpoint(path)
+    if "block_types" in checkpoint.config:
+        return BlocksCheckpoint(path)
     architecture = str((checkpoint.config.get("architectures") or [""])[0])
     family = next((family for family in FAMILIES.values() if family.architecture == architecture), None)
     opened = dequantised(checkpoint)

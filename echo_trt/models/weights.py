@@ -66,12 +66,17 @@ def load_decoder(
     _assign(model, checkpoint, sources, dtype, undivided, shard, others, in_blocks)
     _complete_norms(model)
     model.rotary = Rotary(config, positions)
-    if isinstance(checkpoint, HasBlocks) and shard.ranks == 1:
-        flat = {name: _flat(parts) for name, parts in sources.items()}
-        model.stored = {
-            name: _reader(checkpoint, parts) for name, parts in flat.items() if checkpoint.in_blocks(parts[0])
-        }
+    if shard.ranks == 1:
+        model.stored = _readers(checkpoint, sources)
     return model.eval()
+
+
+def _readers(checkpoint: Checkpoint, sources: dict[str, Any]) -> dict[str, ReadBlocks]:
+    """Return what reads matrices that are stored in blocks, by their names."""
+    if not isinstance(checkpoint, HasBlocks):
+        return {}
+    flat = {name: _flat(parts) for name, parts in sources.items()}
+    return {name: _reader(checkpoint, parts) for name, parts in flat.items() if checkpoint.in_blocks(parts[0])}
 
 
 def _flat(parts: list) -> list[str]:
@@ -121,6 +126,7 @@ def load_eagle3(
             )
         model.embed.weight = target.embed.weight
         model.stored = {name: read for name, read in target.stored.items() if name == "embed.weight"}
+    model.stored = {**model.stored, **_readers(checkpoint, sources)}
     _assign(model, checkpoint, sources, dtype)
     model.rotary = Rotary(config, positions)
     model.target_ids = _target_ids(config, checkpoint, names)

@@ -4,6 +4,7 @@
     python scripts/training/train_eagle3.py generate BUNDLE --prompts FILE --data SHARDS
     python scripts/training/train_eagle3.py train --target CHECKPOINT --data SHARDS --out HEAD --minutes 45
     python scripts/training/train_eagle3.py train --block 6 --start HEAD --target CHECKPOINT --data SHARDS --out DRAFTER
+    python scripts/training/train_eagle3.py shrink HEAD --out SMALL_HEAD
     python scripts/training/train_eagle3.py ngrams --target CHECKPOINT --data SHARDS --out HEAD/ngrams.npz
 
 ``init`` is for a target that has no head yet: BUNDLE is built with what it writes, for the target's features. Progress
@@ -47,6 +48,7 @@ from echo_trt_lab.training.head import (
     save_head,
     start_from,
     warm_start,
+    write_in_blocks,
 )
 from echo_trt_lab.training.loop import Trainer, TrainingRecipe, load_state
 from echo_trt_lab.training.ngrams import count, held_out, read_texts, right
@@ -144,6 +146,17 @@ def train(
     with _progress("training") as report:
         agreement = trainer.train(report)
     console.print(f"{out}: step {trainer.step}, held out: {agreement}", highlight=False, soft_wrap=True)
+
+
+@app.command
+def shrink(
+    head: Annotated[Path, Parameter(help="a folder that train has written")],
+    out: Annotated[Path, Parameter(help="folder for the smaller head")],
+) -> None:
+    """Write a head with its matrices in blocks of 4 bits, which the engine cpu takes as they are."""
+    write_in_blocks(head, out)
+    size = (out / "model.safetensors").stat().st_size / 1e6
+    console.print(f"{out}: {size:.1f} MB", highlight=False, soft_wrap=True)
 
 
 @app.command

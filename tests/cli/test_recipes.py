@@ -25,6 +25,7 @@ from echo_trt.cli import recipes
 from echo_trt.cli.options import BuildOptions
 from echo_trt.cli.recipes import RECIPES, for_this_machine, recipe_for, sized
 from echo_trt.engine.kv_pool import kv_pool
+from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.sizing.limits import filling, limited
 from echo_trt.sizing.needs import needs
@@ -124,7 +125,7 @@ def test_shipped_recipes_are_found_by_the_target_and_its_draft(tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "name"),
-    [("Qwen3-1.7B-Q4_K_M.gguf", "qwen3-1.7b"), ("Qwen3-8B.UD-IQ4_XS.gguf", "qwen3-8b"), ("qwen3-8b.gguf", "qwen3-8b")],
+    [("Qwen3-1.7B-Q4_K_M.gguf", "qwen3-1.7b"), ("Qwen3-8B.UD-IQ4_XS.gguf", "qwen3-8b"), ("Qwen3-8B.gguf", "qwen3-8b")],
 )
 def test_a_gguf_file_s_name_finds_the_head_of_its_model(file, name, tmp_path, monkeypatch):
     monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: False)
@@ -133,6 +134,26 @@ def test_a_gguf_file_s_name_finds_the_head_of_its_model(file, name, tmp_path, mo
     assert (recipe.name, recipe.target.path, recipe.target.hub) == (name, str(tmp_path / file), None)
     recipe, _ = for_this_machine(file, recipe, Path(), None, None)
     assert (recipe.draft.kind, recipe.engine, recipe.limits.kv_blocks) == ("eagle3", "cpu", None)
+
+
+def test_a_shipped_head_goes_with_the_file_that_it_was_trained_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "shipped_folder", lambda: tmp_path)
+    mine, other = tmp_path / "model-1b-q4_k_m.gguf", tmp_path / "Model-1B-Q8_0.gguf"
+    mine.write_bytes(b"GGUF mine")
+    other.write_bytes(b"GGUF other")
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head" / "config.json").write_text(json.dumps({"target_sha256": weights_sha256(mine)}))
+    draft = {"kind": "eagle3", "source": {"path": "head"}, "ngrams": "head/ngrams.npz", "precision": "int8"}
+    raw = {"name": "model-1b", "target": {"hub": "own/Model-1B"}, "draft": draft, "calibration": "head/c.json"}
+    (tmp_path / "model-1b.yaml").write_text(json.dumps(raw))
+    found, folder = recipe_for(str(mine))
+    assert (found.draft.kind, found.draft.ngrams, found.calibration, folder) == (
+        "eagle3", "head/ngrams.npz", "head/c.json", tmp_path,
+    )  # fmt: skip
+    for what in (str(other), "own/Model-1B"):
+        left = recipe_for(what)[0]
+        assert (left.name, left.draft.kind, left.draft.source, left.draft.ngrams) == ("model-1b", "lookup", None, None)
+        assert left.calibration is None
 
 
 def test_a_gguf_file_is_built_with_what_it_recommends(tmp_path):

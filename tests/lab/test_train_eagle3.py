@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from pairs import recipe_of
+from refusal import refused
 from safetensors.torch import load_file
 
+from echo_trt.backends.cpu.build import compile_role
 from echo_trt.backends.self_check import block_shape
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.ngrams import read_ngrams
@@ -22,8 +24,8 @@ from echo_trt.engine.options import run_alone
 from echo_trt.models.block_weights import load_block
 from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.models.open_checkpoint import open_checkpoint
-from echo_trt.models.roles import BlockModule
-from echo_trt.models.weights import load_decoder
+from echo_trt.models.roles import BlockModule, HeadModule
+from echo_trt.models.weights import load_decoder, load_eagle3
 from echo_trt.speculation.pack import pack_blocks
 from echo_trt.speculation.super_tree import SuperTree
 from echo_trt_lab.training.corpus import features_path
@@ -98,6 +100,26 @@ def test_the_engine_cpu_records_what_its_own_features_are(networks, tmp_path):
     recorded = known()
     write_features(load_decoder(open_checkpoint(networks / "target"), 256), shard)
     torch.testing.assert_close(recorded[answered], known()[answered], atol=0.05, rtol=0.02)
+
+
+def test_a_head_in_blocks_is_taken_as_it_is(networks, head, tmp_path):
+    """Matrices read as they were, a little rounded, and the engine cpu has the file's blocks."""
+    run("shrink", head, "--out", tmp_path / "small")
+    small, target = open_checkpoint(tmp_path / "small"), load_decoder(open_checkpoint(networks / "target"), 64)
+    assert small.stored("fc.weight")[0] == "q4_0"
+    for name in ("fc.weight", "midlayer.self_attn.q_proj.weight"):
+        exact = open_checkpoint(head).get(name).float()
+        assert small.shape(name) == exact.shape
+        assert (small.get(name) - exact).norm() < 0.12 * exact.norm()  # in 4 bits
+    network = load_eagle3(small, 64, target)
+    assert network.stored["attention.qkv.weight"](1)[0] == "q4_0"
+    facts: dict[str, str] = {}
+    compile_role(HeadModule(network, 4), tmp_path / "draft.cpu", "int4", facts)
+    assert facts == {"matrices, draft": "5 q8_0, 5 q4_0"}  # heads of 16 are padded, and so rounded to 8 bits again
+    config = tmp_path / "small" / "config.json"
+    config.write_text(config.read_text().replace("q4_0", "q9"))
+    with refused("block_types", "fc.weight", "'q9'"):
+        open_checkpoint(tmp_path / "small")
 
 
 def test_a_head_goes_on_as_a_larger_one_that_says_the_same(networks, shards, head, tmp_path):

@@ -7,11 +7,14 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
+from echo_trt.backends.cpu.formats import GROUP, quantised
 from echo_trt.models.block import ParallelEagle
+from echo_trt.models.checkpoint import SafetensorsCheckpoint
 from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
@@ -139,6 +142,22 @@ def save_head(head: Eagle3Head, scale: Tensor, folder: Path) -> None:
         partial = folder / f"{name}.partial"
         partial.write_bytes(content)
         os.replace(partial, folder / name)
+
+
+def write_in_blocks(folder: Path, out: Path) -> None:
+    """Write a saved head once more, with its matrices in blocks of 4 bits."""
+    stored = SafetensorsCheckpoint(folder)
+    types = {name: "q4_0" for name in stored.names() if len(stored.shape(name)) == 2}
+    tensors = {name: stored.get(name) for name in stored.names() if name != "t2d"}
+    for name, kind in types.items():
+        rounded = quantised(tensors[name].float().numpy(), kind)
+        values = rounded.values.reshape(len(rounded.values), -1, GROUP)
+        packed = values[..., :16] | values[..., 16:] << 4
+        scale = rounded.scale.view(np.uint8).reshape(*values.shape[:2], 2)
+        tensors[name] = torch.from_numpy(np.concatenate([scale, packed], axis=2).reshape(len(values), -1))
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(stored.config | {"block_types": types}, indent=2) + "\n")
 
 
 def _eagle_tensors(head: Eagle3Head, scale: Tensor) -> dict[str, Tensor]:
