@@ -110,7 +110,7 @@ def test_a_head_in_blocks_is_taken_as_it_is(networks, head, tmp_path):
     for name in ("fc.weight", "midlayer.self_attn.q_proj.weight"):
         exact = open_checkpoint(head).get(name).float()
         assert small.shape(name) == exact.shape
-        assert (small.get(name) - exact).norm() < 0.12 * exact.norm()  # in 4 bits
+        assert (small.get(name) - exact).norm() < 0.2 * exact.norm()  # in 4 bits
     network = load_eagle3(small, 64, target)
     assert network.stored["attention.qkv.weight"](1)[0] == "q4_0"
     facts: dict[str, str] = {}

@@ -26,7 +26,7 @@ from echo_trt_lab.sizing.cards import CARDS, parse_cards
 from echo_trt_lab.sizing.fit import CardFit, fit
 
 BUILD = Path(__file__).parents[3] / "build"
-ON_CPUS = {"smollm2-135m", "gemma3-270m"}
+ON_CPUS = {"smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b"}
 #: The cards that each recipe's comment names.
 MEANT = {
     "qwen3-0.6b": ("L4", "RTX-4090"),
