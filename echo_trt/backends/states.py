@@ -134,17 +134,16 @@ class KeptStates:
     def get(self, key: bytes) -> StateCopy | None:
         return self._kept.get(key)
 
-    def open(self, slot: int, keys: Sequence[bytes], last: int) -> int:
-        """Begin a text in a slot; returns behind how many of its cached blocks ``keys`` it goes on from a state.
+    def find(self, keys: Sequence[bytes]) -> int:
+        """Return behind how many of a text's cached blocks there is a state to go on from."""
+        return next((n for n in range(len(keys), 0, -1) if keys[n - 1] in self._kept), 0)
 
-        last  blocks of the text that a later one may share
-        """
-        found = next((n for n in range(len(keys), 0, -1) if keys[n - 1] in self._kept), 0)
-        self._wanted[slot], self._own[slot] = {len(keys), last}, {}
-        if found:
-            self._kept.move_to_end(keys[found - 1])
-            self._states.put(slot, self._kept[keys[found - 1]])
-        return found
+    def open(self, slot: int, keys: Sequence[bytes], wanted: set[int]) -> None:
+        """Begin a text in a slot, behind the blocks of ``keys``. ``wanted``: behind how many blocks states are taken."""
+        self._wanted[slot], self._own[slot] = wanted, {}
+        if keys:
+            self._kept.move_to_end(keys[-1])
+            self._states.put(slot, self._kept[keys[-1]])
 
     def take(self, slots: np.ndarray, committed: np.ndarray, rows: np.ndarray, counts: np.ndarray, decode: int) -> None:
         """Take the states that the last pass's requests have at ends of blocks, before it is committed.

@@ -184,11 +184,14 @@ class KVBlocks:
         length = len(text)
         self.cache.extend(keys, text, shareable(length), salt)
         found = self.cache.find(keys[: shareable(length)]) if finds else []
+        parts = len(found)  # behind so many blocks the text parts from those that are cached
         if self.states:
-            found = found[: self.states.open(slot, keys[: len(found)], shareable(length))]
+            found = found[: self.states.find(keys[:parts])]
         if blocks_for(length + reserve) - len(found) > self.free + self.cached - self.cache.idle_of(found):
             return False
         self.cache.hold(found)
+        if self.states:
+            self.states.open(slot, keys[: len(found)], {parts, shareable(length)})
         self.keys[slot], self.looked[slot] = keys, self.cache.added if finds else NEVER
         self.salts[slot] = salt
         self.table[slot, : len(found)] = found

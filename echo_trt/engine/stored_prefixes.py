@@ -24,6 +24,7 @@ import numpy as np
 
 from echo_trt import __version__
 from echo_trt.backends.kind import engine_kind
+from echo_trt.backends.states import KeptStates
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.engine.host_memory import bytes_in
 from echo_trt.engine.kv_blocks import DIGEST, NEVER, shareable
@@ -186,9 +187,11 @@ class StoredPrefixes:
                 break
             drafted = bool(entry.kind)
             run.append((key, entry))
-        while run and blocks.states and self._store.find(_state_key(run[-1][0])) is None:
+        state = None
+        while run and blocks.states and (state := self._store.find(_state_key(run[-1][0]))) is None:
             run.pop()
-        if run and sum(entry.bytes for _, entry in run) / self._rate > self._pace * self._seconds(len(run), first):
+        size = sum(entry.bytes for _, entry in run) + (state.bytes if state else 0)
+        if run and size / self._rate > self._pace * self._seconds(len(run), first):
             if self._declined[slot] != batch.admitted[slot]:
                 self._declined[slot], self._rate = batch.admitted[slot], self._rate * RETRIED
             return []
@@ -218,9 +221,11 @@ class StoredPrefixes:
             return True
         entry = self._store.find(name := _state_key(key))
         content = self._store.read(name, entry) if entry else None
-        if content is not None:
-            states.load(slot, key, content)
-        return content is not None
+        if content is None:
+            self._tasks.put(partial(self._store.drop, name))
+            return False
+        states.load(slot, key, content)
+        return True
 
     def _restored(self, slot: int, first: int, count: int, seconds: float) -> None:
         """Go on behind ``count`` blocks that were read in so many ``seconds``, and let others find them."""
@@ -262,12 +267,22 @@ class StoredPrefixes:
             content = self._buffers[drafted]
             store.write(key, drafted, position, content, price)
             self._loop.counters.stored_bytes += len(content)
-        for position, key in enumerate(keys):
-            state = self._blocks.states and self._blocks.states.get(key)
-            if state and store.find(_state_key(key)) is None:  # worth as much as all the text before it
-                copied = b"".join(part.tobytes() for part in state)
-                store.write(_state_key(key), STATE, position, copied, self._seconds(position + 1))
+        if self._blocks.states:
+            self._keep_states(self._blocks.states, keys)
         store.commit()
+
+    def _keep_states(self, states: KeptStates, keys: Sequence[bytes]) -> None:
+        """Write the states behind blocks of a text, each worth as much as all the text before it."""
+        for position, key in enumerate(keys):
+            if (state := states.get(key)) is None:
+                continue
+            name, price = _state_key(key), self._seconds(position + 1)
+            if self._store.find(name):
+                self._store.touch([name], price)
+            else:
+                content = b"".join(part.tobytes() for part in state)
+                self._store.write(name, STATE, position, content, price)
+                self._loop.counters.stored_bytes += len(content)
 
     def _is_new(self, key: bytes) -> bool:
         entry, block = self._store.find(key), self._blocks.cache.block_of(key)

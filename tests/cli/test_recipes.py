@@ -125,7 +125,7 @@ def test_shipped_recipes_are_found_by_the_target_and_its_draft(tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "name"),
-    [("Qwen3-1.7B-Q4_K_M.gguf", "qwen3-1.7b"), ("Qwen3-8B.UD-IQ4_XS.gguf", "qwen3-8b"), ("Qwen3-8B.gguf", "qwen3-8b")],
+    [("Qwen3-1.7B-Q4_K_M.gguf", "qwen3-1.7b"), ("Qwen3-8B.UD-IQ4_XS.gguf", "qwen3-8b"), ("qwen3-8b.gguf", "qwen3-8b")],
 )
 def test_a_gguf_file_s_name_finds_the_head_of_its_model(file, name, tmp_path, monkeypatch):
     monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: False)

@@ -147,17 +147,19 @@ def save_head(head: Eagle3Head, scale: Tensor, folder: Path) -> None:
 def write_in_blocks(folder: Path, out: Path) -> None:
     """Write a saved head once more, with its matrices in blocks of 4 bits."""
     stored = SafetensorsCheckpoint(folder)
-    types = {name: "q4_0" for name in stored.names() if len(stored.shape(name)) == 2}
+    matrices = [name for name in stored.names() if len(stored.shape(name)) == 2]
     tensors = {name: stored.get(name) for name in stored.names() if name != "t2d"}
-    for name, kind in types.items():
-        rounded = quantised(tensors[name].float().numpy(), kind)
+    for name in matrices:
+        rounded = quantised(tensors[name].float().numpy(), "q4_0")
         values = rounded.values.reshape(len(rounded.values), -1, GROUP)
         packed = values[..., :16] | values[..., 16:] << 4
         scale = rounded.scale.view(np.uint8).reshape(*values.shape[:2], 2)
         tensors[name] = torch.from_numpy(np.concatenate([scale, packed], axis=2).reshape(len(values), -1))
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(stored.config | {"block_types": types}, indent=2) + "\n")
+    (out / "config.json").write_text(
+        json.dumps(stored.config | {"block_types": dict.fromkeys(matrices, "q4_0")}, indent=2) + "\n"
+    )
 
 
 def _eagle_tensors(head: Eagle3Head, scale: Tensor) -> dict[str, Tensor]:
