@@ -139,7 +139,7 @@ class KeptStates:
         return next((n for n in range(len(keys), 0, -1) if keys[n - 1] in self._kept), 0)
 
     def open(self, slot: int, keys: Sequence[bytes], wanted: set[int]) -> None:
-        """Begin a text in a slot, behind the blocks of ``keys``. ``wanted``: behind how many blocks states are taken."""
+        """Begin a text in a slot, behind the blocks of ``keys``; ``wanted``: after how many blocks states are taken."""
         self._wanted[slot], self._own[slot] = wanted, {}
         if keys:
             self._kept.move_to_end(keys[-1])
