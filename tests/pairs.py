@@ -212,6 +212,7 @@ def raw_recipe(pair: str, networks: Path, **changes: Any) -> dict[str, Any]:
         "name": pair,
         "target": {"path": str(networks / target)},
         "draft": {"kind": kind},
+        "engine": "cpu" if kind == "mtp" else "openvino",
         "precision": "fp32",
         "limits": LIMITS,
         "decoding": DECODING,

@@ -31,7 +31,7 @@ def layers_within(role: Role) -> int:
     """Return how many layers of a role's network have CHECKED weights: 1 at least."""
     layers = getattr(role.network, "layers", ())
     each = sum(parameter.numel() for parameter in layers[0].parameters()) if layers else 1
-    return min(max(CHECKED // each, 1), role.num_layers)
+    return min(max(CHECKED // each, 1), max(len(layers), 1))
 
 
 def first_layers(role: Role, layers: int) -> Role:
@@ -42,7 +42,9 @@ def first_layers(role: Role, layers: int) -> Role:
     role, network = copy.copy(role), copy.copy(role.network)
     if isinstance(role, TargetModule | DraftModule):
         network._modules = {**network._modules, "layers": network.layers[:layers]}
-        network.config = replace(network.config, num_layers=layers)
+        linear = getattr(network.config, "linear_layers", None)
+        kept = {} if linear is None else {"linear_layers": tuple(each for each in linear if each < layers)}
+        network.config = replace(network.config, num_layers=layers, **kept)
     network = copy.deepcopy(network, {id(each): each for each in network.parameters()})  # which are shared
     outputs = OUTPUTS if isinstance(role, TargetModule) else network.config.vocab_size
     named = dict(network.named_parameters())

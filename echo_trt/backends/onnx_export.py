@@ -13,7 +13,6 @@ import copy
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from echo_trt.backends.base import COLLECTIVES, DOMAIN, METADATA, OPERATOR
 from echo_trt.models.layers import Attend
-from echo_trt.models.roles import Role, TargetModule, computed_in
+from echo_trt.models.roles import Role, computed_in
 from echo_trt.models.weights import TYPES
 from echo_trt.speculation.pack import BLOCK
 
@@ -55,7 +54,7 @@ def export(role: Role, path: Path) -> None:
     program = trace(
         _Graph(role),
         (inputs, metadata, torch.zeros(2, dtype=torch.long), caches),
-        (_dynamic(inputs), [auto] * len(metadata), auto, [auto] * len(caches)),
+        (dict.fromkeys(inputs, auto), [auto] * len(metadata), auto, [auto] * len(caches)),
         [*inputs, *METADATA, "logit_rows", *cache_names],
         list(role.outputs),
         OPSET,
@@ -128,9 +127,6 @@ def _example(role: Role) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]
     """Make the tracer's inputs, of different sizes along different axes."""
     config, dtype = role.network.config, computed_in(role.network)
     inputs = {"token_ids": torch.zeros(5, dtype=torch.long), "positions": torch.arange(5)}
-    if isinstance(role, TargetModule) and role.states:
-        inputs |= _tree_inputs(role)
-        inputs = {name: inputs[name] for name in role.inputs}
     if "features" in role.inputs:
         inputs["features"] = torch.zeros(2, config.feature_size, dtype=dtype)
     if "hidden" in role.inputs:
@@ -145,20 +141,6 @@ def _example(role: Role) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]
     # One tensor a cache: the exporter takes two uses of one tensor for one input.
     shape = 7, config.num_kv_heads, BLOCK, config.head_dim
     return inputs, metadata, [torch.zeros(shape, dtype=dtype) for _ in range(2 * role.num_layers)]
-
-
-def _dynamic(inputs: dict[str, Tensor]) -> dict[str, dict[int, Any]]:
-    """Return the dynamic axes of ``inputs``: the first one, and all of a tree's padded rows."""
-    axes = {"tree_rows": 2, "ancestors": 3}
-    return {name: dict.fromkeys(range(axes.get(name, 1)), torch.export.Dim.DYNAMIC) for name in inputs}
-
-
-def _tree_inputs(role: TargetModule) -> dict[str, Tensor]:
-    """Make the inputs of delta-net layers: five packed rows of three requests, padded to four rows."""
-    indices = {"tree_rows": (3, 4), "row_places": (5,), "conv_rows": (5, 3)}
-    inputs = {name: torch.zeros(shape, dtype=torch.long) for name, shape in indices.items()}
-    inputs["ancestors"] = torch.zeros(3, 4, 4)
-    return inputs | {name: torch.zeros(3, *shape) for name, shape in role.states.items()}
 
 
 def _to_onnx(query, key, value, key_cache, value_cache, *rest):

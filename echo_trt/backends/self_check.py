@@ -49,7 +49,7 @@ def check_compiled(role: Role, compiled: CompiledRole, precision: str) -> SelfCh
     elif few_bits:
         text = write_text(role)
     check = check_engine(role, opened, precision, text, compiled.longest or LONGEST_WINDOW)
-    return check.model_copy(update={"layers": role.num_layers if role.num_layers < whole.num_layers else None})
+    return check.model_copy(update={"layers": compiled.layers if role.num_layers < whole.num_layers else None})
 
 
 def check_engine(

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from echo_trt.backends.base import Engine
+from echo_trt.errors import UserError
 from echo_trt.speculation.arrays import begins, compiled
 from echo_trt.speculation.pack import BLOCK, ForwardBatch
-from echo_trt.speculation.paths import COMMIT_OUTPUTS, MAX_ROWS, tree_inputs
 
-#: Tokens of a path up to which a state is updated row by row. Larger: longer paths miss the matrix product.
-SHORT = 8
+#: Tokens of one request in a call. Larger: prompts in fewer passes, which keep more beside their states.
+MAX_ROWS = 128
 #: Copies of states that a prefix cache keeps for each slot. Larger: more conversations are found, in more memory.
 KEPT = 3
 
@@ -27,10 +26,10 @@ class KeepsStates(Engine):
 
     states: RequestStates | None = None
 
-    def _open_states(self, shapes: Mapping[str, tuple[int, ...]], slots: int) -> None:
+    def _open_states(self, shapes: Mapping[str, tuple[int, ...]], slots: int, applied: int = 0) -> None:
         """Make states of ``slots`` requests; ``shapes``: of a request's by input name, kind.layer, none without any."""
         if shapes:
-            self.states, self.paged, self.longest = RequestStates(shapes, slots), False, MAX_ROWS
+            self.states, self.paged, self.longest = RequestStates(shapes, slots, applied), False, MAX_ROWS
 
     def commit(self, rows: np.ndarray, counts: np.ndarray) -> None:
         if self.states:
@@ -44,15 +43,15 @@ StateCopy = tuple[np.ndarray, np.ndarray]
 class RequestStates:
     """Convolution and delta-net states of ``slots`` requests, float32, whose memory is taken as they are written.
 
-    conv   [L, S, 3, C]
-    delta  [L, S, H, dk, dv]
+    conv     [L, S, 3, C]
+    delta    [L, S, Hv, dk, dv]
+    applied  first tokens of a request in a pass, 0 or 1, whose writing is in ``delta`` already behind the pass
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], slots: int):
-        self.slots = slots
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], slots: int, applied: int = 0):
+        self.slots, self.applied = slots, applied
         self.conv, self.delta = (self._zeros(shapes, kind) for kind in ("conv_state", "delta_state"))
-        self.span = slice(0, 1)  # slots whose states the last pass read
-        self._seq_begins = self._slots = np.zeros(0, np.int64)
+        self.of_requests = np.zeros(0, np.int64)  # slots of the last pass's requests
         self._outputs: tuple[np.ndarray, ...] = ()
 
     def _zeros(self, shapes: Mapping[str, tuple[int, ...]], kind: str) -> np.ndarray:
@@ -61,61 +60,52 @@ class RequestStates:
 
     @property
     def inputs(self) -> dict[str, np.ndarray]:
-        """The states of ``span`` by input name, in place."""
+        """The states of the last pass's requests by input name."""
         kinds = (("conv_state", self.conv), ("delta_state", self.delta))
-        return {f"{kind}.{i}": part[self.span] for kind, parts in kinds for i, part in enumerate(parts)}
+        return {f"{kind}.{i}": part[self.of_requests] for kind, parts in kinds for i, part in enumerate(parts)}
 
-    def begin(self, call: ForwardBatch, size: int) -> dict[str, np.ndarray]:
-        """Return the inputs of a pass padded to ``size`` rows; a request without past begins with states of zero.
-
-        A pass reads the states from its first to its last slot where they are, since a copy of states takes as long as
-        to read them.
-        """
+    def begin(self, call: ForwardBatch) -> np.ndarray:
+        """Begin a pass; returns its tokens' ``parents``. A request without past begins with states of zero."""
         slots = call.slots
         if len(slots) == 0:  # a call without requests of its own, such as a measurement's
             slots = np.arange(len(call.past_lens))
         new = slots[call.past_lens == 0]
         self.conv[:, new] = 0
         self.delta[:, new] = 0
-        self._slots, self._seq_begins = slots, call.seq_begins
-        self.span = slice(int(slots.min()), int(slots.max()) + 1)
-        return tree_inputs(call, slots - self.span.start, self.span.stop - self.span.start, size)
+        self.of_requests = slots
+        return parents(call)
 
-    def keep(self, outputs: dict[str, Any]) -> None:
-        """Keep the pass's ``COMMIT_OUTPUTS`` for ``commit``."""
-        self._outputs = tuple(outputs[name] for name in COMMIT_OUTPUTS)
+    def keep(self, *outputs: np.ndarray) -> None:
+        """Keep the pass's ``delta_net.COMMIT_OUTPUTS`` for ``commit``."""
+        self._outputs = outputs
 
     def commit(self, rows: np.ndarray, counts: np.ndarray) -> None:
         """Advance the last pass's requests over the packed ``rows``, ``counts`` int64 [B] of them, in path order."""
         ends = begins(counts)
         for request in np.flatnonzero(counts):
-            slot, path = int(self._slots[request]), rows[ends[request] : ends[request + 1]]
-            self._follow((self.conv, self.delta), slot, request, path)
+            slot = int(self.of_requests[request])
+            self._follow((self.conv, self.delta), slot, rows[ends[request] : ends[request + 1]])
 
     def ahead(self, request: int, path: np.ndarray) -> StateCopy:
         """Return the states that a request of the last pass, not yet committed, has behind packed rows ``path``."""
-        slot = int(self._slots[request])
+        slot = int(self.of_requests[request])
         state = self.conv[:, slot : slot + 1].copy(), self.delta[:, slot : slot + 1].copy()
-        self._follow(state, 0, request, path)
+        self._follow(state, 0, path)
         return state
 
     def put(self, slot: int, state: StateCopy) -> None:
         """Let a slot go on from a ``state`` that ``ahead`` has returned."""
         self.conv[:, slot : slot + 1], self.delta[:, slot : slot + 1] = state
 
-    def _follow(self, state: StateCopy, slot: int, request: int, path: np.ndarray) -> None:
-        """Advance the ``slot`` of a ``state`` in place, along a path of a request's packed rows."""
-        (conv, delta), (keys, updates, decays, mixed) = state, self._outputs
-        nodes, tree = path - self._seq_begins[request], int(self._slots[request]) - self.span.start
-        if len(path) <= SHORT:
-            _advance(delta, keys, updates, decays, slot, tree, nodes)
-        else:
-            total = decays[:, tree][..., nodes]  # [L, H, n]
-            kept = np.exp(total[..., -1:] - total)[..., None]
-            written = np.swapaxes(keys[:, tree][:, :, nodes] * kept, -1, -2) @ updates[:, tree][:, :, nodes]
-            delta[:, slot] = delta[:, slot] * np.exp(total[..., -1])[..., None, None] + written
-        text = np.concatenate((conv[:, slot], mixed[:, path]), axis=1)
-        conv[:, slot] = text[:, -conv.shape[2] :]
+    def _follow(self, state: StateCopy, slot: int, path: np.ndarray) -> None:
+        """Advance the ``slot`` of a ``state`` in place, along a path of packed rows."""
+        (conv, delta), (keys, updates, fades, mixed) = state, self._outputs
+        repeats = updates.shape[2] // keys.shape[2]
+        for row in path[self.applied :].tolist():
+            key = np.repeat(keys[:, row], repeats, 1)
+            delta[:, slot] *= fades[:, row, :, None, None]
+            delta[:, slot] += key[..., None] * updates[:, row, :, None]
+        conv[:, slot] = np.concatenate((conv[:, slot], mixed[:, path]), axis=1)[:, -conv.shape[2] :]
 
 
 class KeptStates:
@@ -184,31 +174,25 @@ class KeptStates:
             self._kept.popitem(last=False)
 
 
-@compiled("void(f4[:, :, :, :, ::1], f4[:, :, :, :, :], f4[:, :, :, :, :], f4[:, :, :, :], i8, i8, i8[::1])")
-def _advance(
-    states: np.ndarray,
-    keys: np.ndarray,
-    updates: np.ndarray,
-    decays: np.ndarray,
-    slot: int,
-    tree: int,
-    nodes: np.ndarray,
-) -> None:
-    """Update the states of ``slot`` by the path ``nodes`` int64 [n]; each number is read and written once."""
-    layers, _, heads, height, width = states.shape
-    kept = np.empty(len(nodes), np.float32)
-    for layer in range(layers):
-        for head in range(heads):
-            total = decays[layer, tree, head, nodes[-1]]
-            fade = np.exp(total)
-            for n in range(len(nodes)):
-                kept[n] = np.exp(total - decays[layer, tree, head, nodes[n]])
-            for i in range(height):
-                row = states[layer, slot, head, i]
-                for column in range(width):
-                    row[column] *= fade
-                for n in range(len(nodes)):
-                    update = updates[layer, tree, head, nodes[n]]
-                    weight = keys[layer, tree, head, nodes[n], i] * kept[n]
-                    for column in range(width):
-                        row[column] += weight * update[column]
+def parents(call: ForwardBatch) -> np.ndarray:
+    """Return the packed row before each token on its path, int64 [N]; -1 - b where that is request b's cached text."""
+    longest = int(np.diff(call.seq_begins).max(initial=1))
+    if longest > MAX_ROWS:
+        raise UserError(f"a request has {longest} tokens in one pass, but a hybrid network takes {MAX_ROWS} at most.")
+    found: np.ndarray = _parents(call.seq_begins, call.tree_mask, call.tree_mask_begins)
+    return found
+
+
+@compiled("i8[::1](i4[::1], u1[::1], i4[::1])")
+def _parents(seq_begins: np.ndarray, tree_mask: np.ndarray, mask_begins: np.ndarray) -> np.ndarray:
+    found = np.empty(seq_begins[-1], np.int64)
+    for request in range(len(seq_begins) - 1):
+        first, mask = seq_begins[request], mask_begins[request]
+        count = seq_begins[request + 1] - first
+        causal = mask_begins[request + 1] == mask
+        for row in range(count):
+            above = row - 1  # parents stand before children: the nearest ancestor is the last
+            while above >= 0 and not causal and not tree_mask[mask + row * count + above]:
+                above -= 1
+            found[first + row] = first + above if above >= 0 else -1 - request
+    return found

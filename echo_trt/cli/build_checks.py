@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from echo_trt.backends.kind import EngineKind, engine_kinds
+from echo_trt.backends.states import MAX_ROWS
 from echo_trt.bundle.recipe import Precision, Recipe
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
-from echo_trt.speculation.paths import MAX_ROWS
 
 
 def check_engine(recipe: Recipe, config: DecoderConfig | None, kind: EngineKind) -> None:
@@ -50,16 +50,6 @@ def check_states(recipe: Recipe, config: DecoderConfig, kind: EngineKind) -> Non
         raise UserError(
             f"engine is {recipe.engine}, but a target with delta-net layers runs on {_names('states')} alone; use "
             "one of these."
-        )
-    if recipe.precision not in ("fp32", "bf16", "fp16"):
-        raise UserError(
-            f"precision is {recipe.precision}, but a target with delta-net layers is built in fp32 or bf16 so far; use "
-            "one of these."
-        )
-    if recipe.tensor_parallel > 1:
-        raise UserError(
-            f"tensor_parallel is {recipe.tensor_parallel}, but a target with delta-net layers is not divided; set it "
-            "to 1."
         )
     tree = max(recipe.decoding.per_request, recipe.decoding.static.tokens)
     if tree > MAX_ROWS:

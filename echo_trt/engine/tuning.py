@@ -19,7 +19,6 @@ from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt.speculation.planner import ChainSource, Planner
 from echo_trt.speculation.policies import make_planner, policy_named
-from echo_trt.speculation.policy_names import EXACT
 from echo_trt.speculation.sources import DRAFT_SOURCES
 
 DOUBTED = 1.5  # times what a pass takes now: a table that says so was measured beside other work
@@ -100,11 +99,6 @@ class Tuning:
         """
         decoding, calibration = self._manifest.recipe.decoding, self._networks.calibration
         name, settings = name or decoding.policy, decoding.model_dump()
-        if name == EXACT and self._networks.target.rounds_trees and not self._networks.target.paged:
-            raise UserError(
-                f"policy is {EXACT}, but a target with delta-net layers has plain decoding's bits in fp32 alone; "
-                "choose goodput, or build with --precision fp32."
-            )
         if settings["gates"] is None:
             settings["gates"] = calibration.sparse_gates if calibration else USUAL_GATES
         settings |= {"budget": budget or settings["budget"], "calibration": calibration}

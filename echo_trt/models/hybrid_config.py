@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from echo_trt.errors import UserError
 from echo_trt.models.config import DecoderConfig, StateLayout
-from echo_trt.speculation.paths import CONV_PAST
+
+#: Tokens before a token that the convolution of a delta-net layer reads, besides the token.
+CONV_PAST = 3
 
 #: Tensors of a published checkpoint that a text decoder does not read: images, and the MTP head.
 OTHERS = ("mtp.", "model.visual.")

@@ -6,18 +6,26 @@ j is the target's behind its last norm or, where the target has not seen token j
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echo_trt.models.decoder import DecoderLayer
 from echo_trt.models.hybrid_config import MtpConfig
-from echo_trt.models.layers import Attend, Embedding, Linear, RMSNorm, Rotary, widened
+from echo_trt.models.layers import Attend, Embedding, Linear, ReadBlocks, RMSNorm, Rotary, widened
 from echo_trt.models.qwen3_5 import GatedAttention
 
 
 class MtpHead(nn.Module):
-    """The head as a network, with the inputs and outputs of ``eagle3.Eagle3Head``."""
+    """The head as a network, with the inputs and outputs of ``eagle3.Eagle3Head``.
+
+    stored  as a ``Decoder``'s
+    """
+
+    stored: Mapping[str, ReadBlocks] = MappingProxyType({})
 
     def __init__(self, config: MtpConfig, positions: int):
         super().__init__()

@@ -51,5 +51,5 @@ def delta_net_sources(ours: str, theirs: str) -> dict[str, list[str]]:
         ours + "decay_log": [theirs + "A_log"],
         ours + "decay_bias": [theirs + "dt_bias"],
         ours + "norm": [theirs + "norm.weight"],
-        ours + "out.weight": [theirs + "out_proj.weight"],
+        ours + "output.weight": [theirs + "out_proj.weight"],
     }

@@ -24,12 +24,11 @@ from echo_trt.files.extras import DRAFTS, extra
 from echo_trt.models.block import BlockNetwork, block_network
 from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
-from echo_trt.models.delta_net import DeltaCall
+from echo_trt.models.delta_net import COMMIT_OUTPUTS, DeltaCall
 from echo_trt.models.eagle3 import Eagle3Head, top_candidates
 from echo_trt.models.hybrid_config import MtpConfig
 from echo_trt.models.layers import Attend, Embedding
 from echo_trt.models.mtp import MtpHead
-from echo_trt.speculation.paths import COMMIT_OUTPUTS, TREE_INPUTS
 
 
 class TargetModule(nn.Module):
@@ -48,13 +47,13 @@ class TargetModule(nn.Module):
         self.outputs = ("logits", "features") if feature_layers else ("logits",)
         self.states = decoder.config.states.shapes
         if self.states:
-            self.inputs = (*self.inputs, *TREE_INPUTS, *self.states)
+            self.inputs = (*self.inputs, "parents", *self.states)
             self.outputs = (*self.outputs, *COMMIT_OUTPUTS)
 
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
         tokens, positions = inputs["token_ids"], inputs["positions"]
         states = {name: inputs[name] for name in self.states}
-        call = DeltaCall(attend, *(inputs[name] for name in TREE_INPUTS), states) if states else attend
+        call = DeltaCall(attend, inputs["parents"], states) if states else attend
         logits, features = self.network(tokens, positions, logit_rows, call, self.feature_layers)
         outputs = (logits,) if features is None else (logits, features)
         return (*outputs, *call.stacked()) if isinstance(call, DeltaCall) else outputs

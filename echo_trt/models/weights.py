@@ -149,6 +149,7 @@ def load_mtp(
     model.embed.weight = target.embed.weight
     if model.lm_head is not None:
         model.lm_head.weight = target.lm_head.weight
+    model.stored = {name: read for name, read in target.stored.items() if name in ("embed.weight", "lm_head.weight")}
     model.rotary = Rotary(config, positions)
     return model.eval()
 

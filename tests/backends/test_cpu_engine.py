@@ -103,7 +103,13 @@ def in_trees(engine: CPUEngine, texts: np.ndarray, table: np.ndarray, past: int,
 
 
 @pytest.mark.parametrize(
-    ("family", "precision"), [("llama", "bf16"), ("gemma3", "fp32"), ("qwen2", "int4"), ("qwen3_moe", "int8")]
+    ("family", "precision"),
+    [
+        ("llama", "bf16"),
+        ("gemma3", "fp32"),
+        ("qwen2", "int4"),
+        ("qwen3_moe", "int8"),
+    ],
 )
 def test_a_tokens_bits_depend_on_its_text_alone(family, precision, engine_of):
     """Not on company, batch, chunks, the blocks that hold it, or threads."""

@@ -20,7 +20,6 @@ from echo_trt.backends.cpu.engine import CPUEngine
 from echo_trt.backends.kind import engine_kinds
 from echo_trt.backends.onnx_export import export
 from echo_trt.backends.openvino.build import export_parted
-from echo_trt.backends.openvino.cpu import has_bf16
 from echo_trt.backends.openvino.engine import OpenVINOEngine
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.models.families import FAMILIES
@@ -161,21 +160,6 @@ def test_the_best_token_is_transformers_in_bf16(family, engine, written, tmp_pat
     assert sure.sum() > 30
     same = (got.argmax(1) == wanted.argmax(1))[sure].mean()
     assert same == 1 or (FAMILIES[family].name == "qwen3_moe" and same > 0.85)
-
-
-@pytest.mark.skipif(not has_bf16(), reason="OpenVINO computes in bf16 on CPUs with AVX-512 alone")
-def test_decays_behind_a_long_text_are_as_exact_in_bf16_as_pytorchs(tmp_path):
-    """PyTorch adds decays up in float32. Behind 46 tokens their sum has no more than two bits behind the point."""
-    model = BUILDERS["qwen3_5"](**SIZES | CHANGES["qwen3_5"])
-    for name, parameter in model.named_parameters():
-        if name.endswith("A_log"):
-            parameter.data.add_(1.5)
-    model.save_pretrained(tmp_path)
-    error = {}
-    for engine in ("openvino", "torch"):
-        wanted, got = logits_of_both(tmp_path, engine, tmp_path / f"{engine}.onnx", "bf16")
-        error[engine] = np.sqrt(np.square(got - wanted).mean() / np.square(wanted).mean())
-    assert error["openvino"] < 1.5 * error["torch"]
 
 
 def test_every_family_has_a_builder_and_the_engines_that_it_names():

@@ -17,9 +17,7 @@ from echo_trt.errors import UserError
 from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.policies import BUILT_IN, POLICIES
 
-MATRIX = [
-    (policy, batch, ("openvino", "torch")[(i + batch) % 2]) for i, policy in enumerate(BUILT_IN) for batch in (1, 8)
-]
+MATRIX = [(policy, batch, ("cpu", "torch")[(i + batch) % 2]) for i, policy in enumerate(BUILT_IN) for batch in (1, 8)]
 
 
 def plan_by(llm: LLM, policy: str) -> None:
@@ -105,9 +103,10 @@ def test_networks_of_a_hybrid_say_what_they_keep(llm_of):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"precision": "int8"}, "precision is 'int8'"),
+        ({"precision": "fp8"}, "precision is 'fp8'"),
+        ({"engine": "openvino"}, "engine is openvino"),
         ({"engine": "tensorrt", "precision": "bf16"}, "engine is tensorrt"),
-        ({"decoding": {"per_request": 65}}, "verifies 64 tokens"),
+        ({"decoding": {"per_request": 129}}, "verifies 128 tokens"),
     ],
 )
 def test_what_a_hybrid_does_not_have_is_refused(changes, named, networks, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def restored(llm: LLM) -> int:
         ("close", "openvino"),
         ("close", "torch"),
         ("dspark", "openvino"),
-        ("mtp", "openvino"),
+        ("mtp", "cpu"),
         ("mtp", "torch"),
     ],
 )

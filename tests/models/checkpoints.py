@@ -131,7 +131,7 @@ HYBRID_LAYERS = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "li
 
 def qwen3_5(**changes: Any) -> PreTrainedModel:
     linear = {f"linear_num_{kind}_heads": heads for kind, heads in (("key", 2), ("value", 4))}
-    linear |= {"linear_key_head_dim": 8, "linear_value_head_dim": 12}
+    linear |= {"linear_key_head_dim": 32, "linear_value_head_dim": 64}
     sizes = SIZES | {"num_attention_heads": 4, "head_dim": 16} | linear
     model = randomise(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**sizes, **changes})))
     for name, parameter in model.named_parameters():

@@ -189,7 +189,7 @@ def _unit(args, job, head, scratch):
     group, size = heads // kv_heads, 4 if wide else 2
     first, past, is_tree = word(job, 0), word(job, 3), word(job, 4)
     rows, bytes_ = tokens * group, BLOCK * dim * size
-    sizes = group, dim, (heads + 2 * kv_heads) * dim * 4, heads * dim * 4, number(args + 72), window, wide != 0
+    sizes = group, dim, word(args, 13), heads * dim * 4, number(args + 72), window, wide != 0
     limits = word(cells, LIMITS) + first * 8
     queries = word(args, 1) + first * sizes[2] + head * group * dim * 4
     outputs = word(args, 2) + first * sizes[3] + head * group * dim * 4
@@ -243,7 +243,7 @@ def attend(args, thread, threads):
     """Attend with all tokens to what is in the pool: see ``Network``.
 
     cells, projected, out, keys, values, scratch of a thread, heads, KV heads, a head's size, scale, window, whether
-    keys are float32, bytes of scratch
+    keys are float32, bytes of scratch, bytes of a projected row
     """
     cells, kv_heads = word(args, 0), word(args, 7)
     scratch = word(args, 5) + thread * word(args, 12)

@@ -22,7 +22,7 @@ from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.first_layers import in_blocks, layers_within
 from echo_trt.backends.kind import CompiledRole
 from echo_trt.models.layers import Rotary
-from echo_trt.models.roles import HeadModule, Role, TargetModule
+from echo_trt.models.roles import Role, TargetModule
 from echo_trt.models.weights import heights
 
 UNIT = 32  # to a multiple of which widths are padded, and a head's halves to one of half of it
@@ -30,6 +30,9 @@ THREADS = 2  # that pack matrices; larger: more memory
 FLOATS = {"fp32": "f32", "bf16": "bf16"}
 #: Matrices that have 8 bits in int4, too, since 4 change the choice of tokens most there.
 EIGHT_BITS = ("embed.weight", "lm_head.weight")
+#: Parts of a delta net's projection, and its arrays.
+DELTA_PARTS, DELTA_ARRAYS = ("mixed", "gate", "write", "decay"), ("conv", "decay_log", "decay_bias")
+SMALL = 64  # rows of a matrix up to which it has 8 bits, too
 ROUTER = ".router.weight"  # which stays in floats: a little less changes the choice of experts
 
 
@@ -40,6 +43,7 @@ def compile_role(role: Role, path: Path, precision: str, facts: dict[str, str] |
         "role": role.name,
         "config": dataclasses.asdict(config),
         "windows": [config.window_of(layer) for layer in range(role.num_layers)],
+        "states": getattr(role, "states", {}),
         "setting": list(role.feature_layers) if isinstance(role, TargetModule) else role.top_k,
     }
     with network_writer(path, header) as writer:
@@ -47,8 +51,8 @@ def compile_role(role: Role, path: Path, precision: str, facts: dict[str, str] |
     if facts is not None:
         counts = Counter(kind for kind, *_ in writer.matrices.values())
         facts[f"matrices, {path.stem}"] = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-    layers = layers_within(role) if in_blocks(role) else role.num_layers
-    return CompiledRole(path.name, partial(CPUEngine, path, precision, layers=layers), layers=layers)
+    layers = layers_within(role) if in_blocks(role) else 0
+    return CompiledRole(path.name, partial(CPUEngine, path, precision, layers=layers), layers=layers or None)
 
 
 def spread(size: int, parts: int = 1, halves: bool = False) -> tuple[np.ndarray, int]:
@@ -63,9 +67,20 @@ def spread(size: int, parts: int = 1, halves: bool = False) -> tuple[np.ndarray,
     return (begin + np.arange(piece)).reshape(-1), pieces * padded
 
 
+def rotated(size: int, parts: int, turned: int) -> tuple[np.ndarray, int]:
+    """Return what ``spread`` does of heads by halves, where rotation turns a head's first ``turned`` numbers alone.
+
+    The halves of these begin the head's halves, so that numbers which turn together stand as far apart as ever.
+    """
+    where, length = spread(size, parts, halves=True)
+    half, rest = turned // 2, (size - turned) // 2
+    order = np.r_[:half, size // 2 : size // 2 + half, half : half + rest, size // 2 + half : size]
+    return where.reshape(parts, size)[:, order].reshape(-1), length
+
+
 def _placed(values: np.ndarray, where: tuple[np.ndarray, int] | None, axis: int) -> np.ndarray:
     """Move rows or columns to their padded positions."""
-    if where is None or where[1] == values.shape[axis]:
+    if where is None or (where[1] == values.shape[axis] and (np.diff(where[0]) == 1).all()):
         return values
     shape = list(values.shape)
     shape[axis] = where[1]
@@ -101,7 +116,7 @@ class _Writing:
         self._network, self._writer, self._precision = role.network, writer, precision
         self._config = config = role.network.config
         self._hidden = spread(config.hidden_size)
-        self._head = isinstance(role, HeadModule)
+        self._head = role.name == "head"
 
     def write(self) -> None:
         state = self._network.state_dict()
@@ -110,6 +125,8 @@ class _Writing:
         def packed(given: tuple[str, int, _Part]) -> PackedWeights | np.ndarray:
             name, index, part = given
             tensor = state[name]
+            if part.name.endswith(".conv"):  # of a delta net, [C, 1, taps]
+                return tensor.float().squeeze(1).t().contiguous().numpy()
             if tensor.dim() == 3:
                 return self._stacked(name, index, part, tensor)
             if tensor.dim() == 2:
@@ -127,22 +144,26 @@ class _Writing:
             self._write_angles("local", self._network.rotary.local)
 
     def _write_angles(self, name: str, rotary: Rotary) -> None:
-        half = rotary.cos.shape[1] // 2
+        half, width = rotary.cos.shape[1] // 2, -(-self._config.head_dim // UNIT) * UNIT // 2
         for part in ("cos", "sin"):
-            table = getattr(rotary, part)[:, :half].numpy()
-            self._writer.array(f"{name}.{part}", _placed(table, (np.arange(half), -(-half // 16) * 16), 1))
+            table = np.full((len(rotary.cos), width), float(part == "cos"), np.float32)  # the others are not rotated
+            table[:, :half] = getattr(rotary, part)[:, :half].numpy()
+            self._writer.array(f"{name}.{part}", table)
 
     def _parts(self, name: str) -> Iterator[_Part]:
         config, (stem, _, leaf) = self._config, name.rpartition(".")
         above, _, module = stem.rpartition(".")
         above += "." if above else ""
-        ends = np.cumsum([0, *heights(config)])
+        ends, size = np.cumsum([0, *heights(config)]), config.head_dim
+        turned = getattr(config, "rotary_dim", size)
         if module == "qkv":
             columns = spread(config.hidden_size, 2) if self._head else self._hidden
-            counts = {"query": config.num_heads, "key": config.num_kv_heads, "value": config.num_kv_heads}
-            for i, (kind, count) in enumerate(counts.items()):
-                rows = spread(config.head_dim, count, halves=True)
-                yield _Part(f"{above}{kind}.{leaf}", slice(ends[i], ends[i + 1]), rows, columns)
+            rows = self._queries, rotated(size, config.num_kv_heads, turned), spread(size, config.num_kv_heads, True)
+            for i, kind in enumerate(("query", "key", "value")):
+                yield _Part(f"{above}{kind}.{leaf}", slice(ends[i], ends[i + 1]), rows[i], columns)
+        elif module == "project":
+            for kind, end, height in zip(DELTA_PARTS, np.cumsum(heights(config, 4)), heights(config, 4), strict=True):
+                yield _Part(f"{above}{kind}.{leaf}", slice(end - height, end), None, self._hidden)
         elif module == "gate_up":
             size = config.intermediate_size
             yield _Part(f"{above}gate.{leaf}", slice(size), None, self._hidden)
@@ -158,16 +179,28 @@ class _Writing:
         elif module == "down":
             yield _Part(name, to_columns=spread(config.intermediate_size))
         elif module == "fc":
-            yield _Part(name, to_columns=spread(config.target_hidden_size, 3))
+            wide = (config.target_hidden_size, 3) if self._head else (config.hidden_size, 2)
+            yield _Part(name, to_columns=spread(*wide))
         elif module in ("query_norm", "key_norm"):
-            yield _Part(name, to_rows=spread(config.head_dim, halves=True))
+            yield _Part(name, to_rows=rotated(size, 1, turned))
         elif above == "fc_norms.":
             yield _Part(name, to_rows=spread(config.target_hidden_size))
-        elif leaf == "target_ids":
+        elif leaf == "target_ids" or module == "output" or leaf in DELTA_ARRAYS or name.endswith("attention.norm"):
             yield _Part(name)
         else:  # norms of hidden states, embedding and output matrix
             is_norm = module.endswith("norm")
             yield _Part(name, to_rows=self._hidden if is_norm else None, to_columns=None if is_norm else self._hidden)
+
+    @property
+    def _queries(self) -> tuple[np.ndarray, int]:
+        """Where queries stand; where each is followed by its gate, all gates stand before them, as outputs do."""
+        config, size = self._config, self._config.head_dim
+        queries, length = rotated(size, config.num_heads, getattr(config, "rotary_dim", size))
+        if not config.gated:
+            return queries, length
+        gates, _ = spread(size, config.num_heads, halves=True)
+        both = np.stack((length + queries.reshape(-1, size), gates.reshape(-1, size)), axis=1)
+        return both.reshape(-1), 2 * length
 
     def _stacked(self, name: str, index: int, part: _Part, tensor: torch.Tensor) -> PackedWeights:
         """Pack a part of all experts' matrices [experts, N, K], one behind the other, each padded to whole blocks."""
@@ -189,12 +222,12 @@ class _Writing:
             moved = zip((part.to_rows, part.to_columns), tensor.shape, strict=True)
             padded = any(to and to[1] != size for to, size in moved)
             if few and kind in GGUF_BYTES and not padded:
-                return pack_gguf(kind, blocks.numpy(), lanes)
+                return pack_gguf(kind, _placed(blocks.numpy(), part.to_rows, 0), lanes)
             if tensor.is_meta:
                 tensor = torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType[kind.upper()]))
         tensor = tensor if self._precision == "bf16" and tensor.dtype == torch.bfloat16 else tensor.float()
         # what a file has in few bits that are not taken as they are is not rounded to four again
-        in_four = self._precision == "int4" and not read and not name.endswith(EIGHT_BITS)
+        in_four = self._precision == "int4" and not read and not name.endswith(EIGHT_BITS) and len(tensor) >= SMALL
         kind = FLOATS.get(self._precision, "f32" if router else "q4_0" if in_four else "q8_0")
         return pack(self._rounded(tensor, part, kind), lanes)
 

@@ -10,30 +10,35 @@ from typing import Any
 
 import numpy as np
 
-from echo_trt.backends.base import Engine
 from echo_trt.backends.cpu import attention
+from echo_trt.backends.cpu.delta_net import DeltaNets
 from echo_trt.backends.cpu.network import KVArrays, Network
 from echo_trt.backends.cpu.network_file import NetworkFile
 from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.cpu.program import Pool
+from echo_trt.backends.states import KeepsStates
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import ForwardBatch
 
 #: The threads that all networks of this process share, one pass at a time.
 _pool = cache(Pool)
+SLOTS = 32  # of requests' states, where nobody says how many run at once
 CAPACITY = 512  # tokens of a pass that a network is prepared for at first. Larger: more address space
 
 
-class CPUEngine(Engine):
+class CPUEngine(KeepsStates):
     """A network and a KV pool of ``num_blocks`` blocks, whose memory is taken as it fills. Passes are not padded.
 
     threads  0: as many as ``_threads`` says
     layers   of the network that are computed, of a check; 0: all
+    slots    of requests' states, where the network has any
     """
 
     sizes = ()
 
-    def __init__(self, path: Path, precision: str, num_blocks: int, threads: int = 0, layers: int = 0):
+    def __init__(
+        self, path: Path, precision: str, num_blocks: int, threads: int = 0, layers: int = 0, slots: int = SLOTS
+    ):
         self.num_blocks = num_blocks
         self._file = file = NetworkFile(path)
         lanes = next(iter(file.header["matrices"].values()))[3]
@@ -44,7 +49,9 @@ class CPUEngine(Engine):
             )
         config = file.header["config"]
         if layers:
-            config["num_layers"], file.header["windows"] = layers, file.header["windows"][:layers]
+            linear = [each for each in config.get("linear_layers", ()) if each < layers]
+            config |= {"num_layers": layers} | ({"linear_layers": linear} if "linear_layers" in config else {})
+            file.header["windows"] = file.header["windows"][: layers - len(linear)]
         self._target = file.header["role"] == "target"
         self._hidden: int = config["hidden_size"]
         self._ids = file.array("target_ids") if "target_ids" in file.names() else None
@@ -52,10 +59,12 @@ class CPUEngine(Engine):
         layers = len(file.header["windows"])
         self._kv = KVArrays(layers, num_blocks, config["num_kv_heads"], dim, precision == "fp32")
         self._pool = _pool(threads or _threads())
+        self._open_states(file.header.get("states", {}), slots, applied=1)
         self._prepare(CAPACITY)
 
     def _prepare(self, capacity: int) -> None:
-        self._network = network = Network(self._file, self._kv, self._pool, capacity)
+        delta_nets = DeltaNets(self._file.header["config"], self.states, capacity, self._pool) if self.states else None
+        self._network = network = Network(self._file, self._kv, self._pool, capacity, delta_nets)
         self._arrays = {"limits": np.zeros(capacity, np.int64), "path_begins": np.zeros(capacity, np.int64)}
         self._reserve(jobs=capacity * attention.JOB_WORDS, costs=capacity + 1, table=capacity, paths=capacity)
         hidden, outputs = self._hidden, network.outputs
@@ -65,7 +74,8 @@ class CPUEngine(Engine):
         if "features" in outputs:
             self.widths["features"] = outputs["features"].shape[1] * hidden
         if "features" in network.inputs:
-            self.widths |= {"features": 3 * self._file.header["config"]["target_hidden_size"], "hidden": hidden}
+            theirs = self._file.header["config"].get("target_hidden_size", hidden)
+            self.widths |= {"features": network.inputs["features"].shape[1] * theirs, "hidden": hidden}
 
     def _reserve(self, **sizes: int) -> None:
         """Let the arrays of a pass's plan have at least these many numbers."""
@@ -83,6 +93,8 @@ class CPUEngine(Engine):
             network.inputs[name][: len(values)] = values
         given = self._feed(inputs, tokens) if "features" in network.inputs else 0
         jobs = self._plan(call)
+        if network.delta_nets:
+            network.delta_nets.plan(call)
         network.cells[: attention.JOBS] = tokens, rows, jobs
         network.cells[attention.FEATURE_ROWS] = given
         network.run()
@@ -91,8 +103,9 @@ class CPUEngine(Engine):
     def _feed(self, inputs: dict[str, np.ndarray], tokens: int) -> int:
         """Put in a head's features, and behind their rows the states that it goes on from; returns their number."""
         features, hidden = inputs["features"], inputs["hidden"]
-        given, theirs = len(features), features.shape[1] // 3
-        self._network.inputs["features"][:given, :, :theirs] = features.reshape(given, 3, theirs)
+        parts = self._network.inputs["features"].shape[1]
+        given, theirs = len(features), features.shape[1] // parts
+        self._network.inputs["features"][:given, :, :theirs] = features.reshape(given, parts, theirs)
         self._network.inputs["hidden"][given:tokens] = hidden
         return given
 
@@ -123,6 +136,10 @@ class CPUEngine(Engine):
         if "state" in outputs:
             read["state"] = outputs["state"][:tokens]
         return read
+
+    def commit(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        if self._network.delta_nets:
+            self._network.delta_nets.commit(rows, counts)
 
     def kv_block(self, index: int) -> Sequence[np.ndarray]:
         return self._kv.keys[:, index], self._kv.values[:, index]

@@ -11,7 +11,7 @@ from echo_trt.backends.kind import Compile, Detail, EngineKind
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError
 
-DRAFTS = ("none", "lookup", "model", "eagle3")  # whose networks it has programs for
+DRAFTS = ("none", "lookup", "model", "eagle3", "mtp")  # whose networks it has programs for
 
 
 def _open(
@@ -19,7 +19,7 @@ def _open(
 ) -> Engine:
     from echo_trt.backends.cpu.engine import CPUEngine
 
-    return CPUEngine(file, precision, num_blocks)
+    return CPUEngine(file, precision, num_blocks, slots=bounds.requests)
 
 
 def _compiler(recipe: Recipe, folder: Path, detail: Detail) -> tuple[Compile, dict[str, Any]]:
@@ -58,6 +58,7 @@ KIND = EngineKind(
     # and fp32, on a Xeon with AVX-512 VNNI and AMX. Prompts in bf16 take longer, which are a small part of the work.
     preference=(2, "the fastest on this CPU"),
     runs_here=lambda: not _lacked(),
+    states=True,
     chosen=True,
     blocks=("int8", "int4"),
     tools=("numba", "llvmlite", "torch"),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from echo_trt.backends.cpu import attention, operators
+from echo_trt.backends.cpu.delta_net import DeltaNets, gate_heads
 from echo_trt.backends.cpu.experts import Mixtures
 from echo_trt.backends.cpu.network_file import NetworkFile
 from echo_trt.backends.cpu.products import Product, products
@@ -45,15 +46,17 @@ class Network:
     inputs      arrays that it fills, by name; tokens, positions and logit_rows are int64, a head's features and hidden
                 states float32
     outputs     arrays that it leaves, by name
+    delta_nets  of a network with such layers
     """
 
-    def __init__(self, file: NetworkFile, kv: KVArrays, pool: Pool, capacity: int):
+    def __init__(self, file: NetworkFile, kv: KVArrays, pool: Pool, capacity: int, delta_nets: DeltaNets | None = None):
         self._file, self._kv, self._pool, self.capacity = file, kv, pool, capacity
         self._config: dict[str, Any] = file.header["config"]
         self.cells = np.zeros(16, np.int64)
         cells = [self.cells[i : i + 1] for i in range(len(self.cells))]
         self._rows, self._wanted = cells[attention.TOKENS], cells[attention.LOGIT_ROWS]
         self._given = cells[attention.FEATURE_ROWS]
+        self.delta_nets = delta_nets
         integers = {name: np.zeros(capacity, np.int64) for name in ("token_ids", "positions", "logit_rows")}
         self.inputs: dict[str, np.ndarray] = dict(integers)
         self.pool_rows = np.zeros(capacity, np.int64)
@@ -72,9 +75,10 @@ class Network:
         self._dim = 2 * _padded(config["head_dim"] // 2, 16)
         self._heads, self._kv_heads = config["num_heads"], config["num_kv_heads"]
         self._gated = _padded(config["intermediate_size"])
-        everything = (self._heads + 2 * self._kv_heads) * self._dim
+        self._gates = self._heads * self._dim if "linear_layers" in config else 0  # before a row's queries
+        everything = self._gates + (self._heads + 2 * self._kv_heads) * self._dim
         self._x = self._buffer(width)
-        self._normed = self._buffer(2 * width if role == "head" else width)
+        self._normed = self._buffer(2 * width if role in ("head", "mtp") else width)
         self._projected = self._buffer(everything)
         self._attended = self._buffer(self._heads * self._dim)
         self._both, self._active = self._buffer(2 * self._gated), self._buffer(self._gated)
@@ -85,6 +89,8 @@ class Network:
         self._scratch = np.zeros((self._pool.threads, self._scratch_bytes), np.uint8)
         if role == "head":
             self._head()
+        elif role == "mtp":
+            self._mtp()
         else:
             self._decoder(setting if role == "target" else [])
         if role != "target":
@@ -133,29 +139,34 @@ class Network:
             keeps=(table,),
         )  # fmt: skip
 
-    def _attend(self, layer: int, prefix: str) -> None:
-        """Project to queries, keys and values, and attend."""
+    def _attend(self, layer: int, prefix: str, x: np.ndarray | None = None) -> None:
+        """Project to queries, keys and values, and attend; ``x``: by default what was normed."""
         config, dim, kv = self._config, self._dim, self._kv
-        ends = np.cumsum([0, self._heads, self._kv_heads, self._kv_heads]) * dim
+        ends = np.cumsum([0, self._heads * dim + self._gates, self._kv_heads * dim, self._kv_heads * dim])
         # A matrix whose heads are not padded in the file fills them whole.
         parts = [self._projected[:, begin:end] for begin, end in pairwise(ends)]
         names = [f"{prefix}.{name}" for name in ("query", "key", "value")]
-        self._multiply(self._normed, *zip(names, parts, strict=True))
+        self._multiply(self._normed if x is None else x, *zip(names, parts, strict=True))
         window = self._file.header["windows"][layer]
         local = "local" if window and config["local_rope_theta"] else "rotary"
         rotated = layer not in config["unrotated_layers"]
         wide, head = int(kv.wide), config["head_dim"]
+        projected, stride = self._projected[:, self._gates :], self._projected.strides[0]
         self._add(
-            operators.keep, self._rows, self._projected, self.inputs["positions"],
+            operators.keep, self._rows, projected, self.inputs["positions"],
             self._array(f"{local}.cos") if rotated else None, self._array(f"{local}.sin") if rotated else None,
             self._array(f"{prefix}.query_norm.weight"), self._array(f"{prefix}.key_norm.weight"),
             float(config["norm_eps"]), self._heads, self._kv_heads, dim, head, self.pool_rows,
-            kv.keys[layer], kv.values[layer], wide,
+            kv.keys[layer], kv.values[layer], wide, stride,
         )  # fmt: skip
         self._add(
-            attention.attend, self.cells, self._projected, self._attended, kv.keys[layer], kv.values[layer],
+            attention.attend, self.cells, projected, self._attended, kv.keys[layer], kv.values[layer],
             self._scratch, self._heads, self._kv_heads, dim, float(head**-0.5), window, wide, self._scratch_bytes,
+            stride,
         )  # fmt: skip
+        if self._gates:
+            heads, size = self._attended, self._attended.strides[0]
+            self._add(gate_heads, self._rows, heads, size, self._projected, stride, None, 0.0, self._heads, dim)
 
     def _activate(self, prefix: str, x: np.ndarray) -> None:
         size = self._config["intermediate_size"]
@@ -170,6 +181,7 @@ class Network:
         out = x if delta is None else delta[:, :hidden]
         kept = np.zeros((self.capacity, len(feature_layers), self._width), np.float32)
         experts: Mixtures | None = None
+        linear, attended = list(config.get("linear_layers", ())), 0
         self._embed(self._x, float(config["embedding_scale"]))
         for layer in range(config["num_layers"]):
             name = f"layers.{layer}"
@@ -177,8 +189,15 @@ class Network:
             into_features = kept[:, list(feature_layers).index(layer)] if layer in feature_layers else None
             after = f"layers.{layer - 1}.mlp_post_norm.weight" if post else ""
             self._norm(f"{name}.attention_norm", self._normed, before, after, kept=into_features)
-            self._attend(layer, f"{name}.attention")
-            self._multiply(self._attended, (f"{name}.attention.out", out), **into)
+            if layer in linear:
+                nets: Any = self.delta_nets
+                self._ops += nets.mix(
+                    self._file, self._rows, linear.index(layer), f"{name}.attention", self._normed, out
+                )
+            else:
+                self._attend(attended, f"{name}.attention")
+                self._multiply(self._attended, (f"{name}.attention.out", out), **into)
+                attended += 1
             after = f"{name}.attention_post_norm.weight" if post else ""
             self._norm(f"{name}.mlp_norm", self._normed, delta, after)
             if f"{name}.mlp.router.weight" in self._file.header["matrices"]:
@@ -188,6 +207,8 @@ class Network:
                 self._activate(f"{name}.mlp", self._normed)
                 self._multiply(self._active, (f"{name}.mlp.down", out), **into)
         after = f"{name}.mlp_post_norm.weight" if post else ""
+        if config["num_layers"] in feature_layers:  # of an MTP head: the last hidden states, behind the norm
+            self._norm("norm", kept[:, list(feature_layers).index(config["num_layers"])])
         self._norm("norm", self._normed, delta, after, index=self.inputs["logit_rows"])
         self._logits("lm_head" if "lm_head.weight" in self._file.header["matrices"] else "embed", self._normed)
         if feature_layers:
@@ -220,6 +241,27 @@ class Network:
         last = None if config["norm_output"] else "norm"
         self._norm(last, self._normed[:, :width], index=self.inputs["logit_rows"])
         self._logits("lm_head", self._normed[:, :width])
+
+    def _mtp(self) -> None:
+        """Compute an MTP head (``models.mtp``): an embedding and the hidden state before it, a layer, and a norm."""
+        width, hidden = self._width, self._config["hidden_size"]
+        given, embedded, first = self._buffer(width), self._buffer(width), self._normed[:, :width]
+        x = self._x[:, :hidden]
+        self.inputs |= {"features": given[:, None], "hidden": given[:, :hidden]}
+        self.outputs["state"] = x
+        self._embed(embedded)
+        self._norm("embed_norm", first, x=embedded)
+        self._norm("hidden_norm", self._normed[:, width:], x=given)
+        self._multiply(self._normed, ("fc", x))
+        self._norm("layer.attention_norm", first)
+        self._attend(0, "layer.attention", first)
+        self._multiply(self._attended, ("layer.attention.out", x), plus=x)
+        self._norm("layer.mlp_norm", first)
+        self._activate("layer.mlp", first)
+        self._multiply(self._active, ("layer.mlp.down", x), plus=x)
+        self._norm("norm", self._x)
+        self._norm(None, first, index=self.inputs["logit_rows"])
+        self._logits("lm_head" if "lm_head.weight" in self._file.header["matrices"] else "embed", first)
 
     def _logits(self, name: str, rows: np.ndarray) -> None:
         vocab = self._file.matrix(f"{name}.weight").rows

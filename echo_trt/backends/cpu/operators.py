@@ -64,17 +64,17 @@ def share(count, thread, threads):
 
 
 @part
-def _squares(at, size):
-    squares = same(ZERO)
+def squares(at, size):
+    sums = same(ZERO)
     for i in range(0, 4 * size, 64):
         x = load(at + i)
-        squares = fma(x, x, squares)
-    return total(squares)
+        sums = fma(x, x, sums)
+    return total(sums)
 
 
 @part
-def _inverse_root(squares, size, eps):
-    return ONE / np.sqrt(squares / np.float32(size) + eps)
+def _inverse_root(sums, size, eps):
+    return ONE / np.sqrt(sums / np.float32(size) + eps)
 
 
 @part
@@ -156,7 +156,7 @@ def add_norm(args, thread, threads):
         if delta:
             more, factor = delta + source * size * 4, same(ONE)
             if post:
-                factor = same(_inverse_root(_squares(more, size), true_size, eps))
+                factor = same(_inverse_root(squares(more, size), true_size, eps))
             for i in range(0, 4 * size, 64):
                 value = load(more + i)
                 if post:
@@ -169,7 +169,7 @@ def add_norm(args, thread, threads):
             for i in range(0, 4 * size, 64):
                 store(kept + row * kept_stride + i, load(summed + i))
         if weight:
-            factor = same(_inverse_root(_squares(summed, size), true_size, eps))
+            factor = same(_inverse_root(squares(summed, size), true_size, eps))
             for i in range(0, 4 * size, 64):
                 store(target + i, mul(mul(load(summed + i), factor), load(weight + i)))
 
@@ -195,16 +195,16 @@ def keep(args, thread, threads):
     """Norm and rotate queries and keys, in place, and write keys and values to the pool.
 
     rows, projected, positions, cos, sin, norms of queries and of keys, eps, heads, KV heads, a head's size and its true
-    one, pool rows, keys, values, whether these are float32
+    one, pool rows, keys, values, whether these are float32, bytes of a projected row
     """
     projected, positions, cos, sin = four(args, 1)
     query_norm, key_norm, eps, heads = word(args, 5), word(args, 6), number(args + 56), word(args, 8)
     kv_heads, dim, true_dim, pool_rows = four(args, 9)
-    keys, values, wide = word(args, 13), word(args, 14), word(args, 15)
+    keys, values, wide, stride = four(args, 13)
     count, half, bytes_ = heads + 2 * kv_heads, 2 * dim, 4 if wide else 2
     for unit in share(word(word(args, 0), 0) * count, thread, threads):
         row, head = unit // count, unit % count
-        at = projected + unit * dim * 4
+        at = projected + row * stride + head * dim * 4
         pool_row = word(pool_rows, row)
         kv_head = head - heads - (kv_heads if head >= heads + kv_heads else 0)
         block = (pool_row // BLOCK * kv_heads + kv_head) * BLOCK * dim * bytes_
@@ -218,7 +218,7 @@ def keep(args, thread, threads):
             continue
         norm = query_norm if head < heads else key_norm
         if norm:
-            factor = same(_inverse_root(_squares(at, dim), true_dim, eps))
+            factor = same(_inverse_root(squares(at, dim), true_dim, eps))
             for i in range(0, 4 * dim, 64):
                 store(at + i, mul(mul(load(at + i), factor), load(norm + i)))
         if cos:

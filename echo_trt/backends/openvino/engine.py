@@ -9,19 +9,17 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
+from echo_trt.backends.base import Engine
 from echo_trt.backends.openvino import cpu
 from echo_trt.backends.openvino.graph import FEATURES, compile_graph, read_graph, smallest_window
 from echo_trt.backends.openvino.sequence_split import as_sequences, pad_requests
-from echo_trt.backends.states import KeepsStates
 from echo_trt.speculation.arrays import next_size
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
-from echo_trt.speculation.paths import COMMIT_OUTPUTS, TREE_INPUTS
 from echo_trt.speculation.planner import Plan
 
 MIN_BF16_TOKENS = 4  # least padded size in bf16 without AMX, where 1 to 3 tokens are slower. Larger: more padding
 PREPARED = 32  # tokens up to which kernels are prepared at the start; larger: a longer start, fewer slow first passes
 PREPARE_SECONDS = 1.0  # after which no further size is prepared; larger: likewise
-SLOTS = 32  # of requests' states, where nobody says how many run at once
 #: Padded sizes. Finer: less padding, more changes of size. A target's steps are two tokens, or an eighth of the size; a
 #: draft's passes up to PREPARED are not padded, since a change between prepared sizes costs little.
 TARGET_SIZES = (*range(2, 32, 2), *range(32, 64, 4), *range(64, 128, 8), *range(128, 256, 16), *range(256, 513, 32))
@@ -30,14 +28,13 @@ DRAFT_SIZES = (*range(1, PREPARED), *range(PREPARED, 513, 16))
 _ARRAY_TYPES = {ov.Type.f32: np.float32, ov.Type.bf16: np.uint16}  # numpy has no bfloat16; rows are only moved
 
 
-class OpenVINOEngine(KeepsStates):
+class OpenVINOEngine(Engine):
     """A graph compiled for this CPU and a KV pool of ``num_blocks`` blocks, whose memory is allocated as it fills.
 
     One more block takes the rows of padding.
     """
 
-    def __init__(self, graph: Path, precision: str, num_blocks: int, threads: int = 0, slots: int = SLOTS):
-        """``slots``: of requests' states, where the network has any."""
+    def __init__(self, graph: Path, precision: str, num_blocks: int, threads: int = 0):
         self.num_blocks = num_blocks
         model = read_graph(graph)
         self._window = smallest_window(model)
@@ -47,8 +44,7 @@ class OpenVINOEngine(KeepsStates):
         inputs = [port.get_any_name() for port in uncached]
         self._outputs = [o.get_any_name() for o in compiled.outputs]
         self._short = any(FEATURES in o.names and o.element_type == ov.Type.bf16 for o in compiled.outputs)
-        ports = [port for port in (*compiled.inputs, *compiled.outputs) if port.get_any_name() not in TREE_INPUTS]
-        tables = [port for port in ports if len(port.partial_shape) == 2]
+        tables = [port for port in (*compiled.inputs, *compiled.outputs) if len(port.partial_shape) == 2]
         #: Columns of inputs and outputs with one row per token, by name.
         self.widths = {name: port.partial_shape[1].get_length() for port in tables for name in port.names}
         self._target = "logits" in self._outputs
@@ -61,11 +57,6 @@ class OpenVINOEngine(KeepsStates):
         usual = TARGET_SIZES if self._target else DRAFT_SIZES
         self.sizes = (minimum, *(size for size in usual if size > minimum))
         self._pool = self._bind_pool(compiled, cpu.compute_type(precision))
-        ports = {name: port for name, port in zip(inputs, uncached, strict=True) if "_state." in name}
-        sizes = {name: tuple(d.get_length() for d in list(port.partial_shape)[1:]) for name, port in ports.items()}
-        self._open_states(sizes, slots)
-        self._span = slice(0)
-        inputs = [name for name in inputs if "_state." not in name]
         self._bound = {name: self._request.get_tensor(name) for name in inputs}
         self._views = {name: tensor.data for name, tensor in self._bound.items()}
         self._prepare({name: self.widths[name] for name in inputs if name in self.widths})
@@ -86,14 +77,6 @@ class OpenVINOEngine(KeepsStates):
             self._request.set_tensor(node.get_any_name(), tensor)
         return pool
 
-    def _bind_span(self) -> None:
-        """Let the pass read the states of its slots in place."""
-        if self.states and self._span != self.states.span:
-            self._span, parts = self.states.span, self.states.inputs
-            self._state_tensors = {name: ov.Tensor(part, shared_memory=True) for name, part in parts.items()}
-            for name, tensor in self._state_tensors.items():
-                self._request.set_tensor(name, tensor)
-
     def _prepare(self, widths: dict[str, int]) -> None:
         """Run a pass of every usual size, whose first pass takes 2 to 10 ms more.
 
@@ -101,7 +84,7 @@ class OpenVINOEngine(KeepsStates):
         """
         begin = time.perf_counter()
         for count in (size for size in self.sizes if size <= PREPARED):
-            if time.perf_counter() - begin > PREPARE_SECONDS or (self.states and count > self.states.slots):
+            if time.perf_counter() - begin > PREPARE_SECONDS:
                 return
             for used in widths or [""]:  # a head reads features, or its state where it goes on from a drafted token
                 shapes = {name: (count if name == used else 0, width) for name, width in widths.items()}
@@ -112,7 +95,7 @@ class OpenVINOEngine(KeepsStates):
         height = dict.fromkeys((FEATURES, "state"), len(call.token_ids))
         rows = len(call.logit_rows)
         drafts = not self._target
-        verifies, whole = len(call.tree_mask) > 0, call
+        verifies = len(call.tree_mask) > 0
         # A verified chain gets the bits of plain decoding, unless products of a single row have others; a draft, speed.
         if drafts or len(call.past_lens) > 1 or self.sizes[0] > 1:
             call = as_sequences(call, unmasked=drafts)
@@ -121,16 +104,11 @@ class OpenVINOEngine(KeepsStates):
         size = max(size, call.padded_to)
         if drafts:
             inputs = _longer(inputs, size - tokens)
-        if self.states:
-            inputs |= self.states.begin(whole, size)
-            self._bind_span()
         call = pad_requests(call, size, self.num_blocks, pad_rows=self._target)
         self._feed(call._asdict() | inputs)
         outputs = self._request.infer(share_outputs=True).values()  # a copy of the logits would take half a millisecond
         read = dict(zip(self._outputs, outputs, strict=True))
-        if self.states:
-            self.states.keep(read)
-        read = {name: read[name][: height.get(name, rows)] for name in self._outputs if name not in COMMIT_OUTPUTS}
+        read = {name: read[name][: height.get(name, rows)] for name in self._outputs}
         if self._short:
             read[FEATURES] = _from_bf16(read[FEATURES])
         return read

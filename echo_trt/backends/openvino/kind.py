@@ -16,7 +16,7 @@ def _open(
 ) -> Engine:
     from echo_trt.backends.openvino.engine import OpenVINOEngine
 
-    return OpenVINOEngine(file, precision, num_blocks, slots=bounds.requests)
+    return OpenVINOEngine(file, precision, num_blocks)
 
 
 def _compiler(recipe: Recipe, folder: Path, detail: Detail) -> tuple[Compile, dict[str, Any]]:
@@ -43,7 +43,6 @@ KIND = EngineKind(
     open=_open,
     compiler=_compiler,
     preference=(1, "the fastest here that builds this"),
-    states=True,
     tools=("openvino", "torch", "onnx", "onnxscript"),
     value_bytes=_value_bytes,
     computes_in=_computes_in,

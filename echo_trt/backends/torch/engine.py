@@ -21,6 +21,7 @@ from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.backends.states import KeepsStates
 from echo_trt.errors import UserError
 from echo_trt.models.config import DecoderConfig
+from echo_trt.models.delta_net import COMMIT_OUTPUTS
 from echo_trt.models.layers import Config
 from echo_trt.models.ranks import Alone, Collectives, among
 from echo_trt.models.roles import Role, computed_in
@@ -66,8 +67,7 @@ class TorchEngine(KeepsStates, DeviceEngine):
         states = getattr(role, "states", {})
         if states and self.device.type != "cpu":
             raise UserError(
-                "this network has delta-net layers, which run on a CPU alone so far; set CUDA_VISIBLE_DEVICES to "
-                "nothing, or build with --engine openvino."
+                "this network has delta-net layers, which run on a CPU alone so far; build with --engine cpu."
             )
         self._open_states(states, bounds.requests if bounds else MAX_REQUESTS)
         shape = 2 * role.num_layers, num_blocks, config.num_kv_heads, BLOCK, config.head_dim
@@ -123,13 +123,13 @@ class TorchEngine(KeepsStates, DeviceEngine):
         if self._resident:
             return super().launch(call, **inputs)
         if self.states:
-            inputs |= self.states.begin(call, len(call.token_ids)) | self.states.inputs
+            inputs |= {"parents": self.states.begin(call)} | self.states.inputs
         arrays = self._arrays_of(call, inputs)
         outputs = self._forward({name: torch.from_numpy(array) for name, array in arrays.items()})
         on_host = ((each.float() if each.is_floating_point() else each).numpy() for each in outputs)
         named = dict(zip(self._role.outputs, on_host, strict=True))
         if self.states:
-            self.states.keep(named)
+            self.states.keep(*(named[name] for name in COMMIT_OUTPUTS))
         return named
 
     def _arrays_of(self, call: ForwardBatch, inputs: dict[str, np.ndarray]) -> Arrays:
@@ -148,8 +148,8 @@ class TorchEngine(KeepsStates, DeviceEngine):
         named = {name: gathered(name, tensors[name], self._feature_caches) for name in self._role.inputs}
         if "features" in self._feature_caches and tensors["features"].ndim == 1:
             named["combined"] = named.pop("features")
-        own = {"ancestors", *(self.states.inputs if self.states else ())}  # float32, as delta-net layers compute
-        narrow = {name for name, tensor in named.items() if tensor.is_floating_point()} - own
+        own = self.states.inputs if self.states else ()  # float32, as delta-net layers compute
+        narrow = {name for name, tensor in named.items() if tensor.is_floating_point()}.difference(own)
         named |= {name: named[name].to(self._dtype) for name in narrow}
         metadata = [tensors[name] for name in METADATA]
 

@@ -42,7 +42,6 @@ KIND = EngineKind(
     compiler=_compiler,
     card=OnCard(layer_nodes=12, told_trees=True, drafts_apart=True, projects_features=True),
     preference=(3, "for this machine's GPU"),
-    states=True,
     divides=True,
     tools=("torch",),
     modules=TORCH,

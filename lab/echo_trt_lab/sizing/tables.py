@@ -32,10 +32,6 @@ def manifest_table(manifest: Manifest, folder: Path) -> Table:
         f"{manifest.engine}, {manifest.precision}{instead * (computes_in(manifest) != manifest.precision)}",
     )
     table.add_row("target", _network(manifest.target))
-    if manifest.target.state_values and computes_in(manifest) != "fp32":
-        table.add_row(
-            "exactness", f"delta-net layers in {manifest.precision} have no goodput-exact: build in fp32 for it"
-        )
     if manifest.recipe.target.random_weights:
         table.add_row("weights", f"random, of this shape alone, with the tokenizer of {manifest.tokenizer}")
     if manifest.target.rank_files:
