@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 from torch import Tensor, nn
 
 from echo_trt.models.layers import Experts, ReadBlocks, widened
-from echo_trt.models.roles import DraftModule, HeadModule, Role, TargetModule
+from echo_trt.models.roles import DraftModule, Role, TargetModule
 
 #: Weights of the layers that a check reads from a file; of the first one in any case. Larger: more layers are checked,
 #: and a build takes 2 seconds longer for every 100 million.
@@ -53,7 +53,7 @@ def first_layers(role: Role, layers: int) -> Role:
             _read_as_multiplied(network, name, outputs)
     if isinstance(role, TargetModule):
         return TargetModule(network)
-    return DraftModule(network, role.top_k) if isinstance(role, DraftModule) else HeadModule(network, role.top_k)
+    return type(role)(network, role.top_k)
 
 
 def _read_as_multiplied(network: nn.Module, name: str, outputs: int) -> None:

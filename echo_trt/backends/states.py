@@ -48,6 +48,9 @@ class RequestStates:
     applied  first tokens of a request in a pass, 0 or 1, whose writing is in ``delta`` already behind the pass
     """
 
+    #: The head of keys of each head of values, among those that ``keep`` is given.
+    key_head: Sequence[int] | slice = slice(None)
+
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], slots: int, applied: int = 0):
         self.slots, self.applied = slots, applied
         self.conv, self.delta = (self._zeros(shapes, kind) for kind in ("conv_state", "delta_state"))
@@ -100,11 +103,10 @@ class RequestStates:
     def _follow(self, state: StateCopy, slot: int, path: np.ndarray) -> None:
         """Advance the ``slot`` of a ``state`` in place, along a path of packed rows."""
         (conv, delta), (keys, updates, fades, mixed) = state, self._outputs
-        repeats = updates.shape[2] // keys.shape[2]
         for row in path[self.applied :].tolist():
-            key = np.repeat(keys[:, row], repeats, 1)
+            key = keys[:, row, self.key_head, :, None]
             delta[:, slot] *= fades[:, row, :, None, None]
-            delta[:, slot] += key[..., None] * updates[:, row, :, None]
+            delta[:, slot] += key * updates[:, row, :, None]
         conv[:, slot] = np.concatenate((conv[:, slot], mixed[:, path]), axis=1)[:, -conv.shape[2] :]
 
 

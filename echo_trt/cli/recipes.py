@@ -160,7 +160,7 @@ def _derived(target: dict[str, str], draft: str | None) -> Recipe:
     raw: dict[str, Any] = {
         "name": re.sub(r"[^a-z0-9._-]", "-", name.lower().removesuffix(".gguf")),
         "target": target,
-        "draft": {"kind": "lookup"},
+        "draft": {"kind": "mtp" if _has_mtp(target) else "lookup"},
         "limits": {"batch": 64, "context": _context(target)},
         "decoding": {"max_depth": 8, "beams": 4, "width": 8, "static": {"depth": 6, "top_k": 4, "tokens": 16}},
     }
@@ -176,6 +176,13 @@ def _context(target: dict[str, str]) -> int:
 
     config = decoder_config({**_config(target), "quantization_config": None}, target.get("path") or target["hub"])
     return min(config.max_position, CONTEXT)
+
+
+def _has_mtp(target: dict[str, str]) -> bool:
+    """Tell whether a checkpoint that is here has an MTP head."""
+    from echo_trt.models.open_checkpoint import open_checkpoint
+
+    return "path" in target and "mtp.fc.weight" in open_checkpoint(Path(target["path"])).names()
 
 
 def _kind(source: dict[str, str], name: str) -> str:

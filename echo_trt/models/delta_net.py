@@ -32,7 +32,7 @@ class DeltaCall:
     attend   for the layers with full attention
     parents  int [N], as of ``backends.states.parents``
     states   float32 [B, ...] by name (``HybridConfig.states``)
-    results  filled by the layers: keys [N, Hk, dk], u [N, Hv, dv], exp(g) [N, Hv], convolution inputs [N, C]
+    results  filled by the layers: keys [N, Hv, dk], u [N, Hv, dv], exp(g) [N, Hv], convolution inputs [N, C]
     """
 
     attend: Attend
@@ -83,18 +83,17 @@ class DeltaNet(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute keys, u, exp(g) and outputs of packed rows [N, ...], in float32."""
         config, states = self.config, call.states[f"delta_state.{self.layer}"].float()
-        heads, repeats = config.linear_key_heads, config.linear_value_heads // config.linear_key_heads
-        mixed, keys = mixed.float(), heads * config.linear_key_dim
-        query, key, value = mixed.split((keys, keys, config.linear_values), dim=-1)
-        query, key = (_unit(each.unflatten(-1, (heads, -1))) for each in (query, key))
-        query = query.repeat_interleave(repeats, 1) * config.linear_key_dim**-0.5
+        heads, keys = config.linear_key_heads, config.linear_key_heads * config.linear_key_dim
+        query, key, value = mixed.float().split((keys, keys, config.linear_values), dim=-1)
+        query, key = (_unit(each.unflatten(-1, (heads, -1)))[:, config.key_head] for each in (query, key))
+        query = query * config.linear_key_dim**-0.5
         value = value.unflatten(-1, (config.linear_value_heads, -1))
         beta = write.float().sigmoid().unsqueeze(-1)
         fade = (-self.decay_log.float().exp() * F.softplus(decay.float() + self.decay_bias)).exp()
         after, updates, outputs = list[Tensor](), list[Tensor](), list[Tensor]()
         for row, parent in enumerate(call.parents.tolist()):
             faded = fade[row, :, None, None] * (states[-1 - parent] if parent < 0 else after[parent])
-            own_key = key[row].repeat_interleave(repeats, 0).unsqueeze(-1)  # [Hv, dk, 1]
+            own_key = key[row].unsqueeze(-1)  # [Hv, dk, 1]
             updates.append(beta[row] * (value[row] - (own_key * faded).sum(1)))
             after.append(faded + own_key * updates[-1].unsqueeze(1))
             outputs.append((query[row].unsqueeze(-1) * after[-1]).sum(1))

@@ -23,7 +23,7 @@ from echo_trt.models.families import gguf_family
 from echo_trt.models.read_config import decoder_config
 from echo_trt.models.sentencepiece import sentencepiece_tokenizer
 from echo_trt.models.split_checkpoint import halved, parts_of
-from echo_trt.models.weights import decoder_sources
+from echo_trt.models.weights import decoder_sources, mtp_sources
 
 #: Tensor by which each inverse rotary frequency is divided; Llama 3.1 and later have one, Phi-4-mini one for texts up
 #: to its original length, and another one for longer ones.
@@ -35,6 +35,8 @@ QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+#: Of Qwen3.5: marks belong to their letters.
+MARKED_WORDS = QWEN_WORDS.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
 #: llama.cpp's names of splitters by Llama 3's pattern; SmolLM3's files have the second, Granite 4.0's the third.
 LLAMA_WORDS = dict.fromkeys(("llama-bpe", "smaug-bpe", "dbrx"), QWEN_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))
 #: llama.cpp's splitter gpt-4o, of Phi-4-mini: cases of letters part words.
@@ -44,6 +46,9 @@ CASED_WORDS = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SMOLLM_WORDS = "smollm", "refact"  # Granite 3's files have the second
+#: Of an MTP head, which is the block behind the last layer: Hugging Face's name -> what the file's begins with there.
+NEXTN = {"fc": "eh_proj", "pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden": "hnorm", "norm": "shared_head_norm"}
+IMAGES = "v.", "mm."  # what tensors for images begin with, which a text does not need
 #: Our sampling parameters -> names behind general.sampling in files that recommend some.
 SAMPLING = {"temperature": "temp", "repetition_penalty": "penalty_repeat"} | {k: k for k in ("top_k", "top_p", "min_p")}
 ELSEWHERE = "name a folder with the model's tokenizer.json in the recipe's tokenizer."
@@ -88,7 +93,7 @@ class GgufCheckpoint:
         self.config = self._config()
         names = self._names()
         beside = (ROPE_DIVISORS, SHORT_DIVISORS, LONG_DIVISORS)
-        weights = [tensor for tensor in self._stored if tensor.name not in beside]
+        weights = [each for each in self._stored if each.name not in beside and not each.name.startswith(IMAGES)]
         if unknown := [tensor.name for tensor in weights if tensor.name not in names]:
             raise UserError(
                 f"{path}: tensor {unknown[0]} belongs to no part of a {self._family.gguf} network; use a file without "
@@ -105,7 +110,9 @@ class GgufCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         stored, part = self._tensors[name]
         shape = tuple(int(size) for size in reversed(stored.shape))
-        return (part.stop - part.start, *shape[1:]) if isinstance(part, slice) else shape[0 if part is None else 1 :]
+        if isinstance(part, slice):
+            return (part.stop - part.start, *shape[1:])
+        return tuple(self._values(name, torch.empty(shape[0 if part is None else 1 :], device="meta")).shape)
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
@@ -118,7 +125,12 @@ class GgufCheckpoint:
         except NotImplementedError:
             kind = stored.tensor_type.name
             raise UserError(f"{self.path}: tensor {stored.name} is {kind}, which cannot be read; use Q8_0.") from None
-        return self._with_halves(name, data)[part]
+        return self._with_halves(name, self._values(name, data))[part]
+
+    def _values(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the network from the file's values."""
+        made = next((make for end, make in self._family.gguf_values.items() if name.endswith(end)), None)
+        return stored if made is None else made(stored)
 
     def in_blocks(self, name: str) -> bool:
         return gguf.GGML_QUANT_SIZES[self._tensors[name][0].tensor_type][0] > 1
@@ -158,6 +170,7 @@ class GgufCheckpoint:
         kind = self._family.gguf
         heads = self._need(f"{kind}.attention.head_count")
         hidden = self._need(f"{kind}.embedding_length")
+        kv_heads = self.field(f"{kind}.attention.head_count_kv", heads)  # or a list, of each layer
         scaling = {
             "rope_type": self.field(f"{kind}.rope.scaling.type", "none"),
             "factor": self.field(f"{kind}.rope.scaling.factor"),
@@ -179,9 +192,9 @@ class GgufCheckpoint:
             "vocab_size": len(self._need("tokenizer.ggml.tokens")),
             "hidden_size": hidden,
             "intermediate_size": self._need(f"{kind}.feed_forward_length"),
-            "num_hidden_layers": self._need(f"{kind}.block_count"),
+            "num_hidden_layers": self._need(f"{kind}.block_count") - self.field(f"{kind}.nextn_predict_layers", 0),
             "num_attention_heads": heads,
-            "num_key_value_heads": self.field(f"{kind}.attention.head_count_kv", heads),
+            "num_key_value_heads": max(kv_heads) if isinstance(kv_heads, list) else kv_heads,
             "head_dim": self.field(f"{kind}.attention.key_length", hidden // heads),
             "rms_norm_eps": self._need(f"{kind}.attention.layer_norm_rms_epsilon"),
             "rope_theta": self.field(f"{kind}.rope.freq_base", 10000.0),
@@ -206,7 +219,7 @@ class GgufCheckpoint:
         """
         network, family = decoder_config(self.config, str(self.path)), self._family
         kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf)
-        known = gguf.get_tensor_name_map(kind, network.num_layers)
+        known = gguf.get_tensor_name_map(kind, network.num_layers + 1)
         parts = chain.from_iterable(decoder_sources(network, set()).values())
         names = chain.from_iterable([part] if isinstance(part, str) else part for part in parts)
         found = dict[str, list[tuple[str, int | slice | None]]]()
@@ -220,8 +233,16 @@ class GgufCheckpoint:
                 continue
             expert = re.search(r"\.experts\.(\d+)\.", name)
             together = name if expert is None else name.replace(expert[0], ".experts.")
+            for end, known_end in family.gguf_names.items():
+                together = together.replace(end, known_end)
             theirs = known.get_name(together, (".weight", ".bias"))
             found.setdefault(theirs, []).append((name, None if expert is None else int(expert[1])))
+        if self.config.get("mtp_num_hidden_layers"):
+            last = network.num_layers
+            for name in chain.from_iterable(mtp_sources().values()):
+                layer = name.replace("mtp.layers.0.", f"model.layers.{last}.")
+                own = f"blk.{last}.nextn.{NEXTN.get(name.split('.')[1])}.weight"
+                found[own if layer == name else known.get_name(layer, (".weight",))] = [(name, None)]
         return found
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -263,14 +284,14 @@ class GgufCheckpoint:
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in SMOLLM_WORDS)
         if kind in SMOLLM_WORDS:
             first = pre_tokenizers.Digits(individual_digits=True)
-        elif kind == "qwen2":
-            first = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
+        elif kind in ("qwen2", "qwen35"):
+            first = pre_tokenizers.Split(Regex(QWEN_WORDS if kind == "qwen2" else MARKED_WORDS), "isolated")
             tokenizer.normalizer = normalizers.NFC()
         elif kind in LLAMA_WORDS:
             first = pre_tokenizers.Split(Regex(LLAMA_WORDS[kind]), "isolated")
         elif kind == "gpt-4o":
             first = pre_tokenizers.Split(Regex(CASED_WORDS), "isolated")
         else:
-            known = ", ".join((*SMOLLM_WORDS, "qwen2", "gpt-4o", *LLAMA_WORDS))
+            known = ", ".join((*SMOLLM_WORDS, "qwen2", "qwen35", "gpt-4o", *LLAMA_WORDS))
             raise UserError(f"{self.path}: tokenizer.ggml.pre is {kind!r}, not one of {known}; {ELSEWHERE}")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, byte_level])

@@ -21,6 +21,8 @@ class HybridConfig(DecoderConfig):
 
     linear_layers  indices of the delta-net layers; the other names beginning so are of their heads
     rotary_dim     numbers of a head that are rotated, the first ones
+    tiled_heads    whether heads of values take turns with the heads of keys, as in GGUF files; else those of one head
+                   of keys stand together
     """
 
     linear_layers: tuple[int, ...]
@@ -29,6 +31,7 @@ class HybridConfig(DecoderConfig):
     linear_value_heads: int
     linear_key_dim: int
     linear_value_dim: int
+    tiled_heads: bool = False
     gated: ClassVar[bool] = True
 
     @property
@@ -40,6 +43,12 @@ class HybridConfig(DecoderConfig):
     def linear_values(self) -> int:
         """Columns of the output of all heads."""
         return self.linear_value_heads * self.linear_value_dim
+
+    @property
+    def key_head(self) -> list[int]:
+        """The head of keys of each head of values."""
+        keys, heads = self.linear_key_heads, range(self.linear_value_heads)
+        return [head % keys if self.tiled_heads else head // (len(heads) // keys) for head in heads]
 
     @property
     def linear_projected(self) -> list[int]:

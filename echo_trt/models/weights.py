@@ -149,7 +149,8 @@ def load_mtp(
     model.embed.weight = target.embed.weight
     if model.lm_head is not None:
         model.lm_head.weight = target.lm_head.weight
-    model.stored = {name: read for name, read in target.stored.items() if name in ("embed.weight", "lm_head.weight")}
+    shared = {name: read for name, read in target.stored.items() if name in ("embed.weight", "lm_head.weight")}
+    model.stored = shared | _readers(checkpoint, mtp_sources())
     model.rotary = Rotary(config, positions)
     return model.eval()
 

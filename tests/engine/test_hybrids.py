@@ -6,11 +6,16 @@ import pytest
 import torch
 from batches import PROMPTS, REQUESTS, assert_same
 from driving import assert_all_free, goodput_planner, machine, prompt_ids
+from gguf import GGMLQuantizationType
+from models.checkpoints import mtp_tensors, qwen3_5
+from models.gguf_files import GGUF_SIZES, write_gguf
 from pairs import recipe_of
 from transformers import AutoModelForCausalLM
 
+from echo_trt.backends.kind import built_as
 from echo_trt.backends.states import KEPT
 from echo_trt.cli.build import build
+from echo_trt.cli.recipes import recipe_for
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.errors import UserError
@@ -98,6 +103,21 @@ def test_networks_of_a_hybrid_say_what_they_keep(llm_of):
     target, draft = llm.networks.target, llm.networks.draft
     assert (target.paged, draft.paged) == (False, True)  # the MTP head's layer has attention alone
     assert llm.loop.chunk <= target.longest < draft.longest
+
+
+def test_a_gguf_file_is_served_with_its_mtp_head(tmp_path):
+    model = qwen3_5(**GGUF_SIZES | {"head_dim": 16})
+    file = write_gguf(tmp_path / "m.gguf", model, GGMLQuantizationType.Q8_0, mtp=mtp_tensors(model))
+    recipe, folder = recipe_for(str(file))
+    assert recipe.draft.kind == "mtp"
+    manifest = build(built_as(recipe, "cpu", "int8"), folder, tmp_path / "bundle")
+    assert manifest.engine_facts["matrices, target"].split()[1].startswith("q8_0")
+    texts = []
+    for policy in ("autoregressive", "static"):
+        llm = LLM(tmp_path / "bundle", policy, 2)
+        texts.append([each.token_ids for each in llm.generate([[5, 6, 7], [9]], SamplingParams(max_tokens=20))])
+    assert texts[0] == texts[1]
+    assert llm.counters.drafted_tokens > 0
 
 
 @pytest.mark.parametrize(

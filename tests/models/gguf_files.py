@@ -14,6 +14,8 @@ from gguf.quants import dequantize, quantize
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel
 
+from echo_trt.models.gguf_checkpoint import NEXTN
+
 #: transformers' class -> llama.cpp's architecture, and whether its converter interleaves rows of query and key
 ARCHITECTURES = {
     "Gemma3ForCausalLM": (gguf.MODEL_ARCH.GEMMA3, False),
@@ -25,6 +27,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": (gguf.MODEL_ARCH.QWEN2, False),
     "Qwen3ForCausalLM": (gguf.MODEL_ARCH.QWEN3, False),
     "Qwen3MoeForCausalLM": (gguf.MODEL_ARCH.QWEN3MOE, False),
+    "Qwen3_5ForCausalLM": (gguf.MODEL_ARCH.QWEN35, False),
 }
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 USER_DEFINED = ("<think>", "</think>")
@@ -74,15 +77,17 @@ def write_gguf(
     pre_tokenizer: str = "smollm",
     without: str = "",
     recommended: dict[str, float] | None = None,
+    mtp: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write ``model``, and give it the weights that the file now holds.
 
     without      a field or a tensor that is left out
     recommended  sampling parameters, by their names behind general.sampling
+    mtp          an MTP head, which is the block behind the last layer
     """
     config, (kind, interleaved) = model.config, ARCHITECTURES[type(model).__name__]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[kind])
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(config.num_hidden_layers + bool(mtp))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -107,10 +112,18 @@ def write_gguf(
     _add_tokenizer(writer, pre_tokenizer)
     for key, value in (recommended or {}).items():
         getattr(writer, f"add_sampling_{key}")(value)
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    is_hybrid = kind == gguf.MODEL_ARCH.QWEN35
+    if is_hybrid:
+        _add_delta_net(writer, config, bool(mtp))
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers + 1)
+    for name, values in (mtp or {}).items():
+        layer = name.replace("mtp.layers.0.", f"model.layers.{config.num_hidden_layers}.")
+        own = f"blk.{config.num_hidden_layers}.nextn.{NEXTN.get(name.split('.')[1])}.weight"
+        whole = values.detach().numpy() + np.float32("norm" in name)
+        writer.add_tensor(own if layer == name else names.get_name(layer, (".weight",)), np.ascontiguousarray(whole))
     for name, parameter in model.named_parameters():
         data = parameter.detach().numpy()
-        stored = storage if data.ndim > 1 else gguf.GGMLQuantizationType.F32
+        stored = storage if data.ndim > 1 and "conv1d" not in name else gguf.GGMLQuantizationType.F32
         data = quantize(data, stored)
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(np.array(dequantize(data, stored))))
@@ -119,14 +132,19 @@ def write_gguf(
             data = data.reshape(heads, 2, len(data) // heads // 2, -1).swapaxes(1, 2).reshape(data.shape)
         if is_gemma and data.ndim == 1:
             data = data + np.float32(1)
+        if is_hybrid:
+            data = _tiled(name, data, config)
+            name = name.replace("dt_bias", "dt_proj.bias")
+            if data.ndim == 1 and name.endswith("norm.weight") and "linear_attn" not in name:
+                data = data + np.float32(1)
         parts = {name: data}
         if name.endswith("experts.gate_up_proj"):  # gate over up in each expert, which are two tensors of a file
             gate, up = np.split(data, 2, axis=1)
             parts = {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
         for name, data in parts.items():
-            name = names.get_name(
-                name if name.endswith((".weight", ".bias")) else f"{name}.weight", (".weight", ".bias")
-            )
+            if not name.endswith((".weight", ".bias", "A_log")):
+                name += ".weight"
+            name = names.get_name(name, (".weight", ".bias"))
             if name != without:
                 writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=stored)
     writer.kv_data[0].pop(without, None)
@@ -135,6 +153,44 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _add_delta_net(writer: gguf.GGUFWriter, config: Any, mtp: bool) -> None:
+    keys = {
+        "ssm.conv_kernel": config.linear_conv_kernel_dim,
+        "ssm.state_size": config.linear_key_head_dim,
+        "ssm.group_count": config.linear_num_key_heads,
+        "ssm.time_step_rank": config.linear_num_value_heads,
+        "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
+        "rope.dimension_count": config.head_dim // 4,
+        "full_attention_interval": config.layer_types.index("full_attention") + 1,
+        "nextn_predict_layers": int(mtp),
+    }
+    for key, value in keys.items():
+        writer.add_uint32(f"qwen35.{key}", value)
+
+
+def _tiled(name: str, data: np.ndarray, config: Any) -> np.ndarray:
+    """Put heads of values where llama.cpp's converter does: in turns with the heads of keys; and convert A_log."""
+    heads, size = config.linear_num_key_heads, config.linear_value_head_dim
+
+    def turned(rows: np.ndarray, size: int) -> np.ndarray:
+        return rows.reshape(heads, -1, size, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
+
+    if name.endswith(("in_proj_qkv.weight", "conv1d.weight")):
+        keys = 2 * heads * config.linear_key_head_dim
+        data = data.squeeze(1) if data.ndim == 3 else data
+        return np.concatenate((data[:keys], turned(data[keys:], size)))
+    if name.endswith("in_proj_z.weight"):
+        return turned(data, size)
+    if name.endswith(("in_proj_a.weight", "in_proj_b.weight", "dt_bias")):
+        return turned(data, 1)
+    if name.endswith("A_log"):
+        return -np.exp(turned(data, 1))
+    if name.endswith("linear_attn.out_proj.weight"):  # columns, in whole blocks
+        columns = data.reshape(len(data), heads, -1, data.shape[1] // config.linear_num_value_heads)
+        return columns.swapaxes(1, 2).reshape(data.shape)
+    return data
 
 
 def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head_dim: int) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import add_tensors, mtp_tensors, qwen3_5
+from gguf import GGMLQuantizationType
+from gguf_files import GGUF_SIZES, write_gguf
 from paged import PagedCache
 from safetensors.torch import save_file
 from transformers.models.qwen3_5 import modeling_qwen3_5 as published
@@ -33,8 +35,9 @@ def engine(folder: Path, kind: str) -> Engine:
     role = TargetModule(decoder, (decoder.config.num_layers,))
     if kind == "torch":
         return TorchEngine(role, 6)
-    compile_role(role, folder / "target.cpu", "fp32")
-    return CPUEngine(folder / "target.cpu", "fp32", 6, threads=2)
+    file = folder.with_suffix(".cpu")
+    compile_role(role, file, "fp32")
+    return CPUEngine(file, "fp32", 6, threads=2)
 
 
 def pool_rows(positions: np.ndarray) -> np.ndarray:
@@ -85,6 +88,26 @@ def test_a_checkpoint_with_images_is_read_for_its_text(tmp_path):
     tokens = np.random.default_rng(4).integers(0, VOCAB, 20)
     found = [read(engine(tmp_path / kind, "torch"), tokens, (20,)) for kind in ("text", "images")]
     np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["torch", "cpu"])
+@pytest.mark.parametrize("storage", ["F16", "Q8_0"])
+def test_a_gguf_file_is_the_same_network_with_its_head(storage, kind, tmp_path):
+    """Its heads of values take turns with those of keys, whole blocks of columns among them."""
+    theirs = qwen3_5(**GGUF_SIZES | {"head_dim": 16})
+    tensors = mtp_tensors(theirs)
+    file = write_gguf(tmp_path / "model.gguf", theirs, GGMLQuantizationType[storage], mtp=tensors)
+    theirs.save_pretrained(tmp_path / "folder")
+    add_tensors(tmp_path / "folder", tensors)
+    tokens = np.random.default_rng(7).integers(0, GGUF_SIZES["vocab_size"], 40)
+    found, wanted = (read(engine(path, kind), tokens, (17, 1, 22)) for path in (file, tmp_path / "folder"))
+    assert 1 < np.abs(wanted).max() < 100
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    heads = [
+        load_mtp(checkpoint, 64, load_decoder(checkpoint, 64)).state_dict()
+        for checkpoint in map(open_checkpoint, (file, tmp_path / "folder"))
+    ]
+    torch.testing.assert_close(*heads)
 
 
 @pytest.mark.parametrize("kind", ["torch", "cpu"])

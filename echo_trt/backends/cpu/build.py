@@ -44,6 +44,7 @@ def compile_role(role: Role, path: Path, precision: str, facts: dict[str, str] |
         "config": dataclasses.asdict(config),
         "windows": [config.window_of(layer) for layer in range(role.num_layers)],
         "states": getattr(role, "states", {}),
+        "key_head": getattr(config, "key_head", []),
         "setting": list(role.feature_layers) if isinstance(role, TargetModule) else role.top_k,
     }
     with network_writer(path, header) as writer:

@@ -33,8 +33,9 @@ class DeltaNets:
     capacity  rows of a pass at most
     """
 
-    def __init__(self, config: dict[str, Any], states: RequestStates, capacity: int, pool: Pool):
-        self._states, self._pool = states, pool
+    def __init__(self, header: dict[str, Any], states: RequestStates, capacity: int, pool: Pool):
+        config, states.key_head = header["config"], header["key_head"]
+        self._states, self._pool, self._key_head = states, pool, np.array(states.key_head)
         self._key_heads, self._heads = config["linear_key_heads"], config["linear_value_heads"]
         self._key_dim, self._dim, self._eps = config["linear_key_dim"], config["linear_value_dim"], config["norm_eps"]
         layers, channels, values = len(states.conv), states.conv.shape[-1], self._heads * self._dim
@@ -87,7 +88,7 @@ class DeltaNets:
                 walk, self._requests, self._begins, self._slots, self._order, self._from, self._to, self._convolved,
                 channels, self._write, self._decay, self._write.strides[0], *decays, states.delta[layer],
                 self._scratch, self._updates[layer], self._fades[layer], self._output, keys, self._key_dim, heads,
-                self._dim,
+                self._dim, self._key_head,
             ),
             Op.of(
                 gate_heads, rows, self._output, self._output.strides[0], self._gates, self._gates.strides[0],
@@ -101,7 +102,7 @@ class DeltaNets:
         op = Op.of(
             advance, self._requests, self._begins, self._slots, self._order, len(states.conv), capacity, states.slots,
             states.conv, self._mixed, channels, states.delta, self._keys, self._updates, self._fades, self._key_heads,
-            self._key_dim, self._heads, self._dim,
+            self._key_dim, self._heads, self._dim, self._key_head,
         )  # fmt: skip
         return Program([op])
 
@@ -173,24 +174,23 @@ def walk(args, thread, threads):
     """Walk each request's tree, head by head: see ``plan_walk``.
 
     requests, begins, slots, order, from, to, convolved, channels, write, decay, bytes of their rows, rates of decay,
-    their biases, states, scratch, updates, fades, out, key heads, their size, value heads, theirs
+    their biases, states, scratch, updates, fades, out, key heads, their size, value heads, theirs, their key heads
     """
     bounds, slots, order = word(args, 1), word(args, 2), word(args, 3)
     sources, targets, convolved, channels = four(args, 4)
     write, decay, stride, rates = four(args, 8)
     biases, states, scratch, updates = four(args, 12)
     fades, out, keys, key_dim = four(args, 16)
-    heads, dim = word(args, 20), word(args, 21)
+    heads, dim, key_head = word(args, 20), word(args, 21), word(args, 22)
     size, key_size = key_dim * dim * 4, keys * key_dim * 4
     own_scratch = scratch + thread * SCRATCH * size
     for request in range(word(word(args, 0), 0)):
         for head in share(heads, thread, threads):
             own = states + (word(slots, request) * heads + head) * size
-            key_head = head // (heads // keys)
             for n in range(word(bounds, request), word(bounds, request + 1)):
                 row, source, target = word(order, n), word(sources, n), word(targets, n)
                 at, index = convolved + row * channels * 4, row * heads + head
-                query = at + key_head * key_dim * 4
+                query = at + word(key_head, head) * key_dim * 4
                 beta = ONE / (ONE + np.exp(-number(write + row * stride + 4 * head)))
                 power = number(decay + row * stride + 4 * head) + number(biases + 4 * head)
                 if power < np.float32(20):
@@ -213,7 +213,7 @@ def advance(args, thread, threads):
     layers, capacity, number_of_slots, conv = four(args, 4)
     mixed, channels, states, keys_at = four(args, 8)
     updates, fades, keys, key_dim = four(args, 12)
-    heads, dim = word(args, 16), word(args, 17)
+    heads, dim, key_head = word(args, 16), word(args, 17), word(args, 18)
     width, step, size = channels * 4, dim * 4, key_dim * dim * 4
     units = layers * heads
     for unit in share(word(word(args, 0), 0) * units, thread, threads):
@@ -222,8 +222,8 @@ def advance(args, thread, threads):
         state = states + ((layer * number_of_slots + slot) * heads + head) * size
         for n in range(begin + 1, end):
             index = layer * capacity + word(rows, n)
-            faded, key_head = same(number(fades + (index * heads + head) * 4)), head // (heads // keys)
-            key, update = keys_at + (index * keys + key_head) * key_dim * 4, updates + (index * heads + head) * step
+            faded, update = same(number(fades + (index * heads + head) * 4)), updates + (index * heads + head) * step
+            key = keys_at + (index * keys + word(key_head, head)) * key_dim * 4
             for i in range(key_dim):
                 k = same(number(key + 4 * i))
                 for c in range(i * step, i * step + step, 64):

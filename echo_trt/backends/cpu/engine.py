@@ -48,7 +48,7 @@ class CPUEngine(KeepsStates):
                 f"{path} was built for CPUs {have}, and this is none; build the bundle again on this machine."
             )
         config = file.header["config"]
-        if layers:
+        if layers and file.header["role"] in ("target", "draft"):
             linear = [each for each in config.get("linear_layers", ()) if each < layers]
             config |= {"num_layers": layers} | ({"linear_layers": linear} if "linear_layers" in config else {})
             file.header["windows"] = file.header["windows"][: layers - len(linear)]
@@ -63,7 +63,7 @@ class CPUEngine(KeepsStates):
         self._prepare(CAPACITY)
 
     def _prepare(self, capacity: int) -> None:
-        delta_nets = DeltaNets(self._file.header["config"], self.states, capacity, self._pool) if self.states else None
+        delta_nets = DeltaNets(self._file.header, self.states, capacity, self._pool) if self.states else None
         self._network = network = Network(self._file, self._kv, self._pool, capacity, delta_nets)
         self._arrays = {"limits": np.zeros(capacity, np.int64), "path_begins": np.zeros(capacity, np.int64)}
         self._reserve(jobs=capacity * attention.JOB_WORDS, costs=capacity + 1, table=capacity, paths=capacity)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from echo_trt.errors import UserError
 from echo_trt.models.config import DecoderConfig
+
+if TYPE_CHECKING:  # a configuration is read without it
+    import torch
 
 #: (config.json, its number of layers, its name in errors) -> fields of DecoderConfig beside the sizes.
 ReadOptions = Callable[[dict[str, Any], int, str], dict[str, Any]]
@@ -27,6 +30,8 @@ class Family:
     interleaved   whether llama.cpp's converter interleaves the two halves of each head's rotary dimensions
     completed     returns config.json, or what takes its place, with what it leaves out; it takes the file's name, too
     gguf_options  reads keys of config.json from a GGUF file, by a function of a field's key and default, and the sizes
+    gguf_names    what a tensor's name ends with -> its end by which gguf knows it
+    gguf_values   what a tensor's name ends with -> what makes its values of the file's
     fixed         switches of config.json that change the arithmetic, with the one value that is implemented
     options       reads what is more than sizes
     norms         our name of a layer's norm -> the checkpoint's
@@ -48,6 +53,8 @@ class Family:
     interleaved: bool = False
     completed: Callable[[dict[str, Any], str], dict[str, Any]] = lambda raw, where: raw
     gguf_options: Callable[[Callable[..., Any], dict[str, Any]], dict[str, Any]] = lambda field, config: {}
+    gguf_names: Mapping[str, str] = field(default_factory=dict)
+    gguf_values: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     options: ReadOptions = lambda raw, layers, where: {}
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS)

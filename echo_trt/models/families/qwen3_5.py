@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from echo_trt.errors import UserError
@@ -26,10 +27,29 @@ def _options(raw: dict[str, Any], layers: int, where: str) -> dict[str, Any]:
         sizes[f"linear_{kind}_dim"] = count(raw, f"linear_{kind}_head_dim", where)
     return {
         "qk_norm": True,
-        "norm_offset": 1.0,
+        "norm_offset": raw.get("norm_offset", 1.0),
+        "tiled_heads": raw.get("tiled_heads", False),
         "linear_layers": tuple(i for i, kind in enumerate(kinds) if kind == LINEAR),
         "rotary_dim": int(count(raw, "head_dim", where) * share),
         **sizes,
+    }
+
+
+def _gguf(field: Callable[..., Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return further keys of config.json from a GGUF file: its norms are whole, and its heads of values are tiled."""
+    layers, heads = range(config["num_hidden_layers"]), field("qwen35.ssm.time_step_rank")
+    interval = field("qwen35.full_attention_interval", 4)
+    return {
+        "layer_types": [LINEAR if (i + 1) % interval else FULL for i in layers],
+        "partial_rotary_factor": field("qwen35.rope.dimension_count", 64) / config["head_dim"],
+        "linear_num_key_heads": field("qwen35.ssm.group_count"),
+        "linear_num_value_heads": heads,
+        "linear_key_head_dim": field("qwen35.ssm.state_size"),
+        "linear_value_head_dim": field("qwen35.ssm.inner_size", 0) // (heads or 1),
+        "linear_conv_kernel_dim": field("qwen35.ssm.conv_kernel"),
+        "mtp_num_hidden_layers": field("qwen35.nextn_predict_layers", 0),
+        "norm_offset": 0.0,
+        "tiled_heads": True,
     }
 
 
@@ -37,6 +57,10 @@ FAMILY = Family(
     name="qwen3_5",
     architecture="Qwen3_5ForCausalLM",
     models="Qwen3.5 (0.8B to 27B), the text of Qwen3_5ForConditionalGeneration",
+    gguf="qwen35",
+    gguf_options=_gguf,
+    gguf_names={"linear_attn.dt_bias": "linear_attn.dt_proj.bias"},
+    gguf_values={"linear_attn.A_log": lambda values: (-values).log(), "conv1d.weight": lambda taps: taps.unsqueeze(1)},
     fixed={"linear_conv_kernel_dim": 4, "attn_output_gate": True},
     options=_options,
     config=HybridConfig,
