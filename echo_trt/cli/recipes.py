@@ -182,7 +182,10 @@ def _has_mtp(target: dict[str, str]) -> bool:
     """Tell whether a checkpoint that is here has an MTP head."""
     from echo_trt.models.open_checkpoint import open_checkpoint
 
-    return "path" in target and "mtp.fc.weight" in open_checkpoint(Path(target["path"])).names()
+    try:
+        return "path" in target and "mtp.fc.weight" in open_checkpoint(Path(target["path"])).names()
+    except UserError:  # told where the checkpoint is read
+        return False
 
 
 def _kind(source: dict[str, str], name: str) -> str:
