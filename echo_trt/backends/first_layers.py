@@ -28,10 +28,12 @@ def in_blocks(role: Role) -> bool:
 
 
 def layers_within(role: Role) -> int:
-    """Return how many layers of a role's network have CHECKED weights: 1 at least."""
+    """Return how many layers of a role's network have CHECKED weights: one of each kind at least."""
     layers = getattr(role.network, "layers", ())
     each = sum(parameter.numel() for parameter in layers[0].parameters()) if layers else 1
-    return min(max(CHECKED // each, 1), max(len(layers), 1))
+    kinds = [type(layer.attention) for layer in layers] or [None]
+    minimum = max(map(kinds.index, kinds)) + 1  # one of each kind
+    return min(max(CHECKED // each, minimum), max(len(layers), 1))
 
 
 def first_layers(role: Role, layers: int) -> Role:
@@ -47,7 +49,7 @@ def first_layers(role: Role, layers: int) -> Role:
         network.config = replace(network.config, num_layers=layers, **kept)
     network = copy.deepcopy(network, {id(each): each for each in network.parameters()})  # which are shared
     outputs = OUTPUTS if isinstance(role, TargetModule) else network.config.vocab_size
-    named = dict(network.named_parameters())
+    named = dict(network.named_parameters(remove_duplicate=False))  # a table may be the output matrix, too
     for name in network.stored.keys() & named.keys():
         if named[name].is_meta:
             _read_as_multiplied(network, name, outputs)

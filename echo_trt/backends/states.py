@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from echo_trt.speculation.pack import BLOCK, ForwardBatch
 #: Tokens of one request in a call. Larger: prompts in fewer passes, which keep more beside their states.
 MAX_ROWS = 128
 #: Copies of states that a prefix cache keeps for each slot. Larger: more conversations are found, in more memory.
-KEPT = 3
+KEPT = 4
 
 
 class KeepsStates(Engine):
@@ -43,9 +43,10 @@ StateCopy = tuple[np.ndarray, np.ndarray]
 class RequestStates:
     """Convolution and delta-net states of ``slots`` requests, float32, whose memory is taken as they are written.
 
-    conv     [L, S, 3, C]
-    delta    [L, S, Hv, dk, dv]
+    conv     [L, S + 1, 3, C], of which the last slot is for what is tried
+    delta    [L, S + 1, Hv, dk, dv]
     applied  first tokens of a request in a pass, 0 or 1, whose writing is in ``delta`` already behind the pass
+    follow   advances a slot in place along a path of the last pass's packed rows; an engine may have a faster one
     """
 
     #: The head of keys of each head of values, among those that ``keep`` is given.
@@ -56,10 +57,11 @@ class RequestStates:
         self.conv, self.delta = (self._zeros(shapes, kind) for kind in ("conv_state", "delta_state"))
         self.of_requests = np.zeros(0, np.int64)  # slots of the last pass's requests
         self._outputs: tuple[np.ndarray, ...] = ()
+        self.follow: Callable[[int, np.ndarray], None] = self._follow
 
     def _zeros(self, shapes: Mapping[str, tuple[int, ...]], kind: str) -> np.ndarray:
         found = [shape for name, shape in shapes.items() if name.startswith(f"{kind}.")]
-        return np.zeros((len(found), self.slots, *found[0]), np.float32)
+        return np.zeros((len(found), self.slots + 1, *found[0]), np.float32)
 
     @property
     def inputs(self) -> dict[str, np.ndarray]:
@@ -86,28 +88,26 @@ class RequestStates:
         """Advance the last pass's requests over the packed ``rows``, ``counts`` int64 [B] of them, in path order."""
         ends = begins(counts)
         for request in np.flatnonzero(counts):
-            slot = int(self.of_requests[request])
-            self._follow((self.conv, self.delta), slot, rows[ends[request] : ends[request + 1]])
+            self.follow(int(self.of_requests[request]), rows[ends[request] : ends[request + 1]])
 
     def ahead(self, request: int, path: np.ndarray) -> StateCopy:
         """Return the states that a request of the last pass, not yet committed, has behind packed rows ``path``."""
-        slot = int(self.of_requests[request])
-        state = self.conv[:, slot : slot + 1].copy(), self.delta[:, slot : slot + 1].copy()
-        self._follow(state, 0, path)
-        return state
+        slot, tried = int(self.of_requests[request]), self.slots
+        for part in (self.conv, self.delta):
+            part[:, tried] = part[:, slot]
+        self.follow(tried, path)
+        return self.conv[:, tried:].copy(), self.delta[:, tried:].copy()
 
     def put(self, slot: int, state: StateCopy) -> None:
         """Let a slot go on from a ``state`` that ``ahead`` has returned."""
         self.conv[:, slot : slot + 1], self.delta[:, slot : slot + 1] = state
 
-    def _follow(self, state: StateCopy, slot: int, path: np.ndarray) -> None:
-        """Advance the ``slot`` of a ``state`` in place, along a path of packed rows."""
-        (conv, delta), (keys, updates, fades, mixed) = state, self._outputs
+    def _follow(self, slot: int, path: np.ndarray) -> None:
+        (keys, updates, fades, mixed), conv, delta = self._outputs, self.conv[:, slot], self.delta[:, slot]
         for row in path[self.applied :].tolist():
-            key = keys[:, row, self.key_head, :, None]
-            delta[:, slot] *= fades[:, row, :, None, None]
-            delta[:, slot] += key * updates[:, row, :, None]
-        conv[:, slot] = np.concatenate((conv[:, slot], mixed[:, path]), axis=1)[:, -conv.shape[2] :]
+            delta *= fades[:, row, :, None, None]
+            delta += keys[:, row, self.key_head, :, None] * updates[:, row, :, None]
+        conv[:] = np.concatenate((conv, mixed[:, path]), axis=1)[:, -conv.shape[1] :]
 
 
 class KeptStates:
@@ -118,7 +118,7 @@ class KeptStates:
     """
 
     def __init__(self, states: RequestStates):
-        self._states, self._most = states, (KEPT - 1) * states.slots  # and a running text has one that is not yet found
+        self._states, self._most = states, (KEPT - 2) * states.slots  # a running text has two that are not found yet
         self._kept: OrderedDict[bytes, StateCopy] = OrderedDict()
         self._own: list[dict[int, StateCopy]] = [{} for _ in range(states.slots)]  # by the number of blocks before it
         self._wanted: list[set[int]] = [set() for _ in range(states.slots)]

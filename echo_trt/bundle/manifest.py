@@ -57,6 +57,7 @@ class NetworkFacts(_Facts):
     feature_size  numbers of the features that an EAGLE-3 head or a block drafter reads of one token
     block         of a block drafter
     state_values  float32 values of a request's states, of a target with delta-net layers
+    state_row     and of a pass's row, until it is committed
     """
 
     file: FileName
@@ -70,11 +71,20 @@ class NetworkFacts(_Facts):
     feature_size: Extent = 0
     block: BlockFacts | None = None
     state_values: Annotated[int, Field(ge=0, le=2**32)] = 0
+    state_row: Annotated[int, Field(ge=0, le=2**32)] = 0
 
     @property
     def kv_values(self) -> int:
         """Values that one cached token takes, of one rank where the network is divided."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
+    def keeps_states(self) -> bool:
+        return self.state_values > 0
+
+    def state_bytes(self, requests: int, copies: int, rows: int) -> int:
+        """Bytes of the states of running requests, with ``copies`` of each, and of a pass's ``rows`` beside them."""
+        return 4 * (self.state_values * requests * (1 + copies) + self.state_row * rows)
 
 
 class SelfCheck(_Facts):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import platform
 import shutil
 import tempfile
@@ -255,7 +254,8 @@ def _facts(role: Role, files: list[str], recipe: Recipe) -> NetworkFacts:
         parameters=sum(p.numel() for p in role.parameters()),
         feature_size=config.feature_size if "features" in role.inputs else 0,
         block=None if target else draft_kind(recipe.draft.kind).block_facts(config),
-        state_values=sum(math.prod(shape) for shape in getattr(role, "states", {}).values()),
+        state_values=config.states.values if target else 0,
+        state_row=config.states.row if target else 0,
     )
 
 

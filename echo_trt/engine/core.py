@@ -255,7 +255,8 @@ class EngineCore:
         if draft is not None and len(slots):
             grammars, begin = batch.grammar[slots], time.perf_counter()
             guided: Draft = GuidedDraft(draft, grammars) if grammars.any() else draft
-            planned = self._ask(lambda: self.planner.plan(roots, guided, load).checked(roots, load, batch.reserve))
+            maximum = min(batch.reserve, self.target.longest)
+            planned = self._ask(lambda: self.planner.plan(roots, guided, load).checked(roots, load, maximum))
             plan = planned or plan
             plan = self.target.exact(plan, batch.committed[slots])
             seconds = time.perf_counter() - begin - draft.seconds

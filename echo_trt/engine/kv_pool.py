@@ -13,6 +13,7 @@ from echo_trt.bundle.manifest import Manifest
 from echo_trt.engine.host_memory import OPTION, available_memory, gigabytes, memory_limit
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import BLOCK
+from echo_trt.speculation.policies import reserve_for
 
 #: Share of the memory beside the weights that a pool on a CPU may take, where nobody chooses. Larger: more requests at
 #: once and a larger prefix cache, and less memory for other programs and for passes over long prompts.
@@ -82,7 +83,9 @@ def kv_pool(
     networks = [(manifest.target, manifest.precision), *([(manifest.draft, own)] if manifest.draft else [])]
     size, needed = block_bytes(manifest.engine, networks), manifest.recipe.request_blocks
     wanted, available = needed * (batch or limits.batch), None
-    states = 4 * manifest.target.state_values * (batch or limits.batch) * (1 + KEPT * limits.prefix_cache)
+    requests = batch or limits.batch
+    rows = requests * reserve_for(manifest.recipe.decoding.model_dump()) + limits.prefill_chunk
+    states = manifest.target.state_bytes(requests, KEPT * limits.prefix_cache, rows)
     maximum = limits.kv_blocks or wanted
     if engine_kind(manifest.engine).on_host:
         fixed = _weights(folder, manifest) + states

@@ -11,17 +11,22 @@ that are looked at (``speculation.pack.pack_blocks``).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 
 from echo_trt.models.config import BlockConfig
 from echo_trt.models.decoder import DecoderLayer
 from echo_trt.models.eagle3 import Eagle3Head
-from echo_trt.models.layers import Attend, Linear, RMSNorm, Rotary, widened
+from echo_trt.models.layers import Attend, Linear, ReadBlocks, RMSNorm, Rotary, widened
 
 
 class DFlash(nn.Module):
-    """DFlash and DSpark. ``embed`` may be the target's table."""
+    """DFlash and DSpark. ``embed`` may be the target's table; ``stored`` as a ``Decoder``'s."""
+
+    stored: Mapping[str, ReadBlocks] = MappingProxyType({})
 
     def __init__(self, config: BlockConfig, positions: int, embed: nn.Embedding):
         super().__init__()

@@ -66,17 +66,20 @@ def load_block(
         model = block_network(config, positions, Embedding(config.vocab_size, config.hidden_size))
     sources = anchored_sources(config) if config.anchored else dflash_sources(config)
     sources |= {"embed.weight": ["embed_tokens.weight"], "lm_head.weight": ["lm_head.weight"]}
+    shared = {}
     if "embed_tokens.weight" not in names:
-        del sources["embed.weight"]
-        model.embed.weight = target.embed.weight
+        shared["embed.weight"] = "embed.weight"
     if "lm_head.weight" not in names:
-        del sources["lm_head.weight"]
-        model.lm_head.weight = target.embed.weight if target.lm_head is None else target.lm_head.weight
+        shared["lm_head.weight"] = "embed.weight" if target.lm_head is None else "lm_head.weight"
         if config.draft_vocab_size != config.vocab_size:
             raise UserError(
                 f"{checkpoint.path}: tensor lm_head.weight is missing, but draft_vocab_size {config.draft_vocab_size} "
                 f"is not vocab_size {config.vocab_size}; download the drafter again."
             )
+    for ours, theirs in shared.items():
+        del sources[ours]
+        model.get_submodule(ours.partition(".")[0]).weight = target.get_parameter(theirs)
+    model.stored = {ours: target.stored[theirs] for ours, theirs in shared.items() if theirs in target.stored}
     read_apart = {names[name] for name in names if name.startswith((MARKOV, CONFIDENCE, "mask_hidden"))}
     sources = {ours: [names.get(theirs, theirs) for theirs in parts] for ours, parts in sources.items()}
     _assign(model, checkpoint, sources, dtype, read_apart=read_apart)

@@ -46,13 +46,17 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """What a decoder keeps of a request beside its KV rows, in float32: ``shapes`` by input name; mostly nothing."""
+    """What a decoder keeps of a request beside its KV rows, in float32: ``shapes`` by input name; mostly nothing.
+
+    row  numbers that a pass keeps of each of its rows until it is committed
+    """
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    row: int = 0
 
     @property
-    def bytes(self) -> int:
-        return 4 * sum(map(math.prod, self.shapes.values()))
+    def values(self) -> int:
+        return sum(map(math.prod, self.shapes.values()))
 
 
 @dataclass(frozen=True, kw_only=True)

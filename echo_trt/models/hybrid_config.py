@@ -11,6 +11,9 @@ from echo_trt.models.config import DecoderConfig, StateLayout
 #: Tokens before a token that the convolution of a delta-net layer reads, besides the token.
 CONV_PAST = 3
 
+#: Numbers of a delta-net head's keys and values are multiples of it.
+HEAD_UNIT = 32
+
 #: Tensors of a published checkpoint that a text decoder does not read: images, and the MTP head.
 OTHERS = ("mtp.", "model.visual.")
 
@@ -71,7 +74,10 @@ class HybridConfig(DecoderConfig):
         delta_state = self.linear_value_heads, self.linear_key_dim, self.linear_value_dim
         kinds = {"conv_state": (CONV_PAST, self.linear_channels), "delta_state": delta_state}
         layers = range(len(self.linear_layers))
-        return StateLayout({f"{kind}.{layer}": shape for kind, shape in kinds.items() for layer in layers})
+        shapes = {f"{kind}.{layer}": shape for kind, shape in kinds.items() for layer in layers}
+        keys = self.linear_key_heads * self.linear_key_dim
+        row = len(layers) * (self.linear_channels + keys + self.linear_values + self.linear_value_heads)
+        return StateLayout(shapes, row)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -354,9 +354,8 @@ class _Filling:
         return weight, torch.cat(scales)
 
     def blocks(self, names: list[str]) -> bool:
-        """Return whether the named tensors are all stored in blocks."""
-        checkpoint = self.checkpoint
-        return isinstance(checkpoint, HasBlocks) and all(checkpoint.in_blocks(name) for name in names)
+        """Return whether a matrix of these parts stays in the file: the first is in blocks, small ones need not be."""
+        return isinstance(self.checkpoint, HasBlocks) and self.checkpoint.in_blocks(names[0])
 
     def _parts(self, slot: Tensor, shape: torch.Size, names: list[str]) -> Iterator[tuple[str, Tensor, int]]:
         """Yield the named tensors, which are checked, their parts of ``slot`` and their stored heights."""

@@ -103,6 +103,7 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
     """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus)."""
     calls, on_card = CallSizes.of(recipe), engine_kind(recipe.engine).card is not None
     draft_precision = recipe.draft_precision
+    copies = KEPT * recipe.limits.prefix_cache
     tokens = max(calls.rows, calls.chunk) + calls.chunk  # all rows of logits, and a chunk beside them
     return Needs(
         target_weights=int(target.weight_bytes(recipe.precision)),
@@ -116,7 +117,7 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
         reserved=reserved(recipe, target, draft, calls),
         blocks=calls.pool,
         request_blocks=calls.blocks,
-        states=target.state_bytes * calls.batch * (1 + KEPT * recipe.limits.prefix_cache),
+        states=4 * (target.states.values * calls.batch * (1 + copies) + target.states.row * tokens),
     )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
+from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config, StateLayout
 from echo_trt.models.hybrid_config import MtpConfig
 
 #: Bytes of a weight and of a KV value, by the recipe's precision. int8 concerns weights alone, fp8 a layer's matrices
@@ -42,7 +42,7 @@ class Sizes:
     experts_per_token: int = 0
     gpus: int = 1
     feature_size: int = 0  # numbers of the target's features that a draft reads of a token
-    state_bytes: int = 0  # of a request beside its KV rows
+    states: StateLayout = field(default_factory=StateLayout)
 
     @property
     def total(self) -> int:
@@ -91,7 +91,7 @@ def decoder_sizes(config: DecoderConfig, gpus: int = 1) -> Sizes:
         router=sparse * hidden * config.num_experts,
         norms=hidden + layers * norms * hidden + (full * 2 * config.head_dim if config.qk_norm else 0),
         num_layers=full,
-        state_bytes=config.states.bytes,
+        states=config.states,
         **_heads(config),
         vocab_size=config.vocab_size,
         intermediate_size=config.num_experts * config.expert_size if sparse else config.intermediate_size,

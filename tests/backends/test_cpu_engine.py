@@ -9,7 +9,8 @@ import pytest
 from gguf import GGMLQuantizationType
 from models.checkpoints import BUILDERS
 from models.gguf_files import GGUF_SIZES, write_gguf
-from pairs import SIZES, VOCAB
+from pairs import SIZES, VOCAB, roles_of
+from random_calls import Script, inputs_for
 
 from echo_trt.backends.cpu import operators
 from echo_trt.backends.cpu.build import compile_role
@@ -186,3 +187,20 @@ def test_a_gguf_files_matrices_keep_their_bits(family, storage, tmp_path):
     call = packed(rows + 1, rows, np.zeros(1, np.int64), np.array([20]), np.arange(2)[None], rows)
     wanted, got = TorchEngine(role, 2).run(call)["logits"], engine.run(call)["logits"]
     assert np.square(got - wanted).mean() < 0.05**2 * np.square(wanted).mean()
+
+
+@pytest.mark.parametrize("pair", ["eagle3", "dflash", "dspark", "peagle"])
+def test_heads_equal_the_reference(pair, networks, tmp_path):
+    role = roles_of(pair, networks)["draft"]
+    compile_role(role, tmp_path / "draft.cpu", "fp32")
+    reference, engine = TorchEngine(role, 24), CPUEngine(tmp_path / "draft.cpu", "fp32", 24)
+    for seed in range(4):
+        calls, requests = Script(seed, np.arange(24).reshape(-1, 4)), np.arange(1 + seed)
+        chunks = [calls.rng.integers(1, 2 * BLOCK, len(requests)), calls.rng.integers(1, BLOCK, len(requests) - 1)]
+        for planted, sizes in enumerate(chunks):
+            call = calls.call(requests, planted, sizes, 20)
+            inputs = inputs_for(role, call, calls.rng)
+            wanted, got = reference.run(call, **inputs), engine.run(call, **inputs)
+            assert wanted.keys() == got.keys()
+            for name, values in wanted.items():
+                np.testing.assert_allclose(got[name], values, atol=1e-4, err_msg=name)

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 from models.block_checkpoints import block_raw, write_block
-from pairs import BLOCK, DECODING, VOCAB, layers, recipe_of
+from models.checkpoints import BUILDERS
+from models.gguf_files import GGUF_SIZES, write_gguf
+from pairs import BLOCK, DECODING, LIMITS, VOCAB, layers, recipe_of
 from refusal import refused
 
 from echo_trt.bundle.calibration import read_calibration
@@ -18,6 +21,7 @@ from echo_trt.bundle.read_recipe import parse_recipe
 from echo_trt.cli import build as building
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import SamplingParams
 from echo_trt.models.checkpoint import weights_sha256
 
 
@@ -64,6 +68,26 @@ def test_fewer_rows_than_the_checkpoints_draft_less_deep(networks, tmp_path):
     llm = LLM(tmp_path / "bundle", "static")
     llm.generate(["the theme"])
     assert llm.counters.reached[2] > 0 == llm.counters.reached[3]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_drafter_shares_the_matrices_of_a_gguf_file(tied, tmp_path):
+    model = BUILDERS["llama"](**GGUF_SIZES, tie_word_embeddings=tied)
+    write_gguf(tmp_path / "m.gguf", model, GGMLQuantizationType.Q8_0)
+    own = {"hidden_size": GGUF_SIZES["hidden_size"], "vocab_size": GGUF_SIZES["vocab_size"]}
+    raw = {"name": "mine", "target": {"path": "m.gguf"}, "draft": drafter(tmp_path / "drafter", **own)}
+    raw["draft"]["source"]["path"] = "drafter"
+    recipe = parse_recipe(
+        raw | {"engine": "cpu", "precision": "int8", "limits": LIMITS | {"context": 40}, "decoding": DECODING},
+        "mine.yaml",
+    )
+    build(recipe, tmp_path, tmp_path / "bundle")
+    texts = []
+    for policy in ("autoregressive", "static"):
+        llm = LLM(tmp_path / "bundle", policy)
+        texts.append(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=20, ignore_eos=True))[0].token_ids)
+    assert texts[0] == texts[1]
+    assert llm.counters.drafted_tokens > 0
 
 
 @pytest.fixture

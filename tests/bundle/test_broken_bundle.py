@@ -144,3 +144,10 @@ def test_a_folder_that_is_no_bundle(tmp_path):
     ):
         with refused(index, what, "echo-trt build"):
             LLM(index)
+
+
+def test_a_hybrid_for_an_engine_that_runs_it_no_more(bundle_of, tmp_path):
+    bundle = shutil.copytree(bundle_of("mtp"), tmp_path / "old")
+    edit_manifest(bundle, engine="openvino")
+    with refused(bundle, "delta-net layers", "engine openvino", "build it again"):
+        LLM(bundle)

@@ -189,7 +189,7 @@ def test_without_a_gpu_a_name_is_built_for_the_cpu_with_a_pool_that_follows_its_
     ("name", "precision", "draft", "engine"),
     [
         ("Qwen/Qwen3-30B-A3B", "bf16", "lookup", "cpu"),
-        ("Qwen/Qwen3-0.6B", "bf16", "block", "openvino"),
+        ("Qwen/Qwen3-0.6B", "bf16", "block", "cpu"),
         ("Qwen/Qwen3-0.6B", "fp32", "lookup", "cpu"),
         ("Qwen/Qwen3-0.6B", "int4", "eagle3", "cpu"),
     ],

@@ -20,7 +20,7 @@ from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import BLOCK
-from echo_trt.speculation.policies import BUILT_IN, POLICIES
+from echo_trt.speculation.policies import BUILT_IN, POLICIES, reserve_for
 
 MATRIX = [(policy, batch, ("cpu", "torch")[(i + batch) % 2]) for i, policy in enumerate(BUILT_IN) for batch in (1, 8)]
 
@@ -93,8 +93,11 @@ def test_kept_states_are_bounded_and_counted(bundle_of):
     for i in range(9):
         llm.generate([prompt_ids(40, i)] * 2, SamplingParams(max_tokens=40, ignore_eos=True))
     states, slots = llm.loop.batch.blocks.states, 2
-    assert len(states._kept) == slots * (KEPT - 1)
-    assert llm.pool.states == slots * (1 + KEPT) * 4 * llm.manifest.target.state_values > 0
+    assert len(states._kept) == slots * (KEPT - 2)
+    recipe, kept = llm.manifest.recipe, llm.manifest.target
+    rows = slots * reserve_for(recipe.decoding.model_dump()) + recipe.limits.prefill_chunk
+    assert llm.pool.states == 4 * (slots * (1 + KEPT) * kept.state_values + rows * kept.state_row)
+    assert kept.state_values > kept.state_row > 0
     assert "of states beside it" in llm.pool.sentence
 
 

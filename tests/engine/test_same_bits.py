@@ -22,7 +22,10 @@ ANSWERS = (24, 9, 20, 31, 1, 26, 15, 22)
 
 #: All precisions of docs/exactness.md, and every family in one of them; OpenVINO's texts in fp32 other tests compare.
 PRECISIONS = ("int4", "bf16", "int8", "fp32")
-CASES = [("cpu", "close", precision) for precision in PRECISIONS[:3]] + [("cpu", "eagle3", "fp32")]
+CASES = [("cpu", "close", precision) for precision in PRECISIONS[:3]] + [
+    ("cpu", "eagle3", "fp32"),
+    ("cpu", "dspark", "int4"),
+]
 CASES += [("cpu", pair, PRECISIONS[i]) for i, pair in enumerate(FAMILY_PAIRS)]
 CASES += [("cpu", "qwen3_moe", "int4"), *(("cpu", "mtp", precision) for precision in ("int4", "bf16", "fp32"))]
 CASES += [pytest.param("openvino", pair, "bf16", marks=needs_bf16) for pair in ("close", "gemma3", "smollm3")]
@@ -64,7 +67,10 @@ def written(llm: LLM, policy: str) -> list[tuple[list[int], list[float]]]:
 def test_logprobs_are_plain_decodings_bit_by_bit(engine, pair, precision, coarse_bundle):
     bundle = coarse_bundle(engine, pair, precision)
     alone = written(LLM(bundle, "autoregressive", 1), "autoregressive")
-    policies = {3: [*POLICIES] if pair in ("close", "eagle3", "mtp") else ["static"], 8: ["autoregressive", "goodput"]}
+    policies = {
+        3: [*POLICIES] if pair in ("close", "eagle3", "mtp", "dspark") else ["static"],
+        8: ["autoregressive", "goodput"],
+    }
     if engine == "openvino":
         policies = {1: ["goodput"], 3: ["goodput-exact"], 8: ["autoregressive"]}
         if pair == "close":

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pairs import raw_recipe
+from pairs import LIMITS, raw_recipe, recipe_of
 
 from echo_trt.cli.app import main
+from echo_trt.cli.build import build
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -34,9 +35,10 @@ def test_offline(bundle_of):
     assert answers.count("The capital of France is") == 2
 
 
-def test_chat(with_limits):
-    bundle = with_limits("close", context=480, kv_blocks=32)
-    assert run(sys.executable, EXAMPLES / "chat.py", bundle, text="the theme\nand then\n").count("it:  ") == 2
+def test_chat(networks, tmp_path):
+    build(recipe_of("close", networks, limits=LIMITS | {"context": 480, "kv_blocks": 32}), networks, tmp_path / "close")
+    words = sys.executable, EXAMPLES / "chat.py", tmp_path / "close"
+    assert run(*words, text="the theme\nand then\n").count("it:  ") == 2
 
 
 @pytest.mark.parametrize("name", ["chain", "confident"])

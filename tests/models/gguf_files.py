@@ -59,6 +59,9 @@ def vocabulary() -> Vocabulary:
     )
 
 
+#: Ends of matrices that llama.cpp's converter leaves in float32.
+IN_FLOATS = ("conv1d.weight", "in_proj_a.weight", "in_proj_b.weight")
+
 #: Of small networks. Quantised rows come in blocks of 32.
 GGUF_SIZES = {
     "vocab_size": len(vocabulary().tokens),
@@ -123,7 +126,8 @@ def write_gguf(
         writer.add_tensor(own if layer == name else names.get_name(layer, (".weight",)), np.ascontiguousarray(whole))
     for name, parameter in model.named_parameters():
         data = parameter.detach().numpy()
-        stored = storage if data.ndim > 1 and "conv1d" not in name else gguf.GGMLQuantizationType.F32
+        small = data.ndim == 1 or name.endswith(IN_FLOATS)
+        stored = gguf.GGMLQuantizationType.F32 if small else storage
         data = quantize(data, stored)
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(np.array(dequantize(data, stored))))
@@ -183,7 +187,7 @@ def _tiled(name: str, data: np.ndarray, config: Any) -> np.ndarray:
         return np.concatenate((data[:keys], turned(data[keys:], size)))
     if name.endswith("in_proj_z.weight"):
         return turned(data, size)
-    if name.endswith(("in_proj_a.weight", "in_proj_b.weight", "dt_bias")):
+    if name.endswith((*IN_FLOATS[1:], "dt_bias")):
         return turned(data, 1)
     if name.endswith("A_log"):
         return -np.exp(turned(data, 1))

@@ -21,6 +21,7 @@ from echo_trt.backends.cpu.engine import CPUEngine
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.errors import UserError
 from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.read_config import decoder_config
 from echo_trt.models.roles import TargetModule
 from echo_trt.models.weights import load_decoder, load_mtp
 from echo_trt.speculation.pack import BLOCK, pack
@@ -176,3 +177,33 @@ def test_an_mtp_head_that_is_missing_is_named(tmp_path):
     checkpoint = open_checkpoint(tmp_path)
     with pytest.raises(UserError, match=r"has no MTP head .* use another kind"):
         load_mtp(checkpoint, 64, load_decoder(checkpoint, 64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"linear_key_head_dim": 24}, "linear_key_head_dim is 24, but only multiples of 32"),
+        ({"linear_value_head_dim": 8}, "linear_value_head_dim is 8, but only multiples of 32"),
+        ({"linear_num_value_heads": 3}, "linear_num_value_heads is 3, no multiple of linear_num_key_heads 2"),
+        ({"linear_num_value_heads": 1}, "linear_num_value_heads is 1, no multiple of linear_num_key_heads 2"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(changes, named):
+    raw = {**qwen3_5().config.to_dict(), "architectures": ["Qwen3_5ForCausalLM"], **changes}
+    with pytest.raises(UserError, match=named):
+        decoder_config(raw, "config.json")
+
+
+@pytest.mark.parametrize("path", [[0], [0, 1], [0, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7]])
+def test_states_ahead_are_those_behind_a_commit(path, tmp_path):
+    qwen3_5().save_pretrained(tmp_path)
+    compiled, rows, one = engine(tmp_path, "cpu"), np.arange(8), np.ones(1, np.int64)
+    call = pack(rows + 5, rows, 0 * one, 8 * one, np.arange(1)[None], rows)
+    compiled.run(call)
+    before = [part[:, :1].copy() for part in (compiled.states.conv, compiled.states.delta)]
+    ahead = compiled.states.ahead(0, np.array(path))
+    for kept, part in zip(before, (compiled.states.conv, compiled.states.delta), strict=True):
+        np.testing.assert_array_equal(part[:, :1], kept)
+    compiled.commit(np.array(path), np.array([len(path)]))
+    for state, part in zip(ahead, (compiled.states.conv, compiled.states.delta), strict=True):
+        np.testing.assert_array_equal(state, part[:, :1])

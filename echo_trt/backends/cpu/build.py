@@ -117,7 +117,8 @@ class _Writing:
         self._network, self._writer, self._precision = role.network, writer, precision
         self._config = config = role.network.config
         self._hidden = spread(config.hidden_size)
-        self._head = role.name == "head"
+        #: The layer that reads an embedding and a hidden state side by side, EAGLE-3's.
+        self._pairs = "attention." if role.name == "head" or getattr(config, "anchored", False) else None
 
     def write(self) -> None:
         state = self._network.state_dict()
@@ -158,7 +159,7 @@ class _Writing:
         ends, size = np.cumsum([0, *heights(config)]), config.head_dim
         turned = getattr(config, "rotary_dim", size)
         if module == "qkv":
-            columns = spread(config.hidden_size, 2) if self._head else self._hidden
+            columns = spread(config.hidden_size, 2) if above == self._pairs else self._hidden
             rows = self._queries, rotated(size, config.num_kv_heads, turned), spread(size, config.num_kv_heads, True)
             for i, kind in enumerate(("query", "key", "value")):
                 yield _Part(f"{above}{kind}.{leaf}", slice(ends[i], ends[i + 1]), rows[i], columns)
@@ -180,7 +181,8 @@ class _Writing:
         elif module == "down":
             yield _Part(name, to_columns=spread(config.intermediate_size))
         elif module == "fc":
-            wide = (config.target_hidden_size, 3) if self._head else (config.hidden_size, 2)
+            theirs = getattr(config, "target_hidden_size", 0)  # of an MTP head: an embedding and one of its own size
+            wide = (theirs, config.feature_size // theirs) if theirs else (config.hidden_size, 2)
             yield _Part(name, to_columns=spread(*wide))
         elif module in ("query_norm", "key_norm"):
             yield _Part(name, to_rows=rotated(size, 1, turned))
@@ -189,8 +191,8 @@ class _Writing:
         elif leaf == "target_ids" or module == "output" or leaf in DELTA_ARRAYS or name.endswith("attention.norm"):
             yield _Part(name)
         else:  # norms of hidden states, embedding and output matrix
-            is_norm = module.endswith("norm")
-            yield _Part(name, to_rows=self._hidden if is_norm else None, to_columns=None if is_norm else self._hidden)
+            flat = module.endswith("norm") or leaf == "mask_state"
+            yield _Part(name, to_rows=self._hidden if flat else None, to_columns=None if flat else self._hidden)
 
     @property
     def _queries(self) -> tuple[np.ndarray, int]:

@@ -23,8 +23,6 @@ from echo_trt.speculation.pack import ForwardBatch
 
 #: States in scratch memory. A node's largest branch is walked last, where its parent's stood: no tree needs more.
 SCRATCH = MAX_ROWS.bit_length()
-#: Numbers of a head's keys and values are multiples of it.
-HEAD_UNIT = 32
 
 
 class DeltaNets:
@@ -35,6 +33,7 @@ class DeltaNets:
 
     def __init__(self, header: dict[str, Any], states: RequestStates, capacity: int, pool: Pool):
         config, states.key_head = header["config"], header["key_head"]
+        states.follow = self._follow
         self._states, self._pool, self._key_head = states, pool, np.array(states.key_head)
         self._key_heads, self._heads = config["linear_key_heads"], config["linear_value_heads"]
         self._key_dim, self._dim, self._eps = config["linear_key_dim"], config["linear_value_dim"], config["norm_eps"]
@@ -65,6 +64,13 @@ class DeltaNets:
         """Do what ``RequestStates.commit`` does, by all threads."""
         self._begins[: len(counts) + 1], self._order[: len(rows)] = begins(counts), rows
         self._pool.run(self._commit)
+
+    def _follow(self, slot: int, path: np.ndarray) -> None:
+        """Advance a slot along packed rows of the last pass, whose requests are not committed yet."""
+        requests, begun, first = self._requests[0], self._begins[:2].copy(), self._slots[0]
+        self._requests[0], self._slots[0] = 1, slot
+        self.commit(path, np.array([len(path)]))
+        self._requests[0], self._begins[:2], self._slots[0] = requests, begun, first
 
     def mix(
         self, file: NetworkFile, rows: np.ndarray, layer: int, name: str, x: np.ndarray, out: np.ndarray
@@ -100,9 +106,9 @@ class DeltaNets:
     def _committing(self, capacity: int) -> Program:
         states, channels = self._states, self._mixed.shape[-1]
         op = Op.of(
-            advance, self._requests, self._begins, self._slots, self._order, len(states.conv), capacity, states.slots,
-            states.conv, self._mixed, channels, states.delta, self._keys, self._updates, self._fades, self._key_heads,
-            self._key_dim, self._heads, self._dim, self._key_head,
+            advance, self._requests, self._begins, self._slots, self._order, len(states.conv), capacity,
+            states.conv.shape[1], states.conv, self._mixed, channels, states.delta, self._keys, self._updates,
+            self._fades, self._key_heads, self._key_dim, self._heads, self._dim, self._key_head,
         )  # fmt: skip
         return Program([op])
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from echo_trt.backends.cpu import attention
 from echo_trt.backends.cpu.delta_net import DeltaNets
-from echo_trt.backends.cpu.network import KVArrays, Network
+from echo_trt.backends.cpu.heads import network_of
+from echo_trt.backends.cpu.network import KVArrays
 from echo_trt.backends.cpu.network_file import NetworkFile
 from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.cpu.program import Pool
@@ -64,7 +65,9 @@ class CPUEngine(KeepsStates):
 
     def _prepare(self, capacity: int) -> None:
         delta_nets = DeltaNets(self._file.header, self.states, capacity, self._pool) if self.states else None
-        self._network = network = Network(self._file, self._kv, self._pool, capacity, delta_nets)
+        header = self._file.header
+        kind = network_of(header["role"], header["config"].get("anchored", False))
+        self._network = network = kind(self._file, self._kv, self._pool, capacity, delta_nets)
         self._arrays = {"limits": np.zeros(capacity, np.int64), "path_begins": np.zeros(capacity, np.int64)}
         self._reserve(jobs=capacity * attention.JOB_WORDS, costs=capacity + 1, table=capacity, paths=capacity)
         hidden, outputs = self._hidden, network.outputs
@@ -75,7 +78,8 @@ class CPUEngine(KeepsStates):
             self.widths["features"] = outputs["features"].shape[1] * hidden
         if "features" in network.inputs:
             theirs = self._file.header["config"].get("target_hidden_size", hidden)
-            self.widths |= {"features": network.inputs["features"].shape[1] * theirs, "hidden": hidden}
+            self.widths |= {"features": network.inputs["features"].shape[1] * theirs}
+            self.widths |= {"hidden": hidden} if "hidden" in network.inputs else {}
 
     def _reserve(self, **sizes: int) -> None:
         """Let the arrays of a pass's plan have at least these many numbers."""
@@ -91,7 +95,7 @@ class CPUEngine(KeepsStates):
         for name in ("token_ids", "positions", "logit_rows"):
             values = getattr(call, name)
             network.inputs[name][: len(values)] = values
-        given = self._feed(inputs, tokens) if "features" in network.inputs else 0
+        given = self._feed(inputs, tokens, rows) if "features" in network.inputs else 0
         jobs = self._plan(call)
         if network.delta_nets:
             network.delta_nets.plan(call)
@@ -100,13 +104,20 @@ class CPUEngine(KeepsStates):
         network.run()
         return self._read(tokens, rows)
 
-    def _feed(self, inputs: dict[str, np.ndarray], tokens: int) -> int:
-        """Put in a head's features, and behind their rows the states that it goes on from; returns their number."""
-        features, hidden = inputs["features"], inputs["hidden"]
-        parts = self._network.inputs["features"].shape[1]
+    def _feed(self, inputs: dict[str, np.ndarray], tokens: int, rows: int) -> int:
+        """Put in a head's features, and behind their rows the states that it goes on from; returns their number.
+
+        A block drafter's packed rows say which states they are: first the block's ``rows``, then those of features.
+        """
+        into, features = self._network.inputs, inputs["features"]
+        parts = into["features"].shape[1]
         given, theirs = len(features), features.shape[1] // parts
-        self._network.inputs["features"][:given, :, :theirs] = features.reshape(given, parts, theirs)
-        self._network.inputs["hidden"][given:tokens] = hidden
+        into["features"][:given, :, :theirs] = features.reshape(given, parts, theirs)
+        if "hidden" in into:
+            into["hidden"][given:tokens] = inputs["hidden"]
+        else:
+            states = inputs["state_rows"]
+            into["state_rows"][:tokens] = np.where(states < rows, self._network.capacity + states, states - rows)
         return given
 
     def _plan(self, call: ForwardBatch) -> int:
@@ -135,6 +146,8 @@ class CPUEngine(KeepsStates):
         read = {"scores": outputs["scores"][:rows], "candidates": found if self._ids is None else self._ids[found]}
         if "state" in outputs:
             read["state"] = outputs["state"][:tokens]
+        if "confidence" in outputs:
+            read["confidence"] = outputs["confidence"][:rows]
         return read
 
     def commit(self, rows: np.ndarray, counts: np.ndarray) -> None:

@@ -11,7 +11,7 @@ from echo_trt.backends.kind import Compile, Detail, EngineKind
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError
 
-DRAFTS = ("none", "lookup", "model", "eagle3", "mtp")  # whose networks it has programs for
+DRAFTS = ("none", "lookup", "model", "eagle3", "mtp", "block")  # whose networks it has programs for
 
 
 def _open(

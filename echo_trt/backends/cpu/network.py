@@ -1,4 +1,7 @@
-"""The program of a network: its products and the steps between them, as one list that a pool of threads runs."""
+"""The program of a network: its products and the steps between them, as one list that a pool of threads runs.
+
+This is a decoder's, target's or draft's; ``heads`` has those of draft heads.
+"""
 
 from __future__ import annotations
 
@@ -71,30 +74,30 @@ class Network:
     def _build(self) -> None:
         config, role, setting = self._config, self._file.header["role"], self._file.header["setting"]
         hidden = config["hidden_size"]
-        self._width = width = _padded(hidden)
-        self._dim = 2 * _padded(config["head_dim"] // 2, 16)
+        self._width = width = padded(hidden)
+        self._dim = 2 * padded(config["head_dim"] // 2, 16)
         self._heads, self._kv_heads = config["num_heads"], config["num_kv_heads"]
-        self._gated = _padded(config["intermediate_size"])
+        self._gated = padded(config["intermediate_size"])
         self._gates = self._heads * self._dim if "linear_layers" in config else 0  # before a row's queries
         everything = self._gates + (self._heads + 2 * self._kv_heads) * self._dim
         self._x = self._buffer(width)
-        self._normed = self._buffer(2 * width if role in ("head", "mtp") else width)
+        self._normed = self._buffer(width if role in ("target", "draft") else 2 * width)
         self._projected = self._buffer(everything)
         self._attended = self._buffer(self._heads * self._dim)
         self._both, self._active = self._buffer(2 * self._gated), self._buffer(self._gated)
         self._delta = self._buffer(width) if config["post_norms"] else None
-        rows = _padded(config["num_heads"] // config["num_kv_heads"] * attention.JOB + attention.ROWS, 8)
+        rows = padded(config["num_heads"] // config["num_kv_heads"] * attention.JOB + attention.ROWS, 8)
         size = 4 if self._kv.wide else 2
-        self._scratch_bytes = _padded(576 + 4 * self._dim + 2 * BLOCK * self._dim * size + 8 * rows, 128)
+        self._scratch_bytes = padded(576 + 4 * self._dim + 2 * BLOCK * self._dim * size + 8 * rows, 128)
         self._scratch = np.zeros((self._pool.threads, self._scratch_bytes), np.uint8)
-        if role == "head":
-            self._head()
-        elif role == "mtp":
-            self._mtp()
-        else:
-            self._decoder(setting if role == "target" else [])
+        self._compute()
         if role != "target":
             self._candidates(setting)
+
+    def _compute(self) -> None:
+        """Add the network's own steps, which leave ``logits``."""
+        header = self._file.header
+        self._decoder(header["setting"] if header["role"] == "target" else [])
 
     def _buffer(self, width: int, kind: Any = np.float32) -> np.ndarray:
         return np.zeros((self.capacity, width), kind)
@@ -168,11 +171,12 @@ class Network:
             heads, size = self._attended, self._attended.strides[0]
             self._add(gate_heads, self._rows, heads, size, self._projected, stride, None, 0.0, self._heads, dim)
 
-    def _activate(self, prefix: str, x: np.ndarray) -> None:
-        size = self._config["intermediate_size"]
+    def _mlp(self, name: str, x: np.ndarray, out: np.ndarray, rows: Any = None, plus: Any = None) -> None:
+        size, rows = self._config["intermediate_size"], self._rows if rows is None else rows
         gate, up = self._both[:, :size], self._both[:, self._gated : self._gated + size]
-        self._multiply(x, (f"{prefix}.gate", gate), (f"{prefix}.up", up))
-        self._add(operators.activate, self._rows, self._both, self._active, self._gated, int(self._config["gelu"]))
+        self._multiply(x, (f"{name}.gate", gate), (f"{name}.up", up), rows=rows)
+        self._add(operators.activate, rows, self._both, self._active, self._gated, int(self._config["gelu"]))
+        self._multiply(self._active, (f"{name}.down", out), rows=rows, plus=plus)
 
     def _decoder(self, feature_layers: Sequence[int]) -> None:
         config, hidden = self._config, self._config["hidden_size"]
@@ -204,8 +208,7 @@ class Network:
                 experts = experts or Mixtures(config, self._rows, self.capacity)
                 self._ops += experts.mix(self._file, f"{name}.mlp", self._normed, out, **into)
             else:
-                self._activate(f"{name}.mlp", self._normed)
-                self._multiply(self._active, (f"{name}.mlp.down", out), **into)
+                self._mlp(f"{name}.mlp", self._normed, out, **into)
         after = f"{name}.mlp_post_norm.weight" if post else ""
         if config["num_layers"] in feature_layers:  # of an MTP head: the last hidden states, behind the norm
             self._norm("norm", kept[:, list(feature_layers).index(config["num_layers"])])
@@ -214,58 +217,9 @@ class Network:
         if feature_layers:
             self.outputs |= {"features": kept, "hidden": self._normed[:, :hidden]}
 
-    def _head(self) -> None:
-        """Compute an EAGLE-3 head (``models.eagle3``); its residual, which begins as features, becomes ``state``."""
-        config, width, hidden = self._config, self._width, self._config["hidden_size"]
-        theirs = config["target_hidden_size"]
-        self.inputs["features"] = features = np.zeros((self.capacity, 3, _padded(theirs)), np.float32)
-        self.inputs["hidden"] = self._x[:, :hidden]  # behind the rows that features give
-        self.outputs["state"] = self._x[:, :hidden]
-        for i in range(3 if config["fc_norm"] else 0):
-            part = features[:, i]
-            self._norm(f"fc_norms.{i}", part, x=part, rows=self._given, size=part.shape[1], true_size=theirs)
-        self._multiply(features.reshape(self.capacity, -1), ("fc", self._x[:, :hidden]), rows=self._given)
-        embedded = self._buffer(width)
-        self._embed(embedded)
-        self._norm("embed_norm", self._normed[:, :width], x=embedded)
-        self._norm("hidden_norm", self._normed[:, width:])
-        self._attend(0, "attention")
-        out = self._x[:, :hidden]
-        residual = self._normed[:, width : width + hidden] if config["norm_before_residual"] else out
-        self._multiply(self._attended, ("attention.out", out), plus=residual)
-        self._norm("mlp_norm", self._normed[:, :width])
-        self._activate("mlp", self._normed[:, :width])
-        self._multiply(self._active, ("mlp.down", out), plus=out)
-        if config["norm_output"]:
-            self._norm("norm", self._x)
-        last = None if config["norm_output"] else "norm"
-        self._norm(last, self._normed[:, :width], index=self.inputs["logit_rows"])
-        self._logits("lm_head", self._normed[:, :width])
-
-    def _mtp(self) -> None:
-        """Compute an MTP head (``models.mtp``): an embedding and the hidden state before it, a layer, and a norm."""
-        width, hidden = self._width, self._config["hidden_size"]
-        given, embedded, first = self._buffer(width), self._buffer(width), self._normed[:, :width]
-        x = self._x[:, :hidden]
-        self.inputs |= {"features": given[:, None], "hidden": given[:, :hidden]}
-        self.outputs["state"] = x
-        self._embed(embedded)
-        self._norm("embed_norm", first, x=embedded)
-        self._norm("hidden_norm", self._normed[:, width:], x=given)
-        self._multiply(self._normed, ("fc", x))
-        self._norm("layer.attention_norm", first)
-        self._attend(0, "layer.attention", first)
-        self._multiply(self._attended, ("layer.attention.out", x), plus=x)
-        self._norm("layer.mlp_norm", first)
-        self._activate("layer.mlp", first)
-        self._multiply(self._active, ("layer.mlp.down", x), plus=x)
-        self._norm("norm", self._x)
-        self._norm(None, first, index=self.inputs["logit_rows"])
-        self._logits("lm_head" if "lm_head.weight" in self._file.header["matrices"] else "embed", first)
-
     def _logits(self, name: str, rows: np.ndarray) -> None:
         vocab = self._file.matrix(f"{name}.weight").rows
-        logits = self._buffer(_padded(vocab))
+        logits = self._buffer(padded(vocab))
         self._multiply(rows, (name, logits[:, :vocab]), rows=self._wanted)
         self.outputs["logits"] = logits[:, :vocab]
 
@@ -278,5 +232,5 @@ class Network:
         self.outputs |= {"scores": found[:, :count], "candidates": found[:, count:]}
 
 
-def _padded(size: int, unit: int = 32) -> int:
+def padded(size: int, unit: int = 32) -> int:
     return -(-size // unit) * unit

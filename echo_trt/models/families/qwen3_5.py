@@ -7,7 +7,7 @@ from typing import Any
 
 from echo_trt.errors import UserError
 from echo_trt.models.families.family import Family, count
-from echo_trt.models.hybrid_config import HybridConfig
+from echo_trt.models.hybrid_config import HEAD_UNIT, HybridConfig
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -24,7 +24,15 @@ def _options(raw: dict[str, Any], layers: int, where: str) -> dict[str, Any]:
     sizes: dict[str, int] = {}
     for kind in ("key", "value"):
         sizes[f"linear_{kind}_heads"] = count(raw, f"linear_num_{kind}_heads", where)
-        sizes[f"linear_{kind}_dim"] = count(raw, f"linear_{kind}_head_dim", where)
+        sizes[f"linear_{kind}_dim"] = size = count(raw, key := f"linear_{kind}_head_dim", where)
+        if size % HEAD_UNIT:
+            raise UserError(f"{where}: {key} is {size}, but only multiples of {HEAD_UNIT} are supported.")
+    keys, values = sizes["linear_key_heads"], sizes["linear_value_heads"]
+    if values % keys:
+        raise UserError(
+            f"{where}: linear_num_value_heads is {values}, no multiple of linear_num_key_heads {keys}; take the "
+            "checkpoint's own config.json."
+        )
     return {
         "qk_norm": True,
         "norm_offset": raw.get("norm_offset", 1.0),

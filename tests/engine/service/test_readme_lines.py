@@ -50,7 +50,12 @@ CURLS, SNIPPETS = commands(), blocks("python")
 def run(server: Served, words: list[str], text: str) -> str:
     for usual, real in ((8000, server.http), (8001, server.grpc), (9000, server.openai), (11434, server.openai)):
         text = text.replace(f"localhost:{usual}", f"127.0.0.1:{real}")
-    done = subprocess.run([*words, text], capture_output=True, text=True, timeout=180)
+    try:
+        done = subprocess.run([*words, text], capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired as late:
+        raise AssertionError(
+            f"ended not within 180 s; printed {late.stdout}; the server: {server.err[-2000:]}"
+        ) from late
     assert done.returncode == 0, done.stderr
     return done.stdout
 
