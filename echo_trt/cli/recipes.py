@@ -118,15 +118,35 @@ def usual_engine(recipe: Recipe, folder: Path) -> EngineKind:
 
 
 def _shipped(target: dict[str, str], draft: str | None) -> Path | None:
-    """Find the shipped recipe of a target, by its name on the hub or its file's; a draft's own one comes first."""
-    found, name = [], GGUF.sub("", Path(target.get("path", "")).name)
-    for path in sorted(shipped_folder().glob("*.yaml"), key=lambda path: len(path.name)):
-        recipe = load_recipe(path)
-        hub = recipe.target.hub
-        if hub and (target.get("hub") == hub or name.lower() == hub.split("/")[1].lower()):
-            source = recipe.draft.source
-            found.append((draft is None or (bool(source) and source.hub != draft), path))
-    return min(found, key=lambda entry: entry[0])[1] if found else None
+    """Find the shipped recipe of a target, by its name on the hub or its file's, or by the one that stands in the file.
+
+    A draft's own one comes first.
+    """
+    file, found = Path(target.get("path", "")), []
+    recipes = {path: load_recipe(path) for path in sorted(shipped_folder().glob("*.yaml"), key=lambda p: len(p.name))}
+    for name in (lambda: GGUF.sub("", file.name), lambda: _stated_name(file)):
+        known = target.get("hub") or _plain(name())
+        for path, recipe in recipes.items():
+            hub = recipe.target.hub
+            if hub and known in (hub, _plain(hub.split("/")[1])):
+                source = recipe.draft.source
+                found.append((draft is None or (bool(source) and source.hub != draft), path))
+        if found:
+            return min(found, key=lambda entry: entry[0])[1]
+    return None
+
+
+def _plain(name: str) -> str:
+    """Return a model's name as names of files have it."""
+    return re.sub("[^a-z0-9.]+", "-", name.lower()).removesuffix("-gguf")
+
+
+def _stated_name(file: Path) -> str:
+    """Return the model's name that stands in a GGUF file, whatever the file is called, as Ollama's are."""
+    try:
+        return str(_config({"path": str(file)})["_name_or_path"]) if is_gguf(file) else ""
+    except UserError:  # told where the checkpoint is read
+        return ""
 
 
 def _for_these_weights(recipe: Recipe, folder: Path) -> Recipe:

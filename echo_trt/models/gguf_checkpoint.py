@@ -188,6 +188,7 @@ class GgufCheckpoint:
                 "attention_factor": self.field(f"{kind}.rope.scaling.attn_factor"),
             }
         config = {
+            "_name_or_path": self.field("general.name", ""),
             "architectures": [self._family.architecture],
             "vocab_size": len(self._need("tokenizer.ggml.tokens")),
             "hidden_size": hidden,

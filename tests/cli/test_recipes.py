@@ -136,6 +136,13 @@ def test_a_gguf_file_s_name_finds_the_head_of_its_model(file, name, tmp_path, mo
     assert (recipe.draft.kind, recipe.engine, recipe.limits.kv_blocks) == ("eagle3", "cpu", None)
 
 
+def test_the_name_in_a_file_finds_the_head_of_its_model(tmp_path):
+    model = qwen3(**GGUF_SIZES)
+    for file, name in (("sha256-5ee4f0", "Qwen3 1.7B GGUF"), ("other", "Own 1.7B")):
+        recipe, _ = recipe_for(str(write_gguf(tmp_path / file, model, name=name)))
+        assert (recipe.name, recipe.draft.kind) == (("qwen3-1.7b", "eagle3") if name[0] == "Q" else ("other", "lookup"))
+
+
 def test_a_shipped_head_goes_with_the_file_that_it_was_trained_for(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "shipped_folder", lambda: tmp_path)
     mine, other = tmp_path / "model-1b-q4_k_m.gguf", tmp_path / "Model-1B-Q8_0.gguf"

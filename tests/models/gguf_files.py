@@ -81,15 +81,18 @@ def write_gguf(
     without: str = "",
     recommended: dict[str, float] | None = None,
     mtp: dict[str, torch.Tensor] | None = None,
+    name: str = "",
 ) -> Path:
     """Write ``model``, and give it the weights that the file now holds.
 
     without      a field or a tensor that is left out
     recommended  sampling parameters, by their names behind general.sampling
     mtp          an MTP head, which is the block behind the last layer
+    name         of the model
     """
     config, (kind, interleaved) = model.config, ARCHITECTURES[type(model).__name__]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[kind])
+    writer.add_name(name)
     writer.add_block_count(config.num_hidden_layers + bool(mtp))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
