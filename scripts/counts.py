@@ -48,7 +48,15 @@ MOST_FIELDS = 20
 #: Classes of more fields, which are their interface: options, bodies of APIs, a checkpoint's and a policy's settings.
 WIDE = {
     *("ServeOptions", "SamplingParams", "ChatRequest", "ResponseObject", "GoodputTuning"),
-    *("DecoderConfig", "HybridConfig", "MtpConfig", "BlockConfig", "Eagle3Config"),
+    *(
+        "DecoderConfig",
+        "HybridConfig",
+        "ShortConvConfig",
+        "RecurrentConfig",
+        "MtpConfig",
+        "BlockConfig",
+        "Eagle3Config",
+    ),
 }
 
 

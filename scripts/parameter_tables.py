@@ -29,7 +29,7 @@ from echo_trt.engine.params import PARAMETERS, Counters
 from echo_trt.engine.service.metrics import EngineMetrics, Statistics
 from echo_trt.models.families import FAMILIES
 from echo_trt.models.families.family import Family
-from echo_trt.models.hybrid_config import HybridConfig
+from echo_trt.models.hybrid_config import RecurrentConfig
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.schemas import ChatRequest, CompletionRequest
 from echo_trt.speculation.sources import DRAFT_SOURCES, TARGET
@@ -136,7 +136,7 @@ def config_inputs() -> str:
 
 def engines_of(family: Family) -> str:
     """Name the engines that run a family: only some keep the states of delta-net layers."""
-    hybrid = issubclass(family.config, HybridConfig)
+    hybrid = issubclass(family.config, RecurrentConfig)
     fitting = [kind for kind in engine_kinds() if kind.states or not hybrid]
     return "all" if fitting == engine_kinds() else ", ".join(f"`{kind.name}`" for kind in fitting)
 

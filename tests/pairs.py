@@ -98,6 +98,7 @@ FOLDERS: dict[str, tuple[str, str, str | None]] = {
     "qwen3_moe": ("qwen3_moe", "model", "qwen3_moe"),
     # Delta-net layers, in tests/engine/test_hybrids.py: the head of the checkpoint agrees with its target.
     "mtp": ("hybrid", "mtp", None),
+    "lfm2": ("lfm2", "lookup", None),
     **{family: (family, "model", family) for family in FAMILY_PAIRS},
 }
 
@@ -106,7 +107,7 @@ def write_networks(folder: Path) -> None:
     """Every checkpoint that the pairs name."""
     write_tokenizer(folder / "target")
     qwen3(**SIZES, eos_token_id=0).save_pretrained(folder / "target")
-    for family in (*FAMILY_PAIRS, "qwen3_moe"):
+    for family in (*FAMILY_PAIRS, "lfm2", "qwen3_moe"):
         write_tokenizer(folder / family)
         BUILDERS[family](**SIZES | CHANGES.get(family, {}), eos_token_id=0).save_pretrained(folder / family)
     write_tokenizer(folder / "small")
@@ -212,7 +213,7 @@ def raw_recipe(pair: str, networks: Path, **changes: Any) -> dict[str, Any]:
         "name": pair,
         "target": {"path": str(networks / target)},
         "draft": {"kind": kind},
-        "engine": "cpu" if kind == "mtp" else "openvino",
+        "engine": "cpu" if pair in ("mtp", "lfm2") else "openvino",
         "precision": "fp32",
         "limits": LIMITS,
         "decoding": DECODING,

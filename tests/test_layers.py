@@ -72,7 +72,7 @@ def test_the_package_and_its_parts_stay_small():
 
     Above what there is are some 50 lines, for a visitor's patch. The CPU engine brought 2,900, Granite and Phi
     270, hybrids on the CPU and from GGUF 420, calls of tools 230, heads in blocks 70,
-    block drafters on the CPU 75.
+    block drafters on the CPU 75, short convolutions 260.
     """
     graph = grimp.build_graph("echo_trt", cache_dir=None, exclude_type_checking_imports=True)
 
@@ -82,8 +82,8 @@ def test_the_package_and_its_parts_stay_small():
         return found.union(each.rsplit(".", depth)[0] for each in found for depth in range(1, each.count(".") + 1))
 
     llm = imported("echo_trt", "echo_trt.engine.llm")
-    assert lines(graph.modules) <= 40_430
-    assert lines(llm) <= 18_280
+    assert lines(graph.modules) <= 40_740
+    assert lines(llm) <= 18_450
     assert lines(imported("echo_trt.engine.process.__main__", "echo_trt.server.__main__") - llm) <= 10_300
 
 

@@ -44,8 +44,8 @@ def first_layers(role: Role, layers: int) -> Role:
     role, network = copy.copy(role), copy.copy(role.network)
     if isinstance(role, TargetModule | DraftModule):
         network._modules = {**network._modules, "layers": network.layers[:layers]}
-        linear = getattr(network.config, "linear_layers", None)
-        kept = {} if linear is None else {"linear_layers": tuple(each for each in linear if each < layers)}
+        linear = getattr(network.config, "recurrent_layers", None)
+        kept = {} if linear is None else {"recurrent_layers": tuple(each for each in linear if each < layers)}
         network.config = replace(network.config, num_layers=layers, **kept)
     network = copy.deepcopy(network, {id(each): each for each in network.parameters()})  # which are shared
     outputs = OUTPUTS if isinstance(role, TargetModule) else network.config.vocab_size

@@ -76,7 +76,7 @@ class EngineKind:
     preference   the engine with the highest one that suits a machine, and refuses nothing of a recipe, is taken for
                  it where nobody names one; and why, in a phrase
     runs_here    tells whether this machine's host has what it needs
-    states       whether it keeps the states of delta-net layers
+    states       whether it keeps the states of recurrent layers
     chosen       whether it computes a token's chosen experts of a mixture alone
     blocks       precisions in which it takes matrices in a file's blocks of few bits as they are
     divides      whether it divides a target among GPUs

@@ -1,4 +1,4 @@
-"""States of delta-net layers beside the KV pool, in the host's memory: a slot for each running request, and copies."""
+"""States of recurrent layers beside the KV pool, in the host's memory: a slot for each running request, and copies."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RequestStates:
     """Convolution and delta-net states of ``slots`` requests, float32, whose memory is taken as they are written.
 
     conv     [L, S + 1, 3, C], of which the last slot is for what is tried
-    delta    [L, S + 1, Hv, dk, dv]
+    delta    [L, S + 1, Hv, dk, dv], empty where there are short convolutions
     applied  first tokens of a request in a pass, 0 or 1, whose writing is in ``delta`` already behind the pass
     follow   advances a slot in place along a path of the last pass's packed rows; an engine may have a faster one
     """
@@ -104,10 +104,11 @@ class RequestStates:
 
     def _follow(self, slot: int, path: np.ndarray) -> None:
         (keys, updates, fades, mixed), conv, delta = self._outputs, self.conv[:, slot], self.delta[:, slot]
-        for row in path[self.applied :].tolist():
+        for row in path[self.applied :].tolist() if delta.size else ():
             delta *= fades[:, row, :, None, None]
             delta += keys[:, row, self.key_head, :, None] * updates[:, row, :, None]
-        conv[:] = np.concatenate((conv, mixed[:, path]), axis=1)[:, -conv.shape[1] :]
+        past = conv.shape[1]
+        conv[:] = np.concatenate((conv, mixed[:, path[-past:]]), axis=1)[:, -past:]
 
 
 class KeptStates:

@@ -56,7 +56,7 @@ class NetworkFacts(_Facts):
     num_kv_heads  of one rank, where the network is divided
     feature_size  numbers of the features that an EAGLE-3 head or a block drafter reads of one token
     block         of a block drafter
-    state_values  float32 values of a request's states, of a target with delta-net layers
+    state_values  float32 values of a request's states, of a target with recurrent layers
     state_row     and of a pass's row, until it is committed
     """
 

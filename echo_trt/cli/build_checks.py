@@ -43,17 +43,17 @@ def check_fp8(key: str, precision: Precision, checkpoint: Checkpoint) -> None:
 
 
 def check_states(recipe: Recipe, config: DecoderConfig, kind: EngineKind) -> None:
-    """Refuse what a target with delta-net layers does not have."""
+    """Refuse what a target with recurrent layers does not have."""
     if not config.states.shapes:
         return
     if not kind.states:
         raise UserError(
-            f"engine is {recipe.engine}, but a target with delta-net layers runs on {_names('states')} alone; use "
+            f"engine is {recipe.engine}, but a target with recurrent layers runs on {_names('states')} alone; use "
             "one of these."
         )
     tree = max(recipe.decoding.per_request, recipe.decoding.static.tokens)
     if tree > MAX_ROWS:
         raise UserError(
-            f"decoding.per_request or static.tokens is {tree}, but a target with delta-net layers verifies {MAX_ROWS} "
+            f"decoding.per_request or static.tokens is {tree}, but a target with recurrent layers verifies {MAX_ROWS} "
             "tokens of a request at most; lower it."
         )

@@ -103,7 +103,7 @@ def load_networks(
     kind = engine_kind(manifest.engine)
     check_modules(f"engine {kind.name}", kind.modules, kind.extra)
     if manifest.target.keeps_states and not kind.states:
-        raise UserError(f"{folder} has delta-net layers, which engine {kind.name} runs no more; build it again.")
+        raise UserError(f"{folder} has recurrent layers, which engine {kind.name} runs no more; build it again.")
     verify_files(folder, manifest)
     recipe = manifest.recipe
     limits, reserve = recipe.limits, reserve_for(recipe.decoding.model_dump())

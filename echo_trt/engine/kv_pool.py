@@ -31,7 +31,7 @@ class KVPool:
     block_bytes     of a block, with the features of its tokens, which a draft reads
     request_blocks  of a request of ``context`` tokens, the longest
     available       bytes of this machine's memory that the weights leave free; None: of a GPU, whose engine checks it
-    states          bytes of states of a target with delta-net layers, those that its prefix cache keeps among them
+    states          bytes of states of a target with recurrent layers, those that its prefix cache keeps among them
     """
 
     blocks: int

@@ -26,8 +26,8 @@ COMMIT_OUTPUTS = ("delta_keys", "delta_updates", "delta_fades", "conv_inputs")
 
 
 @dataclass
-class DeltaCall:
-    """What the delta-net layers of one call share, N packed rows of B requests, and what they return.
+class RecurrentCall:
+    """What the recurrent layers of one call share, N packed rows of B requests, and what they return.
 
     attend   for the layers with full attention
     parents  int [N], as of ``backends.states.parents``
@@ -61,25 +61,18 @@ class DeltaNet(nn.Module):
         self.norm = nn.Parameter(torch.ones(config.linear_value_dim))
         self.output = Linear(config.linear_values, config.hidden_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, call: DeltaCall) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, call: RecurrentCall) -> Tensor:
         """Mix x [N, H] along the paths of ``call``, without positions; returns [N, H]."""
         mixed, gate, write, decay = self.project(x).split(self.config.linear_projected, dim=-1)
-        key, update, fade, heads = self._along_paths(self._convolve(mixed, call), write, decay, call)
+        key, update, fade, heads = self._along_paths(
+            F.silu(convolved(mixed, self.conv, self.layer, call)), write, decay, call
+        )
         call.results.append((key, update, fade, mixed))
         normed = F.rms_norm(heads, (self.config.linear_value_dim,), self.norm.to(heads.dtype), self.config.norm_eps)
         return self.output(normed.flatten(1).to(gate.dtype) * F.silu(gate))
 
-    def _convolve(self, mixed: Tensor, call: DeltaCall) -> Tensor:
-        """Convolve ``mixed`` [N, C] with a token's predecessors on its path: [N, C]."""
-        past = call.states[f"conv_state.{self.layer}"].to(mixed.dtype)
-        taps, windows = self.conv.squeeze(1).t().to(mixed.dtype), list[Tensor]()  # [4, C], the token's own last
-        for row, parent in zip(mixed, call.parents.tolist(), strict=True):
-            before = past[-1 - parent] if parent < 0 else windows[parent][1:]
-            windows.append(torch.cat((before, row[None])))
-        return F.silu((torch.stack(windows) * taps).sum(1))
-
     def _along_paths(
-        self, mixed: Tensor, write: Tensor, decay: Tensor, call: DeltaCall
+        self, mixed: Tensor, write: Tensor, decay: Tensor, call: RecurrentCall
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute keys, u, exp(g) and outputs of packed rows [N, ...], in float32."""
         config, states = self.config, call.states[f"delta_state.{self.layer}"].float()
@@ -98,6 +91,16 @@ class DeltaNet(nn.Module):
             after.append(faded + own_key * updates[-1].unsqueeze(1))
             outputs.append((query[row].unsqueeze(-1) * after[-1]).sum(1))
         return key, torch.stack(updates), fade, torch.stack(outputs)
+
+
+def convolved(mixed: Tensor, conv: Tensor, layer: int, call: RecurrentCall) -> Tensor:
+    """Convolve ``mixed`` [N, C] with a token's predecessors on its path by ``conv`` [C, 1, taps]: [N, C]."""
+    past = call.states[f"conv_state.{layer}"].to(mixed.dtype)
+    taps, windows = conv.squeeze(1).t().to(mixed.dtype), list[Tensor]()  # the token's own is the last
+    for row, parent in zip(mixed, call.parents.tolist(), strict=True):
+        before = past[-1 - parent] if parent < 0 else windows[parent][1:]
+        windows.append(torch.cat((before, row[None])))
+    return (torch.stack(windows)[:, -len(taps) :] * taps).sum(1)
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ QWEN_WORDS = (
 #: Of Qwen3.5: marks belong to their letters.
 MARKED_WORDS = QWEN_WORDS.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
 #: llama.cpp's names of splitters by Llama 3's pattern; SmolLM3's files have the second, Granite 4.0's the third.
-LLAMA_WORDS = dict.fromkeys(("llama-bpe", "smaug-bpe", "dbrx"), QWEN_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))
+LLAMA_WORDS = dict.fromkeys(("llama-bpe", "smaug-bpe", "dbrx", "lfm2"), QWEN_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))
 #: llama.cpp's splitter gpt-4o, of Phi-4-mini: cases of letters part words.
 CASED_WORDS = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -234,9 +234,7 @@ class GgufCheckpoint:
                 continue
             expert = re.search(r"\.experts\.(\d+)\.", name)
             together = name if expert is None else name.replace(expert[0], ".experts.")
-            for end, known_end in family.gguf_names.items():
-                together = together.replace(end, known_end)
-            theirs = known.get_name(together, (".weight", ".bias"))
+            theirs = known.get_name(together.replace(".dt_bias", ".dt_proj.bias"), (".weight", ".bias"))
             found.setdefault(theirs, []).append((name, None if expert is None else int(expert[1])))
         if self.config.get("mtp_num_hidden_layers"):
             last = network.num_layers
@@ -250,7 +248,7 @@ class GgufCheckpoint:
         """Build the file's tokenizer, byte-level BPE or SentencePiece's, with its chat template."""
         tokens, kinds = self._need("tokenizer.ggml.tokens"), self._need("tokenizer.ggml.token_type")
         words, model = self.field("tokenizer.ggml.pre", "default"), self.field("tokenizer.ggml.model")
-        vocab, is_llama = {t: i for i, t in enumerate(tokens)}, words == "llama-bpe" or model == "llama"
+        vocab, is_llama = {t: i for i, t in enumerate(tokens)}, words in ("llama-bpe", "lfm2") or model == "llama"
         if model == "llama":
             joined = [piece for piece, kind in zip(tokens, kinds, strict=True) if kind == NORMAL_TOKEN]
             prefix = self.field("tokenizer.ggml.add_space_prefix", True)

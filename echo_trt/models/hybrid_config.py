@@ -1,4 +1,4 @@
-"""The sizes of a decoder with delta-net layers (Qwen3.5, dense) and of its MTP head."""
+"""The sizes of decoders with recurrent layers: delta nets (Qwen3.5, and its MTP head) and short convolutions (LFM2)."""
 
 from __future__ import annotations
 
@@ -8,27 +8,55 @@ from typing import ClassVar
 from echo_trt.errors import UserError
 from echo_trt.models.config import DecoderConfig, StateLayout
 
-#: Tokens before a token that the convolution of a delta-net layer reads, besides the token.
+#: Tokens before a token that a convolution reads, besides the token, at most.
 CONV_PAST = 3
 
-#: Numbers of a delta-net head's keys and values are multiples of it.
-HEAD_UNIT = 32
+#: The sizes of delta-net heads and of short convolutions are multiples of it.
+UNIT = 32
 
 #: Tensors of a published checkpoint that a text decoder does not read: images, and the MTP head.
 OTHERS = ("mtp.", "model.visual.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HybridConfig(DecoderConfig):
-    """A decoder some of whose layers are gated delta nets.
+class RecurrentConfig(DecoderConfig):
+    """A decoder that has ``recurrent_layers``, which keep states, between layers of attention."""
 
-    linear_layers  indices of the delta-net layers; the other names beginning so are of their heads
+    recurrent_layers: tuple[int, ...]
+
+    @property
+    def attention_layers(self) -> int:
+        return self.num_layers - len(self.recurrent_layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConvConfig(RecurrentConfig):
+    """A decoder some of whose layers are gated short convolutions over ``taps`` tokens."""
+
+    taps: int
+
+    @property
+    def other_parameters(self) -> int:
+        """Parameters of the convolutions and of the projections around them."""
+        return len(self.recurrent_layers) * self.hidden_size * (4 * self.hidden_size + self.taps)
+
+    @property
+    def states(self) -> StateLayout:
+        kinds: dict[str, tuple[int, ...]] = {"conv_state": (CONV_PAST, self.hidden_size), "delta_state": (0, 0, 0)}
+        layers = range(len(self.recurrent_layers))
+        shapes = {f"{kind}.{layer}": shape for kind, shape in kinds.items() for layer in layers}
+        return StateLayout(shapes, len(layers) * self.hidden_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridConfig(RecurrentConfig):
+    """A decoder whose ``recurrent_layers`` are gated delta nets; names that begin with linear are of their heads.
+
     rotary_dim     numbers of a head that are rotated, the first ones
     tiled_heads    whether heads of values take turns with the heads of keys, as in GGUF files; else those of one head
                    of keys stand together
     """
 
-    linear_layers: tuple[int, ...]
     rotary_dim: int
     linear_key_heads: int
     linear_value_heads: int
@@ -59,21 +87,17 @@ class HybridConfig(DecoderConfig):
         return [self.linear_channels, self.linear_values, self.linear_value_heads, self.linear_value_heads]
 
     @property
-    def attention_layers(self) -> int:
-        return self.num_layers - len(self.linear_layers)
-
-    @property
     def other_parameters(self) -> int:
         """Parameters of the delta-net layers: projections, the convolution of four, decays and the norm of heads."""
         small = 4 * self.linear_channels + 2 * self.linear_value_heads + self.linear_value_dim
         projections = self.hidden_size * (sum(self.linear_projected) + self.linear_values)
-        return len(self.linear_layers) * (projections + small)
+        return len(self.recurrent_layers) * (projections + small)
 
     @property
     def states(self) -> StateLayout:
         delta_state = self.linear_value_heads, self.linear_key_dim, self.linear_value_dim
         kinds = {"conv_state": (CONV_PAST, self.linear_channels), "delta_state": delta_state}
-        layers = range(len(self.linear_layers))
+        layers = range(len(self.recurrent_layers))
         shapes = {f"{kind}.{layer}": shape for kind, shape in kinds.items() for layer in layers}
         keys = self.linear_key_heads * self.linear_key_dim
         row = len(layers) * (self.linear_channels + keys + self.linear_values + self.linear_value_heads)

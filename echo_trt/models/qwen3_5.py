@@ -28,13 +28,13 @@ class GatedAttention(Attention):
 
 
 class HybridDecoder(Decoder):
-    """A decoder with delta-net layers; its ``attend`` is a ``DeltaCall``."""
+    """A decoder with delta-net layers; its ``attend`` is a ``RecurrentCall``."""
 
     def __init__(self, config: HybridConfig, positions: int):
         super().__init__(config, positions)
         linear = full = 0
         for i, layer in enumerate(self.layers):
-            if i in config.linear_layers:
+            if i in config.recurrent_layers:
                 layer.attention = DeltaNet(config, linear)
                 linear += 1
             else:

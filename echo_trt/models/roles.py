@@ -24,7 +24,7 @@ from echo_trt.files.extras import DRAFTS, extra
 from echo_trt.models.block import BlockNetwork, block_network
 from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
-from echo_trt.models.delta_net import COMMIT_OUTPUTS, DeltaCall
+from echo_trt.models.delta_net import COMMIT_OUTPUTS, RecurrentCall
 from echo_trt.models.eagle3 import Eagle3Head, top_candidates
 from echo_trt.models.hybrid_config import MtpConfig
 from echo_trt.models.layers import Attend, Embedding
@@ -53,10 +53,10 @@ class TargetModule(nn.Module):
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
         tokens, positions = inputs["token_ids"], inputs["positions"]
         states = {name: inputs[name] for name in self.states}
-        call = DeltaCall(attend, inputs["parents"], states) if states else attend
+        call = RecurrentCall(attend, inputs["parents"], states) if states else attend
         logits, features = self.network(tokens, positions, logit_rows, call, self.feature_layers)
         outputs = (logits,) if features is None else (logits, features)
-        return (*outputs, *call.stacked()) if isinstance(call, DeltaCall) else outputs
+        return (*outputs, *call.stacked()) if isinstance(call, RecurrentCall) else outputs
 
 
 def _features(inputs: dict[str, Tensor]) -> tuple[Tensor, bool]:

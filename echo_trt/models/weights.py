@@ -20,8 +20,9 @@ from echo_trt.models.families import FAMILIES
 from echo_trt.models.families.family import NORMS
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
 from echo_trt.models.fp8_linear import E4M3, Fp8Linear, takes
-from echo_trt.models.hybrid_config import OTHERS, HybridConfig, mtp_config
+from echo_trt.models.hybrid_config import OTHERS, HybridConfig, RecurrentConfig, ShortConvConfig, mtp_config
 from echo_trt.models.layers import Config, Embedding, Linear, ReadBlocks, RMSNorm, Rotary
+from echo_trt.models.lfm2 import ShortConvDecoder, short_conv_sources
 from echo_trt.models.mtp import MtpHead
 from echo_trt.models.qwen3_5 import HybridDecoder, delta_net_sources
 from echo_trt.models.ranks import Shard
@@ -89,7 +90,8 @@ def _reader(checkpoint: HasBlocks, names: list[str]) -> ReadBlocks:
 
 
 def decoder_class(config: DecoderConfig) -> type[Decoder]:
-    return HybridDecoder if isinstance(config, HybridConfig) else Decoder
+    kinds = {HybridConfig: HybridDecoder, ShortConvConfig: ShortConvDecoder}
+    return kinds.get(type(config), Decoder)
 
 
 @torch.no_grad()
@@ -193,14 +195,15 @@ def head_tensor_name(name: str, layer: str = "midlayer.") -> str:
 def decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]:
     root = "model.language_model." if any(name.startswith("model.language_model.") for name in present) else "model."
     sources: dict[str, Any] = {"embed.weight": [root + "embed_tokens.weight"], "norm.weight": [root + "norm.weight"]}
-    linear = config.linear_layers if isinstance(config, HybridConfig) else ()
+    recurrent = config.recurrent_layers if isinstance(config, RecurrentConfig) else ()
+    own = delta_net_sources if isinstance(config, HybridConfig) else short_conv_sources
     if not config.tie_embeddings:
         sources["lm_head.weight"] = ["lm_head.weight"]
     for i in range(config.num_layers):
         theirs, ours = f"{root}layers.{i}.", f"layers.{i}."
         norms = FAMILIES[config.family].norms
-        if i in linear:
-            sources |= _norm_sources(ours, theirs, norms) | delta_net_sources(ours, theirs)
+        if i in recurrent:
+            sources |= _norm_sources(ours, theirs, norms) | own(ours, theirs)
         else:
             sources |= _layer_sources(ours, theirs, config.qk_norm, norms)
         if config.attention_bias:
@@ -215,6 +218,8 @@ def decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]:
                 sources[ours + "mlp.down"] = [[e + "down_proj.weight"] for e in experts]
         else:
             sources |= _mlp_sources(ours, theirs)
+    for usual, theirs in FAMILIES[config.family].renamed.items():
+        sources = {ours: [each.replace(usual, theirs) for each in parts] for ours, parts in sources.items()}
     return sources
 
 

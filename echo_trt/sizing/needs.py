@@ -35,7 +35,7 @@ class Needs:
     reserved        bytes that CUDA graphs and the like take before requests come
     features_token  bytes of a token's features, which a draft reads and the card keeps beside the KV pool
     request_blocks  the most blocks of one request
-    states          bytes of delta-net layers' states, of all running requests and in the prefix cache
+    states          bytes of recurrent layers' states, of all running requests and in the prefix cache
     """
 
     target_weights: int

@@ -24,7 +24,7 @@ from echo_trt.backends.openvino.engine import OpenVINOEngine
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.models.families import FAMILIES
 from echo_trt.models.families.family import Family
-from echo_trt.models.hybrid_config import HybridConfig
+from echo_trt.models.hybrid_config import RecurrentConfig
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.roles import TargetModule
 from echo_trt.models.weights import load_decoder
@@ -89,7 +89,7 @@ ENGINES: dict[str, Callable[[TargetModule, Path, str], Any]] = {
 
 
 def engines_of(family: Family) -> list[str]:
-    hybrid = issubclass(family.config, HybridConfig)
+    hybrid = issubclass(family.config, RecurrentConfig)
     return [kind.name for kind in engine_kinds() if kind.states or not hybrid]
 
 

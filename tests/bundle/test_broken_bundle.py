@@ -149,5 +149,5 @@ def test_a_folder_that_is_no_bundle(tmp_path):
 def test_a_hybrid_for_an_engine_that_runs_it_no_more(bundle_of, tmp_path):
     bundle = shutil.copytree(bundle_of("mtp"), tmp_path / "old")
     edit_manifest(bundle, engine="openvino")
-    with refused(bundle, "delta-net layers", "engine openvino", "build it again"):
+    with refused(bundle, "recurrent layers", "engine openvino", "build it again"):
         LLM(bundle)

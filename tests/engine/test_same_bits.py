@@ -27,7 +27,11 @@ CASES = [("cpu", "close", precision) for precision in PRECISIONS[:3]] + [
     ("cpu", "dspark", "int4"),
 ]
 CASES += [("cpu", pair, PRECISIONS[i]) for i, pair in enumerate(FAMILY_PAIRS)]
-CASES += [("cpu", "qwen3_moe", "int4"), *(("cpu", "mtp", precision) for precision in ("int4", "bf16", "fp32"))]
+CASES += [
+    ("cpu", "qwen3_moe", "int4"),
+    ("cpu", "lfm2", "int8"),
+    *(("cpu", "mtp", precision) for precision in ("int4", "bf16", "fp32")),
+]
 CASES += [pytest.param("openvino", pair, "bf16", marks=needs_bf16) for pair in ("close", "gemma3", "smollm3")]
 
 

@@ -16,6 +16,8 @@ from transformers import (
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -143,6 +145,12 @@ def qwen3_5(**changes: Any) -> PreTrainedModel:
     return model
 
 
+def lfm2(**changes: Any) -> PreTrainedModel:
+    sizes = {**SIZES, "hidden_size": 32, "block_auto_adjust_ff_dim": False, **changes}
+    full = [i for i in range(sizes["num_hidden_layers"]) if i % 3 == 2]
+    return randomise(Lfm2ForCausalLM(Lfm2Config(full_attn_idxs=full, norm_eps=sizes.pop("rms_norm_eps"), **sizes)))
+
+
 def mtp_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return an MTP head for ``model``, of a full-attention layer's shapes, by the names of published checkpoints."""
     full = f"layers.{model.config.layer_types.index('full_attention')}."
@@ -166,6 +174,7 @@ BUILDERS = {
     "gemma3": gemma3,
     "granite": granite,
     "granitemoehybrid": granitemoehybrid,
+    "lfm2": lfm2,
     "llama": llama,
     "mistral": mistral,
     "phi3": phi3,

@@ -20,6 +20,7 @@ from echo_trt.models.gguf_checkpoint import NEXTN
 ARCHITECTURES = {
     "Gemma3ForCausalLM": (gguf.MODEL_ARCH.GEMMA3, False),
     "GraniteForCausalLM": (gguf.MODEL_ARCH.GRANITE, True),
+    "Lfm2ForCausalLM": (gguf.MODEL_ARCH.LFM2, False),
     "LlamaForCausalLM": (gguf.MODEL_ARCH.LLAMA, True),
     "MistralForCausalLM": (gguf.MODEL_ARCH.LLAMA, True),
     "Phi3ForCausalLM": (gguf.MODEL_ARCH.PHI3, False),
@@ -60,7 +61,7 @@ def vocabulary() -> Vocabulary:
 
 
 #: Ends of matrices that llama.cpp's converter leaves in float32.
-IN_FLOATS = ("conv1d.weight", "in_proj_a.weight", "in_proj_b.weight")
+IN_FLOATS = ("conv1d.weight", "conv.conv.weight", "in_proj_a.weight", "in_proj_b.weight")
 
 #: Of small networks. Quantised rows come in blocks of 32.
 GGUF_SIZES = {
@@ -98,10 +99,12 @@ def write_gguf(
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    is_convolved = kind == gguf.MODEL_ARCH.LFM2
+    kv_heads = config.num_key_value_heads
+    writer.add_head_count_kv([kv_heads * ("full" in kind) for kind in config.layer_types] if is_convolved else kv_heads)
     head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     writer.add_key_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(config.norm_eps if is_convolved else config.rms_norm_eps)
     if kind == gguf.MODEL_ARCH.QWEN3MOE:
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
@@ -119,6 +122,8 @@ def write_gguf(
     for key, value in (recommended or {}).items():
         getattr(writer, f"add_sampling_{key}")(value)
     is_hybrid = kind == gguf.MODEL_ARCH.QWEN35
+    if is_convolved:
+        writer.add_shortconv_l_cache(config.conv_L_cache)
     if is_hybrid:
         _add_delta_net(writer, config, bool(mtp))
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers + 1)
@@ -144,7 +149,7 @@ def write_gguf(
             name = name.replace("dt_bias", "dt_proj.bias")
             if data.ndim == 1 and name.endswith("norm.weight") and "linear_attn" not in name:
                 data = data + np.float32(1)
-        parts = {name: data}
+        parts = {name: data.squeeze(1) if name.endswith("conv.conv.weight") else data}
         if name.endswith("experts.gate_up_proj"):  # gate over up in each expert, which are two tensors of a file
             gate, up = np.split(data, 2, axis=1)
             parts = {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
@@ -190,7 +195,7 @@ def _tiled(name: str, data: np.ndarray, config: Any) -> np.ndarray:
         return np.concatenate((data[:keys], turned(data[keys:], size)))
     if name.endswith("in_proj_z.weight"):
         return turned(data, size)
-    if name.endswith((*IN_FLOATS[1:], "dt_bias")):
+    if name.endswith((*IN_FLOATS[2:], "dt_bias")):
         return turned(data, 1)
     if name.endswith("A_log"):
         return -np.exp(turned(data, 1))

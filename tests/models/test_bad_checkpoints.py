@@ -249,7 +249,7 @@ def test_another_file_named_gguf(good_target, tmp_path):
 def test_gguf_of_another_architecture(good_gguf, tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(good_gguf.replace(b"llama", b"gwen3"))
-    with refused("general.architecture", "gwen3", "use a GGUF file of gemma3, granite, llama", "qwen3 is nearest"):
+    with refused("general.architecture", "gwen3", "use a GGUF file of gemma3, granite, lfm2", "qwen3 is nearest"):
         open_checkpoint(path)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import BUILDERS, llama, qwen3, qwen3_5, qwen3_moe, smollm3
+from checkpoints import BUILDERS, lfm2, llama, qwen3, qwen3_5, qwen3_moe, smollm3
 from paged import assert_same_network
 from transformers import Qwen3ForCausalLM
 
@@ -23,7 +23,7 @@ def load(folder: Path) -> Decoder:
     return load_decoder(open_checkpoint(folder), positions=64)
 
 
-@pytest.mark.parametrize("build", [build for build in BUILDERS.values() if build is not qwen3_5])  # which has states
+@pytest.mark.parametrize("build", [build for build in BUILDERS.values() if build not in (lfm2, qwen3_5)])  # with states
 @pytest.mark.parametrize(("heads", "kv_heads", "tied"), [(3, 3, True), (16, 2, False)], ids=str)
 def test_logits_and_features_equal_transformers(build, heads, kv_heads, tied, tmp_path):
     theirs = build(num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied)

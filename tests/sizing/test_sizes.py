@@ -14,8 +14,8 @@ from echo_trt.models.block import block_network
 from echo_trt.models.block_config import block_config
 from echo_trt.models.config import BlockConfig
 from echo_trt.models.decoder import Decoder
-from echo_trt.models.delta_net import DeltaNet
 from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.models.layers import Attention
 from echo_trt.models.read_config import decoder_config, eagle3_config, rank_config
 from echo_trt.models.weights import decoder_class
 from echo_trt.sizing.networks import block_sizes, decoder_sizes, head_sizes
@@ -68,9 +68,9 @@ def test_a_decoders_sizes_are_those_of_the_network_that_is_built(name):
     assert sizes.total == counted(network)
     layers = network.layers
     mixers = [layer.attention for layer in layers]
-    assert sizes.attention == sum(
-        counted(each) if isinstance(each, DeltaNet) else counted(each.qkv) + counted(each.out) for each in mixers
-    )
+    norms = sum(p.numel() for each in mixers if isinstance(each, Attention) for p in each.parameters() if p.dim() == 1)
+    biases = sum(counted(each.qkv) - each.qkv.weight.numel() for each in mixers if isinstance(each, Attention))
+    assert sizes.attention == sum(map(counted, mixers)) - norms + biases
     experts = sum(p.numel() for layer in layers for p in layer.mlp.parameters() if p.dim() == 3)
     assert sizes.expert * sizes.experts == experts
     assert sizes.mlp + sizes.router == sum(counted(layer.mlp) for layer in layers) - experts

@@ -21,6 +21,7 @@ from echo_trt.backends.cpu.network_file import NetworkWriter, network_writer
 from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.first_layers import in_blocks, layers_within
 from echo_trt.backends.kind import CompiledRole
+from echo_trt.models.hybrid_config import CONV_PAST
 from echo_trt.models.layers import Rotary
 from echo_trt.models.roles import Role, TargetModule
 from echo_trt.models.weights import heights
@@ -45,6 +46,7 @@ def compile_role(role: Role, path: Path, precision: str, facts: dict[str, str] |
         "windows": [config.window_of(layer) for layer in range(role.num_layers)],
         "states": getattr(role, "states", {}),
         "key_head": getattr(config, "key_head", []),
+        "gated": config.gated,
         "setting": list(role.feature_layers) if isinstance(role, TargetModule) else role.top_k,
     }
     with network_writer(path, header) as writer:
@@ -127,8 +129,9 @@ class _Writing:
         def packed(given: tuple[str, int, _Part]) -> PackedWeights | np.ndarray:
             name, index, part = given
             tensor = state[name]
-            if part.name.endswith(".conv"):  # of a delta net, [C, 1, taps]
-                return tensor.float().squeeze(1).t().contiguous().numpy()
+            if part.name.endswith(".conv"):  # [C, 1, taps], the token's own last
+                taps = tensor.float().squeeze(1).t().numpy()
+                return np.pad(taps, ((CONV_PAST + 1 - len(taps), 0), (0, 0)))
             if tensor.dim() == 3:
                 return self._stacked(name, index, part, tensor)
             if tensor.dim() == 2:
@@ -163,7 +166,7 @@ class _Writing:
             rows = self._queries, rotated(size, config.num_kv_heads, turned), spread(size, config.num_kv_heads, True)
             for i, kind in enumerate(("query", "key", "value")):
                 yield _Part(f"{above}{kind}.{leaf}", slice(ends[i], ends[i + 1]), rows[i], columns)
-        elif module == "project":
+        elif module == "project" and hasattr(config, "linear_projected"):
             for kind, end, height in zip(DELTA_PARTS, np.cumsum(heights(config, 4)), heights(config, 4), strict=True):
                 yield _Part(f"{above}{kind}.{leaf}", slice(end - height, end), None, self._hidden)
         elif module == "gate_up":
@@ -188,7 +191,12 @@ class _Writing:
             yield _Part(name, to_rows=rotated(size, 1, turned))
         elif above == "fc_norms.":
             yield _Part(name, to_rows=spread(config.target_hidden_size))
-        elif leaf == "target_ids" or module == "output" or leaf in DELTA_ARRAYS or name.endswith("attention.norm"):
+        elif (
+            leaf == "target_ids"
+            or module in ("output", "project")
+            or leaf in DELTA_ARRAYS
+            or name.endswith("attention.norm")
+        ):
             yield _Part(name)
         else:  # norms of hidden states, embedding and output matrix
             flat = module.endswith("norm") or leaf == "mask_state"

@@ -113,6 +113,17 @@ class DeltaNets:
         return Program([op])
 
 
+@part
+def tapped(mixed, before, states, taps, row, width, i):
+    """Return the sum of a row and those before it, each times its tap, ``i`` bytes on in rows of ``width`` bytes."""
+    x = mul(load(mixed + row * width + i), load(taps + CONV_PAST * width + i))
+    for back in range(CONV_PAST):
+        above = word(before, row * CONV_PAST + back)
+        source = mixed + above * width if above >= 0 else states + (-1 - above) * width
+        x = fma(load(source + i), load(taps + (CONV_PAST - 1 - back) * width + i), x)
+    return x
+
+
 @operator
 def convolve(args, thread, threads):
     """Convolve channels along paths, and make queries and keys of them as long as they are to be.
@@ -128,11 +139,7 @@ def convolve(args, thread, threads):
         size = key_dim if head < 2 * keys else dim
         begin = 4 * (head * key_dim if head < 2 * keys else 2 * keys * key_dim + (head - 2 * keys) * dim)
         for i in range(begin, begin + 4 * size, 64):
-            x = mul(load(mixed + row * width + i), load(taps + CONV_PAST * width + i))
-            for back in range(CONV_PAST):
-                above = word(before, row * CONV_PAST + back)
-                source = mixed + above * width if above >= 0 else states + (-1 - above) * width
-                x = fma(load(source + i), load(taps + (CONV_PAST - 1 - back) * width + i), x)
+            x = tapped(mixed, before, states, taps, row, width, i)
             store(out + row * width + i, divide(x, add(same(ONE), exp(mul(x, same(-ONE))))))
         if head < 2 * keys:
             at = out + row * width + begin

@@ -17,6 +17,7 @@ from echo_trt.backends.cpu.network import KVArrays
 from echo_trt.backends.cpu.network_file import NetworkFile
 from echo_trt.backends.cpu.products import instruction_set
 from echo_trt.backends.cpu.program import Pool
+from echo_trt.backends.cpu.short_conv import ShortConvs
 from echo_trt.backends.states import KeepsStates
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import ForwardBatch
@@ -50,9 +51,9 @@ class CPUEngine(KeepsStates):
             )
         config = file.header["config"]
         if layers and file.header["role"] in ("target", "draft"):
-            linear = [each for each in config.get("linear_layers", ()) if each < layers]
-            config |= {"num_layers": layers} | ({"linear_layers": linear} if "linear_layers" in config else {})
-            file.header["windows"] = file.header["windows"][: layers - len(linear)]
+            kept = [each for each in config.get("recurrent_layers", ()) if each < layers]
+            config |= {"num_layers": layers} | ({"recurrent_layers": kept} if "recurrent_layers" in config else {})
+            file.header["windows"] = file.header["windows"][: layers - len(kept)]
         self._target = file.header["role"] == "target"
         self._hidden: int = config["hidden_size"]
         self._ids = file.array("target_ids") if "target_ids" in file.names() else None
@@ -64,10 +65,12 @@ class CPUEngine(KeepsStates):
         self._prepare(CAPACITY)
 
     def _prepare(self, capacity: int) -> None:
-        delta_nets = DeltaNets(self._file.header, self.states, capacity, self._pool) if self.states else None
-        header = self._file.header
+        header, recurrent = self._file.header, None
+        if self.states:
+            layers = DeltaNets if self.states.delta.size else ShortConvs
+            recurrent = layers(header, self.states, capacity, self._pool)
         kind = network_of(header["role"], header["config"].get("anchored", False))
-        self._network = network = kind(self._file, self._kv, self._pool, capacity, delta_nets)
+        self._network = network = kind(self._file, self._kv, self._pool, capacity, recurrent)
         self._arrays = {"limits": np.zeros(capacity, np.int64), "path_begins": np.zeros(capacity, np.int64)}
         self._reserve(jobs=capacity * attention.JOB_WORDS, costs=capacity + 1, table=capacity, paths=capacity)
         hidden, outputs = self._hidden, network.outputs
@@ -97,8 +100,8 @@ class CPUEngine(KeepsStates):
             network.inputs[name][: len(values)] = values
         given = self._feed(inputs, tokens, rows) if "features" in network.inputs else 0
         jobs = self._plan(call)
-        if network.delta_nets:
-            network.delta_nets.plan(call)
+        if network.recurrent:
+            network.recurrent.plan(call)
         network.cells[: attention.JOBS] = tokens, rows, jobs
         network.cells[attention.FEATURE_ROWS] = given
         network.run()
@@ -151,8 +154,8 @@ class CPUEngine(KeepsStates):
         return read
 
     def commit(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        if self._network.delta_nets:
-            self._network.delta_nets.commit(rows, counts)
+        if self._network.recurrent:
+            self._network.recurrent.commit(rows, counts)
 
     def kv_block(self, index: int) -> Sequence[np.ndarray]:
         return self._kv.keys[:, index], self._kv.values[:, index]

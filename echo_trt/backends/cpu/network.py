@@ -17,8 +17,10 @@ from echo_trt.backends.cpu.experts import Mixtures
 from echo_trt.backends.cpu.network_file import NetworkFile
 from echo_trt.backends.cpu.products import Product, products
 from echo_trt.backends.cpu.program import Argument, Op, Pool, Program
+from echo_trt.backends.cpu.short_conv import ShortConvs
 from echo_trt.speculation.pack import BLOCK
 
+Recurrent = DeltaNets | ShortConvs | None
 KINDS = {"": 0, "f32": 1, "bf16": 2, "f16": 3}  # of weights, for look-ups
 
 
@@ -49,17 +51,17 @@ class Network:
     inputs      arrays that it fills, by name; tokens, positions and logit_rows are int64, a head's features and hidden
                 states float32
     outputs     arrays that it leaves, by name
-    delta_nets  of a network with such layers
+    recurrent   the layers of a network that keep states
     """
 
-    def __init__(self, file: NetworkFile, kv: KVArrays, pool: Pool, capacity: int, delta_nets: DeltaNets | None = None):
+    def __init__(self, file: NetworkFile, kv: KVArrays, pool: Pool, capacity: int, recurrent: Recurrent = None):
         self._file, self._kv, self._pool, self.capacity = file, kv, pool, capacity
         self._config: dict[str, Any] = file.header["config"]
         self.cells = np.zeros(16, np.int64)
         cells = [self.cells[i : i + 1] for i in range(len(self.cells))]
         self._rows, self._wanted = cells[attention.TOKENS], cells[attention.LOGIT_ROWS]
         self._given = cells[attention.FEATURE_ROWS]
-        self.delta_nets = delta_nets
+        self.recurrent = recurrent
         integers = {name: np.zeros(capacity, np.int64) for name in ("token_ids", "positions", "logit_rows")}
         self.inputs: dict[str, np.ndarray] = dict(integers)
         self.pool_rows = np.zeros(capacity, np.int64)
@@ -78,7 +80,7 @@ class Network:
         self._dim = 2 * padded(config["head_dim"] // 2, 16)
         self._heads, self._kv_heads = config["num_heads"], config["num_kv_heads"]
         self._gated = padded(config["intermediate_size"])
-        self._gates = self._heads * self._dim if "linear_layers" in config else 0  # before a row's queries
+        self._gates = self._heads * self._dim if self._file.header.get("gated") else 0  # before a row's queries
         everything = self._gates + (self._heads + 2 * self._kv_heads) * self._dim
         self._x = self._buffer(width)
         self._normed = self._buffer(width if role in ("target", "draft") else 2 * width)
@@ -185,7 +187,7 @@ class Network:
         out = x if delta is None else delta[:, :hidden]
         kept = np.zeros((self.capacity, len(feature_layers), self._width), np.float32)
         experts: Mixtures | None = None
-        linear, attended = list(config.get("linear_layers", ())), 0
+        layers_of_states, attended = list(config.get("recurrent_layers", ())), 0
         self._embed(self._x, float(config["embedding_scale"]))
         for layer in range(config["num_layers"]):
             name = f"layers.{layer}"
@@ -193,11 +195,10 @@ class Network:
             into_features = kept[:, list(feature_layers).index(layer)] if layer in feature_layers else None
             after = f"layers.{layer - 1}.mlp_post_norm.weight" if post else ""
             self._norm(f"{name}.attention_norm", self._normed, before, after, kept=into_features)
-            if layer in linear:
-                nets: Any = self.delta_nets
-                self._ops += nets.mix(
-                    self._file, self._rows, linear.index(layer), f"{name}.attention", self._normed, out
-                )
+            if layer in layers_of_states:
+                mixers: Any = self.recurrent
+                index = layers_of_states.index(layer)
+                self._ops += mixers.mix(self._file, self._rows, index, f"{name}.attention", self._normed, out)
             else:
                 self._attend(attended, f"{name}.attention")
                 self._multiply(self._attended, (f"{name}.attention.out", out), **into)

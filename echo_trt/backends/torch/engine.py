@@ -67,7 +67,7 @@ class TorchEngine(KeepsStates, DeviceEngine):
         states = getattr(role, "states", {})
         if states and self.device.type != "cpu":
             raise UserError(
-                "this network has delta-net layers, which run on a CPU alone so far; build with --engine cpu."
+                "this network has recurrent layers, which run on a CPU alone so far; build with --engine cpu."
             )
         self._open_states(states, bounds.requests if bounds else MAX_REQUESTS)
         shape = 2 * role.num_layers, num_blocks, config.num_kv_heads, BLOCK, config.head_dim
@@ -148,7 +148,7 @@ class TorchEngine(KeepsStates, DeviceEngine):
         named = {name: gathered(name, tensors[name], self._feature_caches) for name in self._role.inputs}
         if "features" in self._feature_caches and tensors["features"].ndim == 1:
             named["combined"] = named.pop("features")
-        own = self.states.inputs if self.states else ()  # float32, as delta-net layers compute
+        own = self.states.inputs if self.states else ()  # float32, as recurrent layers compute
         narrow = {name for name, tensor in named.items() if tensor.is_floating_point()}.difference(own)
         named |= {name: named[name].to(self._dtype) for name in narrow}
         metadata = [tensors[name] for name in METADATA]

@@ -201,7 +201,7 @@ class ModelKind(DraftKind):
         size, maximum = decoder.config.vocab_size, source.target.config.vocab_size
         if decoder.config.states.shapes:
             raise UserError(
-                f"{where} has delta-net layers, which no draft model may have; use draft.kind mtp or lookup."
+                f"{where} has recurrent layers, which no draft model may have; use draft.kind mtp or lookup."
             )
         if size > maximum:  # its padding would be proposed as tokens that the target cannot read
             raise UserError(

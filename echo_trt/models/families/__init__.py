@@ -5,11 +5,32 @@ from __future__ import annotations
 import difflib
 
 from echo_trt.errors import UserError
-from echo_trt.models.families import gemma3, granite, llama, mistral, phi3, qwen2, qwen3, qwen3_5, qwen3_moe, smollm3
+from echo_trt.models.families import (
+    gemma3,
+    granite,
+    lfm2,
+    llama,
+    mistral,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_5,
+    qwen3_moe,
+    smollm3,
+)
 from echo_trt.models.families.family import Family
 
 _ROWS = (
-    *(gemma3.FAMILY, granite.FAMILY, granite.DENSE, llama.FAMILY, mistral.FAMILY, phi3.FAMILY, qwen2.FAMILY),
+    *(
+        gemma3.FAMILY,
+        granite.FAMILY,
+        granite.DENSE,
+        lfm2.FAMILY,
+        llama.FAMILY,
+        mistral.FAMILY,
+        phi3.FAMILY,
+        qwen2.FAMILY,
+    ),
     *(qwen3.FAMILY, qwen3_5.FAMILY, qwen3_moe.FAMILY, smollm3.FAMILY),
 )
 FAMILIES = {row.name: row for row in _ROWS}

@@ -30,7 +30,7 @@ class Family:
     interleaved   whether llama.cpp's converter interleaves the two halves of each head's rotary dimensions
     completed     returns config.json, or what takes its place, with what it leaves out; it takes the file's name, too
     gguf_options  reads keys of config.json from a GGUF file, by a function of a field's key and default, and the sizes
-    gguf_names    what a tensor's name ends with -> its end by which gguf knows it
+    renamed       what a tensor's usual name has in it -> what the checkpoint's has
     gguf_values   what a tensor's name ends with -> what makes its values of the file's
     fixed         switches of config.json that change the arithmetic, with the one value that is implemented
     options       reads what is more than sizes
@@ -53,7 +53,7 @@ class Family:
     interleaved: bool = False
     completed: Callable[[dict[str, Any], str], dict[str, Any]] = lambda raw, where: raw
     gguf_options: Callable[[Callable[..., Any], dict[str, Any]], dict[str, Any]] = lambda field, config: {}
-    gguf_names: Mapping[str, str] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
     gguf_values: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     options: ReadOptions = lambda raw, layers, where: {}

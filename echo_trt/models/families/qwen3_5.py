@@ -7,7 +7,7 @@ from typing import Any
 
 from echo_trt.errors import UserError
 from echo_trt.models.families.family import Family, count
-from echo_trt.models.hybrid_config import HEAD_UNIT, HybridConfig
+from echo_trt.models.hybrid_config import UNIT, HybridConfig
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -25,8 +25,8 @@ def _options(raw: dict[str, Any], layers: int, where: str) -> dict[str, Any]:
     for kind in ("key", "value"):
         sizes[f"linear_{kind}_heads"] = count(raw, f"linear_num_{kind}_heads", where)
         sizes[f"linear_{kind}_dim"] = size = count(raw, key := f"linear_{kind}_head_dim", where)
-        if size % HEAD_UNIT:
-            raise UserError(f"{where}: {key} is {size}, but only multiples of {HEAD_UNIT} are supported.")
+        if size % UNIT:
+            raise UserError(f"{where}: {key} is {size}, but only multiples of {UNIT} are supported.")
     keys, values = sizes["linear_key_heads"], sizes["linear_value_heads"]
     if values % keys:
         raise UserError(
@@ -37,7 +37,7 @@ def _options(raw: dict[str, Any], layers: int, where: str) -> dict[str, Any]:
         "qk_norm": True,
         "norm_offset": raw.get("norm_offset", 1.0),
         "tiled_heads": raw.get("tiled_heads", False),
-        "linear_layers": tuple(i for i, kind in enumerate(kinds) if kind == LINEAR),
+        "recurrent_layers": tuple(i for i, kind in enumerate(kinds) if kind == LINEAR),
         "rotary_dim": int(count(raw, "head_dim", where) * share),
         **sizes,
     }
@@ -67,7 +67,6 @@ FAMILY = Family(
     models="Qwen3.5 (0.8B to 27B), the text of Qwen3_5ForConditionalGeneration",
     gguf="qwen35",
     gguf_options=_gguf,
-    gguf_names={"linear_attn.dt_bias": "linear_attn.dt_proj.bias"},
     gguf_values={"linear_attn.A_log": lambda values: (-values).log(), "conv1d.weight": lambda taps: taps.unsqueeze(1)},
     fixed={"linear_conv_kernel_dim": 4, "attn_output_gate": True},
     options=_options,
