@@ -56,15 +56,14 @@ class OnCard:
     context_bytes      of a graph's context without its scratch memory, an estimate; 0: graphs have none
     told_trees         whether the engine is told how large trees are, and captures no larger sizes for them
     drafts_apart       whether a draft's passes take memory beside the target's
-    projects_features  where what a draft's projection makes of a token's features is computed, which is what is kept
-                       then: "target", at the end of the target's graph, or "cache", where they are written; "": nowhere
+    projects_features  whether it keeps of a token's features what a draft's projection makes of them
     """
 
     layer_nodes: int
     context_bytes: int = 0
     told_trees: bool = False
     drafts_apart: bool = False
-    projects_features: str = ""
+    projects_features: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.open_tokenizer import read_template, read_tokenizer
 from echo_trt.models.ranks import Shard
 from echo_trt.models.read_config import check_context, decoder_config
-from echo_trt.models.roles import Projection, Role, TargetModule, feature_size, projected
+from echo_trt.models.roles import Role, TargetModule
 from echo_trt.models.weights import TYPES, load_decoder
 from echo_trt.sizing.needs import check_space
 from echo_trt.sizing.networks import decoder_sizes
@@ -113,12 +113,11 @@ class _OpenedPair:
     def positions(self) -> int:
         return self.recipe.limits.context + reserve_for(self.recipe.decoding.model_dump())
 
-    def role(self, rank: int, feature_layers: tuple[int, ...], projection: Projection | None = None) -> TargetModule:
+    def role(self, rank: int, feature_layers: tuple[int, ...]) -> TargetModule:
         """Load a rank of the target."""
         dtype, shard = _loaded_type(self.recipe, self.recipe.precision), Shard(rank, self.recipe.tensor_parallel)
         in_blocks = self.recipe.precision in engine_kind(self.recipe.engine).blocks
-        decoder = load_decoder(self.target, self.positions, dtype, shard, in_blocks)
-        return TargetModule(decoder, feature_layers, projection)
+        return TargetModule(load_decoder(self.target, self.positions, dtype, shard, in_blocks), feature_layers)
 
 
 def _opened(recipe: Recipe, folder: Path, work: Path) -> _OpenedPair:
@@ -169,9 +168,7 @@ def _loaded(opened: _OpenedPair, work: Path, progress: Progress) -> _LoadedPair:
             recipe, folder, work, opened.draft, dtype, opened.positions, target.network, digest, tokenizer
         )
         draft, layers = draft_kind(recipe.draft.kind).load(source)
-        card = engine_kind(recipe.engine).card
-        projection = projected(draft) if card and card.projects_features == "target" else None
-        target = TargetModule(target.network, layers, projection)
+        target = TargetModule(target.network, layers)
         draft_digest = digest if opened.draft is opened.target else weights_sha256(opened.draft.path)
     calibration = _calibration(recipe, folder, digest, draft_digest)
     if recipe.draft.ngrams is not None:
@@ -190,13 +187,13 @@ def _compiled(
     files: list[str] = []
     found: list[SelfCheck | None] = []
     role, loaded.target = loaded.target, None
-    layers, projection = role.feature_layers, role.projection
+    layers = role.feature_layers
     for rank in range(ranks):
         which = f"target, rank {rank} of {ranks}" if ranks > 1 else "target"
         if rank:
             progress(f"reading the {which}")
             del role  # before the next: the host has room for one rank's weights
-            role = opened.role(rank, layers, projection)
+            role = opened.role(rank, layers)
         progress(f"compiling the {which}")
         compiled = compile_as(role, f"target.rank{rank}" if ranks > 1 else "target", recipe.precision)
         files.append(compiled.file)
@@ -254,8 +251,8 @@ def _facts(role: Role, files: list[str], recipe: Recipe) -> NetworkFacts:
         num_layers=role.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        parameters=sum(p.numel() for p in role.network.parameters()),
-        feature_size=feature_size(role) if "features" in role.inputs else 0,
+        parameters=sum(p.numel() for p in role.parameters()),
+        feature_size=config.feature_size if "features" in role.inputs else 0,
         block=None if target else draft_kind(recipe.draft.kind).block_facts(config),
         state_values=config.states.values if target else 0,
         state_row=config.states.row if target else 0,

@@ -35,16 +35,14 @@ class TargetModule(nn.Module):
     """The target: logits [R, V] and, where ``feature_layers`` names layers, features [N, len * H] for a head.
 
     A hybrid has further inputs and outputs (``models.delta_net``): its states, and what a commit of them takes.
-
-    projection  makes the features that a ``projected`` draft reads, [N, H]; None: they stay as they are
     """
 
     name = "target"
     inputs: tuple[str, ...] = ("token_ids", "positions")
 
-    def __init__(self, decoder: Decoder, feature_layers: tuple[int, ...] = (), projection: Projection | None = None):
+    def __init__(self, decoder: Decoder, feature_layers: tuple[int, ...] = ()):
         super().__init__()
-        self.network, self.feature_layers, self.projection = decoder, feature_layers, projection
+        self.network, self.feature_layers = decoder, feature_layers
         self.num_layers = decoder.config.attention_layers
         self.outputs = ("logits", "features") if feature_layers else ("logits",)
         self.states = decoder.config.states.shapes
@@ -57,35 +55,14 @@ class TargetModule(nn.Module):
         states = {name: inputs[name] for name in self.states}
         call = RecurrentCall(attend, inputs["parents"], states) if states else attend
         logits, features = self.network(tokens, positions, logit_rows, call, self.feature_layers)
-        if self.projection is not None:
-            features = self.projection(features)
         outputs = (logits,) if features is None else (logits, features)
         return (*outputs, *call.stacked()) if isinstance(call, RecurrentCall) else outputs
 
 
-class Projection(nn.Module):
-    """What a head or a block drafter makes of the target's features before it reads them: its ``combine``."""
-
-    def __init__(self, network: Eagle3Head | BlockNetwork):
-        super().__init__()
-        self.config, self._combine = network.config, type(network).combine
-        for name in ("fc", "fc_norms", "hidden_norm"):
-            setattr(self, name, getattr(network, name, None))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return [N, H] of features [N, F]."""
-        return self._combine(self, features)
-
-
-class _ReadsFeatures(nn.Module):
-    """A role that reads the target's features; ``projected``: whether the target has combined them already."""
-
-    projected = False
-
-    def _features(self, inputs: dict[str, Tensor]) -> tuple[Tensor, bool]:
-        """Return features, and whether they are combined: an engine may have done that where they arose."""
-        combined = "combined" in inputs
-        return inputs["combined" if combined else "features"], combined or self.projected
+def _features(inputs: dict[str, Tensor]) -> tuple[Tensor, bool]:
+    """Return a draft's features, and whether they are combined: an engine may have done that where they arose."""
+    combined = "combined" in inputs
+    return inputs["combined" if combined else "features"], combined
 
 
 class DraftModule(nn.Module):
@@ -103,21 +80,7 @@ class DraftModule(nn.Module):
         return top_candidates(logits, self.top_k)
 
 
-def feature_size(role: Role) -> int:
-    """Return the numbers of a token's features that a draft's role reads."""
-    config: Any = role.network.config
-    return config.hidden_size if getattr(role, "projected", False) else config.feature_size
-
-
-def projected(role: Role) -> Projection | None:
-    """Let a draft's role read features that the target has combined; returns what combines them."""
-    if not isinstance(role, _ReadsFeatures) or not hasattr(role.network, "combine"):
-        return None
-    role.projected = True
-    return Projection(role.network)
-
-
-class HeadModule(_ReadsFeatures):
+class HeadModule(nn.Module):
     """An EAGLE-3 head: a draft's outputs, and the state [N, H] of every row for its children's ``hidden``."""
 
     name, num_layers = "head", 1
@@ -130,7 +93,7 @@ class HeadModule(_ReadsFeatures):
 
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
         tokens, positions, rows = inputs["token_ids"], inputs["positions"], inputs.get("state_rows")
-        features, combined = self._features(inputs)
+        features, combined = _features(inputs)
         state = self.network(tokens, features, inputs["hidden"], positions, attend, rows, combined)
         scores, index = top_candidates(self.network.logits(state[logit_rows]), self.top_k)
         return scores, self.network.target_ids[index], state
@@ -147,7 +110,7 @@ class MtpModule(HeadModule):
         return *top_candidates(self.network.logits(state[logit_rows]), self.top_k), state
 
 
-class BlockModule(_ReadsFeatures):
+class BlockModule(nn.Module):
     """A block drafter: a draft's outputs for each of the block's rows, and ``confidence`` [R, 1] with such a head."""
 
     name, inputs = "block", ("token_ids", "positions", "features", "state_rows")
@@ -160,7 +123,7 @@ class BlockModule(_ReadsFeatures):
 
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
         tokens, positions, states = inputs["token_ids"], inputs["positions"], inputs["state_rows"]
-        features, combined = self._features(inputs)
+        features, combined = _features(inputs)
         rows = self.network(tokens, features, positions, states, logit_rows, attend, combined)
         scores, index = top_candidates(self.network.lm_head(rows), self.top_k)
         confidence = () if self.network.confidence is None else (self.network.confidence(rows),)
