@@ -44,9 +44,19 @@ def test_the_width_of_the_mlp_is_what_the_published_model_has():
     assert decoder_config(config | published, "config.json").intermediate_size == 8192
 
 
+def test_what_is_not_stated_is_what_transformers_takes():
+    raw = {key: value for key, value in lfm2().config.to_dict().items() if key not in ("norm_eps", "rope_parameters")}
+    raw |= {"architectures": ["Lfm2ForCausalLM"], "tie_embedding": True, "tie_word_embeddings": False}
+    config = decoder_config(raw | {"block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": None}, "config.json")
+    assert (config.rope_theta, config.norm_eps, config.tie_embeddings) == (1e6, 1e-5, True)
+    assert config.intermediate_size == 2 * raw["intermediate_size"] // 3
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
+        ({"block_auto_adjust_ff_dim": True, "block_multiple_of": 0}, "block_multiple_of is 0"),
+        ({"block_ff_dim": "6656"}, "block_ff_dim is '6656'"),
         ({"conv_L_cache": 5}, "conv_L_cache is 5, but 4 is the most"),
         ({"hidden_size": 40}, "hidden_size is 40, but only multiples of 32"),
         ({"layer_types": ["conv"] * 5}, "layer_types must name conv or full_attention"),

@@ -14,14 +14,15 @@ CONV, FULL = "conv", "full_attention"
 
 def _completed(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """State sizes by their usual names, and the width that the MLP has in the end."""
-    width = raw.get("block_ff_dim") or count(raw, "intermediate_size", where)
+    width = count(raw, "block_ff_dim" if "block_ff_dim" in raw else "intermediate_size", where)
     if raw.get("block_auto_adjust_ff_dim", True):
-        width = int(raw.get("block_ffn_dim_multiplier", 1.0) * int(2 * width / 3))
-        unit = raw.get("block_multiple_of", 256)
-        width = -(-width // unit) * unit
-    eps = raw.get("norm_eps", raw.get("rms_norm_eps"))
-    tied = raw.get("tie_word_embeddings", raw.get("tie_embedding", True))
-    return {**raw, "intermediate_size": width, "rms_norm_eps": eps, "tie_word_embeddings": tied}
+        width, factor = 2 * width // 3, raw.get("block_ffn_dim_multiplier", 1.0)
+        if factor is not None:
+            unit = count({"block_multiple_of": 256, **raw}, "block_multiple_of", where)
+            width = -(-int(factor * width) // unit) * unit
+    usual = {"rope_theta": 1_000_000.0, "rms_norm_eps": raw.get("norm_eps", 1e-5)}
+    tied = raw.get("tie_embedding", raw.get("tie_word_embeddings", True))
+    return {**usual, **raw, "intermediate_size": width, "tie_word_embeddings": tied}
 
 
 def _options(raw: dict[str, Any], layers: int, where: str) -> dict[str, Any]:
