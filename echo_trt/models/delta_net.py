@@ -11,14 +11,16 @@ so that each node of a tree goes on from its parent's state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echo_trt.models.hybrid_config import CONV_PAST, HybridConfig
+from echo_trt.models.decoder import Decoder
+from echo_trt.models.hybrid_config import CONV_PAST, HybridConfig, RecurrentConfig
 from echo_trt.models.layers import Attend, Linear
 
 #: Outputs of a network that a commit of states takes, each with a first axis of layers.
@@ -46,6 +48,23 @@ class RecurrentCall:
     def stacked(self) -> list[Tensor]:
         """Return the ``COMMIT_OUTPUTS``."""
         return [torch.stack(parts) for parts in zip(*self.results, strict=True)]
+
+
+class RecurrentDecoder(Decoder):
+    """A decoder with recurrent layers; its ``attend`` is a ``RecurrentCall``.
+
+    mixers  make a recurrent layer's mixer and another's, each of the configuration and of its index among its kind
+    """
+
+    mixers: tuple[Callable[[Any, int], nn.Module], Callable[[Any, int], nn.Module]]
+
+    def __init__(self, config: RecurrentConfig, positions: int):
+        super().__init__(config, positions)
+        counts = [0, 0]
+        for i, layer in enumerate(self.layers):
+            kind = int(i not in config.recurrent_layers)
+            layer.attention = self.mixers[kind](config, counts[kind])
+            counts[kind] += 1
 
 
 class DeltaNet(nn.Module):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from echo_trt.models.decoder import Decoder
-from echo_trt.models.delta_net import RecurrentCall, convolved
+from echo_trt.models.delta_net import RecurrentCall, RecurrentDecoder, convolved
 from echo_trt.models.hybrid_config import ShortConvConfig
 from echo_trt.models.layers import Attention, Linear
 
@@ -29,19 +28,10 @@ class ShortConv(nn.Module):
         return self.output(after * convolved(mixed, self.conv, self.layer, call))
 
 
-class ShortConvDecoder(Decoder):
-    """A decoder with short convolutions; its ``attend`` is a ``RecurrentCall``."""
+class ShortConvDecoder(RecurrentDecoder):
+    """A decoder with short convolutions."""
 
-    def __init__(self, config: ShortConvConfig, positions: int):
-        super().__init__(config, positions)
-        convolutions = full = 0
-        for i, layer in enumerate(self.layers):
-            if i in config.recurrent_layers:
-                layer.attention = ShortConv(config, convolutions)
-                convolutions += 1
-            else:
-                layer.attention = Attention(config, full, config.hidden_size, config.qk_norm)
-                full += 1
+    mixers = ShortConv, lambda config, layer: Attention(config, layer, config.hidden_size, config.qk_norm)
 
 
 def short_conv_sources(ours: str, theirs: str) -> dict[str, list[str]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echo_trt.models.decoder import Decoder
-from echo_trt.models.delta_net import DeltaNet
+from echo_trt.models.delta_net import DeltaNet, RecurrentDecoder
 from echo_trt.models.hybrid_config import HybridConfig
 from echo_trt.models.layers import Attend, Attention, Linear, sum_ranks
 
@@ -27,19 +26,10 @@ class GatedAttention(Attention):
         return sum_ranks(self.out(output * gate.flatten(1).sigmoid()), self.ranks)
 
 
-class HybridDecoder(Decoder):
-    """A decoder with delta-net layers; its ``attend`` is a ``RecurrentCall``."""
+class HybridDecoder(RecurrentDecoder):
+    """A decoder with delta-net layers."""
 
-    def __init__(self, config: HybridConfig, positions: int):
-        super().__init__(config, positions)
-        linear = full = 0
-        for i, layer in enumerate(self.layers):
-            if i in config.recurrent_layers:
-                layer.attention = DeltaNet(config, linear)
-                linear += 1
-            else:
-                layer.attention = GatedAttention(config, full)
-                full += 1
+    mixers = DeltaNet, GatedAttention
 
 
 def delta_net_sources(ours: str, theirs: str) -> dict[str, list[str]]:
