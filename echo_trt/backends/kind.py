@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from echo_trt.backends.base import Engine
 from echo_trt.bundle.manifest import Manifest
@@ -56,14 +56,15 @@ class OnCard:
     context_bytes      of a graph's context without its scratch memory, an estimate; 0: graphs have none
     told_trees         whether the engine is told how large trees are, and captures no larger sizes for them
     drafts_apart       whether a draft's passes take memory beside the target's
-    projects_features  whether it keeps of a token's features what a draft's projection makes of them
+    projects_features  where a draft's projection is computed of a token's features, which is what is kept then:
+                       "target", by the target's graph; "cache", when they are kept; "draft", not before they are read
     """
 
     layer_nodes: int
     context_bytes: int = 0
     told_trees: bool = False
     drafts_apart: bool = False
-    projects_features: bool = False
+    projects_features: Literal["target", "cache", "draft"] = "draft"
 
 
 @dataclass(frozen=True, kw_only=True)

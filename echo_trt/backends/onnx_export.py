@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from echo_trt.backends.base import COLLECTIVES, DOMAIN, METADATA, OPERATOR
 from echo_trt.models.layers import Attend
-from echo_trt.models.roles import Role, computed_in
+from echo_trt.models.roles import Role, computed_in, feature_size
 from echo_trt.models.weights import TYPES
 from echo_trt.speculation.pack import BLOCK
 
@@ -128,7 +128,7 @@ def _example(role: Role) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]
     config, dtype = role.network.config, computed_in(role.network)
     inputs = {"token_ids": torch.zeros(5, dtype=torch.long), "positions": torch.arange(5)}
     if "features" in role.inputs:
-        inputs["features"] = torch.zeros(2, config.feature_size, dtype=dtype)
+        inputs["features"] = torch.zeros(2, feature_size(role), dtype=dtype)
     if "hidden" in role.inputs:
         inputs["hidden"] = torch.zeros(3, config.hidden_size, dtype=dtype)
     if "state_rows" in role.inputs:

@@ -15,7 +15,7 @@ from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.manifest import SelfCheck
 from echo_trt.errors import UserError
 from echo_trt.models.config import BlockConfig
-from echo_trt.models.roles import BlockModule, Role, TargetModule
+from echo_trt.models.roles import BlockModule, Role, TargetModule, feature_size
 from echo_trt.models.weights import release_weights
 from echo_trt.speculation.pack import BLOCK, BlockShape, ForwardBatch, pack, pack_blocks
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
@@ -137,7 +137,7 @@ def _block_calls(role: BlockModule, table: np.ndarray) -> list[CheckedCall]:
     """Make a block behind one context row, then cached context rows, then a block behind them and a new one."""
     rng, config = np.random.default_rng(1), role.network.config
     tokens = rng.integers(0, config.vocab_size, CONTEXT + 1)
-    features = rng.standard_normal((CONTEXT + 1, config.feature_size)).astype(np.float32)
+    features = rng.standard_normal((CONTEXT + 1, feature_size(role))).astype(np.float32)
 
     def block(past: int) -> CheckedCall:
         one, newest = np.ones(1, np.int64), slice(past, past + 1)
@@ -172,7 +172,7 @@ def _head_inputs(role: Role, call: ForwardBatch) -> dict[str, np.ndarray]:
     count = len(call.token_ids)
     split = count // 2
     return {
-        "features": rng.standard_normal((split, config.feature_size)).astype(np.float32),
+        "features": rng.standard_normal((split, feature_size(role))).astype(np.float32),
         "hidden": rng.standard_normal((count - split, config.hidden_size)).astype(np.float32),
     }
 

@@ -55,6 +55,7 @@ class NetworkFacts(_Facts):
     rank_files    one file per rank where the network is divided; the first is ``file``
     num_kv_heads  of one rank, where the network is divided
     feature_size  numbers of the features that an EAGLE-3 head or a block drafter reads of one token
+    projected     whether these are the draft's projection of them, a hidden state, which the target's graph makes
     block         of a block drafter
     state_values  float32 values of a request's states, of a target with recurrent layers
     state_row     and of a pass's row, until it is committed
@@ -69,6 +70,7 @@ class NetworkFacts(_Facts):
     head_dim: Extent
     parameters: Annotated[int, Field(ge=0, le=10**15)]
     feature_size: Extent = 0
+    projected: bool = False
     block: BlockFacts | None = None
     state_values: Annotated[int, Field(ge=0, le=2**32)] = 0
     state_row: Annotated[int, Field(ge=0, le=2**32)] = 0
@@ -175,21 +177,25 @@ class Manifest(_Facts):
         last, largest = max(self.eos_token_ids, default=0), self.target.vocab_size - 1
         if last > largest:
             raise ValueError(f"eos_token_ids has {last}, and the last token is {largest}")
-        if self.draft and self.draft.file == self.target.file:
-            raise ValueError(f"draft.file is {self.draft.file}, which is target.file")
-        if self.draft and (times := extra(DRAFTS, self.recipe.draft.kind).features):
-            size, wanted = self.draft.feature_size, times * self.target.hidden_size
-            if size != wanted:
-                raise ValueError(f"draft.feature_size is {size}, and {times} times target.hidden_size is {wanted}")
-        if self.draft and self.draft.block:
-            size, token = self.draft.feature_size, self.draft.block.mask_token
-            if size < 1 or size % self.target.hidden_size:
-                raise ValueError(f"draft.feature_size is {size}, no multiple of target.hidden_size")
-            if token >= self.draft.vocab_size:
-                raise ValueError(
-                    f"draft.block.mask_token is {token}, and the last token is {self.draft.vocab_size - 1}"
-                )
+        if self.draft:
+            self._draft_fits(self.draft)
         return self
+
+    def _draft_fits(self, draft: NetworkFacts) -> None:
+        size, width = draft.feature_size, self.target.hidden_size
+        times, block = extra(DRAFTS, self.recipe.draft.kind).features, draft.block
+        if draft.file == self.target.file:
+            raise ValueError(f"draft.file is {draft.file}, which is target.file")
+        if draft.projected and size != draft.hidden_size:
+            raise ValueError(f"draft.feature_size is {size}, and of projected ones it is {draft.hidden_size}")
+        if not draft.projected and times and size != times * width:
+            raise ValueError(f"draft.feature_size is {size}, and {times} times target.hidden_size is {times * width}")
+        if not draft.projected and block and (size < 1 or size % width):
+            raise ValueError(f"draft.feature_size is {size}, no multiple of target.hidden_size")
+        if block and block.mask_token >= draft.vocab_size:
+            raise ValueError(
+                f"draft.block.mask_token is {block.mask_token}, and the last token is {draft.vocab_size - 1}"
+            )
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -35,7 +35,7 @@ from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.open_tokenizer import read_template, read_tokenizer
 from echo_trt.models.ranks import Shard
 from echo_trt.models.read_config import check_context, decoder_config
-from echo_trt.models.roles import Role, TargetModule
+from echo_trt.models.roles import Role, TargetModule, feature_size, project_in_target
 from echo_trt.models.weights import TYPES, load_decoder
 from echo_trt.sizing.needs import check_space
 from echo_trt.sizing.networks import decoder_sizes
@@ -187,13 +187,16 @@ def _compiled(
     files: list[str] = []
     found: list[SelfCheck | None] = []
     role, loaded.target = loaded.target, None
-    layers = role.feature_layers
+    layers, card = role.feature_layers, engine_kind(recipe.engine).card
+    in_target = card is not None and card.projects_features == "target"
     for rank in range(ranks):
         which = f"target, rank {rank} of {ranks}" if ranks > 1 else "target"
         if rank:
             progress(f"reading the {which}")
             del role  # before the next: the host has room for one rank's weights
             role = opened.role(rank, layers)
+        if in_target:
+            role.projection = project_in_target(loaded.draft)
         progress(f"compiling the {which}")
         compiled = compile_as(role, f"target.rank{rank}" if ranks > 1 else "target", recipe.precision)
         files.append(compiled.file)
@@ -251,8 +254,9 @@ def _facts(role: Role, files: list[str], recipe: Recipe) -> NetworkFacts:
         num_layers=role.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        parameters=sum(p.numel() for p in role.parameters()),
-        feature_size=config.feature_size if "features" in role.inputs else 0,
+        parameters=sum(p.numel() for p in role.network.parameters()),
+        feature_size=feature_size(role) if "features" in role.inputs else 0,
+        projected=getattr(role, "projected", False),
         block=None if target else draft_kind(recipe.draft.kind).block_facts(config),
         state_values=config.states.values if target else 0,
         state_row=config.states.row if target else 0,

@@ -27,6 +27,7 @@ class DFlash(nn.Module):
     """DFlash and DSpark. ``embed`` may be the target's table; ``stored`` as a ``Decoder``'s."""
 
     stored: Mapping[str, ReadBlocks] = MappingProxyType({})
+    combining = ("fc", "hidden_norm")  # the modules of ``combine``
 
     def __init__(self, config: BlockConfig, positions: int, embed: nn.Embedding):
         super().__init__()
@@ -59,7 +60,7 @@ class DFlash(nn.Module):
         positions   int [N]
         state_rows  int [N], a packed row's state: R of the block's rows, then M of features
         logit_rows  int [R], packed rows that look at the others, one for each of the block's rows
-        combined    whether ``features`` are what ``combine`` has made of them
+        combined    whether ``features`` are what ``combine`` has made of them: [M, H]
         """
         context = features if combined else self.combine(features)
         x = widened(self.embed(token_ids[logit_rows]), self.norm.weight)

@@ -23,6 +23,7 @@ class Eagle3Head(nn.Module):
     """
 
     stored: Mapping[str, ReadBlocks] = MappingProxyType({})
+    combining = ("fc_norms", "fc")  # the modules of ``combine``
 
     def __init__(self, config: Eagle3Config, positions: int, embed: nn.Embedding):
         super().__init__()
@@ -59,7 +60,7 @@ class Eagle3Head(nn.Module):
         hidden      float [P, H], this head's outputs for the parents of the other P entries
         positions   int [N]
         state_rows  int [N], an entry's row of features and hidden end to end, where entries come in another order
-        combined    whether ``features`` are what ``combine`` has made of them, which no exported graph reads
+        combined    whether ``features`` are what ``combine`` has made of them: [M, H]
         """
         if combined and not (len(features) and len(hidden)):
             state = features if len(features) else hidden

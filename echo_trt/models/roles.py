@@ -14,6 +14,7 @@ stored  where matrices may stay in their file: ``Decoder.stored``
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -35,14 +36,18 @@ class TargetModule(nn.Module):
     """The target: logits [R, V] and, where ``feature_layers`` names layers, features [N, len * H] for a head.
 
     A hybrid has further inputs and outputs (``models.delta_net``): its states, and what a commit of them takes.
+
+    projection  of a draft, which makes features [N, H] of them; None: they stay as they are
     """
 
     name = "target"
     inputs: tuple[str, ...] = ("token_ids", "positions")
 
-    def __init__(self, decoder: Decoder, feature_layers: tuple[int, ...] = ()):
+    def __init__(
+        self, decoder: Decoder, feature_layers: tuple[int, ...] = (), projection: FeatureProjection | None = None
+    ):
         super().__init__()
-        self.network, self.feature_layers = decoder, feature_layers
+        self.network, self.feature_layers, self.projection = decoder, feature_layers, projection
         self.num_layers = decoder.config.attention_layers
         self.outputs = ("logits", "features") if feature_layers else ("logits",)
         self.states = decoder.config.states.shapes
@@ -55,14 +60,38 @@ class TargetModule(nn.Module):
         states = {name: inputs[name] for name in self.states}
         call = RecurrentCall(attend, inputs["parents"], states) if states else attend
         logits, features = self.network(tokens, positions, logit_rows, call, self.feature_layers)
+        if features is not None and self.projection is not None:
+            features = self.projection(features)
         outputs = (logits,) if features is None else (logits, features)
         return (*outputs, *call.stacked()) if isinstance(call, RecurrentCall) else outputs
 
 
-def _features(inputs: dict[str, Tensor]) -> tuple[Tensor, bool]:
-    """Return a draft's features, and whether they are combined: an engine may have done that where they arose."""
-    combined = "combined" in inputs
-    return inputs["combined" if combined else "features"], combined
+class FeatureProjection(nn.Module):
+    """What an EAGLE-3 head or a block drafter makes of the target's features before it reads them: its ``combine``.
+
+    Its modules are copies over the draft's parameters, so that either network's weights can be released alone.
+    """
+
+    def __init__(self, draft: Eagle3Head | BlockNetwork):
+        super().__init__()
+        network = copy.copy(draft)
+        network._modules = {name: module for name, module in network._modules.items() if name in draft.combining}
+        self.network = copy.deepcopy(network, {id(each): each for each in network.parameters()})
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return hidden states [N, H] of features [N, F]."""
+        return self.network.combine(features.to(computed_in(self.network)))
+
+
+class _ReadsFeatures(nn.Module):
+    """A role that reads the target's features. ``projected``: as a FeatureProjection in the target has made them."""
+
+    projected = False
+
+    def _features(self, inputs: dict[str, Tensor]) -> tuple[Tensor, bool]:
+        """Return features, and whether they are combined, by the target or by the engine that keeps them."""
+        combined = "combined" in inputs
+        return inputs["combined" if combined else "features"], combined or self.projected
 
 
 class DraftModule(nn.Module):
@@ -80,7 +109,7 @@ class DraftModule(nn.Module):
         return top_candidates(logits, self.top_k)
 
 
-class HeadModule(nn.Module):
+class HeadModule(_ReadsFeatures):
     """An EAGLE-3 head: a draft's outputs, and the state [N, H] of every row for its children's ``hidden``."""
 
     name, num_layers = "head", 1
@@ -93,7 +122,7 @@ class HeadModule(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
         tokens, positions, rows = inputs["token_ids"], inputs["positions"], inputs.get("state_rows")
-        features, combined = _features(inputs)
+        features, combined = self._features(inputs)
         state = self.network(tokens, features, inputs["hidden"], positions, attend, rows, combined)
         scores, index = top_candidates(self.network.logits(state[logit_rows]), self.top_k)
         return scores, self.network.target_ids[index], state
@@ -110,7 +139,7 @@ class MtpModule(HeadModule):
         return *top_candidates(self.network.logits(state[logit_rows]), self.top_k), state
 
 
-class BlockModule(nn.Module):
+class BlockModule(_ReadsFeatures):
     """A block drafter: a draft's outputs for each of the block's rows, and ``confidence`` [R, 1] with such a head."""
 
     name, inputs = "block", ("token_ids", "positions", "features", "state_rows")
@@ -123,7 +152,7 @@ class BlockModule(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
         tokens, positions, states = inputs["token_ids"], inputs["positions"], inputs["state_rows"]
-        features, combined = _features(inputs)
+        features, combined = self._features(inputs)
         rows = self.network(tokens, features, positions, states, logit_rows, attend, combined)
         scores, index = top_candidates(self.network.lm_head(rows), self.top_k)
         confidence = () if self.network.confidence is None else (self.network.confidence(rows),)
@@ -131,6 +160,21 @@ class BlockModule(nn.Module):
 
 
 Role = TargetModule | DraftModule | HeadModule | BlockModule
+
+
+def feature_size(draft: Role) -> int:
+    """Return the numbers of a token's features that a draft reads."""
+    config: Any = draft.network.config
+    size: int = config.hidden_size if getattr(draft, "projected", False) else config.feature_size
+    return size
+
+
+def project_in_target(draft: Role | None) -> FeatureProjection | None:
+    """Let a draft read features that its target projects; returns what does. None: this draft projects none."""
+    if not isinstance(draft, _ReadsFeatures) or not hasattr(draft.network, "combining"):
+        return None
+    draft.projected = True
+    return FeatureProjection(draft.network)
 
 
 def _decoder(config: DecoderConfig, positions: int) -> Decoder:

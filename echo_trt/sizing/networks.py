@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config, StateLayout
@@ -158,11 +158,11 @@ def block_sizes(config: BlockConfig) -> Sizes:
     )
 
 
-def draft_sizes(config: SizedConfig) -> Sizes:
-    """Count a draft's network."""
+def draft_sizes(config: SizedConfig, projected: bool = False) -> Sizes:
+    """Count a draft's network; ``projected``: whether the target's graph makes the hidden states of its features."""
     kinds: dict[type, Any] = {Eagle3Config: head_sizes, MtpConfig: mtp_sizes, BlockConfig: block_sizes}
     sizes: Sizes = kinds.get(type(config), decoder_sizes)(config)
-    return sizes
+    return replace(sizes, feature_size=config.hidden_size) if projected and sizes.feature_size else sizes
 
 
 def _heads(config: SizedConfig) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.recipe import Recipe, Source
 from echo_trt.bundle.sources import CONFIG, from_hub
 from echo_trt.engine.drafters.kind import draft_kind
@@ -45,8 +46,9 @@ def shapes(recipe: Recipe, recipe_folder: Path) -> tuple[Shape, Shape | None]:
         return target, None
     if source is not None:
         raw, origin = config_of(source, recipe_folder, kind.name)
-    own = kind.config(raw, origin, recipe, config)
-    return target, Shape(kind.sizes(own) or draft_sizes(own), origin)
+    own, card = kind.config(raw, origin, recipe, config), engine_kind(recipe.engine).card
+    projected = card is not None and card.projects_features == "target"
+    return target, Shape(kind.sizes(own) or draft_sizes(own, projected), origin)
 
 
 def config_of(source: Source, recipe_folder: Path, draft: str = "") -> tuple[dict[str, Any], str]:

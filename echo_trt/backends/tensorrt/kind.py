@@ -50,7 +50,7 @@ KIND = EngineKind(
     precisions=("fp16", "bf16"),
     open=_open,
     compiler=_compiler,
-    card=OnCard(layer_nodes=10, context_bytes=1 << 20),
+    card=OnCard(layer_nodes=10, context_bytes=1 << 20, projects_features="target"),
     host=False,
     divides=True,
     fixed_pool=True,

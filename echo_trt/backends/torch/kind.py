@@ -40,7 +40,7 @@ KIND = EngineKind(
     precisions=("fp32", "bf16", "fp16", "fp8"),
     open=_open,
     compiler=_compiler,
-    card=OnCard(layer_nodes=12, told_trees=True, drafts_apart=True, projects_features=True),
+    card=OnCard(layer_nodes=12, told_trees=True, drafts_apart=True, projects_features="cache"),
     preference=(3, "for this machine's GPU"),
     divides=True,
     tools=("torch",),
