@@ -182,15 +182,15 @@ class Manifest(_Facts):
         return self
 
     def _draft_fits(self, draft: NetworkFacts) -> None:
-        size, width = draft.feature_size, self.target.hidden_size
-        times, block = extra(DRAFTS, self.recipe.draft.kind).features, draft.block
+        size, hidden, block = draft.feature_size, self.target.hidden_size, draft.block
+        wanted = (
+            draft.hidden_size if draft.projected else hidden * (extra(DRAFTS, self.recipe.draft.kind).features or 0)
+        )
         if draft.file == self.target.file:
             raise ValueError(f"draft.file is {draft.file}, which is target.file")
-        if draft.projected and size != draft.hidden_size:
-            raise ValueError(f"draft.feature_size is {size}, and of projected ones it is {draft.hidden_size}")
-        if not draft.projected and times and size != times * width:
-            raise ValueError(f"draft.feature_size is {size}, and {times} times target.hidden_size is {times * width}")
-        if not draft.projected and block and (size < 1 or size % width):
+        if wanted and size != wanted:
+            raise ValueError(f"draft.feature_size is {size}, but the target's features have {wanted} numbers")
+        if block and not wanted and (size < 1 or size % hidden):
             raise ValueError(f"draft.feature_size is {size}, no multiple of target.hidden_size")
         if block and block.mask_token >= draft.vocab_size:
             raise ValueError(

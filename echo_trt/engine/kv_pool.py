@@ -82,11 +82,10 @@ def kv_pool(
     own = manifest.recipe.draft_precision
     networks = [(manifest.target, manifest.precision), *([(manifest.draft, own)] if manifest.draft else [])]
     size, needed = block_bytes(manifest.engine, networks), manifest.recipe.request_blocks
-    wanted, available = needed * (batch or limits.batch), None
     requests = batch or limits.batch
     rows = requests * reserve_for(manifest.recipe.decoding.model_dump()) + limits.prefill_chunk
     states = manifest.target.state_bytes(requests, KEPT * limits.prefix_cache, rows)
-    maximum = limits.kv_blocks or wanted
+    maximum, available = limits.kv_blocks or needed * requests, None
     if engine_kind(manifest.engine).on_host:
         fixed = _weights(folder, manifest) + states
         available = available_memory() // processes - fixed

@@ -37,17 +37,16 @@ class TargetModule(nn.Module):
 
     A hybrid has further inputs and outputs (``models.delta_net``): its states, and what a commit of them takes.
 
-    projection  of a draft, which makes features [N, H] of them; None: they stay as they are
+    ``projection``: a draft's, which makes features [N, H] of them.
     """
 
     name = "target"
     inputs: tuple[str, ...] = ("token_ids", "positions")
 
-    def __init__(
-        self, decoder: Decoder, feature_layers: tuple[int, ...] = (), projection: FeatureProjection | None = None
-    ):
+    def __init__(self, decoder: Decoder, feature_layers: tuple[int, ...] = ()):
         super().__init__()
-        self.network, self.feature_layers, self.projection = decoder, feature_layers, projection
+        self.network, self.feature_layers = decoder, feature_layers
+        self.projection: FeatureProjection | None = None
         self.num_layers = decoder.config.attention_layers
         self.outputs = ("logits", "features") if feature_layers else ("logits",)
         self.states = decoder.config.states.shapes
@@ -83,15 +82,10 @@ class FeatureProjection(nn.Module):
         return self.network.combine(features.to(computed_in(self.network)))
 
 
-class _ReadsFeatures(nn.Module):
-    """A role that reads the target's features. ``projected``: as a FeatureProjection in the target has made them."""
-
-    projected = False
-
-    def _features(self, inputs: dict[str, Tensor]) -> tuple[Tensor, bool]:
-        """Return features, and whether they are combined, by the target or by the engine that keeps them."""
-        combined = "combined" in inputs
-        return inputs["combined" if combined else "features"], combined or self.projected
+def _features(role: HeadModule | BlockModule, inputs: dict[str, Tensor]) -> tuple[Tensor, bool]:
+    """Return a draft's features, and whether they are combined, by the target or by the engine that keeps them."""
+    combined = "combined" in inputs
+    return inputs["combined" if combined else "features"], combined or role.projected
 
 
 class DraftModule(nn.Module):
@@ -109,10 +103,13 @@ class DraftModule(nn.Module):
         return top_candidates(logits, self.top_k)
 
 
-class HeadModule(_ReadsFeatures):
-    """An EAGLE-3 head: a draft's outputs, and the state [N, H] of every row for its children's ``hidden``."""
+class HeadModule(nn.Module):
+    """An EAGLE-3 head: a draft's outputs, and the state [N, H] of every row for its children's ``hidden``.
 
-    name, num_layers = "head", 1
+    ``projected``: whether a FeatureProjection of the target's has combined the features.
+    """
+
+    name, num_layers, projected = "head", 1, False
     inputs = ("token_ids", "positions", "features", "hidden")
     outputs = ("scores", "candidates", "state")
 
@@ -122,7 +119,7 @@ class HeadModule(_ReadsFeatures):
 
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
         tokens, positions, rows = inputs["token_ids"], inputs["positions"], inputs.get("state_rows")
-        features, combined = self._features(inputs)
+        features, combined = _features(self, inputs)
         state = self.network(tokens, features, inputs["hidden"], positions, attend, rows, combined)
         scores, index = top_candidates(self.network.logits(state[logit_rows]), self.top_k)
         return scores, self.network.target_ids[index], state
@@ -139,10 +136,10 @@ class MtpModule(HeadModule):
         return *top_candidates(self.network.logits(state[logit_rows]), self.top_k), state
 
 
-class BlockModule(_ReadsFeatures):
+class BlockModule(nn.Module):
     """A block drafter: a draft's outputs for each of the block's rows, and ``confidence`` [R, 1] with such a head."""
 
-    name, inputs = "block", ("token_ids", "positions", "features", "state_rows")
+    name, inputs, projected = "block", ("token_ids", "positions", "features", "state_rows"), False
 
     def __init__(self, drafter: BlockNetwork, top_k: int):
         super().__init__()
@@ -152,7 +149,7 @@ class BlockModule(_ReadsFeatures):
 
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
         tokens, positions, states = inputs["token_ids"], inputs["positions"], inputs["state_rows"]
-        features, combined = self._features(inputs)
+        features, combined = _features(self, inputs)
         rows = self.network(tokens, features, positions, states, logit_rows, attend, combined)
         scores, index = top_candidates(self.network.lm_head(rows), self.top_k)
         confidence = () if self.network.confidence is None else (self.network.confidence(rows),)
@@ -171,7 +168,7 @@ def feature_size(draft: Role) -> int:
 
 def project_in_target(draft: Role | None) -> FeatureProjection | None:
     """Let a draft read features that its target projects; returns what does. None: this draft projects none."""
-    if not isinstance(draft, _ReadsFeatures) or not hasattr(draft.network, "combining"):
+    if not isinstance(draft, HeadModule | BlockModule) or not hasattr(draft.network, "combining"):
         return None
     draft.projected = True
     return FeatureProjection(draft.network)

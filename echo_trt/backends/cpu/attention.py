@@ -194,7 +194,7 @@ def _unit(args, job, head, scratch):
     queries = word(args, 1) + first * sizes[2] + head * group * dim * 4
     outputs = word(args, 2) + first * sizes[3] + head * group * dim * 4
     table = word(cells, TABLE) + word(job, 2) * 8
-    keys, values, jump = word(args, 3) + head * bytes_, word(args, 4) + head * bytes_, kv_heads * bytes_
+    keys, values, jump = word(args, 3) + head * bytes_, word(args, 4) + head * bytes_, word(args, 14)
     own_keys = scratch + 576 + dim * 4
     own_values = own_keys + bytes_
     state = own_values + bytes_
@@ -243,7 +243,7 @@ def attend(args, thread, threads):
     """Attend with all tokens to what is in the pool: see ``Network``.
 
     cells, projected, out, keys, values, scratch of a thread, heads, KV heads, a head's size, scale, window, whether
-    keys are float32, bytes of scratch, bytes of a projected row
+    keys are float32, bytes of scratch, of a projected row, and to the pool's next block
     """
     cells, kv_heads = word(args, 0), word(args, 7)
     scratch = word(args, 5) + thread * word(args, 12)

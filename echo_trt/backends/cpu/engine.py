@@ -158,7 +158,7 @@ class CPUEngine(KeepsStates):
             self._network.recurrent.commit(rows, counts)
 
     def kv_block(self, index: int) -> Sequence[np.ndarray]:
-        return self._kv.keys[:, index], self._kv.values[:, index]
+        return self._kv.keys[index], self._kv.values[index]
 
     def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
         self._kv.move(source, target)

@@ -25,23 +25,24 @@ KINDS = {"": 0, "f32": 1, "bf16": 2, "f16": 3}  # of weights, for look-ups
 
 
 class KVArrays:
-    """Keys and values of all layers, whose memory is taken as they are written.
+    """Keys and values, whose memory is taken as they are written: what all layers have of a block stands together.
 
-    keys    bf16 in uint16, or float32 [layers, blocks, KV heads, D, BLOCK]
-    values  likewise [layers, blocks, KV heads, BLOCK, D]
+    keys    bf16 in uint16, or float32 [blocks, layers, KV heads, D, BLOCK]
+    values  likewise [blocks, layers, KV heads, BLOCK, D]
+    jump    bytes from a block to the next one
     """
 
     def __init__(self, layers: int, blocks: int, heads: int, dim: int, wide: bool):
-        kind = np.float32 if wide else np.uint16
-        self.keys = np.zeros((layers, blocks, heads, dim, BLOCK), kind)
-        self.values = np.zeros((layers, blocks, heads, BLOCK, dim), kind)
-        self.wide = wide
+        both = np.zeros((blocks, 2, layers, heads, dim * BLOCK), np.float32 if wide else np.uint16)
+        self.keys = both[:, 0].reshape(blocks, layers, heads, dim, BLOCK)
+        self.values = both[:, 1].reshape(blocks, layers, heads, BLOCK, dim)
+        self.jump, self.wide = both.strides[0], wide
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy rows of all layers; all sources are read before a target is written."""
         old, new = (source // BLOCK, source % BLOCK), (target // BLOCK, target % BLOCK)
-        self.keys[:, new[0], :, :, new[1]] = self.keys[:, old[0], :, :, old[1]]
-        self.values[:, new[0], :, new[1]] = self.values[:, old[0], :, old[1]]
+        self.keys[new[0], :, :, :, new[1]] = self.keys[old[0], :, :, :, old[1]]
+        self.values[new[0], :, :, new[1]] = self.values[old[0], :, :, old[1]]
 
 
 class Network:
@@ -162,12 +163,12 @@ class Network:
             self._array(f"{local}.cos") if rotated else None, self._array(f"{local}.sin") if rotated else None,
             self._array(f"{prefix}.query_norm.weight"), self._array(f"{prefix}.key_norm.weight"),
             float(config["norm_eps"]), self._heads, self._kv_heads, dim, head, self.pool_rows,
-            kv.keys[layer], kv.values[layer], wide, stride,
+            kv.keys[:, layer], kv.values[:, layer], wide, stride, kv.jump,
         )  # fmt: skip
         self._add(
-            attention.attend, self.cells, projected, self._attended, kv.keys[layer], kv.values[layer],
+            attention.attend, self.cells, projected, self._attended, kv.keys[:, layer], kv.values[:, layer],
             self._scratch, self._heads, self._kv_heads, dim, float(head**-0.5), window, wide, self._scratch_bytes,
-            stride,
+            stride, kv.jump,
         )  # fmt: skip
         if self._gates:
             heads, size = self._attended, self._attended.strides[0]

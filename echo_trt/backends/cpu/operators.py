@@ -195,7 +195,7 @@ def keep(args, thread, threads):
     """Norm and rotate queries and keys, in place, and write keys and values to the pool.
 
     rows, projected, positions, cos, sin, norms of queries and of keys, eps, heads, KV heads, a head's size and its true
-    one, pool rows, keys, values, whether these are float32, bytes of a projected row
+    one, pool rows, keys, values, whether these are float32, bytes of a projected row, and to the pool's next block
     """
     projected, positions, cos, sin = four(args, 1)
     query_norm, key_norm, eps, heads = word(args, 5), word(args, 6), number(args + 56), word(args, 8)
@@ -207,7 +207,7 @@ def keep(args, thread, threads):
         at = projected + row * stride + head * dim * 4
         pool_row = word(pool_rows, row)
         kv_head = head - heads - (kv_heads if head >= heads + kv_heads else 0)
-        block = (pool_row // BLOCK * kv_heads + kv_head) * BLOCK * dim * bytes_
+        block = pool_row // BLOCK * word(args, 17) + kv_head * BLOCK * dim * bytes_
         if head >= heads + kv_heads:
             target = values + block + pool_row % BLOCK * dim * bytes_
             for i in range(0, dim, 16):
