@@ -69,13 +69,13 @@ class Engine(Protocol):
         """Run one forward pass over N packed rows and compute the logits of R logit rows.
 
         Inputs beside ``call``, by the kind of network:
-        features    float32 [M, 3 * H_target], of a head (echo_trt.models.eagle3), or what its feature cache reads
+        features    float32 [M, F], ``draft.feature_size`` of a manifest, or what the feature cache reads
         hidden      float32 [P, H], of a head, or what its feature cache reads
         state_rows  int64 [N], of a block drafter (echo_trt.models.block): a packed row's state
 
         Returns outputs by name, valid until the next run; a device's large ones are read like arrays, row by row:
         logits      float32 [R, V], of a target or a draft model
-        features    float32 [N, 3 * H], of a target whose draft is a head
+        features    float32 [N, F], of a target whose draft reads them
         scores      float32 [R, k], of a draft: log-probabilities of the best next tokens, best first
         candidates  int64 [R, k], of a draft: those tokens
         state       float32 [N, H], of a head: input ``hidden`` of later passes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -71,10 +72,9 @@ def check_engine(
     if 0 < window <= min(longest, len(role.network.rotary.cos) - CHAIN):
         calls += _beyond(role, window)
     needed = max(BLOCKS, *(call.block_indices.max(initial=0) + 1 for call, _ in calls))
-    reference = TorchEngine(role, needed)
-    expected = list(_runs(reference, calls))
-    del reference
-    engine, compare = compiled(needed), _compare if text is None else _perplexity
+    expected = list(_runs(TorchEngine(role, needed), calls))
+    projects = isinstance(role, TargetModule) and role.projection is not None
+    engine, compare = compiled(needed), partial(_compare, projects) if text is None else _perplexity
     pairs = zip(calls, expected, _runs(engine, calls), strict=True)
     figures = [compare(want, got) for (call, _), want, got in pairs if len(call.logit_rows)]
     prompts = 1 if text is None else len(text)
@@ -177,12 +177,13 @@ def _head_inputs(role: Role, call: ForwardBatch) -> dict[str, np.ndarray]:
     }
 
 
-def _compare(want: dict[str, np.ndarray], got: dict[str, np.ndarray]) -> tuple[float, float]:
-    """Return the largest error over the largest value of the first output, and the share of equal best tokens."""
+def _compare(projects: bool, want: dict[str, np.ndarray], got: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Return the error over an output's largest value, of the first and projected ones, and best tokens' agreement."""
     first = "logits" if "logits" in want else "scores"
     got = got | {first: got[first][:, : want[first].shape[1]]}  # a reference may have the first ones alone
     best, same = (o["logits"].argmax(1) if "logits" in o else o["candidates"][:, 0] for o in (want, got))
-    error = np.abs(want[first] - got[first]).max() / np.abs(want[first]).max()
+    compared = (first, "features") if projects else (first,)
+    error = max(np.abs(want[name] - got[name]).max() / np.abs(want[name]).max() for name in compared)
     return float(error), float((best == same).mean())
 
 

@@ -162,8 +162,7 @@ def block_bytes(engine: str, networks: Iterable[tuple[Any, str]]) -> int:
 def kept_features(engine: str, network: Any) -> int:
     """Return the values that a draft keeps on a GPU of a token's features, or of its projection of them."""
     card, size = engine_kind(engine).card, network.feature_size
-    kept: int = network.hidden_size if size and card and card.projects_features == "cache" else size
-    return kept
+    return int(network.hidden_size if size and card and card.projects_features == "cache" else size)
 
 
 def _weights(folder: Path, manifest: Manifest) -> int:

@@ -74,7 +74,8 @@ class FeatureProjection(nn.Module):
     def __init__(self, draft: Eagle3Head | BlockNetwork):
         super().__init__()
         network = copy.copy(draft)
-        network._modules = {name: module for name, module in network._modules.items() if name in draft.combining}
+        kept = *draft.combining, "norm"  # which has the type that is computed in
+        network._modules = {name: module for name, module in network._modules.items() if name in kept}
         self.network = copy.deepcopy(network, {id(each): each for each in network.parameters()})
 
     def forward(self, features: Tensor) -> Tensor:
@@ -162,13 +163,12 @@ Role = TargetModule | DraftModule | HeadModule | BlockModule
 def feature_size(draft: Role) -> int:
     """Return the numbers of a token's features that a draft reads."""
     config: Any = draft.network.config
-    size: int = config.hidden_size if getattr(draft, "projected", False) else config.feature_size
-    return size
+    return int(config.hidden_size if getattr(draft, "projected", False) else config.feature_size)
 
 
 def project_in_target(draft: Role | None) -> FeatureProjection | None:
     """Let a draft read features that its target projects; returns what does. None: this draft projects none."""
-    if not isinstance(draft, HeadModule | BlockModule) or not hasattr(draft.network, "combining"):
+    if type(draft) not in (HeadModule, BlockModule):  # others may read features in a way of their own
         return None
     draft.projected = True
     return FeatureProjection(draft.network)

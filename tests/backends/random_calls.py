@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from pairs import VOCAB, block_inputs
 
-from echo_trt.models.roles import BlockModule, HeadModule, Role
+from echo_trt.models.roles import BlockModule, HeadModule, Role, feature_size
 from echo_trt.speculation.pack import ForwardBatch, pack
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 
@@ -50,9 +50,9 @@ def inputs_for(role: Role, call: ForwardBatch, rng: np.random.Generator) -> dict
     """Return a head's features of the first entries and states of the others; a block drafter's features and states."""
     config, count = role.network.config, len(call.token_ids)
     if isinstance(role, BlockModule):
-        return block_inputs(call, config.feature_size, rng)
+        return block_inputs(call, feature_size(role), rng)
     if not isinstance(role, HeadModule):
         return {}
     known = int(rng.choice([0, count, rng.integers(0, count + 1)]))
-    features = rng.standard_normal((known, 3 * config.target_hidden_size), np.float32)
+    features = rng.standard_normal((known, feature_size(role)), np.float32)
     return {"features": features, "hidden": rng.standard_normal((count - known, config.hidden_size), np.float32)}

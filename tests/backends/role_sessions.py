@@ -9,6 +9,7 @@ from echo_trt.backends.tensorrt.engine import TensorRTEngine
 from echo_trt.backends.tensorrt.profiles import packed_profiles
 from echo_trt.backends.tensorrt.session import profile_for
 from echo_trt.bundle.call_sizes import CallSizes
+from echo_trt.models.roles import project_in_target
 from super_tree_attention import super_tree_attention
 from super_tree_attention.tensorrt_plugin import WRITTEN, prepare_graph
 
@@ -66,9 +67,10 @@ class RoleSession:
 
 
 def packed(name, networks, folder, pair="eagle3"):
-    """Return the role, its engine, and its session."""
-    sizes = CallSizes.of(recipe_of(pair, networks))
-    role = roles_of(pair, networks)[name]
+    """Return the role, as a build for TensorRT has it, its engine, and its session."""
+    sizes, roles = CallSizes.of(recipe_of(pair, networks)), roles_of(pair, networks)
+    roles["target"].projection = project_in_target(roles.get("draft"))
+    role = roles[name]
     graph = folder / f"{name}.onnx"
     export(role, graph)
     prepare_graph(graph, graph)

@@ -204,3 +204,10 @@ def test_heads_equal_the_reference(pair, networks, tmp_path):
             assert wanted.keys() == got.keys()
             for name, values in wanted.items():
                 np.testing.assert_allclose(got[name], values, atol=1e-4, err_msg=name)
+
+
+def test_what_all_layers_have_of_a_block_stands_together(engine_of):
+    """So memory is taken block by block: of regions of layers a prompt would take a page of 2 MB each."""
+    for part in engine_of("qwen3", "bf16").kv_block(5):
+        assert len(part) == SIZES["num_hidden_layers"] > 1
+        assert part.flags.c_contiguous

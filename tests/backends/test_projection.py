@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from pairs import recipe_of, roles_of
 from refusal import refused
 
 from echo_trt.backends.kind import OnCard, engine_kind
+from echo_trt.backends.self_check import check_engine
+from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.manifest import MANIFEST, read_manifest
 from echo_trt.cli import build as module
 from echo_trt.engine.kv_pool import block_bytes
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
-from echo_trt.models.roles import project_in_target
+from echo_trt.models.roles import TargetModule, project_in_target
 
 PAIRS = pytest.mark.parametrize("pair", ["eagle3", "close", "dflash", "peagle"], scope="module")
 
@@ -78,3 +82,14 @@ def test_a_pool_has_memory_for_what_is_kept(projecting, bundle_of, pair, monkeyp
 @pytest.mark.parametrize("pair", ["lookup", "model"])
 def test_a_draft_without_features_projects_none(pair, networks):
     assert project_in_target(roles_of(pair, networks).get("draft")) is None
+
+
+def test_a_projection_that_is_wrong_fails_the_self_check(networks):
+    roles = roles_of("eagle3", networks)
+    role, wrong = roles["target"], TargetModule(roles["target"].network, roles["target"].feature_layers)
+    role.projection = project_in_target(roles["draft"])
+    wrong.projection = deepcopy(role.projection)
+    check_engine(role, lambda blocks: TorchEngine(role, blocks), "fp32")
+    torch.nn.init.zeros_(wrong.projection.network.fc.weight)
+    with refused("self-check failed", "build with another --precision"):
+        check_engine(role, lambda blocks: TorchEngine(wrong, blocks), "fp32")

@@ -113,7 +113,7 @@ def test_a_heads_states_go_back_as_they_came(networks, tmp_path):
     role, engine, _ = packed("draft", networks, tmp_path)
     reference = TorchEngine(role, engine.num_blocks)
     table = np.arange(engine.num_blocks).reshape(SLOTS, -1)
-    features = np.random.default_rng(0).standard_normal((SLOTS, 3 * SIZES["hidden_size"]), np.float32)
+    features = np.random.default_rng(0).standard_normal((SLOTS, SIZES["hidden_size"]), np.float32)
     ones = np.ones(SLOTS, int)
     first = pack(np.arange(SLOTS), ones * 0, ones * 0, ones, table, np.arange(SLOTS))
     second = pack(np.arange(SLOTS), ones, ones, ones, table, np.arange(SLOTS))

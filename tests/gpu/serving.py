@@ -27,9 +27,9 @@ from echo_trt.engine.measure import timed_rounds, typical
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Request
 from echo_trt.models.config import DecoderConfig
-from echo_trt.models.roles import HeadModule, TargetModule
+from echo_trt.models.roles import HeadModule, TargetModule, project_in_target
 from echo_trt.sizing.needs import Needs, needs
-from echo_trt.sizing.networks import decoder_sizes, head_sizes
+from echo_trt.sizing.networks import decoder_sizes, draft_sizes
 from echo_trt.speculation.echo.budget import fit_hinge
 from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt.speculation.goodput.model.costs import Costs, Curve
@@ -126,14 +126,16 @@ def tensorrt_engines(recipe: Recipe, config: DecoderConfig, folder: Path) -> tup
 
     built = Built(recipe, folder)
     model = random_decoder(config, built.sizes.blocks * 32, torch.float32, torch.device("cpu"))
-    head, kind = random_head(model, torch.float32), counted(TensorRTEngine, "_forward")
-    target, _ = built.opened(TargetModule(model, config.feature_layers), "target", kind)
-    return target, built.opened(HeadModule(head, recipe.draft.top_k), "draft", kind)[0]
+    head, kind = HeadModule(random_head(model, torch.float32), recipe.draft.top_k), counted(TensorRTEngine, "_forward")
+    target = TargetModule(model, config.feature_layers)
+    target.projection = project_in_target(head)
+    return built.opened(target, "target", kind)[0], built.opened(head, "draft", kind)[0]
 
 
 def foreseen(recipe: Recipe, config: DecoderConfig) -> tuple[Needs, int]:
     """Return what sizing says of a recipe, and all its bytes."""
-    need = needs(recipe, decoder_sizes(config), head_sizes(head_config(config)))
+    draft = draft_sizes(head_config(config), projected=recipe.engine == "tensorrt")
+    need = needs(recipe, decoder_sizes(config), draft)
     return need, need.fixed + need.pool + need.features
 
 

@@ -74,9 +74,8 @@ class CPUEngine(KeepsStates):
         self._arrays = {"limits": np.zeros(capacity, np.int64), "path_begins": np.zeros(capacity, np.int64)}
         self._reserve(jobs=capacity * attention.JOB_WORDS, costs=capacity + 1, table=capacity, paths=capacity)
         hidden, outputs = self._hidden, network.outputs
-        self.widths = (
-            {"logits": outputs["logits"].shape[1]} if self._target else {"candidates": outputs["candidates"].shape[1]}
-        )
+        first = "logits" if self._target else "candidates"
+        self.widths = {first: outputs[first].shape[1]}
         if "features" in outputs:
             self.widths["features"] = outputs["features"].shape[1] * hidden
         if "features" in network.inputs:

@@ -29,14 +29,14 @@ class KVArrays:
 
     keys    bf16 in uint16, or float32 [blocks, layers, KV heads, D, BLOCK]
     values  likewise [blocks, layers, KV heads, BLOCK, D]
-    jump    bytes from a block to the next one
+    jump    bytes from a block to the next one, of either
     """
 
     def __init__(self, layers: int, blocks: int, heads: int, dim: int, wide: bool):
-        both = np.zeros((blocks, 2, layers, heads, dim * BLOCK), np.float32 if wide else np.uint16)
-        self.keys = both[:, 0].reshape(blocks, layers, heads, dim, BLOCK)
-        self.values = both[:, 1].reshape(blocks, layers, heads, BLOCK, dim)
-        self.jump, self.wide = both.strides[0], wide
+        kind = np.float32 if wide else np.uint16
+        self.keys = np.zeros((blocks, layers, heads, dim, BLOCK), kind)
+        self.values = np.zeros((blocks, layers, heads, BLOCK, dim), kind)
+        self.jump, self.wide = self.keys.strides[0], wide
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy rows of all layers; all sources are read before a target is written."""
