@@ -78,8 +78,7 @@ def kv_pool(
 
     Raises UserError where one request of full length does not fit.
     """
-    limits = manifest.recipe.limits
-    own = manifest.recipe.draft_precision
+    limits, own = manifest.recipe.limits, manifest.recipe.draft_precision
     networks = [(manifest.target, manifest.precision), *([(manifest.draft, own)] if manifest.draft else [])]
     size, needed = block_bytes(manifest.engine, networks), manifest.recipe.request_blocks
     requests = batch or limits.batch

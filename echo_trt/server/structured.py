@@ -63,8 +63,8 @@ def _response_format(value: Any) -> Structured | None:
     if kind != "json_schema":
         raise ApiError(400, f"{field} has no type that is known here; give {TYPES}.", param=field)
     inner, where = value.get("json_schema"), f"{field}.json_schema"
-    if not isinstance(inner, dict):
-        raise ApiError(400, f'{where} is no object; give {{"name": ..., "schema": ...}}.', param=where)
+    if not isinstance(inner, dict) or ("schema" not in inner and not inner.keys().isdisjoint(("type", "properties"))):
+        raise ApiError(400, f'{where} has no "schema"; give {{"name": ..., "schema": ...}}.', param=where)
     read_at(field, value, ("type", "json_schema"), f"{field}.")
     read_at(where, inner, ("name", "schema", "strict", "description"), f"{where}.")
     if inner.get("schema") is None:

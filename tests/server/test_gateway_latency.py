@@ -85,6 +85,7 @@ def test_with_the_switch_on_a_target_that_cannot_be_kept_is_refused_with_when_to
         assert "latency cannot be kept" in refused(answer, 429, "latency")
         assert int(answer.headers["Retry-After"]) >= 1
         client.post("/v1/completions", json=ASKED | {"latency": {"tpot_ms": 60_000}}).raise_for_status()
+        client.post("/v1/completions", json=ASKED | {"latency": {"ttft_ms": 0.001}}).raise_for_status()  # it is idle
         client.post("/v1/completions", json=ASKED).raise_for_status()
 
 

@@ -113,7 +113,10 @@ class Service:
             job.expected = self._forecast(job)
             if self._keeps_latency and not request.probe:
                 others = [other.latency.tpot for other in self._open.values() if other.latency.tpot is not None]
-                self._forecaster.refuse_late(job.expected, job.latency, others, self.loop.scheduler.running)
+                # On an idle server its first token would come no sooner later, and who is refused corrects no forecast.
+                idle, expected = len(self._open) == len(self._probes), job.expected
+                expected = ExpectedLatency(None, expected.tpot) if idle else expected
+                self._forecaster.refuse_late(expected, job.latency, others, self.loop.scheduler.running)
             if grammar:
                 self._grammars.add(grammar, job)
             else:
