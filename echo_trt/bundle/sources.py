@@ -17,6 +17,7 @@ from echo_trt.errors import UserError
 
 CONFIG = ("*.json",)  # shapes, tokenizer, generation settings and the index of weights
 CHECKPOINT = (*CONFIG, "*.safetensors", "*.jinja", "*.pt")
+PICKLED = (*CONFIG, "pytorch_model*.bin", "*.jinja")  # of a repository without safetensors
 #: Other formats of the same weights, and what trainers leave behind.
 OTHERS = ("original/*", "*/*", "training_args*", "optimizer*", "scheduler*")
 
@@ -91,7 +92,10 @@ def from_hub(name: str, files: Sequence[str] = CHECKPOINT) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(OTHERS)))
+        folder = Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(OTHERS)))
+        if files == CHECKPOINT and not any(folder.glob("*.safetensors")):
+            return from_hub(name, PICKLED)
+        return folder
     except GatedRepoError:
         raise UserError(
             f"model {name} is gated; accept its licence at {constants.ENDPOINT}/{name}, and set HF_TOKEN or run hf "

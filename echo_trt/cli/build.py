@@ -39,6 +39,7 @@ from echo_trt.models.roles import Role, TargetModule, feature_size, project_in_t
 from echo_trt.models.weights import TYPES, load_decoder
 from echo_trt.sizing.needs import check_space
 from echo_trt.sizing.networks import decoder_sizes
+from echo_trt.sizing.shapes import config_of
 from echo_trt.speculation.policies import reserve_for
 
 TOOLS = ("transformers", "tokenizers", "numpy")  # of every engine, beside its own
@@ -122,14 +123,16 @@ class _OpenedPair:
 
 def _opened(recipe: Recipe, folder: Path, work: Path) -> _OpenedPair:
     """Open the checkpoints, and refuse what cannot be built of them."""
-    kind, source = draft_kind(recipe.draft.kind), recipe.draft.source
+    kind, source, draft = draft_kind(recipe.draft.kind), recipe.draft.source, None
+    if kind.network and source:  # first, since a target is fetched for many minutes
+        draft = _open(source, folder, kind.name)
+        kind.config(draft.config, str(draft.path), recipe, decoder_config(*config_of(recipe.target, folder)))
     target = _open(recipe.target, folder)
     check_fp8("precision", recipe.precision, target)
     config = decoder_config(target.config, str(target.path))
     check_context(config, recipe.limits.context)
-    draft = None
     if kind.network:
-        draft = _open(source, folder, kind.name) if source else target
+        draft = draft or target
         kind.check(draft, recipe, config)
         check_fp8("draft.precision", recipe.draft_precision, draft)
     if recipe.tensor_parallel > 1:

@@ -1,6 +1,6 @@
-"""Checkpoints on disk, read one tensor at a time: Hugging Face folders (safetensors) and GGUF files.
+"""Checkpoints on disk, read one tensor at a time: Hugging Face folders (safetensors, or PyTorch's .bin) and GGUF files.
 
-Both kinds have Hugging Face's tensor names and an equivalent ``config.json``, so that callers see no difference.
+All kinds have Hugging Face's tensor names and an equivalent ``config.json``, so that callers see no difference.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Part = tuple[slice, ...]  # one slice an axis; () is the whole tensor
 # Bytes that are read of a file before it is mapped anew. Pages that were read stay in memory with their map; larger:
 # more of them do.
 MAPPED = 256 << 20
+PICKLED = "pytorch_model*.bin"
 
 
 class Checkpoint(Protocol):
@@ -59,17 +60,8 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path):
         self.path = path
         self.config = read_json(path / "config.json")
-        files = sorted(path.glob("*.safetensors"))
-        index = path / "model.safetensors.index.json"
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise UserError(f"{index} holds no weight_map object; download the checkpoint again.")
-            files = sorted({path / name for name in weight_map.values()})
-        if not files:
-            raise UserError(f"checkpoint {path} holds no *.safetensors file; download it whole.")
         self._files: dict[str, _MappedFile] = {}
-        for file in files:
+        for file in _weight_files(path):
             try:
                 mapped = _MappedFile(file)
             except (SafetensorError, OSError) as error:
@@ -104,6 +96,56 @@ class _MappedFile:
         return tensor
 
 
+class PickledCheckpoint:
+    """A Hugging Face folder of PyTorch's own files, of which only tensors are read: config.json and weights."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = read_json(path / "config.json")
+        self._tensors: dict[str, torch.Tensor] = {}
+        for file in _weight_files(path):
+            try:
+                held = torch.load(file, map_location=torch.device("cpu"), weights_only=True, mmap=True)
+                self._tensors.update((name, tensor.detach()) for name, tensor in held.items())
+            except Exception as error:  # of pickle, of zip, of PyTorch, of what it held instead
+                raise UserError(
+                    f"checkpoint file {file} cannot be read ({type(error).__name__}); download it again, or "
+                    "convert it to safetensors."
+                ) from error
+
+    def names(self) -> Sequence[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def get(self, name: str, part: Part = ()) -> torch.Tensor:
+        return self._tensors[name][part].clone()  # a caller may change it
+
+
+def is_pickled(folder: Path) -> bool:
+    """Return whether a folder holds its weights in PyTorch's own files alone."""
+    return any(folder.glob(PICKLED)) and not any(folder.glob("*.safetensors*"))
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """List the files of weights of a folder: those that its index names, or all."""
+    pickled = is_pickled(path)
+    index = path / ("pytorch_model.bin.index.json" if pickled else "model.safetensors.index.json")
+    files = sorted(path.glob(PICKLED if pickled else "*.safetensors"))
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index} holds no weight_map object; download the checkpoint again.")
+        files = sorted({path / name for name in weight_map.values()})
+    if not files:
+        raise UserError(f"checkpoint {path} holds no *.safetensors or {PICKLED} file; download it whole.")
+    return files
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def weights_sha256(path: Path) -> str:
     """Hash the checkpoint's weight files; the digest identifies a target."""
-    files = gguf_parts(path) if path.is_file() else sorted(path.glob("*.safetensors"))
+    files = gguf_parts(path) if path.is_file() else sorted(path.glob("*.safetensors")) or _weight_files(path)
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

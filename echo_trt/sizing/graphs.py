@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from echo_trt.backends.cuda.calls import MAX_GRAPHS
-from echo_trt.backends.cuda.sizes import CallBounds, bucket, capacity_of, graph_sizes
+from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, bucket, capacity_of, graph_sizes
 from echo_trt.backends.kind import OnCard, engine_kind
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.engine.drafters.kind import draft_kind
 from echo_trt.engine.host_memory import gigabytes
+from echo_trt.engine.tuning import USUAL_GATES
 from echo_trt.sizing.networks import KV_BYTES, Sizes
 from echo_trt.speculation.pack import BLOCK
+from echo_trt.speculation.policies import echo_settings
 
 GRAPH_NODES = 20  # kernels around the layers, an estimate
 FP8_NODES = 4  # more kernels of a layer in FP8: each product's input is quantised
@@ -82,8 +84,14 @@ def _nodes(card: OnCard, network: Sizes) -> int:
 
 
 def _levels(recipe: Recipe, batch: int) -> tuple[int, int]:
-    """Return how many levels all graphs of a head's drafts hold together, and the number of these graphs."""
-    sizes = len({min(bucket(count), batch) for count in range(1, batch + 1)})
-    lengths = range(1, recipe.decoding.max_depth)  # of goodput, which has the most graphs
-    count = min(sizes * len(lengths), MAX_GRAPHS)
-    return count * sum(lengths) // max(len(lengths), 1), count
+    """Return how many levels all graphs of a head's drafts hold together, and the number of these graphs.
+
+    They are of the policy that has the most, goodput, or echo with the largest budget.
+    """
+    decoding = recipe.decoding.model_dump()
+    echo = echo_settings("echo", decoding | {"budget": LARGEST, "gates": decoding["gates"] or USUAL_GATES})
+    padded = {count: min(bucket(count), batch) for count in range(1, batch + 1)}
+    shapes = {(padded[count], shape) for count in padded for shape in echo.level_shapes(count)}
+    of_goodput = [levels for _ in {*padded.values()} for levels in range(1, recipe.decoding.max_depth)]
+    levels = max(of_goodput, [shape.levels for _, shape in shapes if shape.levels], key=sum)
+    return sum(levels), min(len(levels), MAX_GRAPHS)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
+import venv
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-#: What echo-trt may use elsewhere, and a bare GPU machine may lack.
-MISSING = ("openvino", "nncf", "transformers", "tokenizers", "safetensors", "onnx", "onnxscript", "gguf", "scipy",
-           "matplotlib", "cyclopts", "rich", "jinja2", "llguidance", "hypothesis", "filelock")  # fmt: skip
-
 
 #: In the place of tests of a section: what crashes, fails, passes, is skipped or cannot be collected.
 FAULTY = """
@@ -48,7 +51,6 @@ def test_third():
     pathlib.Path('ran').write_text('test_third')
 """
 SKIPPED = "import pytest\n\ndef test_first():\n    pytest.skip('it is not here')\n"
-BROKEN = "import what_is_not_there\n"
 #: File -> a line of it, and what does the same in a way that the proof must not let pass.
 FAULTS = {
     "echo_trt/backends/cuda/levels.py": (
@@ -71,22 +73,61 @@ def copy(tmp_path_factory) -> Path:
     for folder in ("echo_trt", "plugins", "lab", "build", "scripts", "tests/gpu", "tests/plugins", "tests/backends"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("*.pyc.*", "*.tmp.*"))
     shutil.copy(ROOT / "pyproject.toml", copy)
-    (copy / "bare").mkdir()
-    (copy / "bare" / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({MISSING!r}))\n")
     return copy
 
 
-def run(copy: Path, *options: str, tensorrt: str = "", **env: str) -> subprocess.CompletedProcess:
+def from_the_page() -> list[str]:
+    """Return what the page's own line installs for the proof, without versions."""
+    page = (ROOT / "docs/quickstart-gpu.md").read_text()
+    [line] = re.findall(r"^pip install (?!-e)(.*)$", page, re.MULTILINE)
+    return [Requirement(word).name for word in shlex.split(line)]
+
+
+def needed_by(names: list[str]) -> dict[str, metadata.Distribution]:
+    """Return the installed distributions of ``names``, and those that they need. Without a card some are not here."""
+    found: dict[str, metadata.Distribution] = {}
+    todo = list(names)
+    while todo:
+        name = canonicalize_name(todo.pop())
+        if name not in found:
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                found[name] = metadata.distribution(name)
+                wanted = map(Requirement, found[name].requires or ())
+                todo += [each.name for each in wanted if not each.marker or each.marker.evaluate({"extra": ""})]
+    return found
+
+
+@pytest.fixture(scope="module")
+def page_python(tmp_path_factory) -> Path:
+    """Make an environment that holds what the page's line installs and nothing else, as links; return its Python."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    [packages] = folder.glob("lib/python*/site-packages")
+    for distribution in needed_by(from_the_page()).values():
+        for file in distribution.files or ():
+            if ".." not in file.parts and file.suffix != ".pyc":
+                link = packages / file
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(Path(file.locate()).resolve())
+    return folder / "bin" / "python"
+
+
+@pytest.fixture
+def run(page_python):
+    return partial(_run, page_python)
+
+
+def _run(python: Path, copy: Path, *options: str, tensorrt: str = "", **env: str) -> subprocess.CompletedProcess:
     """``tensorrt``: the tests of that section."""
     if tensorrt:
         (copy / "tests/gpu/test_gpu_tensorrt.py").write_text(tensorrt)
-    env = os.environ | {"PYTHONPATH": str(copy / "bare")} | env
-    command = [sys.executable, copy / "scripts" / "gpu_proof", *options]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | env
+    command = [python, copy / "scripts" / "gpu_proof", *options]
     return subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
-def test_on_a_cpu_every_section_is_walked_and_a_failure_and_a_crash_end_no_other(copy):
+def test_on_a_cpu_every_section_is_walked_and_a_failure_and_a_crash_end_no_other(run, copy):
     """A section without TensorRT is skipped, which takes no walk to see: its tests are others here."""
     done = run(copy, "--cpu-interpret", "--out", "report.md", tensorrt=FAULTY)
     report = (copy / "report.md").read_text()
@@ -119,7 +160,7 @@ def test_on_a_cpu_every_section_is_walked_and_a_failure_and_a_crash_end_no_other
 
 
 @pytest.mark.slow
-def test_levels_that_are_computed_again_and_a_cache_that_is_copied_fail(copy):
+def test_levels_that_are_computed_again_and_a_cache_that_is_copied_fail(run, copy):
     kept = {}
     for file, (right, wrong) in FAULTS.items():
         kept[file] = (copy / file).read_text()
@@ -137,16 +178,22 @@ def test_levels_that_are_computed_again_and_a_cache_that_is_copied_fail(copy):
 
 
 @pytest.mark.parametrize(
-    ("tests", "code", "reported"), [(SKIPPED, 3, "it is not here"), (BROKEN, 1, "No module named 'what_is_not_there'")]
+    ("tests", "code", "reported"),
+    [
+        (SKIPPED, 3, "it is not here"),
+        ("import what_is_not_there\n", 3, "nothing was proved: tensorrt skipped; install what_is_not_there, and run"),
+        ("import echo_trt.what_is_not_there\n", 1, "No module named 'echo_trt.what_is_not_there'"),
+        ("import echo_trt.what_is_not_there\n", 1, "a section failed"),
+    ],
 )
-def test_a_section_that_is_skipped_or_cannot_be_collected(copy, tests, code, reported):
+def test_a_section_that_is_skipped_or_cannot_be_collected(run, copy, tests, code, reported):
     done = run(copy, "--cpu-interpret", "--only", "tensorrt", tensorrt=tests)
     assert done.returncode == code, done.stderr
     assert reported in (copy / "gpu_proof.md").read_text()
 
 
 @pytest.mark.parametrize("limit", ["0.5", "9"])
-def test_a_section_that_is_cut_short_says_what_has_run(copy, limit):
+def test_a_section_that_is_cut_short_says_what_has_run(run, copy, limit):
     """Whatever the machine has managed by then."""
     (copy / "ran").unlink(missing_ok=True)
     done = run(copy, "--cpu-interpret", "--only", "tensorrt", "--limit", limit, tensorrt=SLOW)
@@ -201,8 +248,19 @@ def test_the_exit_code_is_0_only_where_all_that_serves_was_proved(sections, code
     assert re.search(sentence, output)
 
 
+def test_an_older_python_is_refused_before_anything_is_imported(copy):
+    """By this Python under an older one's number: what an older one lacks is not looked for."""
+    code = (
+        "import runpy, sys; sys.version_info = (3, 10, 13); sys.modules['argparse'] = None; runpy.run_path(sys.argv[1])"
+    )
+    command = [sys.executable, "-c", code, copy / "scripts" / "gpu_proof"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: Python is \S+; make the environment with 3\.11 or newer\.\n", done.stderr)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_it_says_so(copy):
+def test_without_a_gpu_it_says_so(run, copy):
     done = run(copy)
     assert done.returncode == 2
     assert "sees no CUDA device" in done.stderr

@@ -20,7 +20,7 @@ from echo_trt.backends.cuda.transfers import TRANSFERS
 
 Forward = Callable[..., tuple[Tensor, ...]]  # of the inputs, and of further arguments of a call
 
-MAX_GRAPHS = 160  # graphs of an engine; larger: more memory, and more seconds to start
+MAX_GRAPHS = 176  # graphs of an engine; larger: more memory, and more seconds to start
 _ALIGNMENT = 256  # bytes, which TensorRT asks of every tensor; smaller: kernels cannot load vectors
 
 
