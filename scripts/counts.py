@@ -1,6 +1,6 @@
-"""Count what the code's structure promises: lines, the files of each feature, and what one chat runs through.
+"""Count what the code's structure promises: lines, statements, the files of each feature, and of one chat.
 
-    python scripts/counts.py                           # lines and features
+    python scripts/counts.py                           # lines, statements and features
     python scripts/counts.py bundles/smollm2-135m      # and the files that a streamed chat runs
 
 tests/test_layers.py holds the limits (``FEATURES``); a feature that spreads has lost its seam.
@@ -154,7 +154,9 @@ def main() -> None:
     options.add_argument("bundle", type=Path, nargs="?", help="of the chat that is traced")
     requested = options.parse_args()
     for folder in ("echo_trt", "tests", "scripts", "lab"):
-        print(f"{folder:26} {sum(found('', folder).values()):6} lines")
+        trees = (ast.parse(file.read_text("utf-8")) for file in (ROOT / folder).rglob("*.py"))
+        number = sum(isinstance(node, ast.stmt) for tree in trees for node in ast.walk(tree))
+        print(f"{folder:26} {sum(found('', folder).values()):6} lines, {number} statements")
     for name, (pattern, most) in FEATURES.items():
         lines = found(pattern)
         print(f"{name:26} {len(lines):6} files of {most}, {sum(lines.values())} lines")
