@@ -1,4 +1,4 @@
-"""The engine protocol, by which the runtime calls OpenVINO, TensorRT or PyTorch."""
+"""The engine protocol, by which the runtime calls the engines ``cpu``, ``openvino``, ``tensorrt`` and ``torch``."""
 
 from __future__ import annotations
 

@@ -46,4 +46,4 @@ def recommended_sampling(checkpoint: Checkpoint, config: DecoderConfig, preferre
     try:
         return Sampling.model_validate(named | preferred.given(), strict=False)
     except ValidationError as error:
-        raise UserError(f"{path}: {first_mistake(error)}; mend it, or set do_sample to false.") from None
+        raise UserError(f"{path}: {first_mistake(error)}; fix it, or set do_sample to false.") from None

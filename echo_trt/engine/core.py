@@ -175,7 +175,7 @@ class EngineCore:
                 self._blamed.add((policy, line))
                 reason = str(error) if isinstance(error, UserError) else f"{described(error)}, at {line}"
                 log.warning(
-                    "policy %s fails (%s); what it was asked for is left out, drafts or learning: mend it.",
+                    "policy %s fails (%s), so this pass goes without its draft or its learning; fix the policy.",
                     policy,
                     reason,
                 )

@@ -47,7 +47,7 @@ class Event(Struct, tag=True, omit_defaults=True, kw_only=True):
                          a token. Empty: the answer goes on
     message              why the request failed or is invalid
     cached_tokens        prompt tokens that the prefix cache had
-    drafted, accepted    draft tokens of each verification that had any, and those that the text went on behind
+    drafted, accepted    draft tokens of each verification that had any, and how many of them were accepted
     predicted            tokens that were the prediction's next
     saved, saved_error   seconds by which it came sooner than by plain decoding, and their standard error; None: unknown
     queue_seconds        from submission until the engine took the request; None: it never did

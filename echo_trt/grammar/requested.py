@@ -15,7 +15,7 @@ RULE = (
     'one of {"json": SCHEMA}, {"json_object": true}, {"regex": TEXT}, {"choice": [TEXT, TEXT]} and '
     '{"grammar": LARK_OR_GBNF}'
 )
-REMEDY = "mend or simplify it."
+REMEDY = "fix or simplify it."
 LONGEST = 2**17  # characters of a grammar: a larger one compiles longer
 REFERENCES = 500  # of a schema; llguidance follows a chain of them on the stack, which ends at about 1,000
 RULES = 1000  # of a Lark or GBNF grammar; a chain of them ends the stack at about 2,600
@@ -146,7 +146,7 @@ def _check_schema(schema: Any) -> None:
     if len(references) > REFERENCES:
         raise GrammarError(f"structured.json has {len(references)} times $ref; give at most {REFERENCES}.")
     if references and _blocks(schema, _ending(schema, set(references)), set()):
-        raise GrammarError("structured.json cannot be used (no text fits it, for it never ends); mend its $ref.")
+        raise GrammarError("structured.json cannot be used (no text fits it, for it never ends); fix its $ref.")
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:

@@ -83,7 +83,7 @@ def load_policies(file: Path) -> None:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file raises
-        raise UserError(f"--policy-file is {file}, which fails ({described(error)}); mend it.") from error
+        raise UserError(f"--policy-file is {file}, which fails ({described(error)}); fix it.") from error
     if len(POLICIES) == known:
         raise UserError(f"--policy-file is {file}, which registers no policy; decorate a function with @policy(...).")
     _LOADED.add(path)
@@ -112,7 +112,7 @@ def make_planner(name: str, settings: Settings, make_goodput: MakeGoodput) -> Pl
         if isinstance(error, UserError) or name in BUILT_IN:
             raise
         file = getattr(sys.modules.get(chosen.make.__module__), "__file__", None) or "its file"
-        raise UserError(f"policy is {name}, which fails ({described(error)}); mend {file}.") from error
+        raise UserError(f"policy is {name}, which fails ({described(error)}); fix {file}.") from error
     if rows and rows > (reserved := reserve_for(settings)):
         raise UserError(
             f"policy {name} needs {rows} KV rows per request beyond its tokens, but bundles keep {reserved}; make "

@@ -143,7 +143,7 @@ def main() -> int:
         files = [file for file in files if requested.whole or file.parent.name != "triton"]
         for package in requested.packages:
             if not survives(copy, package, copy / "echo_trt" / package / "__init__.py", requested.whole):
-                sys.exit(f"the tests of {package} fail without a mutant; mend them first.")
+                sys.exit(f"the tests of {package} fail without a mutant; fix them first.")
         mutants = [(file, at) for file in files for at in indices(file)]
         draw.shuffle(mutants)
         print(f"{len(mutants)} places of {len(files)} files", flush=True)

@@ -36,7 +36,7 @@ from siege_parts.attacks import ATTACKS, KILLS, Target  # noqa: E402
 
 TOKENS = 24  # of a victim's answer; larger: rates are steadier, and a round takes longer
 SLOWEST, LATEST = 0.5, 3.0  # of tokens/s, and of the first token's time, relative to alone
-PATIENCE_S, START_S, RESTART_S = 60.0, 300.0, 90.0  # for an answer, for a start, and until a kill is mended
+PATIENCE_S, START_S, RESTART_S = 60.0, 300.0, 90.0  # for an answer, for a start, and until a killed process is back
 COLUMNS = ("attack", "first token", "tokens/s", "answers", "lost", "server", "missed")
 
 

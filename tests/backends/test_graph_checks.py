@@ -51,7 +51,7 @@ def computed_bool_mask(model):
 CHANGES = [
     (
         with_node("SuperTreeAttention", ["attended"], ["extra"], domain="other"),
-        ("operator other::SuperTreeAttention", "--engine openvino"),
+        ("operator other::SuperTreeAttention", "--engine cpu"),
     ),
     (with_node("StringNormalizer", ["attended"], ["extra"]), ("operator StringNormalizer",)),
     (hidden_in_a_branch, ("operator other::Mystery",)),

@@ -178,9 +178,7 @@ def test_recipes_that_it_cannot_build_are_refused_before_anything_is_read(change
 
 def test_no_compiler(networks, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with refused(
-        "is not installed", "pip install -e '.[tensorrt]'", "echo-trt build the bundle with --engine openvino"
-    ):
+    with refused("is not installed", "pip install -e '.[tensorrt]'", "echo-trt build the bundle with --engine cpu"):
         build(recipe_of("lookup", networks, engine="tensorrt", precision="fp16"), networks, tmp_path / "b")
 
 

@@ -172,7 +172,7 @@ def test_too_little_memory_says_how_much():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so that nothing is refused")
 def test_no_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorrt, "load_tensorrt", lambda: SimpleNamespace(__version__="1.0.0"))
-    with refused("no CUDA device", "run on a machine with an NVIDIA GPU", "--engine openvino"):
+    with refused("no CUDA device", "run on a machine with an NVIDIA GPU", "--engine cpu"):
         TensorRTEngine.open(tmp_path / "target.engine", FACTS, 1, 4, 4)
 
 

@@ -106,7 +106,7 @@ def test_features_are_kept_as_the_state_that_the_draft_makes_of_them(network, ne
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_gpu_that_is_not_there_is_named(networks):
-    with pytest.raises(UserError, match=r"no CUDA device: PyTorch .* build with --engine openvino"):
+    with pytest.raises(UserError, match=r"no CUDA device: PyTorch .* build with --engine cpu"):
         TorchEngine(roles_of("lookup", networks)["target"], BLOCKS, "cuda")
 
 
@@ -147,7 +147,7 @@ def test_a_file_of_something_else_is_refused(networks, tmp_path):
 
 def test_a_gpu_without_its_kernel_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "super_tree_attention.triton_attention", None)
-    with refused("pip install -e '.[cuda]'", "echo-trt build the bundle with --engine openvino"):
+    with refused("pip install -e '.[cuda]'", "echo-trt build the bundle with --engine cpu"):
         _operator_for(torch.device("cuda"), SimpleNamespace(num_heads=32, num_kv_heads=8, head_dim=128))
 
 
@@ -170,9 +170,7 @@ def test_a_machine_without_a_c_compiler_is_told_what_to_install(monkeypatch):
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 100), (64, 2, 128)])
 def test_heads_that_the_kernel_does_not_have_are_named(heads, kv_heads, head_dim):
     config = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
-    with refused(
-        f"heads of {head_dim} and {heads // kv_heads} query heads", "16, 32, 64, 128, 256", "--engine openvino"
-    ):
+    with refused(f"heads of {head_dim} and {heads // kv_heads} query heads", "16, 32, 64, 128, 256", "--engine cpu"):
         _operator_for(torch.device("cuda"), config)
 
 

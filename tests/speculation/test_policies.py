@@ -75,7 +75,7 @@ def fails(settings):
 )
 def test_a_policy_that_fails_is_named_with_its_file(shape, make, reason, registry):
     registry.policy("mine", "a policy", shape)(make)
-    with pytest.raises(UserError, match=rf"policy is mine, which fails .*{reason}.*; mend .*test_policies\.py\."):
+    with pytest.raises(UserError, match=rf"policy is mine, which fails .*{reason}.*; fix .*test_policies\.py\."):
         registry.make_planner("mine", SETTINGS, None)
 
 

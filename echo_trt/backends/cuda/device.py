@@ -24,7 +24,7 @@ def cuda_device() -> torch.device:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise UserError(
             f"no CUDA device: PyTorch {torch.__version__} says {reason!r}; run on a machine with an NVIDIA GPU, its "
-            "driver and a CUDA build of PyTorch, or build with --engine openvino."
+            "driver and a CUDA build of PyTorch, or build with --engine cpu."
         ) from error
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -47,7 +47,7 @@ def check_heads(head_dim: int, group: int) -> None:
     if head_dim not in HEAD_DIMS or group > MAX_GROUP:
         raise UserError(
             f"the network has heads of {head_dim} and {group} query heads a KV head, but the kernel for GPUs is for "
-            f"heads of {', '.join(map(str, HEAD_DIMS))} and up to {MAX_GROUP}; build it with --engine openvino."
+            f"heads of {', '.join(map(str, HEAD_DIMS))} and up to {MAX_GROUP}; build it with --engine cpu."
         )
 
 

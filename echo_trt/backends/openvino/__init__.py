@@ -1,1 +1,1 @@
-"""OpenVINO: the embedded default, on any CPU."""
+"""OpenVINO, for CPUs that the default engine, ``cpu``, does not run on."""

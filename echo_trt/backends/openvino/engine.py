@@ -1,4 +1,4 @@
-"""The OpenVINO engine: the embedded default, on any CPU."""
+"""The OpenVINO engine, for CPUs that the default engine, ``cpu``, does not run on."""
 
 from __future__ import annotations
 

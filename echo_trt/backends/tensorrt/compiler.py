@@ -66,7 +66,7 @@ def compile_engine(job: CompileJob, out: Path, detail: TellPhase = lambda share,
         if engine is None:
             raise UserError(
                 f"TensorRT could not build {job.graph.stem}: {first_sentence(logger.errors())}; "
-                "use another precision, or --engine openvino."
+                "use another precision, or --engine cpu."
             )
         out.write_bytes(engine)
         job.timing_cache.write_bytes(config.get_timing_cache().serialize())

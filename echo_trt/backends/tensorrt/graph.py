@@ -35,7 +35,7 @@ def check_graph(path: Path, knows: Callable[[str], bool]) -> None:
         if name != node.op_type or not knows(node.op_type):
             raise UserError(
                 f"{path}: operator {name} is not one that TensorRT compiles; "
-                "export the network with echo-trt build, or use --engine openvino."
+                "export the network with echo-trt build, or use --engine cpu."
             )
         if problem := _silent_trap(node):
             raise UserError(f"{path}: {problem}, which TensorRT gets wrong; export the network with echo-trt build.")

@@ -29,7 +29,7 @@ class TensorRTFacts(BaseModel):
 def load_tensorrt() -> ModuleType:
     """Import TensorRT's Python module and register our plugin; a missing one or another version is refused."""
     run = "run pip install -e '.[tensorrt]' in the repository"
-    remedy = f"{run}, or echo-trt build the bundle with --engine openvino."
+    remedy = f"{run}, or echo-trt build the bundle with --engine cpu."
     try:
         module = importlib.import_module("tensorrt")
         version = module.__version__

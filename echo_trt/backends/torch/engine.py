@@ -212,7 +212,7 @@ def _operator_for(device: torch.device, config: Config) -> Callable[..., Tensor]
     except ImportError as error:
         raise UserError(
             f"the kernel for GPUs cannot be loaded ({error}); run pip install -e '.[cuda]' in the repository, or "
-            "echo-trt build the bundle with --engine openvino."
+            "echo-trt build the bundle with --engine cpu."
         ) from error
     return super_tree_attention_triton
 

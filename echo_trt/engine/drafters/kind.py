@@ -53,7 +53,7 @@ class DraftSource:
 
 
 class DraftKind:
-    """A drafter's record; this one is the draft that there is none of.
+    """A drafter's record; this one says that there is no draft.
 
     network   whether it has a network
     sourced   whether that has a checkpoint of its own

@@ -1,7 +1,7 @@
-"""What a request has to expect as things stand: seconds to its first token, and per token behind it.
+"""Forecasts a request's latency at the current load: seconds to the first token, and per token after it.
 
-The seconds per token are those of late of requests like it, with a target or without, at the load that it makes. The
-first token waits for a slot, and for the prompts that are to be computed before its own.
+The seconds per token are what recent requests took at this load, with a target or without, as the new one has. The
+first token waits for a free slot and for the prompts ahead of it.
 """
 
 from __future__ import annotations

@@ -93,5 +93,5 @@ class GrammarQueue:
             return str(mistake)
         except Exception as error:  # one request's grammar is no other's trouble
             log.exception("the grammar of a request cannot be set", extra=job.named)
-            return f"structured cannot be used ({type(error).__name__}); mend or simplify it."
+            return f"structured cannot be used ({type(error).__name__}); fix or simplify it."
         return ""

@@ -93,7 +93,7 @@ function parsed(id, name) {
   } catch (error) {
     $("settings").open = true;
     $(id).focus();
-    throw new Refused(`The ${name} in the settings is no JSON (${error.message}); mend it, or empty the field.`, 0);
+    throw new Refused(`The ${name} in the settings is no JSON (${error.message}); fix it, or empty the field.`, 0);
   }
 }
 

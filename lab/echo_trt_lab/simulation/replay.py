@@ -36,7 +36,7 @@ def naming_failures(policy: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = f"{described(error)}, at {raised_at(error)}"
-        raise UserError(f"policy is {policy}, which fails ({reason}); mend it.") from error
+        raise UserError(f"policy is {policy}, which fails ({reason}); fix it.") from error
 
 
 @dataclass(frozen=True)

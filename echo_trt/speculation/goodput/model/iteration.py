@@ -37,7 +37,7 @@ class Prices:
 def prices(pace: Pace | None, tuning: GoodputTuning, usual: float = 0.0) -> Prices | None:
     """Return the prices of requests that keep ``pace``; None: no request has a target.
 
-    usual  mean price of late, with which a request begins in part; else each would have to fall behind first
+    usual  recent mean price; a request begins with a share of it, or each would have to fall behind first
     """
     if pace is None:
         return None
@@ -114,8 +114,8 @@ class IterationModel:
     block          rows that a block drafter's only pass computes for a request; 0: the draft takes one pass per level
     host_seconds   of an iteration, beside passes and planning
     level_seconds  of planning a draft level
-    usual_price    mean price of late of requests with latency targets
-    speedup        tokens committed lately, divided by those of plain decoding in the same time
+    usual_price    recent mean price of requests with latency targets
+    speedup        recently committed tokens, divided by plain decoding's in the same time
     """
 
     costs: Costs
