@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
 from functools import partial
 from typing import NoReturn
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
 from rich.console import Console
 
-from echo_trt.errors import StartFailed, UserError, no_memory
+from echo_trt.errors import StartFailed, UserError, no_memory, shown
 from echo_trt.files.extras import check_lab
 
 NARROWEST = 20  # columns of a terminal; larger: more values of COLUMNS are ignored
@@ -43,8 +44,7 @@ def run_app(app: App) -> None:
     except StartFailed as error:
         _refuse(error, 1)
     except CycloptsError as error:
-        error.verbose = False
-        _refuse(error)
+        _refuse(_sentence(error))
     except MemoryError as error:
         _refuse(no_memory(error))
     except OSError as error:
@@ -65,6 +65,22 @@ def _run(app: App) -> None:
     except SystemExit:
         sys.stdout.flush()
         raise
+
+
+def _sentence(error: CycloptsError) -> str:
+    """Say what is wrong with the words of a command line, and what to write instead."""
+    command = " ".join(error.command_chain or ("echo-trt",))
+    if isinstance(error, UnusedCliTokensError):
+        words = " ".join(error.unused_tokens or ())
+        return f"{command} has no use for {shown(words)}; leave it out, or put quotes around a text of several words."
+    if isinstance(error, UnknownOptionError):
+        option = (error.token.keyword or error.token.value).partition("=")[0]
+        known = [name for argument in error.argument_collection for name in argument.names]
+        near = difflib.get_close_matches(option, known, 1)
+        remedy = f"did you mean {near[0]}?" if near else f"see echo-trt {' '.join(error.command_chain or ())} --help."
+        return f"{option} is no option of {command}; {remedy}"
+    error.verbose = False
+    return str(error)
 
 
 def _refuse(error: object, code: int = 2) -> NoReturn:

@@ -185,7 +185,7 @@ def _classes(_: object, tokens: Sequence[Token]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyOptions(EngineOptions):
-    """How a service keeps latency targets."""
+    """How a service keeps latency targets, and what it learns and keeps."""
 
     latency_classes: Annotated[
         str,
@@ -198,7 +198,16 @@ class LatencyOptions(EngineOptions):
     latency_admission: Annotated[
         Flag, Parameter(help="Refuse a request whose latency targets cannot be kept (429 with Retry-After).")
     ] = False
-    others: ClassVar[tuple[str, ...]] = ("latency_classes", "latency_admission")
+    learn_answers: LearnAnswers = False
+    store: StoreFolder = None
+    store_size: StoreSize = ""
+    others: ClassVar[tuple[str, ...]] = ("latency_classes", "latency_admission", "learn_answers", "store", "store_size")
+
+    def __post_init__(self) -> None:
+        if self.store_size and self.store is None:
+            raise UserError(f"--store-size is {self.store_size}, but there is no store; add --store DIR.")
+        if self.store and self.store.exists() and not self.store.is_dir():
+            raise UserError(f"--store is {self.store}, which is a file; name a folder.")
 
 
 def _events(_: object, tokens: Sequence[Token]) -> str:
@@ -224,16 +233,7 @@ class HostedOptions(LatencyOptions):
             "others of its fields.",
         ),
     ] = ""
-    learn_answers: LearnAnswers = False
-    store: StoreFolder = None
-    store_size: StoreSize = ""
     others: ClassVar[tuple[str, ...]] = (
         *LatencyOptions.others,
-        "learn_answers",
-        "store",
-        "store_size",
-        "queue",
-        "special_tokens_in_content",
-        "no_prefix_cache",
-        "kv_events_config",
+        *("queue", "special_tokens_in_content", "no_prefix_cache", "kv_events_config"),
     )

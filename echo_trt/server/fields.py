@@ -113,7 +113,7 @@ def _refusal(name: str, value: Any, known: Collection[str], given: Mapping[str, 
     if reading.strict:
         return "is not known here; leave it out."
     if path + name not in reading.ignored and (near := _nearest(name, [each for each in known if each not in given])):
-        return f"is not known here (did you mean {near}?); mend it, or leave it out."
+        return f"is {shown(value)}, but no field has this name; did you mean {near}?"
     if value and _constrains(name[: 2 * LONGEST]):
         return f"is {shown(value)}, which this engine does not support; leave it out."
     return ""

@@ -166,7 +166,7 @@ def content(*blocks: dict[str, Any], role: str = "user") -> dict[str, Any]:
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format has no type that is known here"),
         ({"mcp_servers": [{}]}, "mcp_servers is a list of 1, which this engine does not support; leave it out."),
         ({"stop": "x"}, "stop is 'x', which this engine does not support"),
-        ({"temprature": 1}, "temprature is not known here (did you mean temperature?); mend it, or leave it out."),
+        ({"temprature": 1}, "temprature is 1, but no field has this name; did you mean temperature?"),
         ({"model": "claude"}, "The model 'claude' does not exist here; ask for 'echo'."),
     ],
 )

@@ -103,7 +103,7 @@ def test_the_model_is_told_of_and_always_loaded(client):
         ("chat", {"messages": CHAT, "options": {"num_predict": 0}}, "options.num_predict is 0"),
         ("chat", {"messages": CHAT, "options": {"repeat_penalty": 0}}, "options.repeat_penalty is 0"),
         ("chat", {"messages": CHAT, "options": {"mirostat": 2}}, "options.mirostat is 2, which this engine does not"),
-        ("chat", {"messages": CHAT, "options": {"temprature": 1}}, "options.temprature is not known here (did"),
+        ("chat", {"messages": CHAT, "options": {"temprature": 1}}, "options.temprature is 1, but no field has this"),
         ("chat", {"messages": CHAT, "format": "xml"}, "format is 'xml': give json or a JSON schema."),
         ("chat", {"messages": CHAT, "format": {"type": 5}}, "format"),
         (

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.engine.options import DrainSeconds, LatencyOptions, LearnAnswers, StoreFolder, StoreSize, bounds
+from echo_trt.engine.options import DrainSeconds, LatencyOptions, bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,6 @@ class WorkerOptions(LatencyOptions):
     queue: Annotated[int, Parameter(help="Requests that may wait; more go to other workers.", validator=bounds(1))] = (
         256
     )
-    learn_answers: LearnAnswers = False
-    store: StoreFolder = None
-    store_size: StoreSize = ""
     drain_seconds: DrainSeconds = 60
     system_port: Annotated[
         int, Parameter(help="Metrics and health; 0: DYN_SYSTEM_PORT, else none.", validator=bounds(0, 32767))

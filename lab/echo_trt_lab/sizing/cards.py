@@ -57,7 +57,7 @@ _LARGEST_KNEE = 1 << 16  # tokens of a pass; larger: a knee is sought further, i
 
 def parse_cards(text: str) -> tuple[Card, int]:
     """Read a card and the number of cards from a text such as ``"H100-80GB x8"`` or ``"RTX 4090"``."""
-    words = re.fullmatch(r"\s*(\S.*?)(?:\s+x\s*(\d+))?\s*", text, re.IGNORECASE)
+    words = re.fullmatch(r"\s*(\S.*?)(?:(?<!RT)\s*x\s*(\d+))?\s*", text, re.IGNORECASE)  # RT: of RTX 4090
     if words is None:
         raise UserError(f'--fit is {text!r}; name a card and how many there are, like "H100-80GB x8".')
     name, count = words[1], int(words[2] or 1)

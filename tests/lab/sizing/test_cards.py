@@ -24,6 +24,9 @@ def qwen3(name: str, gpus: int = 1):
         ("rtx4090", "RTX-4090", 1),
         ("RTX-PRO x2", "RTX-PRO-6000", 2),
         ("A10", "A10", 1),  # a name comes before what begins with it
+        ("A10x2", "A10", 2),
+        ("H100-80GBx8", "H100-80GB", 8),
+        ("RTX 4090x2", "RTX-4090", 2),
     ],
 )
 def test_cards_and_how_many(text, name, count):
@@ -37,7 +40,7 @@ def test_cards_and_how_many(text, name, count):
         ("", ("''", "H100-80GB x8")),
         ("H100", ("'H100'", "several", "H100-80GB, H100-PCIe,")),
         ("Voodoo 2", ("'Voodoo 2'", "not known", *CARDS)),
-        ("H100-80GBx8", ("'H100-80GBx8'", "not known", "L4 x2")),
+        ("H100-80GBxx8", ("'H100-80GBx'", "not known", "L4 x2")),
         ("L4 x0", ("0 cards", "1 to 1024")),
         ("L4 x-2", ("'L4 x-2'",)),
     ],
