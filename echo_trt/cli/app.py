@@ -20,9 +20,6 @@ from echo_trt.files.extras import BUILD, check_modules, of_lab, registered
 from echo_trt.files.inputs import is_gguf
 from echo_trt.supervision.options import ServeOptions
 
-FEW_BITS = "int4"  # the precision of a GGUF file that is served: matrices keep the file's own bits
-FILE_SLOTS = 8  # requests of such a server at once; larger: its KV pool takes more of the memory
-
 app = App(
     name="echo-trt",
     help="Elastic speculative decoding (ECHO, arXiv 2604.09603), compiled.\n\n"
@@ -94,7 +91,10 @@ def generate(options: GenerateOptions) -> None:
 
         read_manifest(options.bundle)
     options = replace(options, bundle=_bundle_of(options.bundle))
-    from echo_trt.cli.generate import run
+    from echo_trt.cli.progress import loading
+
+    with loading(messages):
+        from echo_trt.cli.generate import run
 
     run(options, screen_of(options.color), messages)
 
@@ -109,7 +109,10 @@ def chat(options: ChatOptions) -> None:
     Example: `echo-trt chat bundles/smollm2-135m --temperature 0`
     """
     options = replace(options, bundle=_bundle_of(options.bundle))
-    from echo_trt.cli.chat import run
+    from echo_trt.cli.progress import loading
+
+    with loading(messages):
+        from echo_trt.cli.chat import run
 
     run(options, screen_of(options.color), messages)
 
@@ -138,13 +141,14 @@ def _bundle_of(path: Path) -> Path:
     if not is_gguf(path):
         return path
     from echo_trt.bundle.sources import cache_folder
+    from echo_trt.cli.recipes import SERVED
 
     stat = path.stat()
     facts = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {__version__}"
     folder = cache_folder() / f"{path.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
     if not (folder / "manifest.json").exists():
-        words = ["build", str(path), "--precision", FEW_BITS, "-o", str(folder)]
-        words += ["--max-num-seqs", str(FILE_SLOTS)]
+        words = ["build", str(path), "-o", str(folder)]
+        words += [f"--{name.replace('_', '-')}={value}" for name, value in SERVED.items()]
         # In a process of its own, whose memory a server does not keep.
         if code := subprocess.run([sys.executable, "-m", "echo_trt", *words], check=False).returncode:
             sys.exit(code)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from echo_trt.cli.generate import PlainText, sampling_params
 from echo_trt.cli.options import ChatOptions
+from echo_trt.cli.progress import loading
 from echo_trt.cli.terminal import wants_colour
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
@@ -23,7 +24,7 @@ def run(options: ChatOptions, out: Console, messages: Console) -> None:
     """Answer line by line until /bye or the end of the input."""
     coloured = wants_colour(out, options.color) and "text" in registered("generate")
     params = replace(sampling_params(options), token_sources=coloured)
-    with messages.status("loading the bundle"):
+    with loading(messages):
         memory, costs, batch = options.kv_cache_memory, options.costs, options.batch or 1
         llm = LLM(options.bundle, options.policy, batch, note=messages.print, kv_cache_memory=memory, costs=costs)
     messages.print(COMMANDS, highlight=False)

@@ -17,6 +17,7 @@ from echo_trt.bundle.calibration import own_files
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.cli.options import SAMPLED, ChatOptions, GenerateOptions
 from echo_trt.cli.outputs import files_first, json_bytes, output_file
+from echo_trt.cli.progress import loading
 from echo_trt.cli.terminal import wants_colour
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Completion, Delta, SamplingParams
@@ -61,7 +62,7 @@ def run(options: GenerateOptions, out: Console, messages: Console) -> dict[str, 
     inputs = [options.prompts, *own_files(options.bundle)]
     files = files_first(out) if options.json_file else nullcontext()
     with output_file("--json", options.json_file, inputs) as write, files:
-        with messages.status("loading the bundle"):
+        with loading(messages):
             llm = LLM(
                 options.bundle,
                 options.policy,
@@ -113,8 +114,6 @@ def sampling_params(options: GenerateOptions | ChatOptions) -> SamplingParams:
 
 def _check(job: GenerateOptions, policy: str, out: Console) -> None:
     known = policy_named(policy, "--policy")
-    if job.budget is not None and job.budget < 1:
-        raise UserError(f"--budget is {job.budget}; give 1 or more.")
     if job.budget and not known.shares_budget:
         raise UserError(f"--budget is {job.budget}, but {policy} shares no budget; give --policy echo.")
     if job.watch and job.compare:

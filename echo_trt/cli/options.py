@@ -80,7 +80,10 @@ class GenerateOptions(SamplingOptions, EngineOptions):
     ] = None
     budget: Annotated[
         int | None,
-        Parameter(help="K_max of echo and of your policies: tokens of a pass. Default: the recipe's, else measured."),
+        Parameter(
+            help="K_max of echo and of your policies: tokens of a pass. Default: the recipe's, else measured.",
+            validator=bounds(1),
+        ),
     ] = None
     json_file: Annotated[Path | None, Parameter("--json", help="Write results and summary to this file.")] = None
     compare: Annotated[Flag, Parameter(help="Answer twice, plain and speculating side by side, and compare.")] = False

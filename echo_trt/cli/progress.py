@@ -3,11 +3,46 @@
 from __future__ import annotations
 
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from echo_trt.supervision.stopping import stop_signals
+
+COMPILING = "compiling functions for this CPU, once: this may take a minute"
+PATIENCE = 1.0  # seconds of compiling that nothing is said of; larger: a first start is silent for longer
+
+
+@contextmanager
+def loading(console: Console) -> Iterator[None]:
+    """Show on a terminal that a bundle is loaded; say, there and elsewhere, when numba compiles for long meanwhile."""
+    from numba.core.event import Event, Listener, install_listener
+
+    status = console.status("loading the bundle")
+
+    class Passes(Listener):  # type: ignore[misc]  # of numba's compiler: what is in its cache has none
+        begin = 0.0
+
+        def on_start(self, event: Event) -> None:
+            self.begin = self.begin or time.monotonic()
+            if time.monotonic() - self.begin > PATIENCE:
+                status.update(COMPILING)
+                _say_once(console)
+
+        def on_end(self, event: Event) -> None: ...
+
+    with install_listener("numba:run_pass", Passes()), status:
+        yield
+
+
+@cache
+def _say_once(console: Console) -> None:
+    if not console.is_terminal:  # which has the status
+        console.print(COMPILING, soft_wrap=True)
 
 
 class BuildProgress:

@@ -22,6 +22,9 @@ PACKAGED = Path(__file__).parents[1] / "recipes"  # of the wheel
 #: What the names of GGUF files end in: the type of the weights.
 GGUF = re.compile(r"([-.](UD-)?(I?Q\d\w*|B?F16|F32))?(-\d{5}-of-\d{5})?\.gguf$", re.IGNORECASE)
 CONTEXT = 8192  # of a derived recipe, at most; larger: more KV blocks per request
+#: How ``serve`` builds a GGUF file, which ``inspect`` shows where no option is given: blocks of the file stay as they
+#: are. More requests at once take a larger KV pool.
+SERVED: dict[str, Any] = {"precision": "int4", "max_num_seqs": 8}
 
 
 def recipe_for(what: str, draft: str | None = None) -> tuple[Recipe, Path]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from answering import answering
@@ -22,6 +23,7 @@ from echo_trt.backends.self_check import BOUNDS
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
 from echo_trt.cli import recipes
+from echo_trt.cli.app import _bundle_of
 from echo_trt.cli.options import BuildOptions
 from echo_trt.cli.recipes import RECIPES, for_this_machine, recipe_for, sized
 from echo_trt.engine.kv_pool import kv_pool
@@ -283,6 +285,25 @@ def test_a_server_s_wheel_has_recipes_and_the_lab_s_the_heads(tmp_path, monkeypa
     monkeypatch.setattr(recipes, "registered", lambda group: ("folder",))
     monkeypatch.setattr(recipes, "extra", lambda group, name: whole)
     assert recipe_for("smollm2-135m")[1] == whole
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-Coder-1.5B-Instruct", "Own-2B"])
+def test_a_gguf_file_is_inspected_as_it_is_served(name, tmp_path, monkeypatch, echo_trt):
+    """The first has a shipped recipe, which states another batch."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ran: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda words, check: ran.append(words[3:]) or SimpleNamespace(returncode=0))
+    file = write_gguf(tmp_path / f"{name}-F32.gguf", qwen3(**GGUF_SIZES))
+    _bundle_of(file)
+    served = echo_trt("inspect", file, *[word for word in ran[0][4:] if word.startswith("--")]).out
+    assert "batch 8, context" in served
+    assert ", int4" in served
+    assert limits_of(echo_trt("inspect", file).out) == limits_of(served)
+    assert limits_of(echo_trt("inspect", file, "--max-num-seqs", 9).out) != limits_of(served)
+
+
+def limits_of(table: str) -> list[str]:
+    return [line for line in table.splitlines() if any(row in line for row in ("limits", "engine", "KV pool  "))]
 
 
 def test_a_gguf_file_is_known_by_its_first_bytes(tmp_path):

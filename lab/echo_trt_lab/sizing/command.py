@@ -10,8 +10,9 @@ from rich.console import Console
 from echo_trt.backends.kind import engine_kind
 from echo_trt.bundle.manifest import MANIFEST, read_manifest, verify_files
 from echo_trt.bundle.recipe import Recipe
-from echo_trt.cli.recipes import for_this_machine, recipe_for
+from echo_trt.cli.recipes import SERVED, for_this_machine, recipe_for
 from echo_trt.errors import UserError
+from echo_trt.files.inputs import is_gguf
 from echo_trt.sizing.limits import limited
 from echo_trt_lab.sizing.cards import CARDS, parse_cards
 from echo_trt_lab.sizing.fit import fit
@@ -22,6 +23,8 @@ from echo_trt_lab.sizing.tables import cards_table, manifest_table, recipe_table
 def run(options: InspectOptions, console: Console) -> int:
     """Print the tables; returns the exit code, 1 where a recipe does not fit."""
     path, cards = Path(options.path), options.cards
+    if options == InspectOptions(options.path) and is_gguf(path):
+        options = InspectOptions(options.path, **SERVED)
     if not path.is_dir() or ((path / "config.json").exists() and not (path / MANIFEST).exists()):
         recipe, folder = recipe_for(options.path)
         engine = options.engine or (recipe.engine if cards else None)  # with cards the recipe's own
