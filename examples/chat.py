@@ -5,7 +5,7 @@ python examples/chat.py bundles/smollm2-135m
 
 import sys
 
-from echo_trt import LLM, SamplingParams
+from echo_trt import LLM
 
 
 def main(bundle: str) -> None:
@@ -13,7 +13,7 @@ def main(bundle: str) -> None:
     messages = [{"role": "system", "content": "You answer in one or two sentences."}]
     while question := input("you: ").strip():
         messages.append({"role": "user", "content": question})
-        [answer] = llm.chat(messages, SamplingParams(max_tokens=64))
+        [answer] = llm.chat(messages, llm.sampling(max_tokens=64))
         print(f"it:  {answer.text}")
         # The next turn computes only what is new: the prefix cache holds the conversation so far.
         messages.append({"role": "assistant", "content": answer.text})

@@ -23,7 +23,7 @@ from echo_trt.speculation import drafts, planner, policies, super_tree
 ROOT = Path(__file__).parents[1]
 MARK = "<!-- below: written by scripts/reference.py -->\n"
 #: What a program calls of LLM; other members are for the doors of this package.
-CALLED = ("generate", "chat", "stream", "stream_chat", "chat_ids", "default_params", "set_policy")
+CALLED = ("generate", "chat", "stream", "stream_chat", "chat_ids", "sampling", "set_policy")
 #: Members of a policy's classes that only this package needs.
 INNER = ("reached", "with_roots", "best_paths", "checked", "on_one_path", "look_ahead")
 #: A line of a docstring that explains a name: the name, two blanks or more, and text.
@@ -81,7 +81,9 @@ def signature(name: str, thing: Callable[..., Any]) -> str:
     given = inspect.signature(thing)
     words = []
     for each in given.parameters.values():
-        if each.name not in ("self", "cls") and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
+        if each.kind is each.VAR_KEYWORD:
+            words.append(f"**{each.name}")
+        elif each.name not in ("self", "cls") and each.kind is not each.VAR_POSITIONAL:
             plain = each.default is None or isinstance(each.default, bool | int | float | str | tuple)
             default = "" if each.default is each.empty else f"={each.default!r}" if plain else "=..."
             words.append(each.name + default)

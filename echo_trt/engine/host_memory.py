@@ -36,6 +36,11 @@ def memory_limit(root: Path = Path("/")) -> int | None:
     return limit if limit and limit < psutil.virtual_memory().total else None
 
 
+def total_memory() -> int:
+    """Return the bytes that this machine has, or this process's control groups may take if that is less."""
+    return memory_limit() or int(psutil.virtual_memory().total)
+
+
 def _groups(root: Path) -> Iterator[tuple[int, int]]:
     """Yield the limits of this process's memory groups and of those around them, and the bytes that each has left."""
     lines: list[str] = []
@@ -57,9 +62,10 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
                     yield maximum, maximum - used + sum(int(value) for key, value in pairs if key in caches)
 
 
-def bytes_in(name: str, text: str) -> int:
+def bytes_in(name: str, text: object) -> int:
     """Return the bytes that a text such as ``4``, ``4G`` (GiB both) or ``512M`` says. ``name``: the option's."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(|B|[KMGT](?:IB)?)", text.strip().upper())
+    plain = text.strip().upper() if isinstance(text, str) else ""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(|B|[KMGT](?:IB)?)", plain)
     amount = int(float(match[1]) * UNITS[match[2][:1] or "G"]) if match else 0
     if amount < 1:
         raise UserError(f"{name} is {shown(text)}; give GiB, such as 4, or an amount such as 4G or 512M.")

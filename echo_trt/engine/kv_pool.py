@@ -10,7 +10,7 @@ from typing import Any
 from echo_trt.backends.kind import engine_kind
 from echo_trt.backends.states import KEPT
 from echo_trt.bundle.manifest import Manifest
-from echo_trt.engine.host_memory import OPTION, available_memory, gigabytes, memory_limit
+from echo_trt.engine.host_memory import OPTION, available_memory, gigabytes, memory_limit, total_memory
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.policies import reserve_for
@@ -92,13 +92,23 @@ def kv_pool(
             fixed += PROCESSES + 4 * PASS * manifest.target.vocab_size
             maximum = min(maximum, _under_limit(limit // processes, fixed, needed * size, limits.context) // size)
     if memory is not None:
+        if available is not None and memory > (total := total_memory()):
+            raise UserError(
+                f"{OPTION} is {gigabytes(memory)}, but this machine has {gigabytes(total)} of memory, of which "
+                f"{gigabytes(max(available, 0))} are free beside the weights; give less, or leave it out."
+            )
         blocks = _chosen(manifest, memory, size)
     elif limits.kv_blocks or available is None:
         blocks = maximum
     else:
         _check_available(available, size, needed, limits.context)
-        blocks = min(maximum, max(int(SHARE * available) // size, needed))
+        blocks = default_blocks(maximum, available, size, needed)
     return KVPool(blocks, size, needed, limits.context, available, states)
+
+
+def default_blocks(maximum: int, available: int, size: int, needed: int) -> int:
+    """Return the blocks, of ``size`` bytes, of a pool that nobody sized, from ``needed`` for one request on."""
+    return min(maximum, max(int(SHARE * available) // size, needed))
 
 
 def _under_limit(limit: int, fixed: int, needed: int, context: int) -> int:

@@ -11,6 +11,8 @@ import numpy as np
 
 from echo_trt.engine.assemble import load_networks
 from echo_trt.engine.core import EngineCore
+from echo_trt.engine.host_memory import bytes_in
+from echo_trt.engine.parameter import INT32, Parameter
 from echo_trt.engine.params import (
     MAX_AT_ONCE,
     TOKEN_SOURCES,
@@ -37,6 +39,7 @@ from echo_trt.speculation.planner import Planner
 TextOrIds = str | Sequence[int]
 Prompts = str | Sequence[TextOrIds]  # a string is a single prompt
 RequestParams = SamplingParams | Sequence[SamplingParams] | None
+BATCH, BUDGET = (Parameter(default=None, kind=int, doc="", low=1, high=high) for high in (MAX_AT_ONCE, INT32))
 
 
 class LLM:
@@ -51,23 +54,23 @@ class LLM:
         note: Callable[[str], None] = lambda sentence: None,
         prefix_cache: bool | None = None,
         special_tokens_in_content: bool = False,
-        kv_cache_memory: int | None = None,
+        kv_cache_memory: int | str | None = None,
         costs: Path | None = None,
         learn_answers: bool = False,
     ):
         """``policy``, ``batch`` (running requests), ``budget`` (K_max) and ``prefix_cache`` override the recipe's.
 
-        ``kv_cache_memory``: bytes of the KV pool; by default the recipe's blocks, or on a CPU what the memory has room
-        for, up to a whole context for each running request.
+        ``kv_cache_memory``: bytes of the KV pool, or a text as on the command line, such as "4G"; by default the
+        recipe's blocks, or on a CPU what the memory has room for, up to a whole context for each running request.
         ``costs``: a file, or its folder, that keeps what passes cost on this machine; by default the bundle does.
         With ``learn_answers`` the policy goodput drafts from earlier answers, those to the same ``Sender.salt``.
         ``note`` is told, in a sentence, what a user should know of the start. With ``special_tokens_in_content`` a
         control token's name in a prompt, such as ``<|im_end|>``, becomes that token; else it is text.
         """
-        if batch is not None and not 1 <= batch <= MAX_AT_ONCE:
-            raise UserError(f"batch is {batch}; give a whole number from 1 to {MAX_AT_ONCE}.")
-        if budget is not None and budget < 1:
-            raise UserError(f"budget is {budget}; give a whole number of 1 or more.")
+        BATCH.check("batch", batch)
+        BUDGET.check("budget", budget)
+        if kv_cache_memory is not None and not isinstance(kv_cache_memory, int):
+            kv_cache_memory = bytes_in("kv_cache_memory", kv_cache_memory)
         folder = Path(bundle)
         self.networks = load_networks(folder, batch, prefix_cache, kv_cache_memory, learn_answers)
         for name in registered("networks"):  # wrappers of engines
@@ -89,10 +92,12 @@ class LLM:
     def counters(self) -> Counters:
         return self.loop.counters
 
-    @property
-    def default_params(self) -> SamplingParams:
-        """The parameters of a request that gives none: what the model's generation_config.json recommends."""
-        return SamplingParams(**self.manifest.sampling.given())
+    def sampling(self, **given: Any) -> SamplingParams:
+        """Parameters that are ``given``, and the model's own (generation_config.json) for what is left out.
+
+        As the command line and the server do it; without any, those of a request that gives none.
+        """
+        return SamplingParams(**(self.manifest.sampling.given() | given))
 
     def set_policy(self, name: str | None, budget: int | None = None) -> None:
         """Plan by another policy from now on, None for the recipe's, or with another K_max; texts stay the same.
@@ -127,7 +132,7 @@ class LLM:
 
         A string is encoded with the tokenizer's special tokens, and no chat template; names of control tokens in it
         are control tokens. Token ids are taken as they are. ``params`` are for all prompts, or one for
-        each; without, ``default_params``.
+        each; without, the model's own, ``sampling()``.
         """
         return _completions(self.stream(prompts, params))
 
@@ -184,7 +189,7 @@ class LLM:
                 raise UserError(
                     f"params is {shown(given)}; give SamplingParams(max_tokens=3), or one for each of {name}."
                 )
-        all_params = params if isinstance(params, Sequence) else [params or self.default_params] * len(prompts)
+        all_params = params if isinstance(params, Sequence) else [params or self.sampling()] * len(prompts)
         if len(all_params) != len(prompts):
             one = name.removesuffix("s")
             raise UserError(

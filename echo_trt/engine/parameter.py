@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from echo_trt.errors import UserError, shown
+
 #: The largest count or token id.
 INT32 = 2**31 - 1
 
@@ -83,6 +85,11 @@ class Parameter:
                 return True
             return isinstance(value, tuple | list) and all(map(self._holds, value))  # a string is no list of strings
         return (value is None and self.default is None) or self._holds(value)
+
+    def check(self, name: str, value: object) -> None:
+        """Raise UserError, which calls the value ``name``, unless it is allowed."""
+        if not self.allows(value):
+            raise UserError(f"{name} is {shown(value)}; give {self.remedy}.", name)
 
     def _holds(self, value: Any) -> bool:
         if self.kind in (bool, dict):

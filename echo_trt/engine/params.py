@@ -15,11 +15,11 @@ from echo_trt.errors import UserError
 from echo_trt.grammar.requested import RULE, checked
 from echo_trt.speculation.sources import SOURCES, TARGET
 
-#: Requests at most that run at once.
+#: Most requests that run at once.
 MAX_AT_ONCE = 4096
 #: Stop token ids that one request may bring, its model's own included.
 MAX_STOP_TOKENS = 8
-#: Best tokens at most whose log-probabilities are told beside the emitted one's.
+#: Most alternatives per token whose log-probabilities are returned.
 MAX_LOGPROBS = 20
 #: Log-probabilities at most of one request's echoed prompts: their tokens, times n, times the alternatives and one.
 #: Larger: one short request takes more memory of the API server, some 450 bytes each, and holds up other streams
@@ -28,9 +28,9 @@ MAX_PROMPT_LOGPROBS = 100_000
 #: Log-probabilities at most of one request's answers: tokens, times choices, times the alternatives and one; a token's
 #: source counts as one. Larger: as above. 8,192 tokens may have 20 alternatives and a source.
 MAX_ANSWER_LOGPROBS = 200_000
-#: Tokens at most whose logits one request may bias.
+#: Most tokens whose logits one request may bias.
 MAX_BIASED = 300
-#: Characters at most of a stop string.
+#: Most characters of a stop string.
 MAX_STOP_CHARACTERS = 1000
 
 _SHORT = reprlib.Repr()
@@ -39,7 +39,10 @@ _SHORT.fillvalue = "…"
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a text is continued. Greedy, and up to 256 tokens, unless told otherwise.
+    """How a text is continued. It is complete, as in vLLM: what you leave out is greedy, and at most 256 tokens.
+
+    The command line, the server and ``LLM.sampling(max_tokens=64)`` take what you leave out from the model's own
+    recommendation (generation_config.json) first.
 
     The same seed gives the same text wherever the logits are the same, whichever policy, batch or load. In bf16 their
     rounding depends on those, but for the policies autoregressive and goodput-exact on CPUs (docs/exactness.md says how

@@ -224,10 +224,12 @@ def test_what_the_checkpoint_recommends_is_the_default_of_requests(networks, tmp
     config.write_text('{"do_sample": true, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1}')
     build(recipe_of("lookup", folder), folder, tmp_path / "bundle")
     llm = LLM(tmp_path / "bundle")
-    assert llm.default_params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95, min_p=0.1)
+    own = {"top_k": 20, "top_p": 0.95, "min_p": 0.1}
+    assert llm.sampling() == SamplingParams(temperature=0.6, **own)
+    assert llm.sampling(temperature=0, max_tokens=3) == SamplingParams(3, temperature=0, **own)
     reader = Reader(PromptReader(tmp_path / "bundle", 100), llm.manifest.sampling.given())
     ids, greedy = {"input_ids": [5]}, {"temperature": 0.0}
-    assert reader.read(ids).job.request.params == llm.default_params
+    assert reader.read(ids).job.request.params == llm.sampling()
     params = reader.read(ids | greedy).job.request.params
     assert params == SamplingParams(temperature=0.0, top_k=20, top_p=0.95, min_p=0.1)
     preferred = {"sampling": Sampling(temperature=0.2, repetition_penalty=1.1)}

@@ -304,7 +304,7 @@ def test_a_pool_too_small_for_one_request(with_limits):
 
 @pytest.mark.parametrize("batch", [0, 4097])
 def test_batch_is_checked(batch, bundle_of):
-    with refused(f"batch is {batch}", "from 1 to 4096"):
+    with refused(f"batch is {batch}", "from 1 to 4,096"):
         LLM(bundle_of("lookup"), batch=batch)
 
 

@@ -10,7 +10,7 @@ from refusal import refused
 
 from echo_trt.bundle.manifest import Manifest, read_manifest
 from echo_trt.engine import kv_pool as module
-from echo_trt.engine.host_memory import available_memory, bytes_in, memory_limit
+from echo_trt.engine.host_memory import available_memory, bytes_in, gigabytes, memory_limit, total_memory
 from echo_trt.engine.kv_pool import SHARE, KVPool, kv_pool
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
@@ -92,6 +92,37 @@ def test_a_pool_beyond_half_of_the_memory_is_told(with_limits, monkeypatch):
     monkeypatch.setattr(module, "available_memory", lambda: 3 * taken // 2)
     assert "may grow to" in pool_of(folder).warning
     assert "choose less with --kv-cache-memory" in pool_of(folder).warning
+
+
+def test_a_pool_beyond_the_machine_is_refused(bundle_of):
+    total = total_memory()
+    with refused(f"--kv-cache-memory is {gigabytes(total + 1)}, but this machine has {gigabytes(total)}", "give less"):
+        pool_of(bundle_of("lookup"), memory=total + 1)
+    assert pool_of(bundle_of("lookup"), memory=total).bytes <= total
+
+
+def test_python_takes_memory_as_the_command_line_does(bundle_of):
+    chosen = LLM(bundle_of("lookup"), "autoregressive", kv_cache_memory="64M").pool
+    assert chosen.blocks == LLM(bundle_of("lookup"), "autoregressive", kv_cache_memory=64 * 2**20).pool.blocks
+    assert chosen.blocks == 64 * 2**20 // chosen.block_bytes
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"kv_cache_memory": "8 apples"}, "kv_cache_memory is '8 apples'; give GiB, such as 4, or"),
+        ({"kv_cache_memory": [1]}, "kv_cache_memory is [1]; give GiB"),
+        ({"kv_cache_memory": 1.5}, "kv_cache_memory is 1.5; give GiB"),  # bytes are whole
+        ({"batch": "3"}, "batch is '3'; give a whole number from 1 to 4,096, or None."),
+        ({"batch": 2.5}, "batch is 2.5; give a whole number"),
+        ({"batch": True}, "batch is True; give a whole number"),
+        ({"budget": 0}, "budget is 0; give a whole number from 1 to 2^31 - 1, or None."),
+        ({"budget": "8"}, "budget is '8'; give a whole number"),
+    ],
+)
+def test_python_is_refused_a_wrong_number_in_a_sentence(bundle_of, given, said):
+    with refused(said):
+        LLM(bundle_of("lookup"), **given)
 
 
 def test_engines_that_share_a_machine_share_its_memory(with_limits):

@@ -10,7 +10,7 @@ from echo_trt.backends.kind import computes_in, engine_kind
 from echo_trt.bundle.manifest import NGRAMS, Manifest, NetworkFacts
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.engine.host_memory import available_memory, gigabytes
-from echo_trt.engine.kv_pool import SHARE, KVPool, block_bytes, kv_pool
+from echo_trt.engine.kv_pool import KVPool, block_bytes, default_blocks, kv_pool
 from echo_trt.errors import UserError
 from echo_trt.sizing.needs import Needs, needs
 from echo_trt.sizing.networks import Sizes
@@ -163,7 +163,7 @@ def _pool_of_recipe(recipe: Recipe, need: Needs, target: Shape, draft: Shape | N
     networks = [(target.sizes, recipe.precision), *([(draft.sizes, recipe.draft_precision)] if draft else [])]
     size, needed = block_bytes(recipe.engine, networks), recipe.request_blocks
     available = available_memory() - need.target_weights - need.draft_weights - need.states
-    blocks = min(need.blocks, max(int(SHARE * available) // size, needed))
+    blocks = default_blocks(need.blocks, available, size, needed)
     return KVPool(blocks, size, needed, recipe.limits.context, available, need.states)
 
 
