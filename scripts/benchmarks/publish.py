@@ -335,7 +335,7 @@ def _second_model(run: Run | None) -> list[str]:
     same = [[_short(p), *(_row(run, p, batch)["same_texts"] for batch in batches)] for p in SECOND_POLICIES]
     return [
         "## A second model",
-        f"{run['bundle']} in {run['precision']} has no draft network. Decode tokens/s (times plain decoding):",
+        f"{run['bundle']} in {run['precision']}. Decode tokens/s (times plain decoding):",
         _table(["requests", *map(str, batches)], rows),
         "Texts equal to plain decoding's:",
         _table(["requests", *map(str, batches)], same),
