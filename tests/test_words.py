@@ -90,3 +90,8 @@ def test_pages_have_words_that_readers_know():
     texts = {path.name: " ".join(path.read_text().split()) for path in DOCS}
     found = {page: word for page, text in texts.items() for word in PRIVATE if word in text}
     assert found == {}, f"write {', '.join(PRIVATE[word] for word in found.values())}"
+
+
+def test_users_are_told_to_fix():
+    pages = [*ROOT.glob("echo_trt/server/page/*.js"), *ROOT.glob("scripts/**/*.py"), *CODE, *DOCS]
+    assert [str(path.relative_to(ROOT)) for path in pages if re.search(r"\bmend", path.read_text())] == []

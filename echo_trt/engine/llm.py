@@ -105,6 +105,7 @@ class LLM:
         A policy that was set before goes on with what it had learnt. The first that needs this machine's costs
         measures them, so nothing may be running then.
         """
+        BUDGET.check("budget", budget)
         self.loop.planner = self._planner(name, budget)
 
     def _planner(self, name: str | None, budget: int | None) -> Planner:

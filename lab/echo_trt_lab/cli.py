@@ -51,7 +51,8 @@ def simulate(options: SimulateOptions) -> None:
 def inspect(options: InspectOptions) -> int:
     """Show what a bundle holds, or what a recipe would build and need of each GPU.
 
-    A bundle's files are checked against their hashes. A recipe's checkpoints need not be there.
+    A bundle's files are checked against their hashes. A recipe's checkpoints need not be there. Of a GGUF file and no
+    option it shows what `serve` makes.
 
     Examples: `echo-trt inspect qwen3-32b --fit "H100-80GB x2"`,
     `echo-trt inspect Qwen/Qwen3-1.7B --precision int8 --max-model-len 4096 --max-num-seqs 8`

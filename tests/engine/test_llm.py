@@ -35,6 +35,11 @@ def ids(bundle_of):
     return lambda chat: theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
 
+def test_a_budget_is_a_number_whenever_it_is_set(llm):
+    with refused("budget is '8'; give a whole number from 1 to 2^31 - 1, or None."):
+        llm.set_policy("echo", "8")
+
+
 @pytest.mark.parametrize(
     "program", ["import echo_trt", "from echo_trt import SamplingParams", "import echo_trt.cli.app"]
 )
