@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import sqlite3
 import sys
 import threading
 import time
@@ -30,8 +29,8 @@ from echo_trt.engine.host_memory import bytes_in
 from echo_trt.engine.kv_blocks import DIGEST, NEVER, shareable
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.measure import machine, processor_facts
-from echo_trt.errors import UserError
-from echo_trt.files.store import Store, StoredBlock, reason
+from echo_trt.errors import DAMAGED, UserError
+from echo_trt.files.store import FAILURES, Store, StoredBlock, no_room, reason
 from echo_trt.speculation.goodput.model.costs import Curve
 from echo_trt.speculation.pack import BLOCK
 
@@ -110,8 +109,8 @@ class StoredPrefixes:
         try:
             if content := self._store.state(self._state):
                 self._planner.load(content)
-        except (ValueError, KeyError) as error:
-            log.warning("what was %s is not taken from the store (%s); it is learnt anew.", self._state, error)
+        except (*FAILURES, *DAMAGED) as error:
+            log.warning("what was %s is not taken from the store (%s); it is learnt anew.", self._state, reason(error))
 
     def close(self) -> None:
         """Write what is left and close the store; nothing may be running."""
@@ -252,9 +251,18 @@ class StoredPrefixes:
                 continue
             try:
                 task()
-            except (OSError, sqlite3.Error) as error:
+            except FAILURES as error:
                 self._resting = time.monotonic() + REST
-                log.warning("the store takes nothing for %.0f s (%s): make room on its disk.", REST, reason(error))
+                self._recover(error)
+
+    def _recover(self, error: Exception) -> None:
+        """Make the store anew after a failure; a full disk may have room later."""
+        try:
+            if no_room(error):
+                raise error
+            self._store.renew(error)
+        except FAILURES as lasting:
+            log.warning("the store takes nothing for %.0f s (%s): check its disk.", REST, reason(lasting))
 
     def _keep(self, keys: Sequence[bytes]) -> None:
         """Write those blocks of a text that are not kept, or without what a draft has made of them meanwhile."""

@@ -1,33 +1,48 @@
 """A store in a folder: blocks in files of their own, an SQLite index of them, and named states of bytes.
 
 A file is named by the index once it is written whole, and a checksum tells what a power cut has left of it. So nothing
-waits for the disk: what a crash leaves is a block less. One process at a time has a folder (``flock``).
+waits for the disk: what a crash leaves is a block less. One process at a time has a folder (``flock``). It is a cache:
+whatever fails but for want of room, all of it is thrown away and made anew.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
+import shutil
 import sqlite3
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
-from errno import ENOSPC
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
+from stat import S_ISREG
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from echo_trt.errors import UserError
+from echo_trt.errors import UserError, shortened
 
-FORMAT = 1
+log = logging.getLogger(__name__)
+
+FORMAT = 2
 INDEX, BLOCKS, LOCK = "index.db", "blocks", "lock"
-_OTHERS = {LOCK, BLOCKS, "lost+found"}  # what an empty store's folder may hold
+_OTHERS = {LOCK, BLOCKS, f"{INDEX}-wal", f"{INDEX}-shm", "lost+found"}  # what a folder without an index may hold
+#: A damaged row may have values of any type. The constraints let SQLite's own check find it.
 _TABLES = """
 CREATE TABLE blocks (name BLOB PRIMARY KEY, scope BLOB, bytes INTEGER, checksum INTEGER, kind INTEGER, position INTEGER,
-                     found INTEGER DEFAULT 0, worth REAL) WITHOUT ROWID;
+                     found INTEGER DEFAULT 0, worth REAL,
+                     CHECK (typeof(name) || typeof(scope) || typeof(worth) = 'blobblobreal' AND bytes > 0),
+                     CHECK (typeof(bytes) || typeof(checksum) || typeof(kind) = 'integerintegerinteger'),
+                     CHECK (typeof(position) || typeof(found) = 'integerinteger')) WITHOUT ROWID;
 CREATE INDEX order_of_eviction ON blocks (worth, position DESC);
-CREATE TABLE states (scope BLOB, name TEXT, checksum INTEGER, content BLOB, PRIMARY KEY (scope, name)) WITHOUT ROWID;
+CREATE TABLE states (scope BLOB, name TEXT, checksum INTEGER, content BLOB, PRIMARY KEY (scope, name),
+                     CHECK (typeof(name) || typeof(content) = 'textblob')) WITHOUT ROWID;
 """
+#: What a store raises. ValueError: a message of SQLite's that quotes the damage is no UTF-8.
+FAILURES = (OSError, sqlite3.Error, ValueError)
+_SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _EVICTED = 32  # blocks that are looked for at once; larger: fewer look-ups, more blocks than must go
 
 
@@ -55,20 +70,36 @@ class Store:
         self._lock = -1
         try:
             self._lock = _locked(folder)
-            self._index = _opened(folder)
-            self._read_index()
-        except (OSError, sqlite3.Error) as error:
+            try:
+                self._open()
+            except FAILURES as error:
+                self.renew(error)
+        except FAILURES as error:
             with suppress(OSError):
                 os.close(self._lock)
             raise UserError(f"store {folder} cannot be used ({reason(error)}); give another folder.") from error
 
-    def _read_index(self) -> None:
+    def renew(self, failure: Exception) -> None:
+        """Throw away all there is, for a ``failure`` of the store, and begin anew. Raises one of FAILURES."""
+        log.warning("store %s is damaged (%s): all it held is thrown away.", self._folder, reason(failure))
+        self._known, self._total = {}, 0
+        with suppress(*FAILURES, AttributeError):  # AttributeError: it was never opened
+            self._index.close()
+        _remove(self._folder)
+        self._open()
+
+    def _open(self) -> None:
         """Learn what there is; files without an entry and entries without a file go, then what is too much."""
+        self._index = _opened(self._folder)
         rows = self._index.execute("SELECT name, scope, bytes, checksum, kind FROM blocks").fetchall()
-        files = {file.name: file.stat().st_size for file in os.scandir(self._folder / BLOCKS)}
-        lost = [name for name, _, length, *_ in rows if files.get(name.hex()) != length]
-        for file in files.keys() - {name.hex() for name, *_ in rows}:
-            (self._folder / BLOCKS / file).unlink(missing_ok=True)
+        files = {file.name: file.stat(follow_symlinks=False) for file in os.scandir(self._folder / BLOCKS)}
+        sizes = {name: facts.st_size for name, facts in files.items() if S_ISREG(facts.st_mode)}
+        lost = [name for name, _, length, *_ in rows if sizes.get(name.hex()) != length]
+        unnamed = files.keys() - {name.hex() for name, *_ in rows}
+        if count := len(unnamed) + len(lost):
+            log.warning("store %s: blocks that do not fit its index (%d) are computed again.", self._folder, count)
+        for file in unnamed:
+            _discard(self._folder / BLOCKS / file)
         self._known = {name: StoredBlock(*entry) for name, scope, *entry in rows if scope == self._scope}
         self._total = sum(length for _, _, length, *_ in rows)
         (self._clock,) = self._index.execute("SELECT ifnull(min(worth), 0) FROM blocks").fetchone()
@@ -82,7 +113,9 @@ class Store:
     def read(self, key: bytes, entry: StoredBlock) -> bytes | None:
         """Return a block's content; None where it is gone, or not as it was written, and is forgotten."""
         try:
-            content = self._path(name := self._name(key)).read_bytes()
+            # A fifo in its place would wait for a writer, and a link may lead to a file without an end.
+            with open(os.open(self._path(name := self._name(key)), _SAFELY | os.O_RDONLY), "rb") as file:
+                content = file.read(entry.bytes + 1)
         except OSError:  # evicted meanwhile
             return None
         if _checksum(name, entry.kind, content) == entry.checksum:
@@ -94,7 +127,7 @@ class Store:
     def write(self, key: bytes, kind: int, position: int, content: bytes | bytearray, price: float) -> None:
         """Keep a block that is the ``position``-th of its text and takes ``price`` seconds to compute.
 
-        Raises OSError, and sqlite3.Error, with which the store is of no further use.
+        Raises one of FAILURES; but for want of room (``no_room``) the store is to be made anew.
         """
         name = self._name(key)
         if len(content) > self._size:
@@ -104,12 +137,12 @@ class Store:
         self._evict(len(content))
         path = self._path(name)
         try:
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb", buffering=0) as file:
+            with open(os.open(path, _SAFELY | os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb", buffering=0) as file:
                 if file.write(content) < len(content):
                     raise OSError(ENOSPC, os.strerror(ENOSPC))  # a disk that is full takes the first part
         except OSError:
             with suppress(OSError):
-                path.unlink(missing_ok=True)
+                _discard(path)
             raise
         entry = StoredBlock(len(content), _checksum(name, kind, content), kind)
         worth = self._clock + price / len(content)
@@ -135,7 +168,7 @@ class Store:
             self._known.pop(name, None)
         self._index.commit()
         for name in names:
-            self._path(name).unlink(missing_ok=True)
+            _discard(self._path(name))
 
     def _evict(self, room: int) -> None:
         while self._total + room > self._size and self._total > 0:
@@ -145,7 +178,10 @@ class Store:
                 if self._total - sum(each for _, each in going) + room > self._size:
                     going.append((name, length))
                     self._clock = max(self._clock, worth)
+            before = self._total
             self._drop([name for name, _ in going])
+            if self._total >= before:
+                raise sqlite3.DatabaseError("its index contradicts itself")
 
     def state(self, name: str) -> bytes | None:
         """Return a state as it was kept; None: there is none."""
@@ -163,8 +199,9 @@ class Store:
         self._index.commit()
 
     def close(self) -> None:
-        with suppress(sqlite3.Error):
+        with suppress(*FAILURES):
             self._index.commit()
+        with suppress(*FAILURES):
             self._index.close()
         os.close(self._lock)
 
@@ -177,34 +214,49 @@ class Store:
 
 
 def reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    return shortened(" ".join((getattr(error, "strerror", None) or str(error)).split()))
+
+
+def no_room(error: Exception) -> bool:
+    """Whether a failure of the store is a disk that is full, on which the store is as it was."""
+    full = getattr(error, "errno", None) in (ENOSPC, EDQUOT, EFBIG)
+    return full or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
 
 
 def inspect(folder: Path) -> list[tuple[str, str, int, int]]:
     """Return rows of what a store holds: a scope in hex, "blocks" or a state's name, their number and bytes.
 
-    A server may have it open. Raises UserError.
+    A server may have it open, whose locks a copy of the index has not. Raises UserError.
     """
     _check_is_store(folder)
     try:
-        with closing(_connected(folder)) as index:
-            blocks = "SELECT hex(scope), 'blocks', count(*), sum(bytes) FROM blocks GROUP BY scope"
-            states = "SELECT hex(scope), name, 1, length(content) FROM states"
-            return index.execute(f"{blocks} UNION ALL {states} ORDER BY 1").fetchall()
-    except sqlite3.Error as error:
-        raise UserError(f"store {folder} cannot be read ({error}); echo-trt store clear empties it.") from error
+        with TemporaryDirectory() as copy:
+            for file in folder.glob(f"{INDEX}*"):
+                shutil.copy(file, copy, follow_symlinks=False)
+            with closing(_connected(Path(copy))) as index:
+                _check(index)
+                blocks = "SELECT hex(scope), 'blocks', count(*), sum(bytes) FROM blocks GROUP BY scope"
+                states = "SELECT hex(scope), name, 1, length(content) FROM states"
+                return index.execute(f"{blocks} UNION ALL {states} ORDER BY 1").fetchall()
+    except FAILURES as error:
+        remedy = "echo-trt store clear empties it"
+        raise UserError(f"store {folder} cannot be read ({reason(error)}); {remedy}.") from error
 
 
 def clear(folder: Path) -> None:
     """Delete all that a store holds. Raises UserError where a server has it open."""
     _check_is_store(folder)
     lock = _locked(folder)
-    _remove(folder)
-    os.close(lock)
+    try:
+        _remove(folder)
+    except OSError as error:
+        raise UserError(f"store {folder} cannot be emptied ({reason(error)}); delete the folder.") from error
+    finally:
+        os.close(lock)
 
 
 def _check_is_store(folder: Path) -> None:
-    if not (folder / INDEX).exists():
+    if not os.path.lexists(folder / INDEX):
         raise UserError(f"{folder} is no store; name the folder that serve --store was given.")
 
 
@@ -216,7 +268,9 @@ def _locked(folder: Path) -> int:
     names = {entry.name for entry in os.scandir(folder)}
     if INDEX not in names and names - _OTHERS:
         raise UserError(f"store {folder} holds other files; give an empty folder, or one that does not exist.")
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if LOCK in names and not S_ISREG((folder / LOCK).lstat().st_mode):
+        _discard(folder / LOCK)
+    lock = os.open(folder / LOCK, _SAFELY | os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -227,23 +281,28 @@ def _locked(folder: Path) -> int:
 
 
 def _opened(folder: Path) -> sqlite3.Connection:
-    """Return the index; one that is damaged, or of another format, is made anew."""
-    for _ in range(2):
-        os.close(os.open(folder / INDEX, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite's other files take its mode
-        (folder / BLOCKS).mkdir(mode=0o700, exist_ok=True)
-        index = _connected(folder)
-        with suppress(sqlite3.DatabaseError):
-            index.execute("PRAGMA journal_mode = WAL")
-            index.execute("PRAGMA synchronous = NORMAL")
-            (found,) = index.execute("PRAGMA user_version").fetchone()
-            if found == 0:
-                index.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {FORMAT}; COMMIT;")
-                found = FORMAT
-            if found == FORMAT and index.execute("PRAGMA quick_check(1)").fetchone() == ("ok",):
-                return index
+    """Return the index, made where there is none. Raises one of FAILURES where it is damaged, or of another format."""
+    os.close(os.open(folder / INDEX, _SAFELY | os.O_RDWR | os.O_CREAT, 0o600))  # SQLite's other files take its mode
+    (folder / BLOCKS).mkdir(mode=0o700, exist_ok=True)
+    os.close(os.open(folder / BLOCKS, _SAFELY | os.O_DIRECTORY))
+    index = _connected(folder)
+    try:
+        index.execute("PRAGMA locking_mode = EXCLUSIVE")  # without a file in memory, whose truncation ends a process
+        index.execute("PRAGMA journal_mode = WAL")
+        index.execute("PRAGMA synchronous = NORMAL")
+        if index.execute("PRAGMA user_version").fetchone() == (0,):
+            index.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {FORMAT}; COMMIT;")
+        _check(index)
+    except BaseException:
         index.close()
-        _remove(folder)
-    raise sqlite3.Error("no index can be made there")
+        raise
+    return index
+
+
+def _check(index: sqlite3.Connection) -> None:
+    (found,), (check,) = (index.execute(f"PRAGMA {name}").fetchone() for name in ("user_version", "integrity_check(1)"))
+    if (found, check) != (FORMAT, "ok"):
+        raise sqlite3.DatabaseError(check if found == FORMAT else f"it has format {found}, this version's is {FORMAT}")
 
 
 def _connected(folder: Path) -> sqlite3.Connection:
@@ -251,8 +310,16 @@ def _connected(folder: Path) -> sqlite3.Connection:
 
 
 def _remove(folder: Path) -> None:
-    for file in [*folder.glob(f"{INDEX}*"), *folder.glob(f"{BLOCKS}/*")]:
-        file.unlink(missing_ok=True)
+    for file in [*folder.glob(f"{INDEX}*"), folder / BLOCKS]:
+        _discard(file)
+
+
+def _discard(path: Path) -> None:
+    """Delete whatever is there, but not what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _checksum(name: bytes, kind: int, content: bytes | bytearray) -> int:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import random
+from pathlib import Path
+
 import numpy as np
 import pytest
+from damage import damage
 from driving import assert_all_free, prompt_ids
 
 from echo_trt.engine import stored_prefixes
@@ -109,6 +114,33 @@ def test_what_is_wrong_with_the_store_costs_warmth_alone(damage, open_llm, store
     assert answers(llm) == expected
     assert restored(llm) == 0
     assert ("not as they were written" in caplog.text) == (damage in ("flipped", "cut"))
+    assert_all_free(llm.loop)
+
+
+def _damaged_at_random(folder: Path, draw: random.Random) -> None:
+    places = [folder / "index.db", folder / "blocks", *folder.glob("blocks/*")]
+    damage(draw.choice([path for path in places if os.path.lexists(path)]), draw)
+
+
+def test_whatever_becomes_of_the_store_texts_stay_right(open_llm, stored, tmp_path, monkeypatch):
+    """Before a start, and in the midst of serving."""
+    monkeypatch.setattr(stored_prefixes, "REST", 0.0)
+    llm, draw = open_llm("close", "static"), random.Random(0)
+    stored(llm)
+    expected = answers(llm)
+    for _ in range(12):
+        prefixes = stored(llm)
+        assert answers(llm) == expected
+        _damaged_at_random(tmp_path / "store", draw)
+        llm.loop.batch.blocks.forget_cached()
+        assert answers(llm) == expected
+        assert prefixes._thread.is_alive()
+        _damaged_at_random(tmp_path / "store", draw)
+    before = restored(llm)
+    for _ in range(2):
+        stored(llm)
+        assert answers(llm) == expected
+    assert restored(llm) > before
     assert_all_free(llm.loop)
 
 
@@ -229,6 +261,9 @@ def test_what_was_learnt_before_a_source_existed_is_taken(open_llm):
 def test_a_state_of_no_use_is_learnt_anew(open_llm, stored, caplog):
     llm = open_llm("lookup", "goodput")
     stored(llm)
-    llm.loop.planner.dump = lambda: b"PK of another form"
-    stored(llm)
-    assert "what was learnt by goodput is not taken from the store" in caplog.text
+    whole = llm.loop.planner.dump()
+    for form in (b"PK of another form", whole[: len(whole) // 2], whole.replace(b"NUMPY", b"NUMPI"), b""):
+        caplog.clear()
+        llm.loop.planner.dump = lambda form=form: form
+        stored(llm)
+        assert ("what was learnt by goodput is not taken from the store" in caplog.text) == bool(form)
