@@ -241,12 +241,8 @@ class LLM:
         """
         params = request.params = with_prediction_ids(request.params, self.tokenizer)
         self.checked(params.prediction_ids, "prediction")
-        largest = max(params.logit_bias, default=0)
-        if largest >= self.manifest.target.vocab_size:
-            raise UserError(
-                f"logit_bias holds token id {largest}; give ids from 0 to {self.manifest.target.vocab_size - 1}.",
-                "logit_bias",
-            )
+        self.checked([*params.logit_bias], "logit_bias")
+        self.checked(params.stop_token_ids, "stop_token_ids")
         budget = params.thinking_token_budget
         if self._marks is None and budget is not None:
             raise UserError(

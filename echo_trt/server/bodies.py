@@ -86,7 +86,8 @@ class Bodies:
             maximum = max(self._largest // len(body), 1)
             message = f"n is {n} for a body of {len(body)} bytes; ask for at most {maximum} choices."
             raise ApiError(400, message, param="n")
-        return requested, ", ".join(ascii(name[:LONGEST])[1:-1] for name in reading.ignored)
+        ignored = ", ".join(ascii(name[:LONGEST])[1:-1] for name in reading.ignored)
+        return requested, ignored.strip()  # a header's value has no blank at its ends
 
 
 def _check_type(request: Request) -> None:

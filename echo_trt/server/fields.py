@@ -33,7 +33,7 @@ _STORED = ("cache_salt", "container", "conversation", "previous_response_id")
 #: Fields that ask for a text, or for a way to it, that we don't have, and the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("add_generation_prompt", "skip_special_tokens", "spaces_between_special_tokens"), (True,)),
-    **dict.fromkeys(("background", "continue_final_message", "echo", "prefix", "raw"), (False,)),
+    **dict.fromkeys(("background", "continue_final_message", "echo", "prefix", "raw", "return_token_strs"), (False,)),
     **dict.fromkeys((*_SAMPLERS, "prompt_logprobs", "xtc_probability"), (0,)),
     **dict.fromkeys(("length_penalty", "tfs", "tfs_z", "n", "typical", "typical_p"), (1,)),
     **dict.fromkeys(("context", "format", "input", "instructions", "messages", "prompt", "system"), ("", [])),

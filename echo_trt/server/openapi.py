@@ -14,10 +14,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from echo_trt import __version__
+from echo_trt.engine.service import MODEL
 from echo_trt.server import answer_types as api
+from echo_trt.server.anthropic.blocks import BLOCKS
 from echo_trt.server.anthropic.types import AnthropicMessage, CountedTokens, MessageEvent
 from echo_trt.server.edge import OPEN
 from echo_trt.server.errors import OllamaFailure, OpenAIFailure, failure_type
+from echo_trt.server.fields import RequestBody
 from echo_trt.server.ollama.request import OllamaRequest
 from echo_trt.server.ollama.types import OllamaChatLine, OllamaModels, OllamaShown, OllamaTextLine, OllamaVersion
 from echo_trt.server.responses.types import CountedInput, ResponseObject, StreamedEvent
@@ -34,6 +37,22 @@ class Operation(NamedTuple):
     event: Any = None
 
 
+TURNS = {"messages": [{"role": "user", "content": "Why is the sky blue?"}]}
+#: Path -> a body that is answered.
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": TURNS | {"max_tokens": 22},
+    "/v1/completions": {"prompt": "The sky is blue because", "max_tokens": 22},
+    "/v1/responses": {"input": "Why is the sky blue?", "max_output_tokens": 22},
+    "/v1/responses/input_tokens": {"input": "Why is the sky blue?"},
+    "/v1/messages": TURNS | {"max_tokens": 22},
+    "/v1/messages/count_tokens": TURNS,
+    "/api/chat": TURNS | {"options": {"num_predict": 22}},
+    "/api/generate": {"prompt": "Why is the sky blue?", "options": {"num_predict": 22}},
+    "/api/show": {"model": MODEL},
+    "/tokenize": {"prompt": "The sky is blue because"},
+    "/detokenize": {"tokens": [5, 6]},
+    "/v1/forecast": {"prompt_tokens": 100, "max_tokens": 22},
+}
 OPERATIONS = {
     "/v1/chat/completions": Operation(
         "OpenAI", "createChatCompletion", "Answer a chat", api.ChatCompletion, api.ChatCompletionChunk | OpenAIFailure
@@ -66,14 +85,20 @@ OPERATIONS = {
     "/live": Operation("Server", "live", "Show the engine at work", event=dict[str, Any]),
     "/live/about": Operation("Server", "liveAbout", "Describe model and server", api.About),
 }
-TEXT, MANY = {"type": "string"}, {"type": "array", "items": {}}
-#: Fields that are taken in more shapes than they are kept in.
+TEXT, MANY, NULL = {"type": "string"}, {"type": "array", "items": {}}, {"type": "null"}
+TEXTS, WORDS = {"anyOf": [TEXT, {"type": "array", "items": TEXT}]}, {"anyOf": [TEXT, MANY]}
+PART = {"type": "object", "properties": {"type": {"const": "text"}, "text": TEXT}, "required": ["type", "text"]}
+ROLE, TOP_P = {"enum": [*BLOCKS]}, {"type": "number", "minimum": 0, "maximum": 1, "default": 1.0}
+TURN = {"type": "object", "properties": {"role": ROLE, "content": WORDS}, "required": ["role", "content"]}
+#: Fields that are taken in other shapes than they are kept in.
 WIDER: dict[tuple[str, str], dict[str, Any]] = {
-    ("CompletionRequest", "prompt"): {"anyOf": [TEXT, MANY]},
-    ("ResponsesRequest", "input"): {"anyOf": [TEXT, MANY]},
-    ("Message", "content"): {"anyOf": [TEXT, MANY, {"type": "null"}]},
-    ("ChatRequest", "stop"): {"anyOf": [TEXT, {"type": "array", "items": TEXT}]},
-    ("CompletionRequest", "stop"): {"anyOf": [TEXT, {"type": "array", "items": TEXT}]},
+    ("CompletionRequest", "prompt"): WORDS,
+    ("ResponsesRequest", "input"): WORDS,
+    ("Message", "content"): {"anyOf": [TEXT, {"type": "array", "items": PART}, NULL]},
+    ("TokenizeRequest", "messages"): {"type": "array", "items": {"$ref": "#/components/schemas/Message"}},
+    **{(body, "messages"): {"type": "array", "items": TURN} for body in ("CountTokensRequest", "MessagesRequest")},
+    **{(body, "top_p"): TOP_P for body in ("ChatRequest", "CompletionRequest")},
+    **{(body, "stop"): TEXTS for body in ("ChatRequest", "CompletionRequest")},
 }
 
 
@@ -104,6 +129,9 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
     schemas = known["$defs"]
     for (model, field), schema in WIDER.items():
         schemas[model]["properties"][field] = schema
+    for schema in schemas.values():
+        if schema.get("additionalProperties") is False:  # others are dropped and named, or refused for what they say
+            del schema["additionalProperties"]
     for body in bodies.values():
         if issubclass(body, TranslatedRequest):
             properties = schemas[body.__name__]["properties"]
@@ -111,6 +139,10 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
             if not issubclass(body, OllamaRequest):  # whose clients know options alone
                 names = [name for name in CHAT_FIELDS if name in body.ALSO]
                 properties |= {name: schemas["ChatRequest"]["properties"][name] for name in names} | properties
+        if issubclass(body, RequestBody):  # where null asks for nothing
+            shape = schemas[body.__name__]
+            for name in shape["properties"].keys() - set(shape.get("required", ())):
+                shape["properties"][name] = _or_null(shape["properties"][name])
     paths: dict[str, Any] = {}
     for route in shown:
         path, methods = route.path.replace(":path", ""), sorted((route.methods or set()) - {"HEAD"})
@@ -119,9 +151,11 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
             method.lower(): _operation(path, method if len(methods) > 1 else "", written) for method in methods
         }
     for path, body in bodies.items():
-        content = {"application/json": {"schema": shapes[body, "validation"]}}
+        content = {"application/json": {"schema": shapes[body, "validation"], "example": EXAMPLES[path]}}
         paths[path]["post"]["requestBody"] = {"required": True, "content": content}
-    paths["/v1/models/{name}"]["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": TEXT}]
+    paths["/v1/models/{name}"]["parameters"] = [
+        {"name": "name", "in": "path", "required": True, "schema": TEXT, "example": MODEL}
+    ]
     return {
         "openapi": "3.1.0",
         "info": {"title": "echo-trt", "version": __version__},
@@ -129,6 +163,12 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": schemas, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     }
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    kind = {name: value for name, value in schema.items() if name != "default"}
+    default = {"default": schema["default"]} if isinstance(schema.get("default"), bool | int | float | str) else {}
+    return {"anyOf": [*(each for each in kind.get("anyOf", [kind]) if each != NULL), NULL], **default} if kind else {}
 
 
 def _operation(path: str, method: str, written: dict[Any, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -33,6 +34,7 @@ from echo_trt.server.tools import Allowed, Choice, Tool, check
 SWITCH = "enable_thinking"  # the variable of templates that can do without a thought
 CHOICES = 128  # of one request, prompts times n
 STOP_STRINGS = 16
+SHOWN_KEYS = 5  # of those of a logit_bias that are none
 LONGEST_SALT = 1000  # characters
 TOKEN_IDS = 2**18  # of all prompts of a request; no model that we know has a longer context
 #: Other servers' names of fields.
@@ -42,9 +44,17 @@ SMALLEST_TOP_P = 1e-9
 
 
 def _by_token(bias: dict[str, float]) -> dict[int, float]:
-    if not all(key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= INT32 for key in bias):
-        raise ValueError("its keys must be token ids")
+    if wrong := [k for k in bias if not (k.isascii() and k.isdigit() and len(k) <= 10 and int(k) <= INT32)]:
+        raise ValueError(f"its keys must be token ids, not {', '.join(map(shown, wrong[:SHOWN_KEYS]))}")
     return {int(key): value for key, value in bias.items()}
+
+
+def in_range(ids: Any) -> Any:
+    """Refuse what are no token ids, in C: there may be many."""
+    numbers = ids if isinstance(ids, list) and {int}.issuperset(map(type, ids)) else [-1]
+    if len(numbers) > TOKEN_IDS or min(numbers, default=0) < 0 or max(numbers, default=0) > INT32:
+        raise ValueError(f"give at most {TOKEN_IDS} token ids, whole numbers from 0 to {INT32}")
+    return ids
 
 
 Limit = Annotated[int, within("max_tokens")]
@@ -327,11 +337,9 @@ class CompletionRequest(Params):
         if len(prompt) > CHOICES:
             raise ValueError(f"give at most {CHOICES} prompts")
         lists = [one for one in prompt if isinstance(one, list)]
-        if sum(map(len, lists)) > TOKEN_IDS:
-            raise ValueError(f"give at most {TOKEN_IDS} token ids")
-        for ids in lists:
-            if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) > INT32:  # in C: there may be many
-                raise ValueError(f"token ids must be a list of whole numbers from 0 to {INT32} that is not empty")
+        if not all(lists):
+            raise ValueError("give at least one token id in each list")
+        in_range([*chain(*lists)])
         return prompt
 
     @model_validator(mode="after")

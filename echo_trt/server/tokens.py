@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from echo_trt.engine.parameter import INT32
 from echo_trt.engine.process.client import EngineError
 from echo_trt.engine.text.prompts import PromptInput
 from echo_trt.models.messages import MAX_TOOLS
@@ -18,7 +17,7 @@ from echo_trt.server.bodies import reads
 from echo_trt.server.chats import chat_for
 from echo_trt.server.errors import ApiError, from_engine, from_validation
 from echo_trt.server.fields import FIELDS, MESSAGES, RequestBody, at_most
-from echo_trt.server.schemas import TOKEN_IDS, ChatRequest
+from echo_trt.server.schemas import ChatRequest, in_range
 from echo_trt.server.text_client import TextClient
 
 
@@ -31,9 +30,6 @@ class TokenizeRequest(RequestBody):
     tools: Annotated[list[Any], at_most(MAX_TOOLS, "tools")] = Field([])
     chat_template_kwargs: Annotated[dict[str, Any], at_most(FIELDS, "variables")] = Field({})
     add_special_tokens: bool | None = None
-    add_generation_prompt: Literal[True] = True
-    continue_final_message: Literal[False] = False
-    return_token_strs: Literal[False] = False
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizeRequest:
@@ -45,6 +41,7 @@ class TokenizeRequest(RequestBody):
         if self.messages is not None and self.add_special_tokens:
             message = "add_special_tokens is true, but a chat template writes its own; leave it out."
             raise ApiError(400, message, param="add_special_tokens")
+        _ = self.chat
         return self
 
     @cached_property
@@ -58,30 +55,12 @@ class TokenizeRequest(RequestBody):
         except ValidationError as error:
             raise from_validation(error.errors(include_url=False)) from None
 
-    @model_validator(mode="after")
-    def _is_a_chat(self) -> TokenizeRequest:
-        _ = self.chat
-        return self
-
 
 class DetokenizeRequest(RequestBody):
     """The body of /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _not_too_many(cls, raw: Any) -> Any:
-        """In C: there may be many."""
-        tokens = raw.get("tokens") if isinstance(raw, dict) else None
-        if isinstance(tokens, list) and tokens:
-            if len(tokens) > TOKEN_IDS:
-                raise ApiError(400, f"tokens is a list of {len(tokens)}: give at most {TOKEN_IDS}.", param="tokens")
-            if set(map(type, tokens)) != {int} or min(tokens) < 0 or max(tokens) > INT32:
-                message = f"tokens must be a list of whole numbers from 0 to {INT32}."
-                raise ApiError(400, message, param="tokens")
-        return raw
+    tokens: Annotated[list[int], BeforeValidator(in_range)]
 
 
 @reads(TokenizeRequest)

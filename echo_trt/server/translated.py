@@ -121,6 +121,15 @@ class TranslatedRequest(RequestBody):
         return ApiError(error.status_code, message, reported["type"], field, reported["code"], error.retry_after)
 
 
+def form_of(given: dict[str, Any] | None, field: str) -> dict[str, Any] | None:
+    """Return the chat's response_format of one that has its schema next to its type. Raises ApiError."""
+    if given is None or given.get("type") != "json_schema":
+        return given
+    if given.get("schema") is None:
+        raise ApiError(400, f'{field} has no "schema"; give {{"type": "json_schema", "schema": ...}}.', param=field)
+    return {"type": "json_schema", "json_schema": {name: given[name] for name in given if name != "type"}}
+
+
 def renamed(chat_field: str, names: dict[str, str]) -> str:
     """Return the client's name of a chat's field. ``names``: chat field -> client field, a field's parts before it."""
     longest = next((name for name in names if chat_field == name or chat_field.startswith(name + ".")), None)

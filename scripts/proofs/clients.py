@@ -5,7 +5,7 @@
 
 Each client is a short program in ``clients_parts``. A feature works, is refused by a sentence that the client shows, or
 is broken; exit code 1 where one is broken. ``--only`` tries some clients again: the page keeps the others' rows, which
-are stored in the folder. Needs a package index (pip, npm); nothing else beyond the server is asked.
+are stored in the folder; later sections stay. Needs a package index (pip, npm).
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ def main(
             broken += outcome == "broken"
         stored.write_text(json.dumps(known, indent=1))
         if page:
-            page.write_text(PAGE + "".join(_line(name, known[name]) for name in CLIENTS if name in known))
+            rows = "".join(_line(name, known[name]) for name in CLIENTS if name in known)
+            _, head, sections = page.read_text().partition("\n## ") if page.exists() else ("", "", "")
+            page.write_text(PAGE + rows + head + sections)
     sys.exit(1 if broken else 0)
 
 

@@ -196,6 +196,7 @@ HARMLESS: dict[str, tuple[Any, Any]] = {
     "include_stop_str_in_output": (False, True),
     "length_penalty": (1, 0.5),
     "prompt_logprobs": (0, 3),
+    "return_token_strs": (False, True),
     "skip_special_tokens": (True, False),
     "spaces_between_special_tokens": (True, False),
     "store": (True, "x"),

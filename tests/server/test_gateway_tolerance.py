@@ -150,6 +150,7 @@ def test_a_compressed_body_is_refused_as_such(client):
 def test_many_names_and_odd_ones_cost_little_and_break_no_header(client):
     odd = client.post(CHATS, json=CHAT | {"a\r\nx-evil: 1": 1, "é\u2028": 1})
     assert odd.headers["x-fields-ignored"] == r"a\r\nx-evil: 1, \xe9\u2028"
+    assert client.post(CHATS, json=CHAT | {" a": 1, "": 1}).headers["x-fields-ignored"] == "a,"
     turns = [USER | {f"z{turn}q{number}": 1 for number in range(90)} for turn in range(700)]
     begin = time.process_time()
     answer = client.post(CHATS, json=CHAT | {"messages": turns})

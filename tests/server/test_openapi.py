@@ -18,6 +18,7 @@ from tool_models import CLOSED_NUMBER as NUMBER
 
 from echo_trt.server import answer_types
 from echo_trt.server.anthropic import types as anthropic_types
+from echo_trt.server.openapi import EXAMPLES
 from echo_trt.server.responses import types as responses_types
 
 FUNCTION = {"name": "add", "description": "a sum", "parameters": NUMBER}
@@ -105,6 +106,37 @@ def test_other_answers_are_as_the_document_says(path, body, door, document):
     assert answer.status_code == 200, answer.text
     path = "/v1/models/{name}" if path == "/v1/models/echo" else path
     fits(document, path, "200", "application/json", answer.json())
+
+
+@pytest.mark.parametrize("path", EXAMPLES)
+def test_examples_are_answered_also_next_to_fields_of_null_and_unknown_ones(path, door, document):
+    body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    example, schema = body["example"], body["schema"] | {"components": document["components"]}
+    assert door.post(path, json=example).status_code == 200
+    valid, name = Draft202012Validator(schema), body["schema"]["$ref"].rpartition("/")[2]
+    more = {field: None for field in document["components"]["schemas"][name]["properties"] if field not in example}
+    taken = example | {field: None for field in more if valid.is_valid(example | {field: None})} | {"ttl": 5}
+    assert len(taken) > len(example) + 1
+    assert valid.is_valid(taken)
+    assert (answer := door.post(path, json=taken)).status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+        ("/v1/chat/completions", {"top_p": -0.1}),
+        ("/v1/messages", {"messages": [{"role": "user"}]}),
+        ("/v1/messages", {"messages": [{"role": "tool", "content": "x"}]}),
+        ("/tokenize", {"prompt": None, "messages": [{"role": "user", "content": 5}]}),
+        ("/api/show", {"model": {}}),
+    ],
+)
+def test_what_the_document_rules_out_is_refused(path, wrong, door, document):
+    body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    schema = Draft202012Validator(body["schema"] | {"components": document["components"]})
+    assert not schema.is_valid(body["example"] | wrong)
+    assert door.post(path, json=body["example"] | wrong).status_code == 400
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/api/chat", "/tokenize"])

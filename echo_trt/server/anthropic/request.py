@@ -12,7 +12,7 @@ from echo_trt.server.anthropic.blocks import BlockTurns
 from echo_trt.server.errors import ApiError, wrong
 from echo_trt.server.fields import FIELDS, Strict, at_most
 from echo_trt.server.schemas import Thinking
-from echo_trt.server.translated import CHAT_FIELDS, TranslatedRequest, renamed
+from echo_trt.server.translated import CHAT_FIELDS, TranslatedRequest, form_of, renamed
 
 #: Beginnings of the types of tools that Anthropic's servers run.
 HOSTED = ("web_search", "web_fetch", "code_execution", "tool_search_tool")
@@ -82,10 +82,7 @@ class CountTokensRequest(TranslatedRequest):
         return [name for name in HOSTED if any(str(tool.get("type")).startswith(name) for tool in self.tools)]
 
     def body(self) -> dict[str, Any]:
-        choice, schema = self.tool_choice.for_chat(), self.output_config.format or self.output_format
-        if schema:
-            inner = {name: value for name, value in schema.items() if name != "type"}
-            schema = {"type": schema.get("type"), "json_schema": inner}
+        choice = self.tool_choice.for_chat()
         return {
             "model": self.model,
             "messages": self.turns.messages,
@@ -96,7 +93,7 @@ class CountTokensRequest(TranslatedRequest):
             "tool_choice": choice if self.functions or choice not in ("auto", "none") else None,
             "parallel_tool_calls": False if self.tool_choice.disable_parallel_tool_use else None,
             "thinking_token_budget": self.thinking.budget_tokens if self.thinking.type == "enabled" else None,
-            "response_format": schema,
+            "response_format": form_of(self.output_config.format or self.output_format, "output_config.format"),
         }
 
     def client_field(self, chat_field: str) -> str:

@@ -42,7 +42,7 @@ class ShowRequest(RequestBody):
     def kept(cls, given: dict[str, Any]) -> dict[str, Any]:
         given = super().kept(given)
         older = given.pop("name", "")
-        return given | {"model": given.get("model") or older}
+        return given if given.get("model", "") != "" else given | {"model": older}
 
 
 async def tags(request: Request) -> Response:

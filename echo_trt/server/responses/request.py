@@ -19,12 +19,13 @@ from echo_trt.server.responses.tools import (
     left_out,
 )
 from echo_trt.server.schemas import Reasoning
-from echo_trt.server.translated import TranslatedRequest, renamed
+from echo_trt.server.translated import TranslatedRequest, form_of, renamed
 
 LOGPROBS = "message.output_text.logprobs"
 Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]  # the latter: nothing here is
 #: The chat's names of fields that are called otherwise here. A longer one stands before its beginning.
 CLIENT_FIELDS = {
+    "messages": "input",
     "response_format.json_schema": "text.format",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
@@ -37,12 +38,6 @@ class Text(Strict):
 
     format: Annotated[dict[str, Any], at_most(FIELDS, "fields")] | None = None
     verbosity: Literal["medium"] | None = None
-
-    def for_chat(self) -> dict[str, Any] | None:
-        if self.format is None or self.format.get("type") != "json_schema":
-            return self.format
-        inner = {name: value for name, value in self.format.items() if name != "type"}
-        return {"type": "json_schema", "json_schema": inner}
 
 
 class EventOptions(Strict):
@@ -94,7 +89,7 @@ class ResponsesRequest(TranslatedRequest):
             "stream": self.stream,
             "tools": [function.for_chat() for function in self.functions],
             "tool_choice": choice,
-            "response_format": self.text.for_chat(),
+            "response_format": form_of(self.text.format, "text.format"),
             "reasoning_effort": self.reasoning.effort,
             "logprobs": LOGPROBS in self.include or "top_logprobs" in self.shared,
         }
@@ -106,8 +101,6 @@ class ResponsesRequest(TranslatedRequest):
         return self
 
     def client_field(self, chat_field: str) -> str:
-        if chat_field == "messages":
-            return "input"
         if chat_field.startswith("messages."):
             return self.turns.field(chat_field)
         if chat_field.startswith("tools."):
