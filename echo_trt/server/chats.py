@@ -14,7 +14,8 @@ from echo_trt.server.schemas import SWITCH, ChatRequest
 from echo_trt.server.structured import Structured
 from echo_trt.server.text_client import ModelFacts
 from echo_trt.server.tool_formats import format_of
-from echo_trt.server.tool_formats.base import Format, ToolRequest, json_rule
+from echo_trt.server.tool_formats.bare import BareParser
+from echo_trt.server.tool_formats.base import Format, Reader, ToolRequest, json_rule
 from echo_trt.server.tool_formats.marked import HERMES, Marked
 from echo_trt.server.tools import NamedTool, Tool, names_in
 from echo_trt.server.turns import OutputParser
@@ -35,17 +36,26 @@ class Chat:
     def turn(self) -> OutputParser:
         if self.calls is None:
             return OutputParser(self.thinking)
-        calls = self.calls
-        return OutputParser(self.thinking, calls.form.parser(calls.schemas, calls.requested.several))
+        requested = self.calls.requested
+        parser: Reader = self.calls.form.parser(self.calls.schemas, requested.several, requested.call_required)
+        if self.calls.bare:
+            parser = BareParser(parser, self.calls.bare, requested.several)
+        return OutputParser(self.thinking, parser)
 
 
 @dataclass(frozen=True)
 class Calls:
-    """Tools that may be called. ``fields``: the client's field of the arguments' schema of each, ``schemas``: those."""
+    """Tools that may be called.
+
+    schemas  of the arguments by name
+    bare     those of tools whose calls may come without the format's marks
+    fields   the client's field of each schema
+    """
 
     form: Format
     requested: ToolRequest
     schemas: dict[str, dict[str, Any]]
+    bare: dict[str, dict[str, Any]]
     fields: list[str]
     must_fit: bool
 
@@ -85,21 +95,22 @@ def _calls(requested: ChatRequest, info: ModelFacts) -> Calls | None:
         return None
     form = (format_of(info.template, info.tokens) if info.takes_tools else None) or Marked(HERMES, info.tokens)
     choice = requested.tool_choice
-    several = requested.parallel_tool_calls is not False and not isinstance(choice, NamedTool) and form.several
-    names = names_in(choice)
+    names, must, parallel = names_in(choice), requested.must_call, requested.parallel_tool_calls
+    several = form.several and not isinstance(choice, NamedTool) and (not must if parallel is None else parallel)
     chosen = {
         f"tools.{index}.function.parameters": tool
         for index, tool in enumerate(requested.tools)
         if names is None or tool.function.name in names
     }
-    must = requested.must_call
     content = None if must else _content(requested.structured)
     strict = any(tool.function.strict for tool in requested.tools)
     must_fit = must or strict or content is not None or requested.parallel_tool_calls is False or names is not None
     enforced = {tool.function.name: _schema(tool, must) for tool in chosen.values()}
     _check_size(enforced, "tools")
     schemas = {tool.function.name: tool.schema_of_arguments() for tool in chosen.values()}
-    return Calls(form, ToolRequest(enforced, must, several, content), schemas, list(chosen), must_fit)
+    is_free = not must and content is None
+    bare = {t.function.name: schemas[t.function.name] for t in chosen.values() if is_free and not t.function.strict}
+    return Calls(form, ToolRequest(enforced, must, several, content), schemas, bare, list(chosen), must_fit)
 
 
 def _schema(tool: Tool, must: bool) -> dict[str, Any]:

@@ -7,12 +7,14 @@ import string
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pydantic_core import from_json
+
 from echo_trt.engine.text.entries import logprob_object, source_object
 from echo_trt.engine.text.prompts import ThinkTokens
 from echo_trt.engine.text.stream import overlap
 from echo_trt.server.answer_types import AssistantMessage, MessageDelta, PartialCall, SourcedToken, WrittenCall
 from echo_trt.server.text_client import TextPiece
-from echo_trt.server.tool_formats.base import Arguments, Call, Content, ParsedPart, Parser
+from echo_trt.server.tool_formats.base import Arguments, Call, Content, ParsedPart, Reader
 
 
 class OutputParser:
@@ -24,7 +26,7 @@ class OutputParser:
     finish_reason              once the last piece has come
     """
 
-    def __init__(self, reasoning: ThinkTokens | None = None, parser: Parser | None = None):
+    def __init__(self, reasoning: ThinkTokens | None = None, parser: Reader | None = None):
         self._reasoning = _ReasoningParser(reasoning) if reasoning else None
         self._closing_token = reasoning.closing_token if reasoning else -1
         self._parser = parser
@@ -54,7 +56,7 @@ class OutputParser:
             for reasoning, text in self._reasoning.finish() if self._reasoning else ():
                 deltas += self._content(reasoning, text)
             if self._parser:
-                deltas += map(self._delta, self._parser.finish())
+                deltas += map(self._delta, self._parser.finish(piece.finish_reason == "length"))
             self.finish_reason = "tool_calls" if self.calls and piece.finish_reason == "stop" else piece.finish_reason
         if self._reasoning:
             self._count(piece)
@@ -66,6 +68,15 @@ class OutputParser:
         """Return the entries of log-probabilities and of sources since the last call."""
         logprobs, sources, self.logprobs, self.sources = self.logprobs, self.sources, [], []
         return logprobs, sources
+
+    @property
+    def whole_calls(self) -> list[WrittenCall]:
+        """The calls without a last one that a limit has cut, for APIs whose arguments are objects."""
+        try:
+            from_json(self.calls[-1]["function"]["arguments"] if self.finish_reason == "length" else "0")
+        except (ValueError, IndexError):
+            return self.calls[:-1]
+        return self.calls
 
     def message(self) -> AssistantMessage:
         """Return OpenAI's message. Content is null where the message has calls or reasoning alone."""

@@ -23,6 +23,7 @@ class MessagesAnswer(Answer[MessagesRequest]):
     """The answer to one request."""
 
     _index, _kind = -1, ""  # of the block that is open; without a kind none is
+    _called: types.ToolUse | None = None  # a call whose arguments have not come
 
     def begin(self, first: TextPiece) -> Iterator[types.MessageEvent]:
         message = self.complete()
@@ -38,8 +39,11 @@ class MessagesAnswer(Answer[MessagesRequest]):
                     yield self._added(text)
             for call in delta.get("tool_calls", ()):
                 if "id" in call:
-                    yield from self._open(_call(call["id"], call["function"]["name"], ""))
-                if arguments := call["function"]["arguments"]:
+                    self._called = _call(call["id"], call["function"]["name"], "")
+                if arguments := call["function"]["arguments"]:  # a call that is cut before them is no block
+                    if self._called:
+                        yield from self._open(self._called)
+                    self._called = None
                     yield self._added(arguments)
 
     def end(self) -> Iterator[types.MessageEvent]:
@@ -53,7 +57,7 @@ class MessagesAnswer(Answer[MessagesRequest]):
     def complete(self) -> types.AnthropicMessage:
         turn, counts = self._turn, self._turn.newest
         texts = {"thinking": turn.reasoning, "text": turn.content}
-        calls = [_call(call["id"], **call["function"]) for call in turn.calls]
+        calls = [_call(call["id"], **call["function"]) for call in turn.whole_calls]
         return {
             "id": f"msg_{self._id}",
             "type": "message",

@@ -34,7 +34,7 @@ class ToolChoice(Strict):
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
-    disable_parallel_tool_use: bool = False
+    disable_parallel_tool_use: bool | None = None
 
     def for_chat(self) -> Any:
         named = {"type": "function", "function": {"name": self.name}}
@@ -82,7 +82,7 @@ class CountTokensRequest(TranslatedRequest):
         return [name for name in HOSTED if any(str(tool.get("type")).startswith(name) for tool in self.tools)]
 
     def body(self) -> dict[str, Any]:
-        choice = self.tool_choice.for_chat()
+        choice, alone = self.tool_choice.for_chat(), self.tool_choice.disable_parallel_tool_use
         return {
             "model": self.model,
             "messages": self.turns.messages,
@@ -91,7 +91,7 @@ class CountTokensRequest(TranslatedRequest):
             "stream": self.stream,
             "tools": [_function(f"tools.{index}", self.tools[index]) for index in self.functions],
             "tool_choice": choice if self.functions or choice not in ("auto", "none") else None,
-            "parallel_tool_calls": False if self.tool_choice.disable_parallel_tool_use else None,
+            "parallel_tool_calls": None if alone is None else not alone,
             "thinking_token_budget": self.thinking.budget_tokens if self.thinking.type == "enabled" else None,
             "response_format": form_of(self.output_config.format or self.output_format, "output_config.format"),
         }

@@ -41,7 +41,7 @@ class OllamaAnswer(Answer[OllamaRequest]):
                 yield self._line("", {"thinking": delta["reasoning"]})
             elif "content" in delta:
                 yield self._line(delta["content"], {})
-        if piece.finish_reason and self._turn.calls:  # this API has whole calls alone
+        if piece.finish_reason and self._turn.whole_calls:  # this API has whole calls alone
             yield self._line("", {"tool_calls": self._calls()})
 
     def end(self) -> Iterator[AnswerEvent]:
@@ -54,7 +54,7 @@ class OllamaAnswer(Answer[OllamaRequest]):
         turn, more = self._turn, OllamaMore()
         if turn.reasoning:
             more["thinking"] = turn.reasoning
-        if turn.calls:
+        if turn.whole_calls:
             more["tool_calls"] = self._calls()
         return line(self._requested, turn.content, more, self._end())
 
@@ -65,7 +65,7 @@ class OllamaAnswer(Answer[OllamaRequest]):
         return line(self._requested, content, more, {"done": False})
 
     def _calls(self) -> list[OllamaCall]:
-        functions = [call["function"] for call in self._turn.calls]
+        functions = [call["function"] for call in self._turn.whole_calls]
         return [{"function": {"name": f["name"], "arguments": arguments_of(f["arguments"])}} for f in functions]
 
     def _end(self) -> OllamaEnd:

@@ -86,22 +86,63 @@ def properties_of(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     return properties if isinstance(properties, Mapping) else {}
 
 
-class Parser(ABC):
+class Reader(ABC):
     """Reads one text. However it is cut into pieces, the events joined are the same; nothing raises.
 
-    A call of a function that is not in ``tools`` stays content; unless ``several``, only the first call is reported.
+    A call of a function that is not in ``tools`` stays content. A call that a limit cuts is reported as far as it goes,
+    and its markup is no content.
     """
+
+    def __init__(self, tools: Mapping[str, Mapping[str, Any]], several: bool = True, required: bool = False):
+        """Read a text.
+
+        tools     JSON schema of the arguments by name
+        several   whether more than the first call is reported
+        required  whether the text is nothing but calls, so that there is no content
+        """
+        self._tools, self._several, self._required = tools, several, required
+        self._text = ""  # what may be content or a part of a call, as far as that is not certain yet
+        self._events: list[ParsedPart] = []
+        self.calls = 0  # so far, with those that are not reported
+
+    @abstractmethod
+    def push(self, text: str) -> list[ParsedPart]: ...
+
+    @abstractmethod
+    def finish(self, cut: bool = False) -> list[ParsedPart]:
+        """``cut``: a limit ended the text."""
+
+    def _drain(self) -> list[ParsedPart]:
+        events, self._events = self._events, []
+        return events
+
+    def _emit_content(self, text: str) -> None:
+        if text and not self._required:
+            self._events.append(Content(text))
+
+    def _call(self, name: str) -> None:
+        self.calls += 1
+        if self._is_reported:
+            self._events.append(Call(name))
+
+    def _emit_arguments(self, text: str) -> None:
+        if text and self._is_reported:
+            self._events.append(Arguments(text))
+
+    @property
+    def _is_reported(self) -> bool:
+        return self._several or self.calls == 1
+
+
+class Parser(Reader):
+    """Reads the calls of one format."""
 
     _head_pattern = HEAD
 
-    def __init__(self, tools: Mapping[str, Mapping[str, Any]], several: bool = True):
-        """``tools``: JSON schema of the arguments by name."""
-        self._tools, self._several = tools, several
-        self._text = ""  # what may be content or a part of a call, as far as that is not certain yet
-        self._events: list[ParsedPart] = []
+    def __init__(self, *args: Any, **more: Any):
+        super().__init__(*args, **more)
         self._scan = Scan()
         self._state = self._begin  # reads what is certain of ``_text``; True: call the next state, more may be certain
-        self.calls = 0  # so far, with those that are not reported
 
     def push(self, text: str) -> list[ParsedPart]:
         self._text += text
@@ -109,8 +150,8 @@ class Parser(ABC):
             pass
         return self._drain()
 
-    def finish(self) -> list[ParsedPart]:
-        self._end()
+    def finish(self, cut: bool = False) -> list[ParsedPart]:
+        self._end(cut)
         return self._drain()
 
     def _inside(self) -> bool:
@@ -128,29 +169,8 @@ class Parser(ABC):
         """Read the text up to a call."""
 
     @abstractmethod
-    def _end(self) -> None:
-        """Take the rest of ``_text``."""
-
-    def _drain(self) -> list[ParsedPart]:
-        events, self._events = self._events, []
-        return events
-
-    def _emit_content(self, text: str) -> None:
-        if text:
-            self._events.append(Content(text))
-
-    def _call(self, name: str) -> None:
-        self.calls += 1
-        if self._is_reported:
-            self._events.append(Call(name))
-
-    def _emit_arguments(self, text: str) -> None:
-        if text and self._is_reported:
-            self._events.append(Arguments(text))
-
-    @property
-    def _is_reported(self) -> bool:
-        return self._several or self.calls == 1
+    def _end(self, cut: bool) -> None:
+        """Take the rest of ``_text``; ``cut``: a limit ended it."""
 
     def _head(self) -> bool:
         """Take a call's object up to its arguments, where ``_text`` begins with them."""
@@ -160,6 +180,17 @@ class Parser(ABC):
         self._call(match[1])
         self._text, self._scan = self._text[match.end() :], Scan()
         return True
+
+    def _begun(self) -> bool:
+        """Take a call that was cut before its arguments, if the name in ``_text`` can be one tool's alone."""
+        match = re.match(self._head_pattern.pattern.partition(NAME)[0] + NAME + ")", self._text)
+        if not match:
+            return False
+        is_whole = match.end() < len(self._text)
+        names = [each for each in self._tools if each == match[1] or (not is_whole and each.startswith(match[1]))]
+        if len(names) == 1:
+            self._call(names[0])
+        return len(names) == 1
 
     def _whole(self, text: str) -> bool:
         """Take the object of a call that is complete."""

@@ -71,9 +71,12 @@ class Llama3Parser(Parser):
         self._text = self._before = ""
         return False
 
-    def _end(self) -> None:
+    def _end(self, cut: bool) -> None:
         if self._state in (self._begin, self._between, self._object):
             rest = self._before + self._text
+            is_markup = self.calls or self.tag in rest or overlap(rest, self.tag) > 1
+            if cut and (self._begun() or is_markup):
+                rest = ""
             if rest.strip(self.apart) or not self.calls:
                 self._emit_content(rest)
         self._text = ""

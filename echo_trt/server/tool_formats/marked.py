@@ -76,8 +76,8 @@ class MarkedParser(Parser):
 
     _before = _open = ""  # white space before the call that is being read, and its mark
 
-    def __init__(self, tools: Mapping[str, Mapping[str, Any]], several: bool = True, *, spelling: Spelling = HERMES):
-        super().__init__(tools, several)
+    def __init__(self, *args: Any, spelling: Spelling = HERMES, **more: Any):
+        super().__init__(*args, **more)
         self._spelling, self._closes, self._head_pattern = spelling, spelling.closes, spelling.head
         self._marks = (*spelling.opens, *filter(None, [spelling.ends]))
 
@@ -120,11 +120,17 @@ class MarkedParser(Parser):
         self._state = self._begin
         return True
 
-    def _end(self) -> None:
-        if self._state == self._begin and (self._text.strip() or not self.calls):
-            self._emit_content(self._text)
+    def _end(self, cut: bool) -> None:
+        if self._state == self._begin:
+            if cut and (held := max(overlap(self._text, mark) for mark in self._marks)) > 1:  # one may be anything
+                self._text = self._text[:-held].rstrip()
+            if self._text.strip() or not self.calls:
+                self._emit_content(self._text)
         elif self._state == self._object and not self._whole(self._text):  # the closing mark need not come
-            self._emit_content(self._before + self._open + self._text)
+            if not cut:
+                self._emit_content(self._before + self._open + self._text)
+            else:
+                self._begun()
         self._text = ""
 
 
