@@ -8,10 +8,10 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from cyclopts import App, CycloptsError, Parameter, Token
 
@@ -154,26 +154,6 @@ class EngineOptions:
     batch: BatchSize = None
     kv_cache_memory: KVCacheMemory = None
     costs: CostsFile = None
-    others: ClassVar[tuple[str, ...]] = ()  # names of a subclass's options that are handed on
-
-    @property
-    def given(self) -> dict[str, str]:
-        """The options but ``bundle``, as text for another process."""
-        options = {
-            "policy": self.policy,
-            "policy-file": self.policy_file,
-            "batch": self.batch,
-            "kv-cache-memory": None if self.kv_cache_memory is None else f"{self.kv_cache_memory}B",
-            "costs": self.costs,
-            **{name.replace("_", "-"): getattr(self, name) for name in self.others},
-        }
-        found = {name: value.resolve() if isinstance(value, Path) else value for name, value in options.items()}
-        return {name: "true" if value is True else str(value) for name, value in found.items() if value}
-
-    @property
-    def words(self) -> list[str]:
-        """The options but ``bundle``, as the command line of another process has them."""
-        return [f"--{name}={value}" for name, value in self.given.items()]
 
 
 def _classes(_: object, tokens: Sequence[Token]) -> str:
@@ -201,7 +181,6 @@ class LatencyOptions(EngineOptions):
     learn_answers: LearnAnswers = False
     store: StoreFolder = None
     store_size: StoreSize = ""
-    others: ClassVar[tuple[str, ...]] = ("latency_classes", "latency_admission", "learn_answers", "store", "store_size")
 
     def __post_init__(self) -> None:
         if self.store_size and self.store is None:
@@ -233,7 +212,17 @@ class HostedOptions(LatencyOptions):
             "others of its fields.",
         ),
     ] = ""
-    others: ClassVar[tuple[str, ...]] = (
-        *LatencyOptions.others,
-        *("queue", "special_tokens_in_content", "no_prefix_cache", "kv_events_config"),
-    )
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The options of an engine's host but ``bundle``, as text for another process."""
+        found = {field.name: getattr(self, field.name) for field in fields(HostedOptions) if field.name != "bundle"}
+        if self.kv_cache_memory is not None:
+            found["kv_cache_memory"] = f"{self.kv_cache_memory}B"
+        texts = {name: value.resolve() if isinstance(value, Path) else value for name, value in found.items() if value}
+        return {name.replace("_", "-"): "true" if value is True else str(value) for name, value in texts.items()}
+
+    @property
+    def words(self) -> list[str]:
+        """These options, as the command line of another process has them."""
+        return [f"--{name}={value}" for name, value in self.given.items()]
