@@ -2,26 +2,34 @@
 
 An iteration's decisions are a few thousand operations. As array calls they are a few hundred, of some microseconds of
 overhead each; compiled, they take a tenth of that. numba keeps the machine code in a cache beside the module, or
-in NUMBA_CACHE_DIR, so that only the first import on a machine takes seconds. An image has it from its build.
+in NUMBA_CACHE_DIR, so that only the first import on a machine takes seconds. An image has it from its build. Files of
+machine code end with their checksum: one that is damaged would crash, or compute something else.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache, partial
+from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+log = logging.getLogger(__name__)
+
 njit: Any = None  # its overloads take no list of signatures
+caching: Any = None
 try:
     from numba import njit
+    from numba.core import caching
 except ImportError:  # where nothing can be installed
     warnings.warn("numba is missing: planning and sampling are interpreted, and slow; install numba.", stacklevel=1)
 
@@ -62,6 +70,49 @@ def _bring_code(kept: Path, used: Path) -> None:
             part = used / f"{file.name}.{os.getpid()}"
             shutil.copy(file, part)
             part.rename(used / file.name)
+
+
+def sealed(code: bytes) -> bytes:
+    """Return what a file of machine code holds."""
+    return code + sha256(code).digest()
+
+
+def unsealed(file: Path) -> bytes | None:
+    """Return the code of a file as it was written. None: there is none; what is damaged goes."""
+    with suppress(OSError):
+        kept = file.read_bytes() if file.is_file() else b""
+        code = kept[: -sha256().digest_size]
+        if kept and sealed(code) == kept:
+            return code
+        if os.path.lexists(file):
+            _report()
+            (shutil.rmtree if file.is_dir() else os.unlink)(file)
+    return None
+
+
+@cache
+def _report() -> None:
+    log.warning("machine code that was kept is damaged or an earlier version's; it is compiled again.")
+
+
+if njit:
+
+    class _SealedFiles(caching.IndexDataCacheFile):  # type: ignore[misc]
+        """numba's files of a function, an index and code. numba reads over a seal, and takes None for code to make."""
+
+        def _load_index(self) -> dict:
+            return super()._load_index() if unsealed(Path(self._index_path)) else {}
+
+        def _load_data(self, name: str) -> Any:
+            return super()._load_data(name) if unsealed(Path(self._data_path(name))) else None
+
+        @contextmanager
+        def _open_for_write(self, path: str) -> Iterator[BytesIO]:
+            with super()._open_for_write(path) as file, BytesIO() as whole:
+                yield whole
+                file.write(sealed(whole.getvalue()))
+
+    caching.IndexDataCacheFile = _SealedFiles
 
 
 def begins(counts: np.ndarray) -> np.ndarray:

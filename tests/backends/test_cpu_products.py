@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import random
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from fractions import Fraction
 import gguf
 import numpy as np
 import pytest
+from damage import INSIDE, PLACED
 from gguf.quants import dequantize
 from numba import cfunc, types
 
@@ -30,6 +32,7 @@ from echo_trt.backends.cpu.formats import (
 from echo_trt.backends.cpu.machine_code import INSTRUCTION_SETS, InstructionSet, host_features, instruction_set
 from echo_trt.backends.cpu.products import Product, products
 from echo_trt.backends.cpu.program import Op, Pool, Program
+from echo_trt.speculation.arrays import sealed, unsealed
 
 RNG = np.random.default_rng(0)
 SETS = {name: each for name, each in INSTRUCTION_SETS.items() if host_features().issuperset(each.needs)}
@@ -242,5 +245,9 @@ def test_machine_code_is_kept_for_later_processes_and_made_again_where_it_is_of_
 
     assert (nine(), nine(), len(made)) == (9, 9, 1)
     [file] = tmp_path.iterdir()
-    file.write_bytes(bytes(32) + file.read_bytes()[32:])
+    file.write_bytes(sealed(bytes(32) + unsealed(file)[32:]))  # made of other sources
     assert (nine(), nine(), len(made)) == (9, 9, 2)
+    for number, way in enumerate([*INSIDE, *PLACED]):
+        way(file, random.Random(number))
+        assert (nine(), nine()) == (9, 9), way
+    assert len(made) >= 2 + len([*INSIDE, *PLACED]) - 1  # the order of a single page cannot be another

@@ -16,7 +16,7 @@ from pathlib import Path
 import llvmlite
 import llvmlite.binding as llvm
 
-from echo_trt.speculation.arrays import code_folder
+from echo_trt.speculation.arrays import code_folder, sealed, unsealed
 
 
 @cache
@@ -97,12 +97,13 @@ class MachineCode:
         folder = code_folder(_has_tiles)  # of this module
         file = folder / f"{name}.nbo" if folder else None
         made_of = sha256(f"{cpu} {features} {llvmlite.__version__}".encode() + _sources()).digest()
-        code = _read(file, made_of)
-        if code is None:
+        kept = (file and unsealed(file)) or b""
+        code = kept[len(made_of) :]
+        if not kept.startswith(made_of):
             module = llvm.parse_assembly(ir())
             module.verify()
             code = self.machine.emit_object(module)
-            _keep(file, made_of + code)
+            _keep(file, sealed(made_of + code))
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), self.machine)
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
@@ -116,14 +117,6 @@ class MachineCode:
 def _sources() -> bytes:
     """Return the modules that write IR, which are this folder's."""
     return b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-
-
-def _read(file: Path | None, digest: bytes) -> bytes | None:
-    """Return the code of a file that begins with this digest."""
-    with suppress(OSError):
-        kept = file.read_bytes() if file else b""
-        return kept[len(digest) :] if kept.startswith(digest) else None
-    return None
 
 
 def _keep(file: Path | None, content: bytes) -> None:
