@@ -94,7 +94,7 @@ class CostTable(_Stored):
 
 def read_costs(path: Path, manifest: Manifest, machine: str, note: Callable[[str], None]) -> CostTable | None:
     """Read the costs of a bundle on a machine like this one, or None. ``note`` takes the fault of a damaged file."""
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         table = read_stored(path, CostTable, "it is measured again")

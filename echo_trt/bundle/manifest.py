@@ -203,7 +203,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not os.path.exists(folder):
         raise UserError(f"there is no bundle or GGUF file {folder}; check the path, or make one with echo-trt build.")
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"{folder} is not a bundle: it holds no {MANIFEST}; make one with echo-trt build.")
     try:
         text = read_text(path)
@@ -242,7 +242,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         raise UserError(f"bundle {folder} holds {built} of the target's {ranks} ranks; build it again.")
     for name in manifest.files:
         file = folder / name
-        if not file.exists():
+        if not file.is_file():
             raise UserError(f"bundle {folder} lacks its file {name}; build it again.")
     with ThreadPoolExecutor() as pool:  # files of a divided target are hundreds of GB, and hashing holds no lock
         list(pool.map(_verify, (folder / name for name in manifest.files), manifest.files.values()))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -16,9 +19,12 @@ from echo_trt.adapters.dynamo.options import WorkerOptions
 from echo_trt.cli.options import BuildOptions, ChatOptions, GenerateOptions
 from echo_trt.cli.terminal import Screen, messages, run_app, screen_of
 from echo_trt.engine.options import DEFAULTS, command
+from echo_trt.errors import UserError
 from echo_trt.files.extras import BUILD, check_modules, of_lab, registered
 from echo_trt.files.inputs import is_gguf
 from echo_trt.supervision.options import ServeOptions
+
+SEAL = "manifest.sha256"  # of the copy of a GGUF file, in its folder
 
 app = App(
     name="echo-trt",
@@ -137,22 +143,39 @@ def serve(options: ServeOptions) -> int:
 
 
 def _bundle_of(path: Path) -> Path:
-    """Return the bundle to serve; a GGUF file's is made where the cache has none of the file as it is now."""
+    """Return the bundle to serve; a GGUF file's is made where the cache has no whole one of the file as it is now."""
     if not is_gguf(path):
         return path
+    from echo_trt.bundle.manifest import MANIFEST, sha256
     from echo_trt.bundle.sources import cache_folder
     from echo_trt.cli.recipes import SERVED
 
     stat = path.stat()
     facts = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {__version__}"
     folder = cache_folder() / f"{path.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
-    if not (folder / "manifest.json").exists():
+    if not _is_whole(folder):
+        if os.path.lexists(folder):
+            messages.print(f"{folder} is damaged; it is made anew from {path}.")
+            (shutil.rmtree if folder.is_dir() and not folder.is_symlink() else os.unlink)(folder)
         words = ["build", str(path), "-o", str(folder)]
         words += [f"--{name.replace('_', '-')}={value}" for name, value in SERVED.items()]
         # In a process of its own, whose memory a server does not keep.
         if code := subprocess.run([sys.executable, "-m", "echo_trt", *words], check=False).returncode:
             sys.exit(code)
+        (folder / SEAL).write_text(sha256(folder / MANIFEST))
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a copy is as it was built: its manifest has the hashes of the other files, and SEAL the manifest's."""
+    from echo_trt.bundle.manifest import MANIFEST, read_manifest, sha256, verify_files
+
+    with suppress(OSError, UserError):
+        manifest, seal = read_manifest(folder), folder / SEAL
+        if seal.is_file() and seal.read_text() == sha256(folder / MANIFEST):
+            verify_files(folder, manifest)
+            return True
+    return False
 
 
 @app.command(sort_key=4)
