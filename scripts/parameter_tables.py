@@ -176,9 +176,9 @@ def measured() -> EngineMetrics:
     metrics = EngineMetrics("echo")
     metrics.refuse("refused")
     counters = Counters(reached=Counter({0: 1}), accepted=Counter({1: 1}))
-    kept, errors = {"interactive": (1, {"both": 1})}, {"tpot": 0.1}
+    kept = {"interactive": (1, {"both": 1})}
     ended = {"stop": 1}
-    metrics.flush(Statistics(0, 0, 1, 1, 0, 0, "goodput", 1, counters, {}, ended, latency=kept, forecast_error=errors))
+    metrics.flush(Statistics(0, 0, 1, 1, 0, 0, "goodput", 1, counters, {}, ended, latency=kept))
     return metrics
 
 

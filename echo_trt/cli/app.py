@@ -172,7 +172,7 @@ def _is_whole(folder: Path) -> bool:
 
     with suppress(OSError, UserError):
         manifest, seal = read_manifest(folder), folder / SEAL
-        if seal.is_file() and seal.read_text() == sha256(folder / MANIFEST):
+        if seal.is_file() and seal.read_bytes() == sha256(folder / MANIFEST).encode():
             verify_files(folder, manifest)
             return True
     return False

@@ -175,9 +175,6 @@ class LatencyOptions(EngineOptions):
             help="Latency targets in ms by names that requests and keys give, such as interactive=300/25,batch.",
         ),
     ] = ""
-    latency_admission: Annotated[
-        Flag, Parameter(help="Refuse a request whose latency targets cannot be kept (429 with Retry-After).")
-    ] = False
     learn_answers: LearnAnswers = False
     store: StoreFolder = None
     store_size: StoreSize = ""

@@ -94,7 +94,7 @@ class GrammarCompiler:
             return self._kept(key) or self._compile_and_keep(key, kind, value)
 
     def _compile_and_keep(self, key: str, kind: str, value: Any) -> Compiled | str:
-        self._prepare()
+        self.prepare()
         begin = time.thread_time()
         found: Compiled | str
         try:
@@ -120,10 +120,11 @@ class GrammarCompiler:
             while len(self._cache) > CACHED:
                 self._cache.popitem(last=False)
 
-    def _prepare(self) -> None:
-        """Read the tokenizer for the first grammar: it takes a second, which most servers never need.
+    def prepare(self) -> None:
+        """Read the tokenizer, once, which holds Python's lock for a second: a server does it before it takes requests.
 
-        ``json_object``, the commonest, is compiled with it and always kept, so that it never waits for others.
+        ``json_object``, the commonest, is compiled with it and always kept, so that it never waits for others. Raises
+        GrammarError.
         """
         if self._tokenizer is None:
             size, ends = self._tokens.vocab_size, list(self._tokens.ends)

@@ -207,22 +207,6 @@ class DetokenizedText(TypedDict):
     prompt: str
 
 
-class ForecastErrors(TypedDict):
-    """Of the forecasts so far, as a share; null before there are any."""
-
-    ttft: float | None
-    tpot: float | None
-
-
-class LatencyForecast(TypedDict):
-    """Milliseconds; null where nothing is known yet."""
-
-    ttft_ms: float | None
-    tpot_ms: float | None
-    total_ms: float | None
-    error: ForecastErrors
-
-
 class Health(TypedDict):
     status: Literal["ok"]
 

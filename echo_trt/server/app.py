@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from msgspec import to_builtins
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,7 +20,7 @@ from starlette.routing import Route
 from echo_trt import __version__
 from echo_trt.engine.params import MAX_PROMPT_LOGPROBS, check_answer_logprobs, check_prompt_logprobs
 from echo_trt.engine.process.client import EngineError
-from echo_trt.engine.process.wire import AskForecast, Submit, failure_for
+from echo_trt.engine.process.wire import Submit, failure_for
 from echo_trt.engine.service import MODEL
 from echo_trt.engine.text.prompts import PromptInput
 from echo_trt.errors import UserError
@@ -48,7 +47,7 @@ from echo_trt.server.request_log import HUNG_UP, RequestLines, RequestLog
 from echo_trt.server.responses.answer import Response as ResponsesAnswer
 from echo_trt.server.responses.request import ResponsesRequest
 from echo_trt.server.responses.types import CountedInput
-from echo_trt.server.schemas import ChatRequest, CompletionRequest, ForecastRequest
+from echo_trt.server.schemas import ChatRequest, CompletionRequest
 from echo_trt.server.served import models, one_model
 from echo_trt.server.text_client import ModelFacts, Question, TextClient
 from echo_trt.server.tokens import detokenize, token_ids, tokenize
@@ -127,7 +126,6 @@ def create_app(
             Route("/api/ps", ollama_models.running),
             Route("/api/show", ollama_models.show, methods=["POST"]),
             Route("/api/version", ollama_models.version),
-            Route("/v1/forecast", forecast, methods=["POST"]),
             Route("/health", health),
             Route("/ping", health, methods=["GET", "POST"]),  # SageMaker's name for it
             Route("/version", version),
@@ -195,15 +193,6 @@ async def completions(request: Request, requested: CompletionRequest) -> Respons
     return await _sent(request, TextAnswer(requested, turns, state.metrics), pieces, requested.stream)
 
 
-@reads(ForecastRequest)
-async def forecast(request: Request, requested: ForecastRequest) -> Response:
-    """POST /v1/forecast: what a request of this shape has to expect as things stand."""
-    question = AskForecast(prompt_tokens=requested.prompt_tokens, max_tokens=requested.max_tokens)
-    question.latency, question.latency_class = _targets(request, requested)
-    reply = await request.app.state.client.forecast(question)
-    return JSONResponse(to_builtins(reply.forecast))
-
-
 async def health(request: Request) -> Response:
     """GET /health: 200 where the engine answers, 503 where it does not."""
     await request.app.state.client.check()
@@ -255,9 +244,7 @@ def _check_entries(requested: ChatRequest | CompletionRequest, prompts: int, con
         raise ApiError(400, str(error), param=field) from None
 
 
-def _targets(
-    request: Request, requested: ChatRequest | CompletionRequest | ForecastRequest
-) -> tuple[dict[str, float] | None, str]:
+def _targets(request: Request, requested: ChatRequest | CompletionRequest) -> tuple[dict[str, float] | None, str]:
     """Return a request's latency targets, and the name of a class of them: its own, or its key's."""
     key: Key | None = request.scope.get("key")
     latency = requested.latency or (key and key.latency) or ""

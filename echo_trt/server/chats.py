@@ -15,7 +15,7 @@ from echo_trt.server.structured import Structured
 from echo_trt.server.text_client import ModelFacts
 from echo_trt.server.tool_formats import format_of
 from echo_trt.server.tool_formats.bare import BareParser
-from echo_trt.server.tool_formats.base import Format, Reader, ToolRequest, json_rule
+from echo_trt.server.tool_formats.base import Format, FormatReader, ToolRequest, json_rule
 from echo_trt.server.tool_formats.marked import HERMES, Marked
 from echo_trt.server.tools import NamedTool, Tool, names_in
 from echo_trt.server.turns import OutputParser
@@ -37,7 +37,7 @@ class Chat:
         if self.calls is None:
             return OutputParser(self.thinking)
         requested = self.calls.requested
-        parser: Reader = self.calls.form.parser(self.calls.schemas, requested.several, requested.call_required)
+        parser: FormatReader = self.calls.form.parser(self.calls.schemas, requested.several, requested.call_required)
         if self.calls.bare:
             parser = BareParser(parser, self.calls.bare, requested.several)
         return OutputParser(self.thinking, parser)

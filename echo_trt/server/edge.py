@@ -22,7 +22,7 @@ ANSWERED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/mes
 COUNTED = (
     *OPEN,
     *ANSWERED,
-    *("/v1/forecast", "/v1/models", "/v1/messages/count_tokens", "/tokenize", "/detokenize", "/live"),
+    *("/v1/models", "/v1/messages/count_tokens", "/tokenize", "/detokenize", "/live"),
 )
 #: Names of this machine, as an HTTP Host has them.
 _LOCAL = re.compile(r"(.+\.)?localhost|127(\.\d{1,3}){3}|\[::1\]")

@@ -144,8 +144,6 @@ def from_engine(failure: Failure, names: Mapping[str, str] | None = None) -> Api
     match failure.kind:
         case "invalid" | "too_long":
             return _refused(failure, names or {})
-        case "late":
-            return ApiError(429, sentence, "rate_limit_error", param="latency", code="latency", retry_after=seconds)
         case "queue_full":
             message = "The server's queue is full; retry in a second."
             return ApiError(429, message, "rate_limit_error", code="queue_full", retry_after=seconds)

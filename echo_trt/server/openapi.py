@@ -51,7 +51,6 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "/api/show": {"model": MODEL},
     "/tokenize": {"prompt": "The sky is blue because"},
     "/detokenize": {"tokens": [5, 6]},
-    "/v1/forecast": {"prompt_tokens": 100, "max_tokens": 22},
 }
 OPERATIONS = {
     "/v1/chat/completions": Operation(
@@ -76,7 +75,6 @@ OPERATIONS = {
     "/api/version": Operation("Ollama", "ollamaVersion", "Name Ollama's version", OllamaVersion),
     "/tokenize": Operation("Tokens", "tokenize", "Turn a text or a chat into tokens", api.TokenizedText),
     "/detokenize": Operation("Tokens", "detokenize", "Turn tokens into text", api.DetokenizedText),
-    "/v1/forecast": Operation("Server", "forecast", "Forecast a request's latency", api.LatencyForecast),
     "/health": Operation("Server", "health", "Tell whether the engine works", api.Health),
     "/ping": Operation("Server", "ping", "Tell whether the engine works", api.Health),
     "/version": Operation("Server", "version", "Name the package's version", api.Version),

@@ -374,11 +374,3 @@ class CompletionRequest(Params):
     def sampling(self, recommended: Mapping[str, float], **more: Any) -> SamplingParams:
         echoed = self.alternatives if self.echo else None
         return super().sampling(recommended, prompt_logprobs=echoed, **more)
-
-
-class ForecastRequest(Strict):
-    """The body of /v1/forecast: the shape of a request."""
-
-    prompt_tokens: Annotated[int, Field(ge=1, le=INT32)]
-    max_tokens: Limit = 256
-    latency: LatencyField = None

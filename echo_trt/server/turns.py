@@ -14,7 +14,7 @@ from echo_trt.engine.text.prompts import ThinkTokens
 from echo_trt.engine.text.stream import overlap
 from echo_trt.server.answer_types import AssistantMessage, MessageDelta, PartialCall, SourcedToken, WrittenCall
 from echo_trt.server.text_client import TextPiece
-from echo_trt.server.tool_formats.base import Arguments, Call, Content, ParsedPart, Reader
+from echo_trt.server.tool_formats.base import Arguments, Call, Content, FormatReader, ParsedPart
 
 
 class OutputParser:
@@ -26,7 +26,7 @@ class OutputParser:
     finish_reason              once the last piece has come
     """
 
-    def __init__(self, reasoning: ThinkTokens | None = None, parser: Reader | None = None):
+    def __init__(self, reasoning: ThinkTokens | None = None, parser: FormatReader | None = None):
         self._reasoning = _ReasoningParser(reasoning) if reasoning else None
         self._closing_token = reasoning.closing_token if reasoning else -1
         self._parser = parser

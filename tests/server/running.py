@@ -139,7 +139,7 @@ def refused(response, status: int, param: str | None = None) -> str:
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["param"] == param
-    assert error["message"].endswith(".")
+    assert error["message"].endswith((".", "?"))
     return error["message"]
 
 

@@ -1,4 +1,4 @@
-"""Latency targets over HTTP: by a field, by a class's name, by a key; forecasts, refusals and who kept what."""
+"""Latency targets over HTTP: by a field, by a class's name, by a key; refusals and who kept what."""
 
 from __future__ import annotations
 
@@ -61,32 +61,6 @@ def test_what_is_no_target_is_refused_by_name(client):
         assert "latency" in sentence
     unknown = client.post("/v1/completions", json=ASKED | {"latency": "fast"})
     assert "interactive, batch" in refused(unknown, 400, "latency")
-
-
-def test_a_forecast_says_what_to_expect_and_how_wrong_forecasts_were(client):
-    for _ in range(3):
-        client.post("/v1/completions", json=ASKED | {"max_tokens": 40}).raise_for_status()
-    found = client.post("/v1/forecast", json={"prompt_tokens": 20, "max_tokens": 10}).json()
-    assert found["total_ms"] == pytest.approx(found["ttft_ms"] + 9 * found["tpot_ms"], rel=0.01)
-    assert min(found["ttft_ms"], found["tpot_ms"], found["error"]["tpot"]) > 0
-    longer = client.post("/v1/forecast", json={"prompt_tokens": 500, "latency": "interactive"}).json()
-    assert longer["ttft_ms"] > found["ttft_ms"]
-    assert 'echo_forecast_error{model_name="echo",what="tpot"}' in client.get("/metrics").text
-    assert "prompt_tokens" in refused(client.post("/v1/forecast", json={"prompt_tokens": 0}), 400, "prompt_tokens")
-    unknown = client.post("/v1/forecast", json={"prompt_tokens": 1, "latency": "fast"})
-    assert "latency is" in refused(unknown, 400, "latency")
-
-
-def test_with_the_switch_on_a_target_that_cannot_be_kept_is_refused_with_when_to_come_back(long_bundle):
-    hopeless = ASKED | {"latency": {"tpot_ms": 0.001}}
-    with engine_of(long_bundle, keeps_latency=True) as engine, running(engine) as client:
-        client.post("/v1/completions", json=hopeless).raise_for_status()  # nothing is known yet
-        answer = client.post("/v1/completions", json=hopeless)
-        assert "latency cannot be kept" in refused(answer, 429, "latency")
-        assert int(answer.headers["Retry-After"]) >= 1
-        client.post("/v1/completions", json=ASKED | {"latency": {"tpot_ms": 60_000}}).raise_for_status()
-        client.post("/v1/completions", json=ASKED | {"latency": {"ttft_ms": 0.001}}).raise_for_status()  # it is idle
-        client.post("/v1/completions", json=ASKED).raise_for_status()
 
 
 @pytest.mark.parametrize("text", ["interactive=fast", "a b=1/2", "a=1/2/3", "a=1,a=2", "a=0/5", "a=/0.0009"])

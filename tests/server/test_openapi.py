@@ -57,7 +57,6 @@ PLAIN: list[tuple[str, dict[str, Any] | None]] = [
     ("/tokenize", {"prompt": "a"}),
     ("/detokenize", {"tokens": [5]}),
     ("/detokenize", {"tokens": []}),
-    ("/v1/forecast", {"prompt_tokens": 5}),
     ("/v1/messages/count_tokens", {"model": "echo", "messages": CHAT["messages"]}),
 ]
 

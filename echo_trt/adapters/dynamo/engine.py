@@ -112,7 +112,7 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
         self._texts, self._recommended = TokenTexts(self._tokenizer), llm.manifest.sampling.given()
         self._classes = LatencyClasses(job.latency_classes)
         prefixes = keep_prefixes(llm, job.store, job.store_size)
-        self._service = Service(llm, job.queue, job.latency_admission, prefixes)
+        self._service = Service(llm, job.queue, prefixes)
 
     async def on_endpoint_ready(self, endpoint: Any) -> None:
         self._passes = FpmDirectPublisher(endpoint, str(self._worker_id))

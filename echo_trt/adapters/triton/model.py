@@ -74,7 +74,7 @@ class TritonPythonModel:
         publish_kv_events(llm.loop.batch.blocks.cache, _setting(config, "kv_events_config"))
         store = _setting(config, "store")
         prefixes = keep_prefixes(llm, Path(store) if store else None, _setting(config, "store_size"))
-        self._service = Service(llm, queue or QUEUE, _truth(config, "latency_admission"), prefixes)
+        self._service = Service(llm, queue or QUEUE, prefixes)
         signals = os.environ.get("ECHO_TRT_SIGNALS")
         name, self._metrics = args["model_name"], EngineMetrics(args["model_name"])
         self._replies = Replies(self._service, self._metrics, name, Path(signals) if signals else None)

@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 CODES: dict[FailureKind, str] = {
     "invalid": "INVALID_ARGUMENT",
     "too_long": "INVALID_ARGUMENT",
-    "late": "RESOURCE_EXHAUSTED",
     "queue_full": "UNAVAILABLE",
     "away": "UNAVAILABLE",
     "cancelled": "CANCELLED",

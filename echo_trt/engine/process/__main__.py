@@ -58,7 +58,7 @@ def run(options: HostOptions) -> int:
     classes = LatencyClasses(options.latency_classes)
     publish_kv_events(llm.loop.batch.blocks.cache, options.kv_events_config)
     prefixes = keep_prefixes(llm, options.store, options.store_size)
-    service = Service(llm, options.queue, options.latency_admission, prefixes)
+    service = Service(llm, options.queue, prefixes)
     gc.freeze()  # what was loaded lives as long as the process
 
     async def serve() -> bool:

@@ -61,12 +61,6 @@ class Client:
             self._info = answer
         return self._info
 
-    async def forecast(self, question: wire.AskForecast) -> wire.ForecastReply:
-        """Return what a request of this shape has to expect. Raises EngineError."""
-        answer = await self._single(question)
-        assert isinstance(answer, wire.ForecastReply)
-        return answer
-
     async def metrics(self) -> str | None:
         """Return the engine's metrics in Prometheus' text format; None where they do not come in time."""
         try:

@@ -179,8 +179,6 @@ class Host:
             case wire.Stop():
                 if answer := connection.answers.get(message.id):
                     self._service.stop(answer.job, message.tokens)
-            case wire.AskForecast():
-                self._start(self._forecast(connection, message))
             case wire.WatchSnapshots():
                 if sum(len(each.watches) for each in self._connections) < MAX_VIEWERS:
                     connection.watches.add(message.id)
@@ -216,19 +214,6 @@ class Host:
             connection.send(failure)
         elif answer.gone:
             self._cancel(answer)
-
-    async def _forecast(self, connection: ClientConnection, question: wire.AskForecast) -> None:
-        found: list[wire.ForecastReply] = []
-
-        def forecast() -> None:
-            latency = self._classes.read(question.latency_class) or question.latency
-            times = self._service.forecasts(question.prompt_tokens, question.max_tokens, latency)
-            found.append(wire.ForecastReply(question.id, forecast=wire.ForecastTimes(**times)))
-
-        failure = await self._refusal(forecast)
-        if failure:
-            failure.id = question.id
-        connection.send(failure or found[0])
 
     async def _refusal(self, work: Callable[[], None], request_id: str = "") -> wire.Failure | None:
         return await self._loop.run_in_executor(self._reading, refusal, self._metrics, work, request_id)

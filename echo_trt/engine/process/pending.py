@@ -51,8 +51,7 @@ def refusal(metrics: EngineMetrics, work: Callable[[], None], request_id: str = 
     except UserError as mistake:
         outcome, failure = "invalid", failure_for(mistake)
     except Overloaded as full:
-        field = "latency" if full.kind == "late" else None
-        outcome, failure = "refused", Failure(kind=full.kind, message=str(full), field=field)
+        outcome, failure = "refused", Failure(kind=full.kind, message=str(full))
         failure.retry_after = full.retry_after
     except Exception as error:  # logged; others go on
         log.exception("a request could not be read", extra={"request_id": request_id})

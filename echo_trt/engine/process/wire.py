@@ -21,7 +21,7 @@ _LENGTH = struct.Struct(">I")
 
 #: Why a question has no answer: its mistake; a prompt longer than the context; latency targets that cannot be kept; a
 #: full queue; an engine that stops or is not there; the client's own wish; the engine's fault.
-FailureKind = Literal["invalid", "too_long", "late", "queue_full", "away", "cancelled", "failed"]
+FailureKind = Literal["invalid", "too_long", "queue_full", "away", "cancelled", "failed"]
 
 
 class Numbered(Struct, tag=True):
@@ -69,15 +69,6 @@ class WatchSnapshots(Numbered):
     """A question for snapshots (``engine.service.snapshots``)."""
 
 
-class AskForecast(Numbered, kw_only=True):
-    """A question for what a request of this shape has to expect, answered by ``ForecastReply``."""
-
-    prompt_tokens: int
-    max_tokens: int
-    latency: dict[str, float] | None = None
-    latency_class: str = ""
-
-
 class Scrape(Numbered):
     """A question for the engine's metrics in Prometheus' text format."""
 
@@ -99,21 +90,6 @@ class MetricsText(Numbered, kw_only=True):
     """The answer to ``Scrape``."""
 
     text: str
-
-
-class ForecastTimes(Struct):
-    """Milliseconds; None: nothing like it has run yet. ``error``: relative, of forecasts so far, by ttft and tpot."""
-
-    ttft_ms: float | None
-    tpot_ms: float | None
-    total_ms: float | None
-    error: dict[str, float | None]
-
-
-class ForecastReply(Numbered, kw_only=True):
-    """The answer to ``AskForecast``."""
-
-    forecast: ForecastTimes
 
 
 class Snapshot(Numbered, kw_only=True):
@@ -147,8 +123,8 @@ def failure_for(mistake: UserError) -> Failure:
     return Failure(kind=kind, message=str(mistake), field=mistake.field)
 
 
-ToEngine = Submit | Stop | Cancel | Describe | WatchSnapshots | AskForecast | Scrape
-FromEngine = Event | Failure | MetricsText | ForecastReply | Snapshot | ModelInfo
+ToEngine = Submit | Stop | Cancel | Describe | WatchSnapshots | Scrape
+FromEngine = Event | Failure | MetricsText | Snapshot | ModelInfo
 _decode_request = msgpack.Decoder(ToEngine).decode
 _decode_answer = msgpack.Decoder(FromEngine).decode
 _decode_number = msgpack.Decoder(_Number).decode

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.service.job import Job, Overloaded
@@ -32,6 +33,8 @@ class GrammarQueue:
         self._llm, self._changed, self._done = llm, changed, done
         self._waiting: dict[str, list[Job]] = {}  # by grammar
         self._closed = False
+        with suppress(UserError):  # a tokenizer that no grammar reads; who asks for one is told
+            llm.grammars.prepare()
         self._thread = threading.Thread(target=self._run, name="grammars", daemon=True)
         self._thread.start()
 

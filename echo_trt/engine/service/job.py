@@ -16,31 +16,16 @@ LATELY = 60.0  # seconds; larger: a tenant finds a free slot after a longer sile
 RESERVED = 8  # the part of the slots, one in so many, that no tenant alone takes while others have come lately
 
 
-@dataclass(frozen=True)
-class ExpectedLatency:
-    """Seconds to the first token, and per token behind it; None: nothing like it has run yet."""
-
-    ttft: float | None = None
-    tpot: float | None = None
-
-
 class Overloaded(Exception):
     """No request is taken now; another time or another server may. The message is one sentence.
 
-    kind         "queue_full", "late" (latency targets cannot be kept) or "away" (the engine stops)
+    kind         "queue_full" or "away" (the engine stops)
     retry_after  seconds until a request may be taken; None: not known
     """
 
-    def __init__(self, kind: Literal["queue_full", "late", "away"], message: str, retry_after: int | None = None):
+    def __init__(self, kind: Literal["queue_full", "away"], message: str, retry_after: int | None = None):
         super().__init__(message)
         self.kind, self.retry_after = kind, retry_after
-
-
-class Late(Overloaded):
-    """A request's latency targets, or those of running requests, cannot be kept now."""
-
-    def __init__(self, seconds: int):
-        super().__init__("late", f"latency cannot be kept now; try again in {seconds} s.", seconds)
 
 
 @dataclass(eq=False)
@@ -53,7 +38,6 @@ class Job:
     request_id                    the client's, for the log
     deadline, taken, first_token  time.monotonic(); None: there is none, or it has not come
     emitted                       time.monotonic() of its latest tokens; None: there are none
-    expected                      what was forecast when it came
     begun, reported               whether there was an event, and tokens that events have told
     failures                      of the engine while this request was running, in a row
     failed_together, failed_at    the same beside others, without progress; its tokens at the latest of these
@@ -67,7 +51,6 @@ class Job:
     taken: float | None = None
     first_token: float | None = None
     emitted: float | None = None
-    expected: ExpectedLatency = ExpectedLatency()
     begun: bool = False
     reported: int = 0
     failures: int = 0
@@ -146,12 +129,6 @@ class FairQueue:
         recent = time.monotonic() - LATELY
         others = any(when > recent for other, when in self._came.items() if other != tenant)
         return self._slots - max(self._slots // RESERVED, 1) if others and self._slots > 1 else self._slots
-
-    def before(self, job: Job) -> list[Job]:
-        """Return about what is served before a job: its tenant's earlier ones, and as many of each other tenant."""
-        own = [other for other in self._heaps.get(job.tenant, []) if other < job]
-        others = (heapq.nsmallest(len(own) + 1, heap) for tenant, heap in self._heaps.items() if tenant != job.tenant)
-        return own + [other for found in others for other in found if other < job]
 
     def remove(self, job: Job) -> None:
         """Forget a job, if it is here."""

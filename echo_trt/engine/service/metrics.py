@@ -97,7 +97,6 @@ class Statistics:
     saved: dict[str, float] = field(default_factory=dict)  # seconds by source, against plain decoding
     saved_error: float = 0.0  # standard error of their sum
     latency: dict[str, tuple[int, dict[str, int]]] = field(default_factory=dict)  # class -> finished requests, kept
-    forecast_error: dict[str, float | None] = field(default_factory=dict)
 
     block_size = BLOCK
 
@@ -207,8 +206,6 @@ class EngineMetrics(Collector):
         yield self._counter("latency_requests", "Finished requests by class of latency targets", finished, "class")
         kept = {(name, what): n for name, (_, each) in now.latency.items() for what, n in each.items()}
         yield self._counter("latency_kept", "Those whose targets were kept", kept, "class", "target")
-        errors = {(what,): value for what, value in now.forecast_error.items() if value is not None}
-        yield self._gauge("forecast_error", "Median relative error of the latest forecasts", errors, "what")
         yield self._counter("goodput_drafts", DRAFTS, drafts, "source", "what")
         silent = {(source,): sums["silent"].get(source, 0) for source in SOURCES}
         yield self._counter("silent_drafts_minutes", SILENT, silent, "source")

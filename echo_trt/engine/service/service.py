@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from itertools import count
-from typing import Any
-
-import numpy as np
 
 from echo_trt.engine.core import Emitted
 from echo_trt.engine.llm import LLM
-from echo_trt.engine.params import SamplingParams, check_answer_logprobs, check_prompt_logprobs
+from echo_trt.engine.params import check_answer_logprobs, check_prompt_logprobs
 from echo_trt.engine.request import FIRST, Event, Request
 from echo_trt.engine.service.fault_isolation import FaultIsolation
-from echo_trt.engine.service.forecast import Forecaster
 from echo_trt.engine.service.grammars import GrammarQueue
-from echo_trt.engine.service.job import ExpectedLatency, FairQueue, Job, Overloaded
+from echo_trt.engine.service.job import FairQueue, Job, Overloaded
 from echo_trt.engine.service.metrics import KEPT, Statistics
 from echo_trt.engine.sources.predictions import accepted
 from echo_trt.engine.stored_prefixes import StoredPrefixes
@@ -40,13 +35,10 @@ MANY = 8  # running requests from which on a pass hides the reporting; larger: s
 class Service:
     """Answers requests with ``llm``, which nobody else may use. ``queue``: how many requests may wait for a slot."""
 
-    def __init__(self, llm: LLM, queue: int = 256, keeps_latency: bool = False, prefixes: StoredPrefixes | None = None):
-        """``keeps_latency``: whether a request is refused whose latency targets cannot be kept. ``prefixes``: the
-        prefix cache's store, which is closed with the service.
-        """
+    def __init__(self, llm: LLM, queue: int = 256, prefixes: StoredPrefixes | None = None):
+        """``prefixes``: the prefix cache's store, which is closed with the service."""
         self._prefixes = prefixes
-        self.llm, self.loop, self._max_waiting, self._keeps_latency = llm, llm.loop, queue, keeps_latency
-        self._forecaster = Forecaster()
+        self.llm, self.loop, self._max_waiting = llm, llm.loop, queue
         # Guards the attributes up to the blank line, but for reads of ``_open`` by the engine's thread, which alone
         # removes from it.
         self._changed = threading.Condition()
@@ -110,13 +102,6 @@ class Service:
             if self._is_full(job, ahead):
                 sentence = f"the queue is full, {self._max_waiting} requests wait; try again in a second."
                 raise Overloaded("queue_full", sentence, 1)
-            job.expected = self._forecast(job)
-            if self._keeps_latency and not request.probe:
-                others = [other.latency.tpot for other in self._open.values() if other.latency.tpot is not None]
-                # On an idle server its first token would come no sooner later, and who is refused corrects no forecast.
-                idle, expected = len(self._open) == len(self._probes), job.expected
-                expected = ExpectedLatency(None, expected.tpot) if idle else expected
-                self._forecaster.refuse_late(expected, job.latency, others, self.loop.scheduler.running)
             if grammar:
                 self._grammars.add(grammar, job)
             else:
@@ -133,32 +118,6 @@ class Service:
             return False
         held = Counter(other.tenant for other in self._open.values())
         return held[job.tenant] * len(held.keys() | {job.tenant}) >= maximum
-
-    def _forecast(self, job: Job) -> ExpectedLatency:
-        """Forecast a job as things stand; the lock is held."""
-        batch, before = self.loop.batch, self._pending.before(job)
-        prefilling = batch.prefilling()
-        tokens = int((batch.length[prefilling] - batch.committed[prefilling]).sum())
-        tokens += sum(len(other.request.prompt) for other in before)
-        targeted, running, prompt = job.latency.tpot is not None, self.loop.scheduler.running, len(job.request.prompt)
-        return self._forecaster.forecast(prompt, targeted, running, batch.count, len(before), tokens)
-
-    def forecasts(self, prompt_tokens: int, max_tokens: int, latency: dict[str, Any] | None) -> dict[str, Any]:
-        """Return what a request of this shape has to expect in milliseconds, and the error of forecasts so far."""
-        params = SamplingParams(max_tokens=max_tokens, latency=latency)
-        prompt = np.zeros(prompt_tokens, np.int8)
-        job = Job(Request(sys.maxsize, prompt, params, submitted=time.monotonic()))
-        with self._changed:
-            found = self._forecast(job)
-        total = None
-        if found.ttft is not None and found.tpot is not None:
-            total = found.ttft + (max_tokens - 1) * found.tpot
-        seconds = {"ttft_ms": found.ttft, "tpot_ms": found.tpot, "total_ms": total}
-        errors = self._forecaster.errors()
-        return {
-            **{name: None if value is None else round(1e3 * value, 2) for name, value in seconds.items()},
-            "error": {name: None if value is None else round(value, 4) for name, value in errors.items()},
-        }
 
     @property
     def alive(self) -> bool:
@@ -212,7 +171,6 @@ class Service:
             saved=dict(zip(SOURCES, loop.bill.saved.tolist(), strict=True)),
             saved_error=loop.bill.error,
             latency={name: (count, {what: self._kept[name, what] for what in KEPT}) for name, count in of_class},
-            forecast_error=self._forecaster.errors(),
         )
 
     def drain(self, seconds: float | None = None) -> bool:
@@ -289,8 +247,7 @@ class Service:
 
     def _iterate(self) -> None:
         counters = self.loop.counters
-        before, prompt_tokens = counters.iterations, counters.prompt_tokens
-        begin = time.monotonic()
+        before = counters.iterations
         with self._changed:
             probes = list(self._probes.values())
         try:
@@ -300,13 +257,9 @@ class Service:
             return
         self._report_due()
         now = time.monotonic()
-        jobs = [(job, len(tokens)) for request, tokens in emitted if (job := self._open.get(request))]
-        paces = [(bool(job.latency.tpot), now - job.emitted, n) if job.emitted else (False, 0.0, 0) for job, n in jobs]
-        ended = sum(bool(request.finish_reason) for request, _ in emitted if request in self._open)
-        prompt_tokens = counters.prompt_tokens - prompt_tokens
-        self._forecaster.observe(paces, self.loop.scheduler.running + ended, ended, now - begin, prompt_tokens)
-        for job, _ in jobs:
-            job.emitted = now
+        for request, _ in emitted:
+            if job := self._open.get(request):
+                job.emitted = now
         self._hand_over(emitted, now)
         if counters.iterations > before:
             for job in probes:
@@ -375,12 +328,11 @@ class Service:
             self._changed.notify_all()
 
     def _compare(self, job: Job) -> None:
-        """Compare a finished job's times with its targets, and with what was forecast."""
+        """Compare a finished job's times with its targets."""
         if job.first_token is None or job.emitted is None or job.request.priority == FIRST:
             return
         ttft = job.first_token - job.request.submitted
         tpot = (job.emitted - job.first_token) / max(job.reported - 1, 1)
-        self._forecaster.ended(job.expected, ttft, tpot if job.reported > 1 else 0.0)
         if name := job.latency.name:
             self._of_class[name] += 1
             kept = (job.latency.kept(ttft, 0.0), job.latency.kept(0.0, tpot), job.latency.kept(ttft, tpot))

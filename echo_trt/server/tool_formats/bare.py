@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
-from echo_trt.server.tool_formats.base import Call, Content, ParsedPart, Reader, parsed
+from echo_trt.server.tool_formats.base import Call, Content, FormatReader, ParsedPart, parsed
 
 TAGS = ("tools", "function_call", "response", "json")
 WRAPPERS = {"": "", "```": "```", "```json": "```", **{f"<{tag}>": f"</{tag}>" for tag in TAGS}}
@@ -39,14 +39,14 @@ class Written(NamedTuple):
     rest: str = ""
 
 
-class BareParser(Reader):
+class BareParser(FormatReader):
     """Reads what a format's parser leaves as content.
 
     Text is held back while it can still become calls up to the answer's end, and is content from the first character
     on that rules it out.
     """
 
-    def __init__(self, marked: Reader, tools: Mapping[str, Mapping[str, Any]], several: bool = True):
+    def __init__(self, marked: FormatReader, tools: Mapping[str, Mapping[str, Any]], several: bool = True):
         super().__init__(tools, several)
         self._marked, self._names = marked, tuple(f'"{name}"' for name in tools)
 

@@ -86,7 +86,7 @@ def properties_of(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     return properties if isinstance(properties, Mapping) else {}
 
 
-class Reader(ABC):
+class FormatReader(ABC):
     """Reads one text. However it is cut into pieces, the events joined are the same; nothing raises.
 
     A call of a function that is not in ``tools`` stays content. A call that a limit cuts is reported as far as it goes,
@@ -134,7 +134,7 @@ class Reader(ABC):
         return self._several or self.calls == 1
 
 
-class Parser(Reader):
+class Parser(FormatReader):
     """Reads the calls of one format."""
 
     _head_pattern = HEAD

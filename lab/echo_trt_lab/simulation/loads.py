@@ -27,13 +27,12 @@ SHARE = 0.25  # of requests that are interactive
 SATURATED = 10.0  # seconds of a run with as many requests as can run, which tells the capacity; more if few end
 BACKLOG = 50  # requests per slot of that run; larger: short answers do not end it earlier, and it begins later
 DRAIN = 1.0  # times the seconds of arrivals for which the last answers are waited for
-#: A row's name -> its policy, whether it has targets, and whether requests are refused whose targets cannot be kept.
+#: A row's name -> its policy, and whether it has targets.
 ROWS = {
-    "goodput": ("goodput", False, False),
-    "goodput with targets": ("goodput", True, False),
-    "goodput with admission": ("goodput", True, True),
-    "static": ("static", False, False),
-    "autoregressive": ("autoregressive", False, False),
+    "goodput": ("goodput", False),
+    "goodput with targets": ("goodput", True),
+    "static": ("static", False),
+    "autoregressive": ("autoregressive", False),
 }
 COLUMNS = {
     "load": "load",
@@ -46,8 +45,6 @@ COLUMNS = {
     "first_ms": "first token ms p90",
     "batch_first_ms": "batch's",
     "longest_wait_ms": "longest wait ms",
-    "refused": "refused",
-    "forecast_error": "forecast's error",
     "tokens_per_s": "tokens/s",
 }
 
@@ -63,9 +60,9 @@ def run_loads(
     """Simulate all rows at all loads; ``make`` returns the planner of a policy's name and a traffic."""
     latency = Latency.of(latency_of(job.targets))
 
-    def serve(name: str, coming: Sequence[Arrival], seconds: float, targeted: bool, admission: bool = False) -> Traffic:
+    def serve(name: str, coming: Sequence[Arrival], seconds: float, targeted: bool) -> Traffic:
         classes = {INTERACTIVE: latency} if targeted else {}
-        traffic = Traffic(recording, job.slots, coming, classes, admission)
+        traffic = Traffic(recording, job.slots, coming, classes)
         traffic.serve(Replay(traffic, machine, make(name, traffic)), seconds)
         return traffic
 
@@ -79,8 +76,8 @@ def run_loads(
     with output_file("--json", job.json_file, (job.recording, job.calibration)) as write_json:
         for load in job.loads:
             coming = coming_at(job, load * capacity)
-            for row, (name, *switches) in ROWS.items():
-                traffic = serve(name, coming, (1 + DRAIN) * job.seconds, *switches)
+            for row, (name, targeted) in ROWS.items():
+                traffic = serve(name, coming, (1 + DRAIN) * job.seconds, targeted)
                 result["results"].append({"load": load, "policy": row, **figures(traffic, latency, job.seconds)})
         print_table(out, table(result, job))
         write_json(json_bytes(result))
@@ -111,8 +108,6 @@ def figures(traffic: Traffic, latency: Latency, seconds: float) -> dict[str, Any
         "first_ms": _ms([o.ttft for o in ours], 90),
         "batch_first_ms": _ms([o.ttft for o in theirs], 90),
         "longest_wait_ms": round(1e3 * max((o.wait for o in traffic.done), default=0.0), 1),
-        "refused": traffic.refused,
-        "forecast_error": traffic.forecaster.errors()["tpot"] or 0.0,
         "tokens_per_s": round(traffic.tokens / traffic.now, 1),
     }
 
@@ -135,6 +130,6 @@ def _ms(seconds: list[float], *percents: int) -> list[float]:
 def _cell(value: Any, name: str) -> str:
     if isinstance(value, list):
         return " / ".join(f"{each:.1f}" for each in value)
-    if name in ("attained", "first_kept", "pace_kept", "forecast_error"):
+    if name in ("attained", "first_kept", "pace_kept"):
         return f"{value:.1%}"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.engine.service.forecast import Forecaster
-from echo_trt.engine.service.job import ExpectedLatency, Late
 from echo_trt.speculation.arrays import begins
 from echo_trt.speculation.pacer import NONE, Latency, Pacer, Seats
 from echo_trt_lab.simulation.arrivals import Arrival
@@ -48,21 +46,11 @@ class Answered:
 class Traffic(Walk):
     """``slots`` for requests of a trace. ``classes``: targets by class, which planners see where there are any."""
 
-    def __init__(
-        self,
-        recording: Recording,
-        slots: int,
-        arrivals: Sequence[Arrival],
-        classes: dict[str, Latency],
-        admission: bool = False,
-    ):
-        """``admission``: whether requests are refused whose targets cannot be kept, as by the server's switch."""
+    def __init__(self, recording: Recording, slots: int, arrivals: Sequence[Arrival], classes: dict[str, Latency]):
         super().__init__(recording, slots, 0)
         self.running, self._classes, self.pacer = np.zeros(0, np.int64), classes, Pacer(slots)
         self._coming, self.now = list(reversed(arrivals)), 0.0
-        self._waiting: list[tuple[float, int, Arrival, ExpectedLatency]] = []
-        self.forecaster, self._admission, self.refused = Forecaster(), admission, 0
-        self._expected: dict[int, ExpectedLatency] = {}  # by slot
+        self._waiting: list[tuple[float, int, Arrival]] = []
         self._missing = np.zeros(slots, np.int64)
         self._requests: dict[int, Arrival] = {}  # by slot
         self._open: dict[int, Answered] = {}
@@ -80,7 +68,7 @@ class Traffic(Walk):
 
     def unanswered(self, kind: str) -> int:
         """Count the requests of a class that have come and have no answer yet."""
-        waiting = [arrival for *_, arrival, _ in self._waiting] + list(self._requests.values())
+        waiting = [arrival for *_, arrival in self._waiting] + list(self._requests.values())
         return sum(arrival.kind == kind for arrival in waiting)
 
     def _latency(self, arrival: Arrival) -> Latency:
@@ -88,34 +76,17 @@ class Traffic(Walk):
 
     def _admit(self) -> None:
         while self._coming and self._coming[-1].time <= self.now:
-            self._take(self._coming.pop())
+            arrival = self._coming.pop()
+            heapq.heappush(self._waiting, (self._latency(arrival).due(arrival.time), -len(self._coming), arrival))
         free = (slot for slot in range(self.batch) if slot not in self._requests)
         for slot in free:
             if not self._waiting:
                 return
-            *_, arrival, self._expected[slot] = heapq.heappop(self._waiting)
+            *_, arrival = heapq.heappop(self._waiting)
             self._requests[slot], self._missing[slot] = arrival, arrival.prompt
             self.prompt[slot], self.epoch[slot] = arrival.prompt, self._admissions
             self._admissions += 1
             self.pacer.begin(slot, self._latency(arrival), arrival.time)
-
-    def _take(self, arrival: Arrival) -> None:
-        """Queue a request with what is forecast for it, or refuse it."""
-        latency, running = self._latency(arrival), len(self._requests)
-        before = [each for due, *_, each, _ in self._waiting if due < latency.due(arrival.time)]
-        tokens = int(self._missing.sum()) + sum(each.prompt for each in before)
-        expected = self.forecaster.forecast(
-            arrival.prompt, bool(latency.tpot), running, self.batch, len(before), tokens
-        )
-        others = [self._latency(each).tpot for each in (*before, *self._requests.values())]
-        try:
-            if self._admission:
-                self.forecaster.refuse_late(expected, latency, filter(None, others), running)
-        except Late:
-            self.refused += 1
-        else:
-            entry = latency.due(arrival.time), -len(self._coming), arrival, expected
-            heapq.heappush(self._waiting, entry)
 
     def _iterate(self, replay: Replay) -> None:
         slots = np.array(sorted(self._requests, key=lambda slot: self.epoch[slot]))
@@ -131,13 +102,6 @@ class Traffic(Walk):
         step = replay.step(int(counts.sum()), cached, seats.pace)
         self.now += step.seconds
         self._missing[prefilling] -= counts
-        paces = [
-            (bool(self._latency(one.arrival).tpot), self.now - one.last, count)
-            for slot, count in zip(ran.tolist(), step.tokens.tolist(), strict=True)
-            if (one := self._open[slot])
-        ]
-        ended = step.kept.ended.tolist()
-        self.forecaster.observe(paces, len(self._requests), len(ended), step.seconds, int(counts.sum()))
         started = prefilling[self._missing[prefilling] == 0]
         for slot in started.tolist():
             self._begin(slot, int(self.prompt[slot]))
@@ -150,9 +114,8 @@ class Traffic(Walk):
         self.pacer.emitted(np.concatenate((ran, started)), emitted, self.now)
         self.pacer.ran(ran, np.ones(len(ran), np.int64), step.seconds, int(counts.sum()))
         self.tokens += int(emitted.sum())
-        for slot in ended:
-            self.done.append(one := self._open.pop(slot))
-            self.forecaster.ended(self._expected.pop(slot), one.ttft, one.tpot)
+        for slot in step.kept.ended.tolist():
+            self.done.append(self._open.pop(slot))
             del self._requests[slot]
             self.pacer.end(slot)
 
