@@ -13,6 +13,7 @@ from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.service import grammars
 from echo_trt.engine.service.job import Job, Overloaded
 from echo_trt.engine.service.service import Service
+from echo_trt.grammar import compiler
 
 ANY_OBJECT = {"json_object": True}
 
@@ -39,6 +40,17 @@ def test_what_is_compiled_already_waits_for_no_compiling(start):
     assert known.end.reason == plain.end.reason == "length"
     assert not draft_lag[-1][1].done.is_set()
     assert [listener.end.reason for _, listener in draft_lag] == ["length"] * 3
+
+
+def test_no_request_waits_for_the_tokenizer_to_be_read(start, monkeypatch):
+    """That holds Python's lock, and so all streams, for most of a second where the vocabulary is large."""
+    service, _ = start()
+
+    def held(*_: Any, **__: Any) -> None:
+        raise AssertionError("the tokenizer is read for a request")
+
+    monkeypatch.setattr(compiler, "LLTokenizer", held)
+    assert ask(service, {"regex": "[ab]{9}"})[1].end.reason == "length"
 
 
 def test_priority_comes_before_arrival(start):
