@@ -70,7 +70,8 @@ def statements(modules: set[str]) -> int:
 def test_the_package_and_its_parts_stay_small():
     """Limits stand 200 statements above what there was at the last release, for a visitor's patch, and sink with it.
 
-    Statements, not lines: nobody shall put two into one. Wanted: 21,900.
+    Statements, not lines: nobody shall put two into one. Wanted: 21,900. The attention of the engine ``cpu`` took 110
+    that OpenVINO's engine pays for when it leaves.
     """
     graph = grimp.build_graph("echo_trt", cache_dir=None, exclude_type_checking_imports=True)
 
@@ -80,8 +81,8 @@ def test_the_package_and_its_parts_stay_small():
         return found.union(each.rsplit(".", depth)[0] for each in found for depth in range(1, each.count(".") + 1))
 
     llm = imported("echo_trt", "echo_trt.engine.llm")
-    assert statements(graph.modules) <= 26_466
-    assert statements(llm) <= 11_740
+    assert statements(graph.modules) <= 26_576
+    assert statements(llm) <= 11_850
     assert statements(imported("echo_trt.engine.process.__main__", "echo_trt.server.__main__") - llm) <= 7_040
 
 

@@ -12,7 +12,7 @@ from models.gguf_files import GGUF_SIZES, write_gguf
 from pairs import SIZES, VOCAB, roles_of
 from random_calls import Script, inputs_for
 
-from echo_trt.backends.cpu import operators
+from echo_trt.backends.cpu import attention, operators
 from echo_trt.backends.cpu.build import compile_role
 from echo_trt.backends.cpu.engine import CPUEngine
 from echo_trt.backends.cpu.experts import route
@@ -27,7 +27,7 @@ from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.pack import pack as packed
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 
-LENGTH, REQUESTED = 70, 3
+LENGTH, REQUESTED = 300, 3
 Rows = dict[tuple[int, ...], np.ndarray]  # a text -> the logits behind it
 
 
@@ -51,7 +51,7 @@ def plain_rows(engine: CPUEngine, texts: np.ndarray) -> Rows:
     """Return the logits behind all beginnings of texts, token by token, each text alone."""
     rows: Rows = {}
     for text in texts:
-        table = np.arange(3)[None]
+        table = np.arange(10)[None]
         for i in range(len(text)):
             at, one = np.array([i]), np.ones(1, np.int64)
             logits = engine.run(packed(text[i : i + 1], at, at, one, table, np.zeros(1, np.int64)))["logits"]
@@ -104,16 +104,19 @@ def in_trees(engine: CPUEngine, texts: np.ndarray, table: np.ndarray, past: int,
 
 
 @pytest.mark.parametrize(
-    ("family", "precision"),
+    ("family", "precision", "has_pairs"),
     [
-        ("llama", "bf16"),
-        ("gemma3", "fp32"),
-        ("qwen2", "int4"),
-        ("qwen3_moe", "int8"),
+        ("llama", "bf16", True),
+        ("llama", "bf16", False),
+        ("gemma3", "fp32", True),
+        ("qwen2", "int4", True),
+        ("gemma3", "int4", False),
+        ("qwen3_moe", "int8", True),
     ],
 )
-def test_a_tokens_bits_depend_on_its_text_alone(family, precision, engine_of):
-    """Not on company, batch, chunks, the blocks that hold it, or threads."""
+def test_a_tokens_bits_depend_on_its_text_alone(family, precision, has_pairs, engine_of, monkeypatch):
+    """Not on company, batch, chunks, the blocks that hold it, threads, or where tiles of its context end."""
+    monkeypatch.setattr(attention, "HAS_PAIRS", attention.HAS_PAIRS and has_pairs)
     rng = np.random.default_rng(0)
     texts = rng.integers(0, VOCAB, (REQUESTED, LENGTH))
     plain = plain_rows(engine_of(family, precision), texts)
@@ -121,10 +124,20 @@ def test_a_tokens_bits_depend_on_its_text_alone(family, precision, engine_of):
     for threads in (1, 2):
         engine, table = engine_of(family, precision, threads), rng.permutation(60)[:48].reshape(REQUESTED, 16)
         found.append(in_chunks(engine, texts, table, rng))
-        found += [in_trees(engine, texts, table, past, rng) for past in (5, 31, 32, 40, 63)]
+        found += [in_trees(engine, texts, table, past, rng) for past in (5, 31, 63, 250, 255, 256, 290)]
     assert sum(map(len, found)) > 500
     for rows in found:
         assert all(np.array_equal(logits, plain[text]) for text, logits in rows.items())
+
+
+def test_products_of_pairs_and_of_single_numbers_are_close(engine_of, monkeypatch):
+    texts = np.random.default_rng(0).integers(0, VOCAB, (1, LENGTH))
+    found = []
+    for has_pairs in (attention.HAS_PAIRS, False):
+        monkeypatch.setattr(attention, "HAS_PAIRS", has_pairs)
+        found.append(np.stack(list(plain_rows(engine_of("llama", "bf16"), texts).values())))
+    pairs, single = found
+    assert np.median(np.abs(pairs - single)) < 0.1 * single.std()  # a random network makes much of a rounding
 
 
 def _weights(name: str) -> Weights:

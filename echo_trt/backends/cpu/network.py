@@ -27,22 +27,25 @@ KINDS = {"": 0, "f32": 1, "bf16": 2, "f16": 3}  # of weights, for look-ups
 class KVArrays:
     """Keys and values, whose memory is taken as they are written: what all layers have of a block stands together.
 
-    keys    bf16 in uint16, or float32 [blocks, layers, KV heads, D, BLOCK]
-    values  likewise [blocks, layers, KV heads, BLOCK, D]
+    keys    bf16 in uint16, or float32 [blocks, layers, KV heads, D / P, BLOCK, P]; of bf16 P is 2: two numbers that are
+            multiplied at once stand beside each other, of float32 1
+    values  likewise [blocks, layers, KV heads, BLOCK / P, D, P]
     jump    bytes from a block to the next one, of either
     """
 
     def __init__(self, layers: int, blocks: int, heads: int, dim: int, wide: bool):
-        kind = np.float32 if wide else np.uint16
-        self.keys = np.zeros((blocks, layers, heads, dim, BLOCK), kind)
-        self.values = np.zeros((blocks, layers, heads, BLOCK, dim), kind)
+        kind, pair = (np.float32, 1) if wide else (np.uint16, 2)
+        self.keys = np.zeros((blocks, layers, heads, dim // pair, BLOCK, pair), kind)
+        self.values = np.zeros((blocks, layers, heads, BLOCK // pair, dim, pair), kind)
         self.jump, self.wide = self.keys.strides[0], wide
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy rows of all layers; all sources are read before a target is written."""
         old, new = (source // BLOCK, source % BLOCK), (target // BLOCK, target % BLOCK)
         self.keys[new[0], :, :, :, new[1]] = self.keys[old[0], :, :, :, old[1]]
-        self.values[new[0], :, :, new[1]] = self.values[old[0], :, :, old[1]]
+        pair = self.values.shape[-1]
+        from_, to = (old[0], old[1] // pair, old[1] % pair), (new[0], new[1] // pair, new[1] % pair)
+        self.values[to[0], :, :, to[1], :, to[2]] = self.values[from_[0], :, :, from_[1], :, from_[2]]
 
 
 class Network:
@@ -89,9 +92,7 @@ class Network:
         self._attended = self._buffer(self._heads * self._dim)
         self._both, self._active = self._buffer(2 * self._gated), self._buffer(self._gated)
         self._delta = self._buffer(width) if config["post_norms"] else None
-        rows = padded(config["num_heads"] // config["num_kv_heads"] * attention.JOB + attention.ROWS, 8)
-        size = 4 if self._kv.wide else 2
-        self._scratch_bytes = padded(576 + 4 * self._dim + 2 * BLOCK * self._dim * size + 8 * rows, 128)
+        self._scratch_bytes = padded(attention.scratch_bytes(self._heads // self._kv_heads, self._dim), 128)
         self._scratch = np.zeros((self._pool.threads, self._scratch_bytes), np.uint8)
         self._compute()
         if role != "target":
@@ -167,8 +168,8 @@ class Network:
         )  # fmt: skip
         self._add(
             attention.attend, self.cells, projected, self._attended, kv.keys[:, layer], kv.values[:, layer],
-            self._scratch, self._heads, self._kv_heads, dim, float(head**-0.5), window, wide, self._scratch_bytes,
-            stride, kv.jump,
+            self._scratch, self._heads, self._kv_heads, dim, float(head**-0.5), window, attention.kind_of(kv.wide),
+            self._scratch_bytes, stride, kv.jump,
         )  # fmt: skip
         if self._gates:
             heads, size = self._attended, self._attended.strides[0]

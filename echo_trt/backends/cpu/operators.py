@@ -190,6 +190,14 @@ def activate(args, thread, threads):
         store(out + row * size * 4 + i, mul(divide(gate, add(one, exp(power))), up))
 
 
+@part
+def _put_number(at, value, wide):
+    if wide:
+        put(at, value)
+    else:
+        put_bf16(at, value)
+
+
 @operator
 def keep(args, thread, threads):
     """Norm and rotate queries and keys, in place, and write keys and values to the pool.
@@ -201,20 +209,17 @@ def keep(args, thread, threads):
     query_norm, key_norm, eps, heads = word(args, 5), word(args, 6), number(args + 56), word(args, 8)
     kv_heads, dim, true_dim, pool_rows = four(args, 9)
     keys, values, wide, stride = four(args, 13)
-    count, half, bytes_ = heads + 2 * kv_heads, 2 * dim, 4 if wide else 2
+    count, half, bytes_, pair = heads + 2 * kv_heads, 2 * dim, 4 if wide else 2, 1 if wide else 2
     for unit in share(word(word(args, 0), 0) * count, thread, threads):
         row, head = unit // count, unit % count
         at = projected + row * stride + head * dim * 4
         pool_row = word(pool_rows, row)
         kv_head = head - heads - (kv_heads if head >= heads + kv_heads else 0)
         block = pool_row // BLOCK * word(args, 17) + kv_head * BLOCK * dim * bytes_
-        if head >= heads + kv_heads:
-            target = values + block + pool_row % BLOCK * dim * bytes_
-            for i in range(0, dim, 16):
-                if wide:
-                    store(target + 4 * i, load(at + 4 * i))
-                else:
-                    store_bf16(target + 2 * i, load(at + 4 * i))
+        if head >= heads + kv_heads:  # two rows' numbers stand beside each other
+            target = values + block + pool_row % BLOCK // pair * dim * 4 + pool_row % pair * bytes_
+            for i in range(dim):
+                _put_number(target + 4 * i, number(at + 4 * i), wide)
             continue
         norm = query_norm if head < heads else key_norm
         if norm:
@@ -228,13 +233,10 @@ def keep(args, thread, threads):
                 c, s = load(cos + angle + i), load(sin + angle + i)
                 store(at + i, fma(first, c, mul(mul(second, s), same(np.float32(-1)))))
                 store(at + half + i, fma(second, c, mul(first, s)))
-        if head >= heads:  # of keys the numbers of a block's rows stand beside each other
-            target = keys + block + pool_row % BLOCK * bytes_
+        if head >= heads:  # a number of all of a block's rows, and of a pair the next one, stand beside each other
+            target = keys + block + pool_row % BLOCK * 4
             for i in range(dim):
-                if wide:
-                    put(target + i * BLOCK * 4, number(at + 4 * i))
-                else:
-                    put_bf16(target + i * BLOCK * 2, number(at + 4 * i))
+                _put_number(target + i // pair * BLOCK * 4 + i % pair * bytes_, number(at + 4 * i), wide)
 
 
 @operator

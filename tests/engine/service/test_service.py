@@ -16,7 +16,7 @@ from waiting import wait_until
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Completion, SamplingParams
 from echo_trt.engine.request import FIRST, Event, Sender
-from echo_trt.engine.service.job import Job, Late, Overloaded
+from echo_trt.engine.service.job import Job, Overloaded
 from echo_trt.engine.service.service import Service
 from echo_trt.speculation.pack import ForwardBatch
 
@@ -248,17 +248,6 @@ def test_a_probe_takes_nobodys_place_in_the_queue_and_gets_its_token_or_fails(st
     assert probe.end.completion_tokens == 1
     engine.fail = lambda call: True
     assert submit(service, [0], PROBE, priority=FIRST)[1].end.reason == "failed"
-
-
-def test_admission_refuses_no_probe(open_llm):
-    service = Service(open_llm("close", "autoregressive", 2), keeps_latency=True)
-    _, running = submit(service, prompt_ids(6, 0), replace(LONG, latency={"tpot_ms": 0.001}))
-    assert running.first.wait(SECONDS)
-    wait_until(lambda: len(running.events) > 1)  # now it is known what a token takes
-    with pytest.raises(Late):
-        submit(service, prompt_ids(6, 1))
-    assert submit(service, [0], PROBE, priority=FIRST)[1].end.reason in ("busy", "length")
-    service.close(0)
 
 
 def test_priority_comes_before_arrival(start):
