@@ -160,7 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def weights_sha256(path: Path) -> str:
     """Hash the checkpoint's weight files; the digest identifies a target."""
-    files = gguf_parts(path) if path.is_file() else sorted(path.glob("*.safetensors")) or _weight_files(path)
+    files = gguf_parts(path) if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob(PICKLED))
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

@@ -292,7 +292,16 @@ def test_a_gguf_file_is_inspected_as_it_is_served(name, tmp_path, monkeypatch, e
     """The first has a shipped recipe, which states another batch."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     ran: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "run", lambda words, check: ran.append(words[3:]) or SimpleNamespace(returncode=0))
+
+    def built(words: list[str], check: bool) -> SimpleNamespace:
+        """Stand in for the build, whose bundle has a manifest."""
+        ran.append(words[3:])
+        folder = Path(words[words.index("-o") + 1])
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", built)
     file = write_gguf(tmp_path / f"{name}-F32.gguf", qwen3(**GGUF_SIZES))
     _bundle_of(file)
     served = echo_trt("inspect", file, *[word for word in ran[0][4:] if word.startswith("--")]).out

@@ -13,7 +13,7 @@ import pytest
 from served import Served, needs_triton
 
 ROOT = Path(__file__).parents[3]
-PAGES = ("triton-api", "openai-api", "quickstart-cpu", "from-ollama", "capacity", "latency-targets", "troubleshooting")
+PAGES = ("triton-api", "openai-api", "quickstart-cpu", "from-ollama", "latency-targets", "troubleshooting")
 DOCS = (
     "README.md",
     *(f"docs/{name}.md" for name in PAGES),
