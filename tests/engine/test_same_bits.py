@@ -7,7 +7,7 @@ from driving import SPECULATION_PAYS, add, goodput_planner, prompt_ids, run
 from pairs import FAMILY_PAIRS, LIMITS, recipe_of
 
 from echo_trt.backends.openvino.cpu import has_amx, has_bf16
-from echo_trt.backends.self_check import RISES
+from echo_trt.backends.self_check import BOUNDS, RISES
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
@@ -44,6 +44,7 @@ def coarse_bundle(networks, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(RISES, "int8", 5.0)
             patch.setitem(RISES, "int4", 5.0)  # so tiny a network keeps little of its text in few bits
+            patch.setitem(BOUNDS, "int8", 0.3)  # nor much of the scores of its random draft, with queries in bf16
             recipe = recipe_of(pair, networks, engine=engine, precision=precision, limits=limits)
             build(recipe, networks, folder)
         return folder
