@@ -9,17 +9,15 @@ HALVES  the pool of PAIRS on a CPU that has no products of bf16: a row's numbers
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from echo_trt.backends.cpu.builder import BF16
 from echo_trt.backends.cpu.machine_code import host_features
-from echo_trt.backends.cpu.vectors import LANES, VECTOR
+from echo_trt.backends.cpu.vectors import LANES, VECTOR, operation, spread
 
 PAIRS, WIDE, HALVES = range(3)
 HAS_PAIRS = host_features().issuperset(("avx512bf16", "avx512bw"))
@@ -33,12 +31,6 @@ BYTES = 4 * LANES  # of a vector
 def _read(b: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: ir.Value | int = 0) -> ir.Value:
     address = b.add(address, offset if isinstance(offset, ir.Value) else _LONG(offset))
     return b.load(b.inttoptr(address, kind.as_pointer()), align=4)
-
-
-def _spread(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    kind = ir.VectorType(value.type, LANES)
-    first = b.insert_element(ir.Constant(kind, ir.Undefined), value, _INT(0))
-    return b.shuffle_vector(first, first, ir.Constant(_WORDS, [0] * LANES))
 
 
 def _call(b: ir.IRBuilder, name: str, *values: ir.Value) -> ir.Value:
@@ -73,9 +65,9 @@ def adding(rows: int, kind: int) -> Any:
             offset = b.mul(stride, _LONG(row))
             for n, both in enumerate(terms):
                 if kind == PAIRS:
-                    number = b.bitcast(_spread(b, _read(b, numbers, _INT, offset)), _HALVES)
+                    number = b.bitcast(spread(b, _read(b, numbers, _INT, offset), _WORDS), _HALVES)
                 else:
-                    number = _spread(b, _read(b, b.add(numbers, _LONG(4 * n)), _FLOAT, offset))
+                    number = spread(b, _read(b, b.add(numbers, _LONG(4 * n)), _FLOAT, offset), _FLOATS)
                 for half, term in enumerate(both):
                     total = result[2 * row + half]
                     if kind == PAIRS:
@@ -85,7 +77,7 @@ def adding(rows: int, kind: int) -> Any:
                     result[2 * row + half] = total
         return cgutils.pack_array(b, result)
 
-    return _intrinsic(state(state, *[types.int64] * 3), build)
+    return operation(state, state, *[types.int64] * 3)(build)
 
 
 def reading(rows: int) -> Any:
@@ -94,12 +86,12 @@ def reading(rows: int) -> Any:
     def build(b: ir.IRBuilder, at: ir.Value, stride: ir.Value, factors: ir.Value) -> ir.Value:
         result = []
         for row in range(rows):
-            factor = _spread(b, _read(b, factors, _FLOAT, 4 * row))
+            factor = spread(b, _read(b, factors, _FLOAT, 4 * row), _FLOATS)
             begin = b.add(at, b.mul(stride, _LONG(row)))
             result += [b.fmul(_read(b, begin, _FLOATS, BYTES * n), factor) for n in (0, 1)]
         return cgutils.pack_array(b, result)
 
-    return _intrinsic(types.UniTuple(VECTOR, 2 * rows)(*[types.int64] * 3), build)
+    return operation(types.UniTuple(VECTOR, 2 * rows), *[types.int64] * 3)(build)
 
 
 def nothing(rows: int) -> Any:
@@ -108,7 +100,7 @@ def nothing(rows: int) -> Any:
     def build(b: ir.IRBuilder) -> ir.Value:
         return cgutils.pack_array(b, [ir.Constant(_FLOATS, [0.0] * LANES)] * 2 * rows)
 
-    return _intrinsic(types.UniTuple(VECTOR, 2 * rows)(), build)
+    return operation(types.UniTuple(VECTOR, 2 * rows))(build)
 
 
 def writing(rows: int) -> Any:
@@ -119,14 +111,4 @@ def writing(rows: int) -> Any:
             address = b.add(at, b.add(b.mul(stride, _LONG(n // 2)), _LONG(n % 2 * BYTES)))
             b.store(b.extract_value(sums, n), b.inttoptr(address, _FLOATS.as_pointer()), align=4)
 
-    return _intrinsic(types.void(types.UniTuple(VECTOR, 2 * rows), types.int64, types.int64), build)
-
-
-def _intrinsic(signature: Any, build: Callable[..., Any]) -> Any:
-    """Make an intrinsic of a function that builds LLVM's instructions from a builder and the signature's arguments."""
-    names = {0: lambda context: _made(), 3: lambda context, a, b, c: _made(), 4: lambda context, a, b, c, d: _made()}
-
-    def _made() -> Any:
-        return signature, lambda context, builder, signature, values: build(builder, *values)
-
-    return intrinsic(names[len(signature.args)])
+    return operation(types.void, types.UniTuple(VECTOR, 2 * rows), types.int64, types.int64)(build)

@@ -39,7 +39,7 @@ class _Model(models.PrimitiveModel):
 VECTOR = _Vector()
 
 
-def _operation(returned: types.Type, *taken: types.Type) -> Callable[[Callable[..., Any]], Any]:
+def operation(returned: types.Type, *taken: types.Type) -> Callable[[Callable[..., Any]], Any]:
     """Make an intrinsic of a function that builds LLVM's instructions from a builder and arguments of these types."""
 
     def make(build: Callable[..., Any]) -> Any:
@@ -66,7 +66,8 @@ def _at(b: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
     return b.inttoptr(address, kind.as_pointer())
 
 
-def _spread(b: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:
+def spread(b: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:
+    """Return a vector of one value."""
     first = b.insert_element(ir.Constant(kind, ir.Undefined), value, _INT(0))
     return b.shuffle_vector(first, first, _constant(0, _WORDS))
 
@@ -85,37 +86,37 @@ def _to_bf16(b: ir.IRBuilder, bits: ir.Value, constant: Callable[[int], ir.Value
     return b.lshr(b.add(bits, b.add(odd, constant(0x7FFF))), constant(16))
 
 
-@_operation(types.int64, types.int64, types.int64)
+@operation(types.int64, types.int64, types.int64)
 def word(b: ir.IRBuilder, address: ir.Value, index: ir.Value) -> ir.Value:
     """Return the int64 number ``index`` behind an address."""
     return b.load(b.gep(_at(b, address, _LONG), [index]))
 
 
-@_operation(types.void, types.int64, types.int64)
+@operation(types.void, types.int64, types.int64)
 def put_word(b: ir.IRBuilder, address: ir.Value, value: ir.Value) -> ir.Value:
     """Write an int64 number to an address."""
     return b.store(value, _at(b, address, _LONG))
 
 
-@_operation(types.void, types.int64, types.int64, types.int64, types.int64)
+@operation(types.void, types.int64, types.int64, types.int64, types.int64)
 def call(b: ir.IRBuilder, function: ir.Value, record: ir.Value, thread: ir.Value, threads: ir.Value) -> None:
     """Call the function of an op that stands at an address."""
     b.call(_at(b, function, ir.FunctionType(ir.VoidType(), [_LONG] * 3)), [record, thread, threads])
 
 
-@_operation(types.int64, types.int64)
+@operation(types.int64, types.int64)
 def integer(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """Return the uint32 number at an address, which may be any."""
     return b.zext(b.load(_at(b, address, _INT), align=1), _LONG)
 
 
-@_operation(types.float32, types.int64)
+@operation(types.float32, types.int64)
 def number(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """Return the float32 number at an address."""
     return b.load(_at(b, address, _FLOAT))
 
 
-@_operation(types.float32, types.int64, types.int64)
+@operation(types.float32, types.int64, types.int64)
 def value_of(b: ir.IRBuilder, address: ir.Value, kind: ir.Value) -> ir.Value:
     """Return the number at an address: of kind 1 float32, 2 bf16, 3 float16."""
     out = cgutils.alloca_once(b, _FLOAT)
@@ -130,20 +131,20 @@ def value_of(b: ir.IRBuilder, address: ir.Value, kind: ir.Value) -> ir.Value:
     return b.load(out)
 
 
-@_operation(types.void, types.int64, types.float32)
+@operation(types.void, types.int64, types.float32)
 def put(b: ir.IRBuilder, address: ir.Value, value: ir.Value) -> ir.Value:
     """Write a float32 number to an address."""
     return b.store(value, _at(b, address, _FLOAT))
 
 
-@_operation(types.void, types.int64, types.float32)
+@operation(types.void, types.int64, types.float32)
 def put_bf16(b: ir.IRBuilder, address: ir.Value, value: ir.Value) -> ir.Value:
     """Write a float32 number to an address as bf16."""
     rounded = _to_bf16(b, b.bitcast(value, _INT), _INT)
     return b.store(b.trunc(rounded, _HALF), _at(b, address, _HALF))
 
 
-@_operation(types.void, types.int64, types.int64, types.int64)
+@operation(types.void, types.int64, types.int64, types.int64)
 def move(b: ir.IRBuilder, target: ir.Value, source: ir.Value, size: ir.Value) -> None:
     """Copy one number of two or four bytes."""
     with b.if_else(b.icmp_signed("==", size, _LONG(4))) as branches:
@@ -152,20 +153,20 @@ def move(b: ir.IRBuilder, target: ir.Value, source: ir.Value, size: ir.Value) ->
                 b.store(b.load(_at(b, source, kind), align=2), _at(b, target, kind), align=2)
 
 
-@_operation(VECTOR, types.int64)
+@operation(VECTOR, types.int64)
 def load(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """Read float32 numbers."""
     return b.load(_at(b, address, _FLOATS), align=4)
 
 
-@_operation(VECTOR, types.int64)
+@operation(VECTOR, types.int64)
 def load_bf16(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """Read bf16 numbers."""
     halves = b.load(_at(b, address, _HALVES), align=2)
     return b.bitcast(b.shl(b.zext(halves, _WORDS), _constant(16, _WORDS)), _FLOATS)
 
 
-@_operation(types.void, types.int64)
+@operation(types.void, types.int64)
 def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
     """Ask the memory for the cache line of an address, which may be any."""
     kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), _INT, _INT, _INT])
@@ -173,76 +174,76 @@ def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
     b.call(function, [_at(b, address, ir.IntType(8)), _INT(0), _INT(3), _INT(1)])
 
 
-@_operation(types.void, types.int64, VECTOR)
+@operation(types.void, types.int64, VECTOR)
 def store(b: ir.IRBuilder, address: ir.Value, vector: ir.Value) -> ir.Value:
     """Write float32 numbers."""
     return b.store(vector, _at(b, address, _FLOATS), align=4)
 
 
-@_operation(types.void, types.int64, VECTOR)
+@operation(types.void, types.int64, VECTOR)
 def store_bf16(b: ir.IRBuilder, address: ir.Value, vector: ir.Value) -> ir.Value:
     """Write numbers as bf16."""
     rounded = _to_bf16(b, b.bitcast(vector, _WORDS), lambda value: _constant(value, _WORDS))
     return b.store(b.trunc(rounded, _HALVES), _at(b, address, _HALVES), align=2)
 
 
-@_operation(VECTOR, types.float32)
+@operation(VECTOR, types.float32)
 def same(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """Return a vector of one number."""
-    return _spread(b, value, _FLOATS)
+    return spread(b, value, _FLOATS)
 
 
-@_operation(VECTOR, VECTOR, VECTOR)
+@operation(VECTOR, VECTOR, VECTOR)
 def add(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.fadd(x, y)
 
 
-@_operation(VECTOR, VECTOR, VECTOR)
+@operation(VECTOR, VECTOR, VECTOR)
 def mul(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.fmul(x, y)
 
 
-@_operation(VECTOR, VECTOR, VECTOR)
+@operation(VECTOR, VECTOR, VECTOR)
 def divide(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.fdiv(x, y)
 
 
-@_operation(VECTOR, VECTOR, VECTOR, VECTOR)
+@operation(VECTOR, VECTOR, VECTOR, VECTOR)
 def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     """Return x * y + z, rounded once."""
     return _call(b, "fma", x, y, z)
 
 
-@_operation(VECTOR, VECTOR, VECTOR)
+@operation(VECTOR, VECTOR, VECTOR)
 def larger(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return _call(b, "maxnum", x, y)
 
 
-@_operation(types.float32, VECTOR)
+@operation(types.float32, VECTOR)
 def leading(b: ir.IRBuilder, vector: ir.Value) -> ir.Value:
     return b.extract_element(vector, _INT(0))
 
 
-@_operation(types.float32, VECTOR)
+@operation(types.float32, VECTOR)
 def total(b: ir.IRBuilder, vector: ir.Value) -> ir.Value:
     return _folded(b, vector, b.fadd)
 
 
-@_operation(types.float32, VECTOR)
+@operation(types.float32, VECTOR)
 def largest(b: ir.IRBuilder, vector: ir.Value) -> ir.Value:
     return _folded(b, vector, lambda x, y: _call(b, "maxnum", x, y))
 
 
-@_operation(VECTOR, VECTOR, types.int64, types.int64, types.float32)
+@operation(VECTOR, VECTOR, types.int64, types.int64, types.float32)
 def within(b: ir.IRBuilder, vector: ir.Value, low: ir.Value, high: ir.Value, other: ir.Value) -> ir.Value:
     """Keep the numbers in lanes ``low`` to ``high`` - 1, and put ``other`` in the others."""
     lanes = ir.Constant(_WORDS, list(range(LANES)))
-    low, high = (_spread(b, b.trunc(bound, _INT), _WORDS) for bound in (low, high))
+    low, high = (spread(b, b.trunc(bound, _INT), _WORDS) for bound in (low, high))
     inside = b.and_(b.icmp_signed(">=", lanes, low), b.icmp_signed("<", lanes, high))
-    return b.select(inside, vector, _spread(b, other, _FLOATS))
+    return b.select(inside, vector, spread(b, other, _FLOATS))
 
 
-@_operation(VECTOR, VECTOR)
+@operation(VECTOR, VECTOR)
 def exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """Return exponentials, within two units of the last place; of numbers below -87 that of -87."""
     x = _call(b, "minnum", _call(b, "maxnum", x, _constant(_LOWEST)), _constant(_HIGHEST))
