@@ -86,14 +86,18 @@ def from_the_page() -> list[str]:
 def needed_by(names: list[str]) -> dict[str, metadata.Distribution]:
     """Return the installed distributions of ``names``, and those that they need. Without a card some are not here."""
     found: dict[str, metadata.Distribution] = {}
-    todo = list(names)
+    seen: set[tuple[str, str]] = set()
+    todo = [(canonicalize_name(name), "") for name in names]
     while todo:
-        name = canonicalize_name(todo.pop())
-        if name not in found:
-            with contextlib.suppress(metadata.PackageNotFoundError):
-                found[name] = metadata.distribution(name)
-                wanted = map(Requirement, found[name].requires or ())
-                todo += [each.name for each in wanted if not each.marker or each.marker.evaluate({"extra": ""})]
+        name, extra = each = todo.pop()
+        if each in seen:
+            continue
+        seen.add(each)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.distribution(name)
+            for wanted in map(Requirement, found[name].requires or ()):
+                if not wanted.marker or wanted.marker.evaluate({"extra": extra}):
+                    todo += [(canonicalize_name(wanted.name), one) for one in ("", *wanted.extras)]
     return found
 
 

@@ -213,9 +213,8 @@ class EngineMetrics(Collector):
     def _accepted(self, lengths: Counter[int]) -> Iterator[Metric]:
         """Yield the number of drafts, and how often the draft token at a position was accepted, 0 the first."""
         yield self._counter("drafts", "Verifications of a request's draft", {(): lengths.total()})
-        positions = {
-            (str(at),): sum(n for length, n in lengths.items() if length > at) for at in range(max(lengths, default=0))
-        }
+        depth = max([1, *lengths])  # the first position is told before anything is accepted: a series begins with 0
+        positions = {(str(at),): sum(n for length, n in lengths.items() if length > at) for at in range(depth)}
         yield self._counter("accepted_tokens_per_position", POSITIONS, positions, "position")
 
     def _counter(self, name: str, text: str, values: Mapping[Any, float], *labels: str) -> Metric:

@@ -68,3 +68,10 @@ def test_labels_are_those_of_the_other_servers():
     series = {(s.name, *s.labels.items()): s.value for each in metrics.collect(TENSORRT_LLM) for s in each.samples}
     waiting = ("nv_trt_llm_request_metrics", ("model", "echo"), ("version", "1"), ("request_type", "waiting"))
     assert series[waiting] == 2
+
+
+def test_the_first_position_is_told_before_a_draft_is_accepted():
+    metrics = EngineMetrics("echo")
+    metrics.flush(statistics())
+    line = 'echo_accepted_tokens_per_position_total{model_name="echo",position="0"} 0.0'
+    assert f"\n{line}\n" in generate_latest(metrics.registry).decode()
